@@ -1,0 +1,545 @@
+"""One catalogue of pretrained networks, three sources, one interface: ordered taps at which a network can be read and cut.
+
+Sources: `demonstration` (the textbook network, weights in the package), every torchvision classifier by torchvision's own name, and the
+user's own as `my_package.nets:resnet20`. An own network is a module that says where it can be cut and what images it wants, in two lines:
+
+    class ResNet20(nn.Module):
+        taps = ("layer1", "layer2", "layer3")                                  # names of submodules, first to last
+        transforms = {"size": 32, "mean": (.485, .456, .406), "std": (.229, .224, .225)}
+
+Without `taps` its top-level blocks are taken in the order in which they run; without `transforms` ImageNet's at 224 pixels.
+
+Cutting is done on the traced graph: every block without a tap inside stays one opaque call with its own code, and whatever only later
+outputs need is gone, parameters included.
+"""
+
+import hashlib
+import importlib
+import re
+from pickle import UnpicklingError
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from tlpipeline.errors import BackboneError, nearest
+
+NONE, DEFAULT = "none", "DEFAULT"
+MAX_TAPS = 16
+_PACKAGED = Path(__file__).with_name("weights")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """How an image becomes an input: resize the short side, crop the centre, scale to [0, 1], normalise.
+
+    Attributes:
+        size: side of the centre crop, pixels.
+        resize: short side before the crop, pixels.
+        mean, std: per RGB channel, of values in [0, 1].
+        interpolation: bilinear or bicubic.
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def at(self, size: int) -> "Transforms":
+        """Return the same transforms at another size, the margin of the crop in proportion."""
+        return Transforms(size, round(self.resize * size / self.size), self.mean, self.std, self.interpolation)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place where a network can be read and cut.
+
+    Attributes:
+        name: of the submodule whose output is read.
+        channels, height, width: of that output at the given input size; 1 x 1 for vectors.
+        parameters: that remain when everything after this tap is cut off.
+        forward_ops: floating-point operations of one image up to this tap.
+    """
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    parameters: int
+    forward_ops: int
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network with its weights, uncut.
+
+    Attributes:
+        name, weights: as in params.yaml.
+        fingerprint: identifies the weights' content.
+        module: the whole network, source head included.
+        tap_names: first to last; the last one is what the source head reads.
+        layouts: how a tap's output is laid out where it is not (batch, channel, height, width) or (batch, channel).
+        transforms: the weights' own.
+        minimum: smallest input side in pixels; `fixed` where no other size is possible.
+        source_classes: outputs of the source head, 0 where there is none worth reading (random weights).
+    """
+
+    name: str
+    weights: str
+    fingerprint: str
+    module: nn.Module
+    tap_names: tuple[str, ...]
+    layouts: Mapping[str, str]
+    transforms: Transforms
+    minimum: int
+    fixed: bool
+    source_classes: int
+
+    @property
+    def normalisation(self) -> str:
+        """Return batch, layer or none: which kind of normalisation layers the network has."""
+        modules = list(self.module.modules())
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+            return "batch"
+        return "layer" if any(isinstance(m, nn.LayerNorm) or type(m).__name__ == "LayerNorm2d" for m in modules) else "none"
+
+
+# --- the textbook network -------------------------------------------------------------------------------------------------------------
+
+
+class Demonstration(nn.Module):
+    """The network of the textbook's four cases: three convolutions (edges, shapes, higher features), three fully connected layers."""
+
+    taps = ("conv1", "conv2", "conv3", "fc1", "fc2")
+    transforms: Mapping[str, Any] = {"size": 32, "mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)}
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = self._convolution(3, 48)
+        self.conv2 = self._convolution(48, 96)
+        self.conv3 = self._convolution(96, 128)
+        self.fc1 = nn.Sequential(nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.ReLU())
+        self.fc2 = nn.Sequential(nn.Dropout(0.3), nn.Linear(256, 128), nn.ReLU())
+        self.fc3 = nn.Linear(128, num_classes)
+
+    @staticmethod
+    def _convolution(channels: int, features: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(channels, features, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 3, 32, 32) to logits (batch, classes)."""
+        return cast(Tensor, self.fc3(self.fc2(self.fc1(self.conv3(self.conv2(self.conv1(images)))))))
+
+
+# --- torchvision's families -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the blocks of a torchvision family end: classes of blocks, and single modules before and after them."""
+
+    names: str
+    blocks: tuple[str, ...]
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    layout: str = ""
+
+
+# fmt: off
+FAMILIES = (
+    #      names                            blocks                                          first            last                             layout
+    Family(r"(wide_)?resn(e|ex)t\d.*",      ("BasicBlock", "Bottleneck"),                   ("maxpool",),    ()),
+    Family(r"squeezenet.*",                 ("Fire",),                                      ("features.2",), ()),
+    Family(r"mobilenet_v3.*",               ("InvertedResidual",),                          ("features.0",), ("features.-1", "classifier.1")),
+    Family(r"efficientnet.*",               ("MBConv", "FusedMBConv"),                      ("features.0",), ("features.-1",)),
+    Family(r"convnext.*",                   ("CNBlock",),                                   ("features.0",), ()),
+    Family(r"densenet.*",                   ("_DenseBlock", "_Transition"),                 ("features.pool0",), ("features.relu5",)),
+    Family(r"vgg.*",                        ("MaxPool2d",),                                 (),              ("classifier.1", "classifier.4")),
+    Family(r"vit.*",                        ("EncoderBlock",),                              (),              ("encoder.ln",),                 "tokens"),
+    Family(r"swin.*",                       ("SwinTransformerBlock", "SwinTransformerBlockV2"), ("features.0",), ("permute",),                "nhwc"),
+)
+# fmt: on
+
+
+def _family_taps(name: str, module: nn.Module) -> tuple[tuple[str, ...], dict[str, str]] | None:
+    family = next((f for f in FAMILIES if re.fullmatch(f.names, name)), None)
+    if family is None:
+        return None
+    if "densenet" in family.names:
+        # The source head reads relu(features); as a module it can be a tap (applying relu twice changes nothing).
+        cast(nn.Sequential, module.features).add_module("relu5", nn.ReLU())
+    known = dict(module.named_modules())
+    blocks = [n for n, m in known.items() if type(m).__name__ in family.blocks]
+    last = [n.replace("-1", str(len(cast(nn.Sequential, module.features)) - 1)) if "-1" in n else n for n in family.last]
+    taps = [n for n in (*family.first, *blocks, *last) if n in known]
+    layouts = {tap: family.layout for tap in taps if family.layout and tap != "permute"}
+    return _thinned(taps), layouts
+
+
+def _thinned(taps: Sequence[str]) -> tuple[str, ...]:
+    """Keep at most 16 taps, evenly spaced, the last one always."""
+    if len(taps) <= MAX_TAPS:
+        return tuple(taps)
+    kept = {round(i * (len(taps) - 1) / (MAX_TAPS - 1)) for i in range(MAX_TAPS)}
+    return tuple(tap for i, tap in enumerate(taps) if i in kept)
+
+
+# --- loading --------------------------------------------------------------------------------------------------------------------------
+
+
+def load(name: str, weights: str, *, md5: str = NONE, root: Path = Path(), size: int | None = None, seed: int = 0) -> Backbone:
+    """Build a network and load its weights.
+
+    Args:
+        name: demonstration, a torchvision classifier, or package.module:callable.
+        weights: DEFAULT, a torchvision weights name, a path (relative to root) to a safetensors or weights-only checkpoint, or none.
+        md5: expected md5 of the weights file; "none" where weights is no path.
+        root: folder that a relative path starts from.
+        size: input side for networks that are built for one size (vision transformers); None is the weights' own.
+        seed: of the random weights for `none`.
+
+    Raises:
+        BackboneError: unknown name or weights, no network to download from, or weights that do not fit, naming the first keys that differ.
+    """
+    if name == "demonstration":
+        return _demonstration(weights, md5, root, seed)
+    if ":" in name:
+        return _own(name, weights, md5, root, seed)
+    return _torchvision(name, weights, md5, root, size, seed)
+
+
+def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
+    if weights == DEFAULT:
+        state = _read(_PACKAGED / "demonstration.safetensors")
+        fingerprint = _file_md5(_PACKAGED / "demonstration.safetensors")
+    else:
+        state, fingerprint = _state(weights, md5, root, "demonstration", (DEFAULT, NONE))
+    classes = len(state["fc3.bias"]) if state and "fc3.bias" in state else 10
+    return _assemble("demonstration", weights, fingerprint, _seeded(partial(Demonstration, classes), seed), state, fixed=True)
+
+
+def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
+    package, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(package), attribute)
+    except ModuleNotFoundError as error:
+        raise BackboneError(
+            f"expected the network {name} to be importable, but there is no module {error.name!r}. "
+            "Install its package or put its folder on PYTHONPATH."
+        ) from error
+    except AttributeError as error:
+        raise BackboneError(f"expected {attribute!r} in the module {package}; {nearest(attribute, dir(importlib.import_module(package)))}") from error
+    if weights == DEFAULT:
+        raise BackboneError(f"expected a weights file for the own network {name}, found DEFAULT. Set backbone.weights to its path, or to none.")
+    state, fingerprint = _state(weights, md5, root, name, (NONE,))
+    return _assemble(name, weights, fingerprint, _seeded(factory, seed), state)
+
+
+def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None, seed: int) -> Backbone:
+    import torchvision.models as models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise BackboneError(
+            f"expected demonstration, a torchvision classifier or package.module:callable as backbone, found {name!r}; {nearest(name, [*known, 'demonstration'])}"
+        )
+    entries = models.get_model_weights(name)
+    members = {member.name: member for member in entries}
+    entry = entries.DEFAULT if weights == DEFAULT else members.get(weights)
+    if entry is not None:
+        state, fingerprint = _downloaded(name, entry), f"{entry} {Path(entry.url).name}"
+    else:
+        state, fingerprint = _state(weights, md5, root, name, (DEFAULT, *members, NONE))
+    like = entry or next(iter(entries))
+    preset = like.transforms()
+    transforms = Transforms(
+        preset.crop_size[0], preset.resize_size[0], tuple(preset.mean), tuple(preset.std), preset.interpolation.value.lower()
+    )
+    options: dict[str, Any] = {}
+    if name.startswith("vit") and size and size != transforms.size:
+        options["image_size"] = size
+        if state:
+            state = dict(models.vision_transformer.interpolate_embeddings(size, int(name.rsplit("_", 1)[1]), dict(state)))
+    if name in ("googlenet", "inception_v3"):
+        options |= {"init_weights": False, "transform_input": True}
+    module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
+    head = list(module.state_dict())[-1]
+    if state and head in state and len(state[head]) != len(module.state_dict()[head]):
+        options["num_classes"] = len(state[head])  # trained on other classes than ImageNet's
+        module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
+    minimum = max(like.meta.get("min_size", (32, 32)))
+    return _assemble(name, weights, fingerprint, module, state, transforms, minimum=minimum)
+
+
+def _downloaded(name: str, entry: Any) -> Mapping[str, Tensor]:
+    try:
+        return cast(Mapping[str, Tensor], entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except OSError as error:  # URLError is one
+        raise BackboneError(
+            f"expected to download the weights {entry} of {name}, but the network gave: {error}. "
+            "Set backbone.weights to a weights file that you have, or to none."
+        ) from error
+
+
+def _seeded(factory: Callable[[], Any], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = factory()
+    if not isinstance(module, nn.Module):
+        raise BackboneError(f"expected a torch.nn.Module from the backbone's callable, found {type(module).__name__}.")
+    return module
+
+
+def _state(weights: str, md5: str, root: Path, name: str, names: Sequence[str]) -> tuple[Mapping[str, Tensor] | None, str]:
+    if weights == NONE:
+        return None, "random"
+    path = root / weights
+    if not path.is_file():
+        raise BackboneError(f"expected {', '.join(names)} or a file as weights of {name}, found {weights!r}; {nearest(weights, names)}")
+    found = _file_md5(path)
+    if md5 != found:
+        raise BackboneError(
+            f"expected the weights file {weights} to have the md5 that backbone.weights_md5 says ({md5}), found {found}. "
+            "If this is the file you mean, set backbone.weights_md5 to that value: results can then be traced to it."
+        )
+    return _read(path), found
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        raise BackboneError(
+            f"expected tensors in {path}, but it cannot be read without executing code or is damaged: {str(error)[:200]}. "
+            "Save the state dict with safetensors.torch.save_file."
+        ) from error
+    for key in ("state_dict", "model", "net"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise BackboneError(f"expected a state dict (names to tensors) in {path}, found {type(content).__name__}. Save `model.state_dict()`.")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _assemble(
+    name: str,
+    weights: str,
+    fingerprint: str,
+    module: nn.Module,
+    state: Mapping[str, Tensor] | None,
+    transforms: Transforms | None = None,
+    minimum: int = 0,
+    fixed: bool = False,
+) -> Backbone:
+    if state is not None:
+        _fit(name, module, state)
+    transforms = transforms or _own_transforms(name, module)
+    found = _family_taps(name, module) if ":" not in name else None
+    taps, layouts = found or (_own_taps(name, module, transforms.size), {})
+    module.eval()
+    classes = int(module(torch.zeros(1, 3, transforms.size, transforms.size)).shape[-1]) if state is not None else 0
+    if fixed:
+        minimum = transforms.size
+    return Backbone(name, weights, fingerprint, module, taps, layouts, transforms, minimum or 1, fixed, classes)
+
+
+def _fit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = module.state_dict()
+    # Checkpoints from before PyTorch 0.4.1 lack the counters of BatchNorm; nothing reads them at a fixed momentum.
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in own]
+    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or extra or shapes:
+        parts = [
+            f"{len(missing)} missing, first {', '.join(missing[:3])}" if missing else "",
+            f"{len(extra)} that it does not have, first {', '.join(extra[:3])}" if extra else "",
+            f"{len(shapes)} of another shape: {'; '.join(shapes[:3])}" if shapes else "",
+        ]
+        raise BackboneError(
+            f"expected weights of {name}, found another architecture's: {'; '.join(p for p in parts if p)}. "
+            "Set backbone.name to the architecture that these weights belong to."
+        )
+    module.load_state_dict(state, strict=False)
+
+
+def _own_transforms(name: str, module: nn.Module) -> Transforms:
+    said = dict(getattr(module, "transforms", {}))
+    unknown = set(said) - {"size", "resize", "mean", "std", "interpolation"}
+    if unknown:
+        raise BackboneError(f"{name}.transforms: unknown key {sorted(unknown)[0]!r}; expected size, resize, mean, std, interpolation.")
+    size = int(said.get("size", 224))
+    resize = int(said.get("resize", size))
+    mean, std = tuple(said.get("mean", _IMAGENET_MEAN)), tuple(said.get("std", _IMAGENET_STD))
+    return Transforms(size, resize, mean, std, str(said.get("interpolation", "bilinear")))
+
+
+def _own_taps(name: str, module: nn.Module, size: int) -> tuple[str, ...]:
+    said = getattr(module, "taps", None)
+    if said is not None:
+        modules = dict(module.named_modules())
+        for tap in said:
+            if tap not in modules:
+                raise BackboneError(f"{name}.taps names {tap!r}, but there is no such submodule; {nearest(tap, modules)}")
+        return tuple(said)
+    order = _blocks_in_order(module, size)
+    if not order:
+        raise BackboneError(
+            f"expected taps in {name}, found no top-level block that gives a tensor. Say them in the class: taps = (\"layer1\", \"layer2\")."
+        )
+    return _thinned(order)
+
+
+def _blocks_in_order(module: nn.Module, size: int) -> list[str]:
+    """Find the top-level blocks (of a Sequential its parts) that run once and give a tensor, without the head."""
+    candidates: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        inner = dict(child.named_children()) if isinstance(child, nn.Sequential) else {}
+        candidates |= {f"{name}.{n}": m for n, m in inner.items()} or {name: child}
+    calls: list[tuple[str, Any]] = []
+    hooks = [
+        m.register_forward_hook(lambda _m, _i, out, name=n: calls.append((name, out)))  # type: ignore[misc]
+        for n, m in candidates.items()
+    ]
+    try:
+        with torch.inference_mode():
+            output = module.eval()(torch.zeros(2, 3, size, size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = [n for n, _ in calls]
+    return [
+        n
+        for n, out in calls
+        if names.count(n) == 1 and isinstance(out, Tensor) and out.dim() in (2, 4) and out is not output and next(candidates[n].parameters(), None) is not None
+    ]
+
+
+# --- cutting --------------------------------------------------------------------------------------------------------------------------
+
+
+class _BlockTracer(fx.Tracer):
+    """Trace only the skeleton that holds the taps; every other module is one opaque call."""
+
+    def __init__(self, taps: Sequence[str]) -> None:
+        super().__init__()
+        self._inside = {".".join(tap.split(".")[:depth]) for tap in taps for depth in range(1, tap.count(".") + 1)}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self._inside
+
+
+def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.GraphModule:
+    """Return the network up to the deepest of these taps; what only later layers need is gone.
+
+    The module shares its tensors with the backbone. It maps images (batch, 3, size, size) to a tuple with one tensor a tap, in the order
+    given, as (batch, channel, height, width) or (batch, channel), followed by the source head's logits where `logits` is true.
+
+    Raises:
+        BackboneError: a tap does not exist, or the network's code between the taps cannot be traced.
+    """
+    for tap in taps:
+        if tap not in backbone.tap_names:
+            raise BackboneError(f"expected a tap of {backbone.name}, found {tap!r}; its taps are {', '.join(backbone.tap_names)}.")
+    backbone.module.eval()
+    try:
+        graph = _BlockTracer(backbone.tap_names).trace(backbone.module)
+    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
+        raise BackboneError(
+            f"expected to cut {backbone.name} between its taps, but its forward() branches on data there: {error}. "
+            "Name taps that are all top-level submodules, or move the branch into a block."
+        ) from error
+    nodes = {str(n.target): n for n in graph.nodes if n.op == "call_module"}
+    end = next(n for n in graph.nodes if n.op == "output")
+    outputs = []
+    for tap in taps:
+        if tap not in nodes:
+            raise BackboneError(f"the tap {tap!r} of {backbone.name} never runs; remove it from `taps`.")
+        node = nodes[tap]
+        if layout := backbone.layouts.get(tap):
+            with graph.inserting_after(node):
+                node = graph.call_function(_CANONICAL[layout], (node,))
+        outputs.append(node)
+    if logits:
+        outputs.append(end.args[0])
+    end.args = (tuple(outputs),)
+    # Not eliminate_dead_code: it keeps what may have side effects, such as checks of shapes behind the cut and the layers they look at.
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    module = fx.GraphModule(backbone.module, graph)
+    module.delete_all_unused_submodules()
+    return module.eval()
+
+
+def _channels_first(maps: Tensor) -> Tensor:
+    return maps.permute(0, 3, 1, 2)
+
+
+def _class_and_mean_token(tokens: Tensor) -> Tensor:
+    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+
+
+_CANONICAL = {"nhwc": _channels_first, "tokens": _class_and_mean_token}
+
+
+def describe(backbone: Backbone, size: int) -> tuple[Tap, ...]:
+    """Return every tap with the shape of its output at this input size, and what a cut there keeps."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found = []
+    for name in backbone.tap_names:
+        trunk = cut(backbone, [name])
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            (output,) = trunk(torch.zeros(1, 3, size, size))
+        height, width = (output.shape[2], output.shape[3]) if output.dim() == 4 else (1, 1)
+        kept = sum(p.numel() for p in trunk.parameters())
+        found.append(Tap(name, output.shape[1], height, width, kept, counter.get_total_flops()))
+    return tuple(found)
+
+
+def resolve_tap(backbone: Backbone, name: str) -> str:
+    """Return the tap that a user means: its name, or the last tap inside the stage of that name (`layer2` is `layer2.1`).
+
+    Raises:
+        BackboneError: there is none; the taps are listed.
+    """
+    inside = [tap for tap in backbone.tap_names if tap == name or tap.startswith(f"{name}.")]
+    if not inside:
+        raise BackboneError(
+            f"expected a tap of {backbone.name} in choose.slice, found {name!r}; its taps are {', '.join(backbone.tap_names)}."
+        )
+    return inside[-1]
+
+
+def input_size(backbone: Backbone, wanted: int | str, median_short_side: float) -> int:
+    """Return the side in pixels at which images enter the network.
+
+    `auto` is the smaller of the weights' own size and the images' median short side rounded up to a multiple of 32, at least the network's
+    minimum.
+
+    Raises:
+        BackboneError: a number below the network's minimum, or any other than the one size that a network of fixed size takes.
+    """
+    own = backbone.transforms.size
+    if isinstance(wanted, int):
+        if wanted < backbone.minimum or (backbone.fixed and wanted != own):
+            allowed = f"{own}" if backbone.fixed else f"at least {backbone.minimum}"
+            raise BackboneError(f"expected data.size {allowed} for {backbone.name}, found {wanted}. Set data.size to auto.")
+        return wanted
+    return max(min(own, 32 * max(1, -(-round(median_short_side) // 32))), backbone.minimum)

@@ -1,0 +1,459 @@
+"""Images on disk: reading them whatever their mode, listing them in a manifest, and splits that never move.
+
+An image's side follows from its content: `u = md5(file bytes) / 2^128`; below .70 it is train, below .85 val, else test. Class, path and
+seed play no part, so an image keeps its side whatever is added or removed. The few exceptions that small classes need are lines of
+`splits.csv`; a given `{train,val,test}/<class>` layout wins over both.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tlpipeline.errors import DataChanged, DataError
+
+TRAIN, VAL, TEST = "train", "val", "test"
+SIDES = (TRAIN, VAL, TEST)
+GIVEN_SIDES = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+TRAIN_BELOW, VAL_BELOW = 0.70, 0.85
+MINIMUM_PER_CLASS = 3
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One readable image file: a line of the manifest.
+
+    `duplicate_of` is the path of the copy that is used instead ("" if this one is used): exact copies count once.
+    """
+
+    path: str
+    md5: str
+    label: str
+    split: str
+    width: int
+    height: int
+    mode: str
+    duplicate_of: str
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A file that is left out, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ingest found: readable images, rejected files, and remarks for people (leaks, classes without test images)."""
+
+    rows: tuple[Row, ...]
+    rejected: tuple[Rejected, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of their indices: sorted."""
+        return tuple(sorted({row.label for row in self.rows}))
+
+    def used(self, *sides: str) -> list[Row]:
+        """Return the distinct images of these sides, in the order of their md5, so that file names do not matter."""
+        return sorted((r for r in self.rows if r.split in sides and not r.duplicate_of), key=lambda r: r.md5)
+
+
+# --- pixels ---------------------------------------------------------------------------------------------------------------------------
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decode an image file to 8-bit RGB, upright.
+
+    EXIF orientation is applied; of an animation the first frame is taken; transparency is laid over white; 16-bit greys are scaled by their
+    full range (65535 to 255), floating-point images by their own range.
+
+    Raises:
+        OSError, UnidentifiedImageError, ValueError, SyntaxError: the content is no image or is damaged.
+    """
+    with warnings.catch_warnings():
+        # Damaged EXIF blocks and palette transparency in bytes only warn; the pixels are checked by loading them.
+        warnings.simplefilter("ignore", UserWarning)
+        with Image.open(io.BytesIO(content)) as opened:
+            opened.seek(0)
+            opened.load()
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, dtype=np.float64) / 65535.0
+        return Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8), "L").convert("RGB")
+    if image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        grey = (np.nan_to_num(values, nan=low) - low) / (high - low if high > low else 1.0)
+        return Image.fromarray((grey * 255).round().astype(np.uint8), "L").convert("RGB")
+    return image.convert("RGB")
+
+
+def read(root: Path, row: Row) -> Image.Image:
+    """Read the image of a manifest row, checking that it is still the one that was listed.
+
+    Raises:
+        DataChanged: the file is gone, or its content has another md5 than the manifest says.
+    """
+    path = root / row.path
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataChanged(f"expected the image {row.path}, which the manifest lists, but it is gone. {_WAY_BACK}") from error
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != row.md5:
+        raise DataChanged(f"expected the image {row.path} as it was listed (md5 {row.md5}), found other content (md5 {found}). {_WAY_BACK}")
+    return decode(content)
+
+
+_WAY_BACK = "The data folder changed while a run was on: start the run again, or restore the images with `dvc checkout`."
+
+
+# --- listing --------------------------------------------------------------------------------------------------------------------------
+
+
+def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int, int], None], threads: int | None = None) -> Manifest:
+    """Read every file below `images` once and list it, with the side it belongs to.
+
+    Args:
+        images: folder of `<class>/...` or of `{train,val,test}/<class>/...`.
+        exceptions: md5 to side, from splits.csv; they win over the rule by content.
+        progress: called with (files done, files in all).
+        threads: readers; by default one for each CPU, at least 4 (reading waits for the disk).
+
+    Returns:
+        The manifest, its rows sorted by path.
+
+    Raises:
+        DataError: the folder is missing or empty, has no class folders, has one class only, a class has fewer than 3 distinct images,
+            or nothing can be read.
+    """
+    files = _files(images)
+    given = _given_sides(images)
+    done = 0
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    with ThreadPoolExecutor(threads or max(4, os.cpu_count() or 1)) as pool:
+        for result in pool.map(lambda path: _inspect(images, path, given), files):
+            done += 1
+            progress(done, len(files))
+            if isinstance(result, Row):
+                rows.append(result)
+            else:
+                rejected.append(result)
+    if not rows:
+        reasons = Counter(r.reason.split(":")[0] for r in rejected)
+        raise DataError(
+            f"expected images in {images}, but none of its {len(files)} files can be used ({_counted(reasons)}). "
+            f"The first: {rejected[0].path}: {rejected[0].reason}."
+        )
+    rows, conflicting = _without_conflicts(rows)
+    rejected += conflicting
+    rows, remarks = _without_copies(rows, given)
+    rows = [replace(r, split=r.split or exceptions.get(r.md5) or side_of(r.md5, carve_val=given == "no val")) for r in rows]
+    _check_classes(images, rows, rejected)
+    remarks += _empty_sides(rows)
+    return Manifest(tuple(sorted(rows, key=lambda r: r.path)), tuple(sorted(rejected, key=lambda r: r.path)), tuple(remarks))
+
+
+def side_of(md5: str, carve_val: bool = False) -> str:
+    """Return the side that an image's content gives it.
+
+    Args:
+        md5: 32 hexadecimal digits.
+        carve_val: the test side is given already: keep the share of train to val (70 to 15) among the rest.
+    """
+    u = int(md5, 16) / 2**128
+    if carve_val:
+        return TRAIN if u < TRAIN_BELOW / VAL_BELOW else VAL
+    return TRAIN if u < TRAIN_BELOW else VAL if u < VAL_BELOW else TEST
+
+
+def _files(images: Path) -> list[Path]:
+    if not images.is_dir():
+        raise DataError(
+            f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
+            "Put one folder per class there, or set data.images in params.yaml."
+        )
+    # A dot-file (.gitignore, .DS_Store) is the system's, not the user's.
+    files = sorted(
+        Path(folder) / name
+        for folder, folders, names in os.walk(images, followlinks=True)
+        for name in names
+        if not name.startswith(".") and not any(part.startswith(".") for part in Path(folder).relative_to(images).parts)
+    )
+    if not files:
+        raise DataError(f"expected images in {images}, found an empty folder. Put one folder of images per class there.")
+    if not any(len(path.relative_to(images).parts) > 1 for path in files):
+        raise DataError(
+            f"expected class folders in {images}, found {len(files)} files and no folder. Sort the images as {images.name}/<class>/<image>."
+        )
+    return files
+
+
+def _given_sides(images: Path) -> str:
+    """Say which layout this is: "" (by content), "all" (train, val and test are given) or "no val"."""
+    names = {p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    if not names or not names <= GIVEN_SIDES.keys() or "train" not in names or "test" not in names:
+        return ""
+    return "all" if VAL in {GIVEN_SIDES[n] for n in names} else "no val"
+
+
+def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
+    where = path.relative_to(images)
+    parts = where.parts
+    if len(parts) < (3 if given else 2):
+        return Rejected(where.as_posix(), "outside any class folder")
+    side = GIVEN_SIDES[parts[0]] if given else ""
+    if given == "no val" and side == TRAIN:
+        side = ""  # decided by content: val is carved out of train
+    label = parts[1] if given else parts[0]
+    content = path.read_bytes()
+    if not content:
+        return Rejected(where.as_posix(), "empty file")
+    try:
+        image = decode(content)
+        with Image.open(io.BytesIO(content)) as original:
+            mode = original.mode
+    except UnidentifiedImageError:
+        return Rejected(where.as_posix(), "not an image")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        return Rejected(where.as_posix(), f"broken: {error}")
+    if 0 in image.size:
+        return Rejected(where.as_posix(), "zero size")
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    return Row(where.as_posix(), md5, label, side, image.width, image.height, mode, "")
+
+
+def _without_conflicts(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
+    labels: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        labels[row.md5].add(row.label)
+    kept = [r for r in rows if len(labels[r.md5]) == 1]
+    out = [Rejected(r.path, f"the same image in several classes: {', '.join(sorted(labels[r.md5]))}") for r in rows if len(labels[r.md5]) > 1]
+    return kept, out
+
+
+def _without_copies(rows: Sequence[Row], given: str) -> tuple[list[Row], list[str]]:
+    """Mark all but one of each set of exact copies; in a given layout the copy in test stays, so that the test side is as it was given."""
+    rank = {TEST: 0, VAL: 1, TRAIN: 2, "": 2}
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.md5].append(row)
+    kept: list[Row] = []
+    leaked: Counter[str] = Counter()
+    for copies in groups.values():
+        copies.sort(key=lambda r: (rank[r.split], r.path))
+        first = copies[0]
+        kept.append(first)
+        for copy in copies[1:]:
+            kept.append(replace(copy, duplicate_of=first.path))
+        for side in {copy.split or TRAIN for copy in copies[1:]} - {first.split or TRAIN}:
+            leaked[f"{first.split} images stand in {side} too"] += 1
+    if not given:
+        return kept, []
+    remarks = [
+        f"leak: {n} distinct {what}, byte for byte; they are used in {what.split()[0]} only" for what, n in sorted(leaked.items()) if n
+    ]
+    return kept, remarks
+
+
+def _check_classes(images: Path, rows: Sequence[Row], rejected: Sequence[Rejected]) -> None:
+    counts = Counter(r.label for r in rows if not r.duplicate_of)
+    if len(counts) < 2:
+        raise DataError(
+            f"expected at least two classes in {images}, found one with usable images: {next(iter(counts))}. "
+            "Add a folder of images for each further class."
+        )
+    small = {label: n for label, n in counts.items() if n < MINIMUM_PER_CLASS}
+    if small:
+        raise DataError(
+            f"expected at least {MINIMUM_PER_CLASS} distinct usable images in each class, found {_counted(small)} in {images} "
+            f"({len(rejected)} files were rejected). Add images to these classes or remove their folders."
+        )
+    missing = sorted(set(counts) - {r.label for r in rows if r.split == TRAIN and not r.duplicate_of})
+    if missing:
+        raise DataError(
+            f"expected training images for each class, found none for {', '.join(missing)}. "
+            "Run `tlpipeline data commit`: it gives small classes a side of each kind in splits.csv."
+        )
+
+
+def _empty_sides(rows: Sequence[Row]) -> list[str]:
+    remarks = []
+    labels = sorted({r.label for r in rows})
+    for side, consequence in ((VAL, "not validated"), (TEST, "not evaluated")):
+        there = {r.label for r in rows if r.split == side and not r.duplicate_of}
+        if missing := [label for label in labels if label not in there]:
+            remarks.append(f"{consequence}: no {side} image of {', '.join(missing)}")
+    return remarks
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {n}" for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+# --- splits.csv -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SplitException:
+    """A line of splits.csv: this content is on this side, whatever the rule says."""
+
+    md5: str
+    split: str
+    label: str
+
+
+def read_exceptions(path: Path) -> dict[str, str]:
+    """Read splits.csv as md5 to side; a missing file has no exceptions.
+
+    Raises:
+        DataError: a line is not `md5,split,label` with a known side.
+    """
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    if reader.fieldnames != ["md5", "split", "label"] or any(line["split"] not in SIDES for line in lines):
+        raise DataError(f"expected the columns md5,split,label and the sides {', '.join(SIDES)} in {path}, found {reader.fieldnames}.")
+    return {line["md5"]: line["split"] for line in lines}
+
+
+def write_exceptions(path: Path, new: Iterable[SplitException]) -> None:
+    """Append lines to splits.csv (created with its header where it is missing)."""
+    header = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if header:
+            writer.writerow(["md5", "split", "label"])
+        writer.writerows((line.md5, line.split, line.label) for line in new)
+
+
+def needed_exceptions(images: Path, known: Mapping[str, str], trained_on: frozenset[str]) -> tuple[list[SplitException], list[str]]:
+    """Find the classes that would have an empty side and give each such side one image.
+
+    The image with the highest u goes to test, the next to val, the lowest to train. Images that a registered version was trained on never
+    go to test: the class is then named as not evaluated.
+
+    Returns:
+        The new lines for splits.csv, and remarks.
+    """
+    if not images.is_dir() or _given_sides(images):
+        return [], []
+    by_label: dict[str, dict[str, str]] = defaultdict(dict)
+    seen: dict[str, set[str]] = defaultdict(set)
+    for path in _files(images):
+        parts = path.relative_to(images).parts
+        if len(parts) > 1 and path.stat().st_size:
+            md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            if md5 not in seen:
+                try:
+                    decode(path.read_bytes())
+                except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+                    continue  # ingest will list it with its reason
+            seen[md5].add(parts[0])
+            by_label[parts[0]][md5] = known.get(md5) or side_of(md5)
+    new: list[SplitException] = []
+    remarks: list[str] = []
+    for label, sides in sorted(by_label.items()):
+        sides = {md5: side for md5, side in sides.items() if len(seen[md5]) == 1}
+        if len(sides) >= MINIMUM_PER_CLASS:
+            lines, remark = _filled(label, sides, trained_on, frozenset(known))
+            new += lines
+            remarks += remark
+    return new, remarks
+
+
+def _filled(label: str, sides: dict[str, str], trained_on: frozenset[str], fixed: frozenset[str]) -> tuple[list[SplitException], list[str]]:
+    sides = dict(sides)
+    lines: list[SplitException] = []
+    remarks: list[str] = []
+    for side in (TEST, VAL, TRAIN):
+        if side in sides.values():
+            continue
+        # Take from a side that keeps at least one image, and never move what splits.csv already fixed.
+        counts = Counter(sides.values())
+        free = sorted((md5 for md5, s in sides.items() if counts[s] > 1 and md5 not in fixed and not (side == TEST and md5 in trained_on)))
+        if not free:
+            remarks.append(f"not {'evaluated' if side == TEST else 'validated'}: {label} has no image that could go to {side}")
+            continue
+        chosen = free[0] if side == TRAIN else free[-1]
+        sides[chosen] = side
+        lines.append(SplitException(chosen, side, label))
+    return lines, remarks
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(manifest: Manifest, path: Path, quarantine: Path) -> None:
+    """Write the rows as parquet and the rejected files and remarks as csv; the same manifest gives the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {f.name: [getattr(row, f.name) for row in manifest.rows] for f in fields(Row)}
+    pq.write_table(pa.table(columns), path, compression="zstd")
+    with quarantine.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "reason"])
+        writer.writerows((r.path, r.reason) for r in manifest.rejected)
+        writer.writerows(("", remark) for remark in manifest.remarks)
+
+
+def read_manifest(path: Path, quarantine: Path | None = None) -> Manifest:
+    """Read what `write_manifest` wrote."""
+    import pyarrow.parquet as pq
+
+    rows = tuple(Row(**line) for line in pq.read_table(path).to_pylist())
+    if quarantine is None:
+        return Manifest(rows, (), ())
+    with quarantine.open(newline="", encoding="utf-8") as file:
+        lines = [(line["path"], line["reason"]) for line in csv.DictReader(file)]
+    return Manifest(rows, tuple(Rejected(p, r) for p, r in lines if p), tuple(r for p, r in lines if not p))
+
+
+def write_digits(folder: Path) -> int:
+    """Write the embedded sample: the 1,797 real handwritten digits that scikit-learn carries, as 32 x 32 grey PNG files in class folders.
+
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (its test part).
+
+    Returns:
+        The number of images written.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = folder / str(label) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8), "L")
+        grey.resize((32, 32), Image.Resampling.BICUBIC).save(path)
+    return len(digits.images)
+
