@@ -1,0 +1,51 @@
+"""tlpipeline keeps image classifiers retrained.
+
+The library: measure a data set against a pretrained network, choose one of the four cases of transfer learning, train it, evaluate it.
+Nothing here imports Prefect or Ray; heavy modules are imported when a name is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tlpipeline.backbones import load as load_backbone
+    from tlpipeline.cases import CASES, Decision, choose
+    from tlpipeline.dataset import ingest
+    from tlpipeline.errors import PipelineError
+    from tlpipeline.model import load as load_model
+    from tlpipeline.predict import predict
+    from tlpipeline.profiling import Profile, measure
+
+_WHERE = {
+    "CASES": ("cases", "CASES"),
+    "Decision": ("cases", "Decision"),
+    "PipelineError": ("errors", "PipelineError"),
+    "Profile": ("profiling", "Profile"),
+    "choose": ("cases", "choose"),
+    "ingest": ("dataset", "ingest"),
+    "load_backbone": ("backbones", "load"),
+    "load_model": ("model", "load"),
+    "measure": ("profiling", "measure"),
+    "predict": ("predict", "predict"),
+}
+
+__all__ = [
+    "CASES",
+    "Decision",
+    "PipelineError",
+    "Profile",
+    "choose",
+    "ingest",
+    "load_backbone",
+    "load_model",
+    "measure",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'tlpipeline' has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _WHERE[name]
+    return getattr(importlib.import_module(f"tlpipeline.{module}"), attribute)

@@ -16,11 +16,11 @@ outputs need is gone, parameters included.
 import hashlib
 import importlib
 import re
-from pickle import UnpicklingError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -121,9 +121,9 @@ class Demonstration(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        self.conv1 = self._convolution(3, 48)
-        self.conv2 = self._convolution(48, 96)
-        self.conv3 = self._convolution(96, 128)
+        self.conv1 = self._convolution(3, 32)
+        self.conv2 = self._convolution(32, 64)
+        self.conv3 = self._convolution(64, 128)
         self.fc1 = nn.Sequential(nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.ReLU())
         self.fc2 = nn.Sequential(nn.Dropout(0.3), nn.Linear(256, 128), nn.ReLU())
         self.fc3 = nn.Linear(128, num_classes)
@@ -214,6 +214,24 @@ def load(name: str, weights: str, *, md5: str = NONE, root: Path = Path(), size:
     return _torchvision(name, weights, md5, root, size, seed)
 
 
+def check_name(name: str) -> None:
+    """Check that the catalogue has this network, without building it.
+
+    Raises:
+        BackboneError: it has not; the nearest names are suggested.
+    """
+    if name == "demonstration" or ":" in name:
+        return
+    import torchvision.models as models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise BackboneError(
+            f"expected demonstration, a torchvision classifier or package.module:callable as backbone, found {name!r}; "
+            f"{nearest(name, [*known, 'demonstration'])}"
+        )
+
+
 def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
     if weights == DEFAULT:
         state = _read(_PACKAGED / "demonstration.safetensors")
@@ -234,9 +252,13 @@ def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
             "Install its package or put its folder on PYTHONPATH."
         ) from error
     except AttributeError as error:
-        raise BackboneError(f"expected {attribute!r} in the module {package}; {nearest(attribute, dir(importlib.import_module(package)))}") from error
+        raise BackboneError(
+            f"expected {attribute!r} in the module {package}; {nearest(attribute, dir(importlib.import_module(package)))}"
+        ) from error
     if weights == DEFAULT:
-        raise BackboneError(f"expected a weights file for the own network {name}, found DEFAULT. Set backbone.weights to its path, or to none.")
+        raise BackboneError(
+            f"expected a weights file for the own network {name}, found DEFAULT. Set backbone.weights to its path, or to none."
+        )
     state, fingerprint = _state(weights, md5, root, name, (NONE,))
     return _assemble(name, weights, fingerprint, _seeded(factory, seed), state)
 
@@ -244,11 +266,7 @@ def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
 def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None, seed: int) -> Backbone:
     import torchvision.models as models
 
-    known = models.list_models(module=models)
-    if name not in known:
-        raise BackboneError(
-            f"expected demonstration, a torchvision classifier or package.module:callable as backbone, found {name!r}; {nearest(name, [*known, 'demonstration'])}"
-        )
+    check_name(name)
     entries = models.get_model_weights(name)
     members = {member.name: member for member in entries}
     entry = entries.DEFAULT if weights == DEFAULT else members.get(weights)
@@ -333,7 +351,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise BackboneError(f"expected a state dict (names to tensors) in {path}, found {type(content).__name__}. Save `model.state_dict()`.")
+        raise BackboneError(
+            f"expected a state dict (names to tensors) in {path}, found {type(content).__name__}. Save `model.state_dict()`."
+        )
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
@@ -364,7 +384,9 @@ def _fit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
     # Checkpoints from before PyTorch 0.4.1 lack the counters of BatchNorm; nothing reads them at a fixed momentum.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in own]
-    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape
+    ]
     if missing or extra or shapes:
         parts = [
             f"{len(missing)} missing, first {', '.join(missing[:3])}" if missing else "",
@@ -400,7 +422,7 @@ def _own_taps(name: str, module: nn.Module, size: int) -> tuple[str, ...]:
     order = _blocks_in_order(module, size)
     if not order:
         raise BackboneError(
-            f"expected taps in {name}, found no top-level block that gives a tensor. Say them in the class: taps = (\"layer1\", \"layer2\")."
+            f'expected taps in {name}, found no top-level block that gives a tensor. Say them in the class: taps = ("layer1", "layer2").'
         )
     return _thinned(order)
 
@@ -426,7 +448,11 @@ def _blocks_in_order(module: nn.Module, size: int) -> list[str]:
     return [
         n
         for n, out in calls
-        if names.count(n) == 1 and isinstance(out, Tensor) and out.dim() in (2, 4) and out is not output and next(candidates[n].parameters(), None) is not None
+        if names.count(n) == 1
+        and isinstance(out, Tensor)
+        and out.dim() in (2, 4)
+        and out is not output
+        and next(candidates[n].parameters(), None) is not None
     ]
 
 

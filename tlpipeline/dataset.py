@@ -27,6 +27,7 @@ SIDES = (TRAIN, VAL, TEST)
 GIVEN_SIDES = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
 TRAIN_BELOW, VAL_BELOW = 0.70, 0.85
 MINIMUM_PER_CLASS = 3
+_LOOK_INTO_BELOW = 50  # images of a class below which a broken one could be the only one of its side
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -216,6 +217,15 @@ def _files(images: Path) -> list[Path]:
     return files
 
 
+def check_folder(images: Path) -> None:
+    """Check that a folder can hold a data set at all.
+
+    Raises:
+        DataError: it is missing, empty, or has no class folders.
+    """
+    _files(images)
+
+
 def _given_sides(images: Path) -> str:
     """Say which layout this is: "" (by content), "all" (train, val and test are given) or "no val"."""
     names = {p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith(".")}
@@ -255,7 +265,9 @@ def _without_conflicts(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
     for row in rows:
         labels[row.md5].add(row.label)
     kept = [r for r in rows if len(labels[r.md5]) == 1]
-    out = [Rejected(r.path, f"the same image in several classes: {', '.join(sorted(labels[r.md5]))}") for r in rows if len(labels[r.md5]) > 1]
+    out = [
+        Rejected(r.path, f"the same image in several classes: {', '.join(sorted(labels[r.md5]))}") for r in rows if len(labels[r.md5]) > 1
+    ]
     return kept, out
 
 
@@ -356,11 +368,18 @@ def write_exceptions(path: Path, new: Iterable[SplitException]) -> None:
         writer.writerows((line.md5, line.split, line.label) for line in new)
 
 
-def needed_exceptions(images: Path, known: Mapping[str, str], trained_on: frozenset[str]) -> tuple[list[SplitException], list[str]]:
+def needed_exceptions(
+    images: Path, hashes: Mapping[str, str], known: Mapping[str, str], trained_on: Callable[[], frozenset[str]]
+) -> tuple[list[SplitException], list[str]]:
     """Find the classes that would have an empty side and give each such side one image.
 
     The image with the highest u goes to test, the next to val, the lowest to train. Images that a registered version was trained on never
     go to test: the class is then named as not evaluated.
+
+    Args:
+        hashes: path below images to md5, of all files.
+        known: lines that splits.csv has already.
+        trained_on: gives the md5 of all images that a registered version was trained on; asked only where a side is empty.
 
     Returns:
         The new lines for splits.csv, and remarks.
@@ -368,24 +387,21 @@ def needed_exceptions(images: Path, known: Mapping[str, str], trained_on: frozen
     if not images.is_dir() or _given_sides(images):
         return [], []
     by_label: dict[str, dict[str, str]] = defaultdict(dict)
-    seen: dict[str, set[str]] = defaultdict(set)
-    for path in _files(images):
-        parts = path.relative_to(images).parts
-        if len(parts) > 1 and path.stat().st_size:
-            md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            if md5 not in seen:
-                try:
-                    decode(path.read_bytes())
-                except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-                    continue  # ingest will list it with its reason
-            seen[md5].add(parts[0])
-            by_label[parts[0]][md5] = known.get(md5) or side_of(md5)
+    labels: dict[str, set[str]] = defaultdict(set)
+    for path, md5 in sorted(hashes.items()):
+        label, _, rest = path.partition("/")
+        if rest and not Path(path).name.startswith("."):
+            by_label[label].setdefault(md5, path)
+            labels[md5].add(label)
     new: list[SplitException] = []
     remarks: list[str] = []
-    for label, sides in sorted(by_label.items()):
-        sides = {md5: side for md5, side in sides.items() if len(seen[md5]) == 1}
-        if len(sides) >= MINIMUM_PER_CLASS:
-            lines, remark = _filled(label, sides, trained_on, frozenset(known))
+    for label, paths in sorted(by_label.items()):
+        usable = {md5: path for md5, path in paths.items() if len(labels[md5]) == 1}
+        if len(usable) < _LOOK_INTO_BELOW:
+            usable = {md5: path for md5, path in usable.items() if isinstance(_inspect(images, images / path, ""), Row)}
+        sides = {md5: known.get(md5) or side_of(md5) for md5 in usable}
+        if len(sides) >= MINIMUM_PER_CLASS and set(sides.values()) != set(SIDES):
+            lines, remark = _filled(label, sides, trained_on(), frozenset(known))
             new += lines
             remarks += remark
     return new, remarks
@@ -456,4 +472,3 @@ def write_digits(folder: Path) -> int:
         grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8), "L")
         grey.resize((32, 32), Image.Resampling.BICUBIC).save(path)
     return len(digits.images)
-

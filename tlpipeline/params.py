@@ -43,8 +43,12 @@ def _not_empty() -> dict[str, Any]:
 class Data:
     """Where the images are and how large they enter the network."""
 
-    name: str = field(metadata={"check": lambda v: bool(v) and v.replace("-", "").isalnum() and v == v.lower() and v[0].isalpha(),
-                                "allowed": "lower-case letters, digits and dashes, a letter first"})
+    name: str = field(
+        metadata={
+            "check": lambda v: bool(v) and v.replace("-", "").isalnum() and v == v.lower() and v[0].isalpha(),
+            "allowed": "lower-case letters, digits and dashes, a letter first",
+        }
+    )
     images: str = field(metadata=_not_empty())
     size: int | str = field(metadata=_auto_or_at_least(8))
 
@@ -55,8 +59,12 @@ class BackboneParams:
 
     name: str = field(metadata=_not_empty())
     weights: str = field(metadata=_not_empty())
-    weights_md5: str = field(metadata={"check": lambda v: v == "none" or (len(v) == 32 and all(c in "0123456789abcdef" for c in v)),
-                                       "allowed": "none or 32 hexadecimal digits"})
+    weights_md5: str = field(
+        metadata={
+            "check": lambda v: v == "none" or (len(v) == 32 and all(c in "0123456789abcdef" for c in v)),
+            "allowed": "none or 32 hexadecimal digits",
+        }
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +166,9 @@ def _section(cls: type, content: Any, where: str) -> Any:
             raise ParamsError(f"{where}: unknown key {key!r}; {nearest(str(key), fields)}")
     for name in fields:
         if name not in content:
-            raise ParamsError(f"{where}: the key {name!r} is missing. Every key must be there: compare with `tlpipeline init` in an empty folder.")
+            raise ParamsError(
+                f"{where}: the key {name!r} is missing. Every key must be there: compare with `tlpipeline init` in an empty folder."
+            )
     values = {}
     for name, value in content.items():
         path = f"{where}: {name}" if where.endswith(".yaml") else f"{where}.{name}"
@@ -182,4 +192,3 @@ def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> A
     if check is not None and not check(value):
         raise ParamsError(f"{path}: expected {metadata['allowed']}, found {value!r}.")
     return value
-

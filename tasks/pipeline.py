@@ -1,0 +1,97 @@
+"""The tasks of the pipeline. Called directly, never submitted: training must run in the main thread, where it can be interrupted."""
+
+from contextvars import ContextVar
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+
+from tlpipeline import acts, stages
+from tlpipeline.errors import WorkspaceError
+from tlpipeline.progress import Event, Progress, silent
+
+# Whoever starts a flow in this process may listen: the command line sets its progress bar here.
+listener: ContextVar[Progress] = ContextVar("listener", default=silent)
+
+
+class _Bar:
+    """A progress artifact in the Prefect UI that follows the events of a stage, updated only when its percentage moves."""
+
+    def __init__(self, key: str) -> None:
+        self.id = create_progress_artifact(progress=0.0, key=key, description="waiting")
+        self.shown = 0
+
+    def __call__(self, event: Event) -> None:
+        listener.get()(event)
+        percent = int(100 * event.done / event.total) if event.total else 0
+        if percent != self.shown:
+            self.shown = percent
+            update_progress_artifact(self.id, progress=float(percent), description=event.text)
+
+
+def _broken(task, run, state) -> bool:  # type: ignore[no-untyped-def]
+    """Retry only what can succeed the second time: a remote that could not be reached."""
+    return isinstance(state.result(raise_on_failure=False), WorkspaceError | OSError) and "remote" in str(
+        state.result(raise_on_failure=False)
+    )
+
+
+@task(task_run_name="version", retries=2, retry_delay_seconds=10, retry_condition_fn=_broken)
+def version(workspace: Path, images: Path | None) -> str:
+    """Version the images as they are now; return the hash of the data set."""
+    if images is not None:
+        acts.take_over(workspace, images)
+    digest, remarks = acts.commit_data(workspace)
+    for remark in remarks:
+        listener.get()(Event("version", 1, 1, remark))
+    return digest
+
+
+@task(task_run_name="{name}")
+def stage(workspace: Path, name: str) -> bool:
+    """Bring a stage up to date; return whether it ran."""
+    return stages.bring_up_to_date(workspace, name, listener.get())
+
+
+@task(task_run_name="choose")
+def choose(workspace: Path) -> str:
+    """Decide the case; return its name."""
+    stages.bring_up_to_date(workspace, "choose", listener.get())
+    create_markdown_artifact(acts.decision_markdown(workspace), key="decision", description="Which case, and why")
+    return str(stages.read_case(workspace).case)
+
+
+@task(task_run_name="train-{case}")
+def train(workspace: Path, case: str) -> bool:
+    """Train the case as one Ray Train job; return whether it had to."""
+    return stages.bring_up_to_date(workspace, "train", _Bar("training"))
+
+
+@task(task_run_name="evaluate")
+def evaluate(workspace: Path) -> float:
+    """Measure the model on the test side; return its accuracy."""
+    stages.bring_up_to_date(workspace, "evaluate", listener.get())
+    create_markdown_artifact(acts.evaluation_markdown(workspace), key="evaluation", description="Metrics on the held-out test side")
+    return float(stages.read_json(workspace, stages.METRICS)["accuracy"])
+
+
+@task(task_run_name="gate")
+def gate(workspace: Path) -> object:
+    """Compare with the champion on the same test images; return the verdict, or nothing for a model that is registered already."""
+    with stages.timed(workspace, "gate"):
+        return acts.judge(workspace, listener.get())
+
+
+@task(task_run_name="register", retries=2, retry_delay_seconds=10, retry_condition_fn=_broken)
+def register(workspace: Path, verdict: object) -> acts.Registration:
+    """Register the model where the gate accepted it."""
+    with stages.timed(workspace, "register"):
+        return acts.register(workspace, verdict)  # type: ignore[arg-type]
+
+
+@task(task_run_name="report")
+def report(workspace: Path, registration: acts.Registration) -> acts.Summary:
+    """Write report.html; return what the run ended with."""
+    with stages.timed(workspace, "report"):
+        path = acts.write_report(workspace, registration)
+    return acts.summary(workspace, registration, path)

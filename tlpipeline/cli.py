@@ -1,0 +1,350 @@
+"""The command line: verbs, printing, exit codes. What a user may turn is in params.yaml, not here.
+
+Heavy imports (torch, ray, prefect, dvc) happen inside the functions: `tlpipeline --help` needs none of them.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tlpipeline.errors import PipelineError
+from tlpipeline.progress import Event
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+data = typer.Typer(no_args_is_help=True, help="Version the images.")
+registry = typer.Typer(no_args_is_help=True, help="List, show, promote and roll back registered models.")
+app.add_typer(data, name="data")
+app.add_typer(registry, name="registry")
+
+Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the workspace.")]
+
+
+def main() -> None:
+    """Run a command; a mistake that the user can mend is one message and exit code 2, Ctrl-C is 130."""
+    try:
+        app(standalone_mode=False)
+    except PipelineError as error:
+        _say(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("interrupted; checkpoints are kept, and the next run goes on from the last one")
+        sys.exit(130)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own: wrong or missing arguments
+            _say(f"error: {error.format_message()}")
+            sys.exit(error.exit_code)
+        raise
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="New or empty folder.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of <class>/<image>, copied in; without it the embedded sample of handwritten digits.")
+    ] = None,
+    backbone: Annotated[str, typer.Option(help="demonstration, a torchvision classifier, or package.module:callable.")] = "demonstration",
+    weights: Annotated[str, typer.Option(help="DEFAULT, a torchvision weights name, a weights file, or none.")] = "DEFAULT",
+    remote: Annotated[str | None, typer.Option(help="DVC remote (folder or URL); without it a folder inside the workspace.")] = None,
+) -> None:
+    """Make a workspace: a git and DVC repository with the pipeline, its settings, and versioned images."""
+    from tlpipeline import acts
+
+    with _Bar() as bar:
+        acts.init(folder, images, backbone, weights, remote, bar)
+    print(f"workspace {folder} is ready. Settings: {folder / 'params.yaml'}. Next: tlpipeline run --workspace {folder}")
+
+
+@app.command()
+def run(
+    workspace: Workspace = Path(),
+    images: Annotated[Path | None, typer.Option(help="Folder that replaces the workspace's images first.")] = None,
+) -> None:
+    """Run the whole flow: version, profile, choose, train, evaluate, gate, register, report."""
+    _prepare(workspace)
+    from tlpipeline import versioning
+    from tlpipeline.acts import checked
+
+    checked(workspace)  # a mistake is told before the Prefect server starts
+    versioning.free(workspace)
+    from flows.retrain import retrain
+    from tasks.pipeline import listener
+
+    with _Bar() as bar:
+        token = listener.set(bar)
+        try:
+            summary = retrain(workspace=workspace, images=images)
+        finally:
+            listener.reset(token)
+    _print_summary(summary)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="ingest, profile, choose, train or evaluate.")],
+    workspace: Workspace = Path(),
+) -> None:
+    """Run one stage, as dvc.yaml does."""
+    from tlpipeline import stages
+    from tlpipeline.errors import nearest
+
+    if name not in stages.STAGES:
+        raise PipelineError(f"expected a stage, found {name!r}; {nearest(name, stages.STAGES)}")
+    with _Bar() as bar:
+        try:
+            stages.run(workspace, name, bar)
+        finally:
+            _leave_ray()
+
+
+@app.command(hidden=True)
+def sample(folder: Annotated[Path, typer.Argument(help="Folder to write to.")]) -> None:
+    """Write the embedded sample images; a stage of sample/dvc.yaml."""
+    from tlpipeline import dataset
+
+    print(f"{dataset.write_digits(folder)} images written to {folder}")
+
+
+@app.command()
+def pretrain(
+    images: Annotated[Path, typer.Argument(help="Folder of <class>/<image> or {train,test}/<class>/<image>.")],
+    backbone: Annotated[str, typer.Option(help="Network to train from random weights.")] = "demonstration",
+    output: Annotated[Path, typer.Option(help="Folder for <backbone>.safetensors and its card.")] = Path("weights"),
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 24,
+    rate: Annotated[float, typer.Option(help="Learning rate at a batch of 64.")] = 0.03,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    flip: Annotated[bool, typer.Option(help="Mirror images at random; not for text, digits, signs.")] = True,
+) -> None:
+    """Pretrain a network of your own to transfer from."""
+    from tlpipeline.pretrain import pretrain as train
+
+    with _Bar() as bar:
+        done = train(images, backbone, output, epochs=epochs, rate=rate, seed=seed, flip=flip, progress=bar)
+    print(f"{done.weights}: test accuracy {done.accuracy:.1%} ({done.low:.1%} to {done.high:.1%})")
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="A model folder, name@v1, or name#prod.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    json: Annotated[bool, typer.Option("--json", help="All probabilities, as JSON.")] = False,
+    workspace: Workspace = Path(),
+) -> None:
+    """Print class and probability of images."""
+    from tlpipeline import predict as predicting
+
+    found = predicting.predict(predicting.find(model, workspace), images)
+    if json:
+        import dataclasses
+        from json import dumps
+
+        print(dumps([dataclasses.asdict(p) for p in found], indent=2))
+        return
+    for prediction in found:
+        print(f"{prediction.path}  {prediction.label}  {prediction.probability:.4f}")
+
+
+# --- data -----------------------------------------------------------------------------------------------------------------------------
+
+
+@data.command("commit")
+def data_commit(
+    workspace: Workspace = Path(),
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the git commit.")] = None,
+) -> None:
+    """Version the images as they are now, push them, and tell a Prefect server, if one is configured, that they changed."""
+    _prepare(workspace)
+    from tlpipeline import acts, versioning
+
+    versioning.require(workspace)
+    with versioning.workspace_lock(workspace):
+        digest, remarks = acts.commit_data(workspace, message)
+        images = acts.count_images(workspace)
+    for remark in remarks:
+        print(remark)
+    print(f"data {digest}: {images} files")
+    if os.environ.get("PREFECT_API_URL"):
+        from flows.retrain import announce
+
+        announce(acts.name_of(workspace), digest, images)
+        print("event tlpipeline.data.updated emitted")
+    else:
+        print("no event emitted: PREFECT_API_URL is not set")
+
+
+# --- registry -------------------------------------------------------------------------------------------------------------------------
+
+
+@registry.command("list")
+def registry_list(workspace: Workspace = Path()) -> None:
+    """List the registered versions, newest first."""
+    from tlpipeline import acts
+
+    rows = acts.registered(workspace)
+    if not rows:
+        print("nothing is registered yet")
+        return
+    _table(("version", "stages", "case", "accuracy", "interval", "data", "commit"), rows)
+
+
+@registry.command("show")
+def registry_show(
+    version: Annotated[str, typer.Argument(help="name@v1, name@latest or name#prod.")], workspace: Workspace = Path()
+) -> None:
+    """Print the model card of a version."""
+    from tlpipeline import acts
+
+    print(acts.card_of(workspace, version))
+
+
+@registry.command("promote")
+def registry_promote(
+    version: Annotated[str, typer.Argument(help="name@v1 or name@latest.")],
+    stage: Annotated[str, typer.Option(help="Stage to put it into.")] = "prod",
+    workspace: Workspace = Path(),
+) -> None:
+    """Put a version into a stage."""
+    from tlpipeline import registry as models
+    from tlpipeline import versioning
+
+    versioning.require(workspace)
+    found = models.resolve(workspace, version)
+    print(f"{found} is in {stage} now ({models.promote(workspace, found, stage)})")
+
+
+@registry.command("rollback")
+def registry_rollback(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    stage: Annotated[str, typer.Option(help="Stage to roll back.")] = "prod",
+    workspace: Workspace = Path(),
+) -> None:
+    """Put the version back that was in a stage before."""
+    from tlpipeline import registry as models
+    from tlpipeline import versioning
+
+    versioning.require(workspace)
+    before, now = models.rollback(workspace, name, stage)
+    print(f"{now} is in {stage} again, instead of {before}")
+
+
+# --- printing -------------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare(workspace: Path) -> None:
+    """Set what Prefect must know before it is imported; a user's own settings win."""
+    home = workspace.resolve() / ".tlpipeline" / "prefect"
+    quiet = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_LOGGING_LEVEL": "ERROR",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "DVC_NO_ANALYTICS": "1",
+        "ITERATIVE_DO_NOT_TRACK": "1",
+    }
+    for key, value in quiet.items():
+        os.environ.setdefault(key, value)
+
+
+def _leave_ray() -> None:
+    if "ray" in sys.modules:
+        from tlpipeline import distributed
+
+        distributed.shutdown()
+
+
+class _Bar:
+    """A progress bar on a terminal, a line for each stage and epoch elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.console = Console(stderr=True)
+        self.live = self.console.is_terminal
+        self.bar = Progress(
+            TextColumn("{task.fields[stage]:<9}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=False,
+            disable=not self.live,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.last: dict[str, str] = {}
+
+    def __enter__(self) -> "_Bar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        if not self.live:
+            for stage, text in self.last.items():
+                self._line(stage, text)
+
+    def __call__(self, event: Event) -> None:
+        if self.live:
+            if event.stage not in self.tasks:
+                self.tasks[event.stage] = self.bar.add_task(event.text, total=event.total, stage=event.stage)
+            self.bar.update(self.tasks[event.stage], completed=event.done, total=event.total or None, description=event.text)
+            return
+        # Not on a terminal: what ends an epoch or a stage is worth a line, the rest is not.
+        if event.done == event.total or "validation" in event.text:
+            self.last.pop(event.stage, None)
+            self._line(event.stage, event.text)
+        else:
+            self.last[event.stage] = event.text
+
+    def _line(self, stage: str, text: str) -> None:
+        print(f"{stage:<9} {text}", file=sys.stderr, flush=True)
+
+
+def _print_summary(summary: Any) -> None:
+    seconds = ", ".join(f"{name} {'up to date' if s is None else f'{s:.1f}'}" for name, s in summary.seconds.items())
+    rows = [
+        (
+            "images",
+            f"{summary.images} in {summary.classes} classes"
+            + (f", {summary.rejected} files left out (quarantine.csv)" if summary.rejected else ""),
+        ),
+        *[("", remark) for remark in summary.remarks],
+        ("case", summary.case),
+        ("why", summary.reason),
+        (
+            "accuracy",
+            f"{summary.accuracy:.1%} ({summary.low:.1%} to {summary.high:.1%})"
+            + (f", against {summary.champion}" if summary.champion else ""),
+        ),
+        ("version", summary.version + ("" if summary.new else " (unchanged)") if summary.version else "none registered"),
+        ("", summary.outcome),
+        ("report", summary.report),
+        ("seconds", seconds),
+    ]
+    _table((), rows)
+
+
+def _table(header: tuple[str, ...], rows: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, show_header=bool(header), pad_edge=False, header_style="bold")
+    if not header:
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)

@@ -1,0 +1,259 @@
+"""The only file that knows Ray: the training loop as one Ray Train job, or the same loop in this process (`workers: 0`).
+
+Four touch points with Ray: who am I, keep this checkpoint, give me the newest one, run this on so many workers.
+
+Several GPUs on one machine or on several have never been run: NCCL is chosen on GPUs and gloo on CPUs, and what is tested is gloo.
+"""
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlpipeline import train
+from tlpipeline.errors import ClusterError, PipelineError
+from tlpipeline.params import AUTO, ClusterParams
+from tlpipeline.progress import Progress
+from tlpipeline.train import Alone, Job, Tail
+
+_OBJECT_STORE = 256 * 2**20  # images never pass through Ray
+# Read when Ray Train is first used. A short poll ends each fit up to two seconds earlier; the preemption watcher has no use on one machine.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def preflight(cluster: ClusterParams) -> bool:
+    """Check that the workers fit, before anything starts; say whether they use GPUs.
+
+    Raises:
+        ClusterError: more workers than this machine has CPUs or GPUs, or GPUs asked for where there are none. Ray itself would wait for ever.
+    """
+    gpus = torch.cuda.device_count()
+    use_gpu = gpus > 0 if cluster.gpu == AUTO else bool(cluster.gpu)
+    if os.environ.get("RAY_ADDRESS"):
+        return use_gpu  # another machine's resources: asked of the cluster in `fit`
+    if use_gpu and gpus < max(cluster.workers, 1):
+        raise ClusterError(
+            f"expected a GPU for each of {max(cluster.workers, 1)} workers, found {gpus}. Set cluster.workers to {gpus}, or cluster.gpu to false."
+        )
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cluster.workers > cpus:
+        raise ClusterError(
+            f"expected a CPU for each of {cluster.workers} workers, found {cpus}. Set cluster.workers to {cpus} or less, "
+            "or RAY_ADDRESS to a cluster that has more."
+        )
+    return use_gpu
+
+
+def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Progress) -> Path:
+    """Train, and return the folder of the finished run: `model/` and `history.json`.
+
+    Args:
+        job: what to train.
+        cluster: where.
+        name: identifies data, params and code; a run of the same name that was interrupted is resumed.
+        folder: for everything that the run leaves behind; delete it once the result is recorded.
+        progress: told what the first worker does.
+
+    Raises:
+        ClusterError: the workers are not there, or died more often than `max_failures`.
+        PipelineError: whatever the loop itself raises.
+    """
+    use_gpu = preflight(cluster)
+    folder.mkdir(parents=True, exist_ok=True)
+    tail = Tail(Path(job.history), progress)
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(0.2):
+            tail()
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        if cluster.workers == 0:
+            return _in_process(job, use_gpu, folder / name)
+        return _on_workers(job, cluster, use_gpu, name, folder)
+    finally:
+        stop.set()
+        follower.join()
+        tail()
+
+
+def _in_process(job: Job, use_gpu: bool, folder: Path) -> Path:
+    device = torch.device("cuda" if use_gpu else "cpu")
+    scratch = folder / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    finished = train.run(job, Alone(folder, device), scratch)
+    assert finished is not None
+    return finished
+
+
+# --- Ray ------------------------------------------------------------------------------------------------------------------------------
+
+
+class _RayWorld:
+    """A Ray Train worker as a World."""
+
+    def __init__(self) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank, self.size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+
+    def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
+        import ray.train
+
+        ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None)
+
+    @contextmanager
+    def restore(self) -> Iterator[Path | None]:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+        else:
+            with checkpoint.as_directory() as folder:
+                yield Path(folder)
+
+
+def _loop(config: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix="tlpipeline-") as scratch:
+        train.run(Job(**config), _RayWorld(), Path(scratch))
+
+
+def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, folder: Path) -> Path:
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    with _interruptible():
+        runtime(cluster.workers)
+        _enough(cluster, use_gpu)
+        storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
+        threads = max(1, (os.cpu_count() or 1) // cluster.workers)
+        trainer = TorchTrainer(
+            _loop,
+            train_loop_config=asdict(job),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
+            scaling_config=ray.train.ScalingConfig(num_workers=cluster.workers, use_gpu=use_gpu),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=storage,
+                failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}},
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _translated(error, cluster.max_failures) from error
+    if result.checkpoint is None:
+        raise ClusterError(
+            "expected a trained model from the workers, but they kept no checkpoint. Run again with fewer workers to see why."
+        )
+    finished = folder / f"{name}-finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    result.checkpoint.to_directory(str(finished))
+    if not (finished / train.MODEL).is_dir():
+        raise ClusterError(
+            "expected a finished model from the workers, but the newest checkpoint is from the middle. Start the run again: it resumes."
+        )
+    return finished
+
+
+def runtime(workers: int) -> None:
+    """Start Ray quietly on this machine, or join the cluster at RAY_ADDRESS; at most one runtime in a process."""
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except ConnectionError as error:
+            raise ClusterError(f"expected a Ray cluster at RAY_ADDRESS={address}, but: {error}. Start it, or unset RAY_ADDRESS.") from error
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=max(workers, 1),
+        object_store_memory=_OBJECT_STORE,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+
+
+def shutdown() -> None:
+    """Stop or leave the Ray runtime, if this process has one."""
+    import sys
+
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+
+
+def _enough(cluster: ClusterParams, use_gpu: bool) -> None:
+    import ray
+
+    kind = "GPU" if use_gpu else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))
+    if there < cluster.workers:
+        raise ClusterError(
+            f"expected {cluster.workers} {kind}s in the Ray cluster, found {there}. Set cluster.workers to {there} or add nodes."
+        )
+
+
+def _translated(error: Any, allowed: int) -> PipelineError:
+    failures = getattr(error, "worker_failures", {}) or {}
+    for failure in failures.values():
+        seen: BaseException | None = failure
+        while seen is not None:
+            if isinstance(seen, PipelineError):
+                return seen
+            seen = seen.__cause__ or seen.__context__
+        # Ray hands user exceptions on as text where they cannot be rebuilt.
+    first = next(iter(failures.values()), error)
+    return ClusterError(
+        f"expected the workers to finish, but they failed more often than cluster.max_failures ({allowed}) allows: {str(first)[-1500:]}. "
+        "What was trained is kept: the next run resumes from the last checkpoint."
+    )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Give Ctrl-C back to its former handler: `fit` installs its own in the main thread and leaves it there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

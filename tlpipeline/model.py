@@ -1,0 +1,168 @@
+"""The classifier: a cut backbone, pooled readings at its taps, one linear head. And the folder that it is kept in, without pickles."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlpipeline import backbones
+from tlpipeline.backbones import Backbone, Transforms
+from tlpipeline.errors import BackboneError, RegistryError
+from tlpipeline.features import BATCH, Images, Reading, in_batches, normalise, pool
+
+WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Description:
+    """The content of model.json: all that is needed to rebuild the network around its tensors and to feed it.
+
+    Attributes:
+        architecture: name of the backbone in the catalogue.
+        cut: the deepest tap that is kept; readings: what the head reads, deepest first.
+        classes: names in the order of the outputs.
+        transforms: from an image to an input.
+    """
+
+    architecture: str
+    cut: str
+    readings: tuple[Reading, ...]
+    classes: tuple[str, ...]
+    transforms: Transforms
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Description":
+        """Read what `to_json` gave."""
+        t = content["transforms"]
+        return cls(
+            content["architecture"],
+            content["cut"],
+            tuple(Reading(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
+            tuple(content["classes"]),
+            Transforms(t["size"], t["resize"], tuple(t["mean"]), tuple(t["std"]), t["interpolation"]),
+        )
+
+
+class Classifier(nn.Module):
+    """A network cut at its deepest reading, with a linear head on the pooled readings.
+
+    Maps normalised images (batch, 3, size, size) to logits (batch, classes). Where it is frozen, the backbone stays in eval mode whatever
+    `train()` is called with: requires_grad alone does not stop BatchNorm statistics, Dropout and StochasticDepth.
+    """
+
+    def __init__(self, backbone: Backbone, readings: Sequence[Reading], classes: int, frozen: bool) -> None:
+        super().__init__()
+        self.trunk = backbones.cut(backbone, [r.tap for r in readings])
+        self.grids = [r.grids for r in readings]
+        self.blocks = [block for r in readings for block in r.blocks]
+        self.head = nn.Linear(sum(self.blocks), classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.frozen = frozen
+        self.trunk.requires_grad_(not frozen)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the pooled readings (batch, features)."""
+        return torch.cat([pool(maps, grids) for maps, grids in zip(self.trunk(images), self.grids, strict=True)], dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (batch, classes)."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Switch to training mode, but for a frozen backbone."""
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()
+        return self
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, description: Description, folder: Path) -> None:
+    """Write weights.safetensors and model.json; the same tensors give the same bytes, and a crash leaves no half-written file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    write_json(description.to_json(), folder / DESCRIPTION)
+
+
+def load(folder: Path) -> tuple[Classifier, Description]:
+    """Read a model folder.
+
+    Raises:
+        RegistryError: no model is there. BackboneError: its tensors do not fit its description.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
+        raise RegistryError(
+            f"expected a model folder with {WEIGHTS} and {DESCRIPTION} at {folder}, found none. Train one with `tlpipeline run`."
+        )
+    content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    if content.get("format") != FORMAT:
+        raise RegistryError(
+            f"expected a model of format {FORMAT} in {folder}, found {content.get('format')!r}. Use the tlpipeline that wrote it."
+        )
+    description = Description.from_json(content)
+    backbone = backbones.load(description.architecture, backbones.NONE, size=description.transforms.size)
+    model = Classifier(backbone, description.readings, len(description.classes), frozen=True)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise BackboneError(f"expected the tensors of {description.architecture} in {folder / WEIGHTS}: {error}") from error
+    return model.eval(), description
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors, completely or not at all."""
+    from safetensors.torch import save_file
+
+    draft = path.with_name(f".{path.name}.draft")
+    save_file({k: v.detach().cpu() for k, v in tensors.items()}, draft)
+    _settle(draft, path)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON, keys in their order, completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _settle(draft, path)
+
+
+def _settle(draft: Path, path: Path) -> None:
+    with draft.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+# --- predicting -----------------------------------------------------------------------------------------------------------------------
+
+
+def probabilities(
+    model: nn.Module, images: Images, device: torch.device, progress: Callable[[int], None], batch_size: int = BATCH
+) -> Tensor:
+    """Return each image's class probabilities (n, classes), float32 on the CPU, in the order of the images."""
+    model.eval()
+    done = 0
+    with torch.inference_mode():
+        size = images.transforms.size
+        # The width of an empty answer (a worker without a share) is that of any answer.
+        parts = [model(torch.zeros(1, 3, size, size, device=device)).float().cpu()[:0]] if not len(images) else []
+        for batch, pixels in images.batches(in_batches(len(images), batch_size)):
+            parts.append(model(normalise(pixels.to(device), images.transforms)).float().softmax(1).cpu())
+            done += len(batch)
+            progress(done)
+    return torch.cat(parts)

@@ -1,0 +1,140 @@
+"""Pretraining: make weights of one's own to transfer from. The weights of the demonstration network were made by this command."""
+
+import inspect
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tlpipeline import backbones, dataset
+from tlpipeline.backbones import Transforms
+from tlpipeline.cases import Recipe
+from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row
+from tlpipeline.errors import BackboneError
+from tlpipeline.features import Images
+from tlpipeline.model import probabilities, write_json, write_tensors
+from tlpipeline.profiling import wilson
+from tlpipeline.progress import Event, Progress
+from tlpipeline.train import Alone, Checkpoints, Fit, Job, Sides, State, Tail, score
+
+RECIPE = Recipe(crop=0.4, patience=1000, label_smoothing=0.05)
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What was reached: test accuracy with its Wilson 95 % interval, and where the weights are."""
+
+    accuracy: float
+    low: float
+    high: float
+    weights: Path
+
+
+def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float, seed: int, flip: bool, progress: Progress) -> Pretrained:
+    """Train a network of the catalogue from random weights and write `<name>.safetensors` and `<name>.json` (its card).
+
+    Args:
+        images: folder of `<class>/...` or `{train,test}/<class>/...`; the usual splits apply.
+        name: demonstration, a torchvision classifier, or package.module:callable that takes num_classes.
+        output: folder to write to.
+        epochs, rate: length, and learning rate at a batch of 64 (SGD with Nesterov momentum, cosine).
+
+    Raises:
+        DataError, BackboneError: as `ingest` and `load` do.
+    """
+    manifest = dataset.ingest(images, {}, lambda done, total: progress(Event("ingest", done, total, "images read")))
+    torch.manual_seed(seed)
+    module, transforms = _network(name, len(manifest.classes), seed)
+    sides = _sides(images, manifest, transforms)
+    history = Path(tempfile.mkdtemp(prefix="pretrain-"))
+    job = Job(str(images), str(images), "", name, backbones.NONE, backbones.NONE, {}, seed, epochs, BATCH_SIZE, flip, "")
+    world = Alone(history / "kept", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    module.to(world.device)
+    checkpoint = Checkpoints(world, history, module)
+    tail = Tail(history / "history.jsonl", progress)
+    adam = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()) and any(
+        isinstance(m, nn.LayerNorm) for m in module.modules()
+    )
+    state = State(arm="start")
+
+    def tell(done: int, total: int, text: str) -> None:
+        progress(Event("pretrain", done, total, text))
+
+    Fit(module, sides, RECIPE, job, world, checkpoint, tell, adam).arm("scratch", epochs, rate, state)
+    checkpoint.load_best()
+    tail()
+    test = manifest.used(TEST)
+    labels = _indices(manifest, test)
+    chances = probabilities(module, Images(images, test, transforms), world.device, lambda done: None)
+    accuracy, _ = score(chances, labels)
+    low, high = wilson(round(accuracy * len(test)), len(test))
+    file = name.replace(":", ".")
+    output.mkdir(parents=True, exist_ok=True)
+    write_tensors({k: v.contiguous() for k, v in module.state_dict().items()}, output / f"{file}.safetensors")
+    write_json(
+        {
+            "architecture": name,
+            "data": {
+                "folder": images.name,
+                "classes": list(manifest.classes),
+                "train": len(sides.train),
+                "val": len(sides.val),
+                "test": len(test),
+            },
+            "recipe": {
+                "epochs": epochs,
+                "rate": rate,
+                "batch_size": BATCH_SIZE,
+                "crop": RECIPE.crop,
+                "flip": flip,
+                "seed": seed,
+                "weight_decay": RECIPE.weight_decay,
+                "label_smoothing": RECIPE.label_smoothing,
+                "best_epoch": state.best_epoch,
+            },
+            "test_accuracy": round(accuracy, 4),
+            "test_interval_95": [round(low, 4), round(high, 4)],
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "command": f"tlpipeline pretrain {images.name} --backbone {name} --epochs {epochs} --rate {rate} --seed {seed}{'' if flip else ' --no-flip'}",
+        },
+        output / f"{file}.json",
+    )
+    shutil.rmtree(history)
+    return Pretrained(accuracy, low, high, output / f"{file}.safetensors")
+
+
+def _network(name: str, classes: int, seed: int) -> tuple[nn.Module, Transforms]:
+    if name == "demonstration":
+        factory: Callable[..., Any] = backbones.Demonstration
+    elif ":" in name:
+        factory = type(backbones.load(name, backbones.NONE).module)
+        if "num_classes" not in inspect.signature(factory).parameters:
+            raise BackboneError(
+                f"expected {name} to take num_classes, so that it fits the images; its parameters are {inspect.signature(factory)}."
+            )
+    else:
+        import torchvision.models as models
+
+        def factory(num_classes: int) -> nn.Module:
+            return models.get_model(name, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
+
+    like = backbones.load(name, backbones.NONE)
+    torch.manual_seed(seed)
+    return factory(num_classes=classes), like.transforms
+
+
+def _indices(manifest: Manifest, rows: list[Row]) -> Any:
+    index = {label: i for i, label in enumerate(manifest.classes)}
+    return np.array([index[r.label] for r in rows])
+
+
+def _sides(images: Path, manifest: Manifest, transforms: Transforms) -> Sides:
+    train, val = manifest.used(TRAIN), manifest.used(VAL)
+    return Sides(images, train, val, _indices(manifest, train), _indices(manifest, val), transforms)

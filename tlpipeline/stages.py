@@ -1,0 +1,285 @@
+"""The stages: files in, files out. `dvc.yaml` and the flow call the same functions.
+
+Stages are pure: what they write depends on their inputs alone. Seconds go to run.json, which git and DVC ignore. An output is written
+beside its place and moved there when it is complete, so an interrupted stage leaves nothing half-written.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tlpipeline import versioning
+from tlpipeline.errors import DataError, WorkspaceError
+from tlpipeline.params import Params, load
+from tlpipeline.progress import Event, Progress
+
+PARAMS = "params.yaml"
+SPLITS = "splits.csv"
+MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
+PROFILE, PROBE = "profile.json", "plots/probe.csv"
+CASE = "case.json"
+MODEL, HISTORY = "model", "plots/history.csv"
+METRICS, PREDICTIONS, CONFUSION = "metrics.json", "predictions.parquet", "plots/confusion.csv"
+RUN = "run.json"
+OWN = Path(".tlpipeline")
+RUNS = OWN / "runs"
+
+
+def params_of(root: Path) -> Params:
+    """Read the workspace's params.yaml."""
+    return load(root / PARAMS)
+
+
+@contextmanager
+def _output(root: Path, *names: str) -> Iterator[list[Path]]:
+    """Give a draft place for each output; move them all into place if the body succeeds."""
+    drafts = root / OWN / "draft"
+    versioning.unlink(drafts)
+    drafts.mkdir(parents=True)
+    places = [drafts / name.replace("/", "_") for name in names]
+    try:
+        yield places
+        for place, name in zip(places, names, strict=True):
+            target = root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            versioning.unlink(target)
+            os.replace(place, target)
+    except OSError as error:
+        if error.errno in (28, 122):  # no space left, quota exceeded
+            raise WorkspaceError(
+                f"expected room on the disk for {', '.join(names)}, found none ({error.strerror}). Nothing was changed; free some space "
+                "(`dvc gc --workspace` removes unused versions) and run again."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(drafts, ignore_errors=True)
+
+
+# --- the five stages ------------------------------------------------------------------------------------------------------------------
+
+
+def ingest(root: Path, progress: Progress) -> None:
+    """List the images: manifest.parquet, and quarantine.csv with a reason for each file that is left out."""
+    from tlpipeline import dataset
+
+    params = params_of(root)
+    exceptions = dataset.read_exceptions(root / SPLITS)
+    manifest = dataset.ingest(
+        root / params.data.images, exceptions, lambda done, total: progress(Event("ingest", done, total, f"{done} of {total} files read"))
+    )
+    with _output(root, MANIFEST, QUARANTINE) as (table, quarantine):
+        dataset.write_manifest(manifest, table, quarantine)
+
+
+def profile(root: Path, progress: Progress) -> None:
+    """Measure the data set on a bounded sample: profile.json, and the probe curve."""
+    from tlpipeline import backbones, cases, dataset, profiling
+
+    params = params_of(root)
+    manifest = dataset.read_manifest(root / MANIFEST)
+    backbone = _backbone(root, params)
+    short = [min(row.width, row.height) for row in manifest.used(dataset.TRAIN)]
+    if not short:
+        raise DataError("expected training images to profile, found none. See quarantine.csv for what was left out.")
+    size = backbones.input_size(backbone, params.data.size, statistics.median(short))
+    if size != backbone.transforms.size and backbone.name.startswith("vit"):
+        backbone = _backbone(root, params, size)
+
+    def undecided(seen: profiling.Profile) -> bool:
+        return max(cases.choose(seen, _evidence_only(params)).probabilities.values()) < 0.7
+
+    found = profiling.measure(backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, _device(params))
+    with _output(root, PROFILE, PROBE) as (written, curve):
+        written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        _write_csv(
+            curve, ["tap", "accuracy", "low", "high", "balanced"], [[t.name, t.accuracy, t.low, t.high, t.balanced] for t in found.taps]
+        )
+
+
+def choose(root: Path, progress: Progress) -> None:
+    """Decide the case: case.json."""
+    from tlpipeline import cases, profiling
+
+    params = params_of(root)
+    found = profiling.Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
+    decision = cases.choose(found, params.choose)
+    progress(Event("choose", 1, 1, decision.reason))
+    with _output(root, CASE) as (written,):
+        written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def train(root: Path, progress: Progress) -> None:
+    """Train the decided case: model/, and the history of its epochs."""
+    from tlpipeline import cases, distributed
+    from tlpipeline.train import Job
+
+    params = params_of(root)
+    decision = cases.override(read_case(root), params.train.override)
+    runs = (root / RUNS).resolve()
+    name = f"{decision.case}-{_code_key(versioning.stage_key(root, 'train'), params)}"
+    job = Job(
+        workspace=str(root.resolve()),
+        images=str((root / params.data.images).resolve()),
+        manifest=str((root / MANIFEST).resolve()),
+        backbone=params.backbone.name,
+        weights=params.backbone.weights,
+        weights_md5=params.backbone.weights_md5,
+        decision=decision.to_json(),
+        seed=params.train.seed,
+        epochs=params.train.epochs,
+        batch_size=params.train.batch_size,
+        flip=params.train.flip,
+        history=str(runs / f"{name}.jsonl"),
+    )
+    finished = distributed.run(job, params.cluster, name, runs, progress)
+    lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
+    with _output(root, MODEL, HISTORY) as (model, curve):
+        shutil.copytree(finished / "model", model)
+        _write_csv(
+            curve,
+            ["epoch", "arm", "loss", "accuracy", "log_loss"],
+            [[h["epoch"], h["arm"], h["loss"], h["accuracy"], h["log_loss"]] for h in lines["history"]],
+        )
+
+
+def evaluate(root: Path, progress: Progress) -> None:
+    """Measure the model on the test side: metrics.json, predictions.parquet, the confusion matrix."""
+    from tlpipeline import dataset
+    from tlpipeline import evaluate as measuring
+
+    params = params_of(root)
+    manifest = dataset.read_manifest(root / MANIFEST)
+    rows = manifest.used(dataset.TEST)
+    if not rows:
+        raise DataError("expected test images, found none: nothing could be evaluated. Add images, then `tlpipeline data commit`.")
+    found = predict_rows(
+        root, root / MODEL, rows, lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images"))
+    )
+    content = measuring.metrics(found, params.evaluate.confidence, measuring.counts(manifest.used(dataset.TRAIN)))
+    with _output(root, METRICS, PREDICTIONS, CONFUSION) as (written, table, matrix):
+        written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        measuring.write_predictions(found, table)
+        measuring.write_confusion(found, matrix)
+
+
+STAGES: dict[str, Callable[[Path, Progress], None]] = {
+    "ingest": ingest,
+    "profile": profile,
+    "choose": choose,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+
+# --- running them ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(root: Path, name: str, progress: Progress) -> None:
+    """Run one stage, as `dvc repro` does: no look at whether it is up to date. Its seconds go to run.json."""
+    with versioning.workspace_lock(root), timed(root, name):
+        STAGES[name](root, progress)
+
+
+def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
+    """Run one stage where it is stale, record it in dvc.lock, and say whether it ran; as the flow does."""
+
+    def run_timed() -> None:
+        with timed(root, name):
+            STAGES[name](root, progress)
+
+    ran = versioning.run_stage(root, name, run_timed)
+    if name == "train" and ran:
+        shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed, and train nothing
+    if not ran:
+        _note(root, name, None)
+    return ran
+
+
+@contextmanager
+def timed(root: Path, name: str) -> Iterator[None]:
+    """Write the seconds of the body to run.json."""
+    started = time.monotonic()
+    yield
+    _note(root, name, round(time.monotonic() - started, 2))
+
+
+def _note(root: Path, name: str, seconds: float | None) -> None:
+    path = root / RUN
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if name == "ingest":
+        content = {}
+    content.setdefault("seconds", {})[name] = seconds
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# --- what others read -----------------------------------------------------------------------------------------------------------------
+
+
+def read_case(root: Path) -> Any:
+    """Return the decision that case.json holds."""
+    from tlpipeline import cases
+
+    return cases.Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
+
+
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """Return the content of a JSON file of the workspace, {} where it is missing."""
+    path = root / name
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callable[[int], None]) -> Any:
+    """Return what a model says of these rows of the manifest."""
+    from tlpipeline import evaluate as measuring
+    from tlpipeline import model as models
+    from tlpipeline.features import Images
+
+    params = params_of(root)
+    device = _device(params)
+    classifier, description = models.load(folder)
+    images = Images(root / params.data.images, rows, description.transforms)
+    chances = models.probabilities(classifier.to(device), images, device, progress)
+    return measuring.predictions(rows, description.classes, chances.numpy())
+
+
+def _backbone(root: Path, params: Params, size: int | None = None) -> Any:
+    from tlpipeline import backbones
+
+    b = params.backbone
+    return backbones.load(b.name, b.weights, md5=b.weights_md5, root=root, size=size, seed=params.train.seed)
+
+
+def _evidence_only(params: Params) -> Any:
+    """Return the rule without what the user forces: a forced case must not change how much the profile looks at."""
+    import dataclasses
+
+    return dataclasses.replace(params.choose, case="auto", slice="auto")
+
+
+def _device(params: Params) -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() and params.cluster.gpu is not False else "cpu")
+
+
+def _code_key(key: str, params: Params) -> str:
+    """Mix the key of data and params with the code that trains and the number of workers: the name of a run that may be resumed."""
+    digest = hashlib.md5(f"{key}:{params.cluster.workers}".encode(), usedforsecurity=False)
+    for module in ("backbones", "features", "model", "train"):
+        digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines)

@@ -1,0 +1,441 @@
+"""The only driver of DVC and git: versions of data, stages recorded as they ran, the workspace lock.
+
+The Python API of DVC is not promised to be stable, so it is kept in this one file. A stage that ran in this process is recorded right after
+it ran, from dependencies that were hashed before it ran and are unchanged since; never by a blanket `dvc commit`.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tlpipeline.errors import WorkspaceError
+
+LOCK = Path(".tlpipeline/lock")
+_HOLDER = "TLPIPELINE_LOCK_HOLDER"
+
+
+def quiet() -> None:
+    """Turn off the analytics of DVC and GTO and DVC's own messages; a user's own settings win."""
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+
+
+# --- git ------------------------------------------------------------------------------------------------------------------------------
+
+
+def git(root: Path, *arguments: str, check: bool = True) -> str:
+    """Run git in the workspace and return what it printed.
+
+    Raises:
+        WorkspaceError: it failed (with `check`), or git is not installed.
+    """
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise WorkspaceError(
+            "expected git on this machine, found none. Install it: versions of data and models are git commits and tags."
+        ) from error
+    if check and done.returncode:
+        raise WorkspaceError(f"git {' '.join(arguments[:2])} failed in {root}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout.strip()
+
+
+def require(root: Path) -> None:
+    """Check that this is a workspace: a git and DVC repository with dvc.yaml.
+
+    Raises:
+        WorkspaceError: it is not.
+    """
+    way_out = "Create one with `tlpipeline init DIR`, or name one with --workspace."
+    if not root.is_dir():
+        raise WorkspaceError(f"expected a workspace at {root}, found no such folder. {way_out}")
+    if not (root / ".git").exists():
+        raise WorkspaceError(f"expected a git repository at {root}, found none. {way_out}")
+    if not (root / ".dvc").is_dir():
+        raise WorkspaceError(f"expected a DVC repository at {root}, found no .dvc folder. {way_out}")
+    if not (root / "dvc.yaml").is_file():
+        raise WorkspaceError(f"expected the pipeline in {root / 'dvc.yaml'}, found no such file. {way_out}")
+
+
+def commit(root: Path, message: str, paths: Sequence[str]) -> str:
+    """Commit those of these paths that exist or are known to git; return the commit (the present one where nothing changed)."""
+    there = [p for p in paths if (root / p).exists() or git(root, "ls-files", "--", p)]
+    git(root, "add", "--all", "--", *there)
+    if git(root, "diff", "--cached", "--name-only", "--", *there):
+        git(root, "commit", "--quiet", "-m", message, "--", *there)
+    return head(root)
+
+
+def head(root: Path) -> str:
+    """Return the present commit, or "" before the first."""
+    return git(root, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
+
+
+def push_git(root: Path) -> bool:
+    """Push the branch and its tags to the remote `origin`, if there is one; say whether there is."""
+    if "origin" not in git(root, "remote").split():
+        return False
+    git(root, "push", "--quiet", "--set-upstream", "origin", "HEAD")
+    git(root, "push", "--quiet", "--tags", "origin")
+    return True
+
+
+def fetch_tags(root: Path) -> None:
+    """Fetch the tags of the remote `origin`, if there is one."""
+    if "origin" in git(root, "remote").split():
+        git(root, "fetch", "--quiet", "--tags", "origin")
+
+
+def tags(root: Path) -> dict[str, str]:
+    """Return each tag with the commit that it stands on."""
+    lines = git(root, "for-each-ref", "refs/tags", "--format=%(refname:short) %(objectname) %(*objectname)").splitlines()
+    return {parts[0]: parts[-1] for parts in (line.split() for line in lines)}
+
+
+def delete_tag(root: Path, tag: str) -> None:
+    """Delete a local tag."""
+    git(root, "tag", "--delete", tag)
+
+
+def show(root: Path, revision: str, path: str) -> str | None:
+    """Return the text of a git file at a revision, or None where it is not there."""
+    if git(root, "cat-file", "-t", f"{revision}:./{path}", check=False) != "blob":
+        return None
+    return git(root, "show", f"{revision}:./{path}")
+
+
+# --- creating -------------------------------------------------------------------------------------------------------------------------
+
+
+def create(root: Path, remote: str) -> None:
+    """Make a git and a DVC repository of a folder, with a default remote; what is there already stays."""
+    quiet()
+    from dvc.repo import Repo
+
+    if not (root / ".git").exists():
+        git(root, "init", "--quiet", "--initial-branch", "main")
+    for key, value in (("user.name", "tlpipeline"), ("user.email", "tlpipeline@localhost")):
+        if not git(root, "config", key, check=False):
+            git(root, "config", key, value)  # commits and tags need a name; only where the user has set none
+    if not (root / ".dvc").exists():
+        Repo.init(str(root)).close()
+    with Repo(str(root)) as repo, repo.config.edit("repo") as config:
+        config["core"]["analytics"] = False
+        config["core"]["autostage"] = False
+        config["core"]["remote"] = "storage"
+        config["remote"] = {"storage": {"url": remote}}
+
+
+# --- data -----------------------------------------------------------------------------------------------------------------------------
+
+
+def is_stage_output(root: Path, path: str) -> bool:
+    """Say whether a path is written by a stage (as the embedded sample is at the repository's root), not added by hand."""
+    with _repo(root) as repo:
+        return any(
+            out.def_path == path or Path(out.fs_path) == root.resolve() / path for stage in repo.index.stages if stage.cmd for out in stage.outs
+        )
+
+
+def add(root: Path, path: str) -> str:
+    """Put a folder or file under DVC (or update it) and return its hash.
+
+    Raises:
+        WorkspaceError: DVC refuses.
+    """
+    with _repo(root) as repo:
+        try:
+            repo.add([str(root.resolve() / path)])
+        except _dvc_errors() as error:
+            raise WorkspaceError(f"expected to version {path} with DVC, but: {error}") from error
+    return data_hash(root, path)
+
+
+def data_hash(root: Path, path: str) -> str:
+    """Return the recorded hash of a DVC-tracked path, "" where it is not tracked or not recorded."""
+    with _repo(root) as repo:
+        try:
+            outs = repo.find_outs_by_path(str(root.resolve() / path))
+        except _dvc_errors():
+            return ""
+        return str(outs[0].hash_info.value or "") if outs else ""
+
+
+def files(root: Path, path: str) -> dict[str, str]:
+    """Return the recorded md5 of each file below a DVC-tracked folder."""
+    with _repo(root) as repo:
+        obj = repo.find_outs_by_path(str(root.resolve() / path))[0].get_obj()
+        return {"/".join(key): info.value for key, _, info in obj} if obj else {}
+
+
+def changed(root: Path, path: str) -> bool:
+    """Say whether a path added to DVC differs from what is recorded (or is not recorded yet)."""
+    with _repo(root) as repo:
+        try:
+            outs = repo.find_outs_by_path(str(root.resolve() / path))
+        except _dvc_errors():
+            return True
+        return bool(outs[0].changed_checksum() if outs[0].exists else True)
+
+
+def reproduce_upstream(root: Path, path: str) -> None:
+    """Run the stage that writes a path, where it is missing or stale."""
+    with _repo(root) as repo:
+        out = repo.find_outs_by_path(str(root.resolve() / path))[0]
+        stage = out.stage
+        with repo.lock:
+            fresh = not stage.changed()
+        address = stage.addressing
+    if not fresh:
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro", address], cwd=root, capture_output=True, text=True, env=_with_python())
+        if done.returncode:
+            raise WorkspaceError(f"expected `dvc repro {address}` to write {path}, but: {done.stderr.strip() or done.stdout.strip()}")
+
+
+def _with_python() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def push(root: Path) -> int:
+    """Copy everything that the workspace refers to into the default remote; return the number of files.
+
+    Raises:
+        WorkspaceError: no default remote, or it cannot be reached.
+    """
+    with _repo(root) as repo:
+        if not repo.config["core"].get("remote"):
+            raise WorkspaceError(
+                "expected a DVC remote to publish to, found none. Add one: `dvc remote add --default storage FOLDER_OR_URL`."
+            )
+        try:
+            return int(repo.push())
+        except (*_dvc_errors(), OSError) as error:
+            raise WorkspaceError(
+                f"expected to push to the DVC remote, but: {error}. Nothing was registered; check the remote and run again."
+            ) from error
+
+
+def get(root: Path, revision: str, path: str, target: Path) -> None:
+    """Copy a DVC-tracked file or folder as it was at a revision; from the cache, else from the remote.
+
+    Raises:
+        WorkspaceError: it is in neither.
+    """
+    from dvc.api import DVCFileSystem
+
+    quiet()
+    try:
+        fs = DVCFileSystem(str(root), rev=revision)
+        fs.get(path, str(target), recursive=True)
+    except (*_dvc_errors(), OSError) as error:
+        raise WorkspaceError(
+            f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc pull` or `dvc fetch --all-tags`."
+        ) from error
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------------------------
+
+
+def stage_state(root: Path, name: str) -> str:
+    """Return fresh, missing (only its outputs are gone or edited) or stale (dependencies, parameters or command changed)."""
+    with _repo(root) as repo:
+        return _state(repo, name)
+
+
+def _state(repo: Any, name: str) -> str:
+    stage = _stage(repo, name)
+    with repo.lock:
+        if stage.changed_deps() or stage.changed_stage():
+            return "stale"
+        return "missing" if stage.changed_outs() else "fresh"
+
+
+def _address(repo: Any, name: str) -> str:
+    """Return a stage's address that does not depend on the working directory."""
+    return f"{Path(repo.root_dir) / 'dvc.yaml'}:{name}"
+
+
+def _stage(repo: Any, name: str) -> Any:
+    return repo.stage.load_one(path=str(Path(repo.root_dir) / "dvc.yaml"), name=name)
+
+
+def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
+    """Bring one stage up to date in this process and record it in dvc.lock; return whether it had to run.
+
+    A stage whose dependencies, parameters and command are as recorded does not run: its outputs are restored from the cache where needed.
+
+    Raises:
+        WorkspaceError: a dependency changed while the stage ran; nothing is recorded then.
+    """
+    with _repo(root) as repo:
+        state = _state(repo, name)
+        if state == "fresh":
+            return False
+        if state == "missing" and _restored(repo, name):
+            return False
+        stage = _stage(repo, name)
+        if missing := [d.def_path for d in stage.deps if not d.exists]:
+            raise WorkspaceError(
+                f"expected {', '.join(missing)} before the stage {name}, found nothing there. Run the stages before it: `dvc repro`."
+            )
+        before = _dependencies(repo, name)
+    function()
+    with _repo(root) as repo:
+        after = _dependencies(repo, name)
+        if after != before:
+            moved = ", ".join(path for path in before if after.get(path) != before[path])
+            raise WorkspaceError(
+                f"expected {moved} to stay as it was while the stage {name} ran, but it changed. Nothing was recorded; run again."
+            )
+        repo.commit(target=_address(repo, name), force=True)
+    return True
+
+
+def _restored(repo: Any, name: str) -> bool:
+    try:
+        repo.checkout(targets=[_address(repo, name)], force=True)
+    except _dvc_errors():
+        return False
+    return _state(repo, name) == "fresh"
+
+
+def _dependencies(repo: Any, name: str) -> dict[str, str]:
+    stage = _stage(repo, name)
+    return {d.def_path: str(d.get_hash().value) for d in stage.deps if d.def_path != "params.yaml"}
+
+
+def stage_key(root: Path, name: str) -> str:
+    """Return a key of everything that a stage depends on as it stands: dependencies, parameters, command."""
+    import hashlib
+
+    with _repo(root) as repo:
+        stage = _stage(repo, name)
+        parts: dict[str, Any] = _dependencies(repo, name) | {"cmd": stage.cmd}
+        for dependency in stage.deps:
+            if dependency.def_path == "params.yaml":
+                parts["params"] = dependency.read_params(flatten=True)
+        return hashlib.md5(json.dumps(parts, sort_keys=True, default=str).encode(), usedforsecurity=False).hexdigest()
+
+
+def stage_output(root: Path, name: str, path: str, revision: str | None = None) -> str:
+    """Return the hash of a stage's output as dvc.lock records it, now or at a revision; "" where it does not."""
+    return _locked(root, name, "outs", path, revision)
+
+
+def stage_input(root: Path, name: str, path: str, revision: str | None = None) -> str:
+    """Return the hash of a stage's dependency as dvc.lock records it, now or at a revision; "" where it does not."""
+    return _locked(root, name, "deps", path, revision)
+
+
+def _locked(root: Path, name: str, kind: str, path: str, revision: str | None) -> str:
+    import yaml
+
+    text = (root / "dvc.lock").read_text(encoding="utf-8") if revision is None and (root / "dvc.lock").exists() else None
+    if revision is not None:
+        text = show(root, revision, "dvc.lock")
+    if not text:
+        return ""
+    entries = ((yaml.safe_load(text).get("stages") or {}).get(name) or {}).get(kind) or []
+    return next((str(e.get("md5", "")) for e in entries if e.get("path") == path), "")
+
+
+def clean(root: Path) -> bool:
+    """Say whether `dvc status` has nothing to report."""
+    with _repo(root) as repo:
+        return not repo.status()
+
+
+# --- the lock -------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def workspace_lock(root: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold the workspace: two runs on one never overlap, whichever entrance they came through. The system frees it when a process dies.
+
+    Args:
+        wait: seconds to wait for another run to end.
+
+    Raises:
+        WorkspaceError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    path = (root / LOCK).resolve()
+    if os.environ.get(_HOLDER) == str(path):
+        yield  # a process that the holder itself started
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    holder = path.with_suffix(".holder")
+    try:
+        lock.acquire(timeout=wait, poll_interval=0.2)
+    except Timeout as error:
+        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+        raise WorkspaceError(
+            f"expected to have the workspace {root} alone, but {who} is running in it. Wait for it to end, or stop it; then run again."
+        ) from error
+    try:
+        holder.write_text(f"process {os.getpid()} ({' '.join(Path(a).name for a in sys.argv[:3])})\n", encoding="utf-8")
+        os.environ[_HOLDER] = str(path)
+        yield
+    finally:
+        os.environ.pop(_HOLDER, None)
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def free(root: Path) -> None:
+    """Check that no other run is in the workspace.
+
+    Raises:
+        WorkspaceError: one is.
+    """
+    with workspace_lock(root):
+        pass
+
+
+# --- DVC ------------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _repo(root: Path) -> Iterator[Any]:
+    quiet()
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        yield repo
+
+
+def _dvc_errors() -> tuple[type[BaseException], ...]:
+    from dvc.exceptions import DvcException
+
+    return (DvcException,)
+
+
+def unlink(path: Path) -> None:
+    """Remove a stage's old output, file or folder, before it is written anew (a link into the cache must not be written through)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def environment(packages: Sequence[str]) -> Mapping[str, str]:
+    """Return the installed versions of these packages."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
