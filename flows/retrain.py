@@ -20,6 +20,7 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
         images: a folder that replaces the workspace's images first.
         wait_minutes: how long to wait for another run in the same workspace.
     """
+    workspace = workspace.resolve()
     with alone(workspace, wait_minutes):
         pipeline.version(workspace, images)
         pipeline.stage(workspace, "ingest")

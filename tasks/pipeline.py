@@ -19,10 +19,11 @@ class _Bar:
 
     def __init__(self, key: str) -> None:
         self.id = create_progress_artifact(progress=0.0, key=key, description="waiting")
+        self.told = listener.get()  # events come from another thread, which has a context of its own
         self.shown = 0
 
     def __call__(self, event: Event) -> None:
-        listener.get()(event)
+        self.told(event)
         percent = int(100 * event.done / event.total) if event.total else 0
         if percent != self.shown:
             self.shown = percent

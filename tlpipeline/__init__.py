@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from tlpipeline.dataset import ingest
     from tlpipeline.errors import PipelineError
     from tlpipeline.model import load as load_model
-    from tlpipeline.predict import predict
     from tlpipeline.profiling import Profile, measure
 
 _WHERE = {
@@ -25,7 +24,6 @@ _WHERE = {
     "load_backbone": ("backbones", "load"),
     "load_model": ("model", "load"),
     "measure": ("profiling", "measure"),
-    "predict": ("predict", "predict"),
 }
 
 __all__ = [
@@ -38,7 +36,6 @@ __all__ = [
     "load_backbone",
     "load_model",
     "measure",
-    "predict",
 ]
 
 

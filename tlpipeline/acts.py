@@ -95,7 +95,7 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
         _set(root, "backbone", "weights_md5", md5)
     else:
         _set(root, "backbone", "weights", weights)
-    versioning.create(root, remote or "../.dvc-remote")
+    versioning.create(root, remote or str(root / ".dvc-remote"))
     tracked = [*TRACKED, "prefect.yaml"]
     if isinstance(weights, Path):
         versioning.add(root, f"weights/{weights.name}")
@@ -406,7 +406,7 @@ def count_images(root: Path) -> int:
 def registered(root: Path) -> list[tuple[str, ...]]:
     """Return a row for each registered version, newest first: version, stages, case, accuracy, interval, data, commit."""
     versioning.require(root)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for version in reversed(registry.versions(root, name_of(root))):
         case = json.loads(versioning.show(root, version.commit, stages.CASE) or "{}")
         m = json.loads(versioning.show(root, version.commit, stages.METRICS) or "{}")

@@ -233,6 +233,7 @@ def check_name(name: str) -> None:
 
 
 def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
+    state: Mapping[str, Tensor] | None
     if weights == DEFAULT:
         state = _read(_PACKAGED / "demonstration.safetensors")
         fingerprint = _file_md5(_PACKAGED / "demonstration.safetensors")
@@ -270,6 +271,7 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
     entries = models.get_model_weights(name)
     members = {member.name: member for member in entries}
     entry = entries.DEFAULT if weights == DEFAULT else members.get(weights)
+    state: Mapping[str, Tensor] | None
     if entry is not None:
         state, fingerprint = _downloaded(name, entry), f"{entry} {Path(entry.url).name}"
     else:
@@ -340,7 +342,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return cast(Mapping[str, Tensor], load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
         raise BackboneError(

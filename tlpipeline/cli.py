@@ -139,9 +139,10 @@ def predict(
     workspace: Workspace = Path(),
 ) -> None:
     """Print class and probability of images."""
-    from tlpipeline import predict as predicting
+    from tlpipeline.predict import find
+    from tlpipeline.predict import predict as classify
 
-    found = predicting.predict(predicting.find(model, workspace), images)
+    found = classify(find(model, workspace), images)
     if json:
         import dataclasses
         from json import dumps

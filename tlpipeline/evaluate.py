@@ -37,7 +37,7 @@ class Predictions:
     @property
     def predicted(self) -> Labels:
         """Class index with the highest probability (n,)."""
-        return self.chances.argmax(1).astype(np.int64)
+        return np.asarray(self.chances.argmax(1), dtype=np.int64)
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
@@ -109,7 +109,8 @@ def confusion(found: Predictions) -> Labels:
     """Return how often each true class (row) was given each predicted class (column)."""
     k = len(found.classes)
     known = found.labels >= 0
-    return np.bincount(found.labels[known] * k + found.predicted[known], minlength=k * k).reshape(k, k)
+    matrix: Labels = np.bincount(found.labels[known] * k + found.predicted[known], minlength=k * k).reshape(k, k)
+    return matrix
 
 
 def calibration_error(found: Predictions, bins: int = ECE_BINS) -> float:

@@ -192,7 +192,7 @@ def scaling(features: Tensor, blocks: Sequence[int]) -> Scaling:
     x = features.double()
     mean, deviation = x.mean(0), x.std(0, unbiased=False)
     parts = []
-    for block in deviation.split(list(blocks)):
+    for block in torch.split(deviation, list(blocks)):
         floor = max(float(block.square().mean().sqrt()) * 0.01, 1e-12)
         parts.append(1 / (block.clamp(min=floor) * len(block) ** 0.5))
     return Scaling(mean, torch.cat(parts))

@@ -57,7 +57,7 @@ def page(
     used = [r for r in manifest.rows if not r.duplicate_of]
     sides = {side: sum(r.split == side for r in used) for side in SIDES}
     full, kept = profile.taps[-1], next(t for t in profile.taps if t.name == case.slice)
-    return (
+    text: str = (
         _environment()
         .get_template("report.html")
         .render(
@@ -88,6 +88,7 @@ def page(
             commit=commit,
         )
     )
+    return text
 
 
 def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, Any]:
@@ -118,7 +119,8 @@ def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, Any]:
 
 def card(version: str, facts: Mapping[str, Any]) -> str:
     """Return the model card as markdown: what it is, how good it is, and all that is needed to rebuild it."""
-    return _environment().get_template("card.md").render(version=version, **facts)
+    text: str = _environment().get_template("card.md").render(version=version, **facts)
+    return text
 
 
 def _environment() -> Any:

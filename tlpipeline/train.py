@@ -64,6 +64,9 @@ class Job:
     history: str
 
 
+Tell = Callable[[int, int, str], None]
+
+
 class World(Protocol):
     """Who trains together, and where checkpoints go. `report` and `gather` must be called by all workers alike."""
 
@@ -316,7 +319,7 @@ class Sides:
     transforms: Transforms
 
 
-def _solve(model: Classifier, sides: Sides, recipe: Recipe, seed: int, world: World, tell: "_Teller", state: State) -> None:
+def _solve(model: Classifier, sides: Sides, recipe: Recipe, seed: int, world: World, tell: Tell, state: State) -> None:
     """Compute each worker's share of the frozen features once, put them together, solve the head, validate it."""
     rows = [*sides.train, *sides.val]
     mine = [rows[i] for i in shard(len(rows), world.rank, world.size)]
@@ -469,7 +472,7 @@ class Fit:
     """
 
     def __init__(
-        self, model: nn.Module, sides: Sides, recipe: Recipe, job: Job, world: World, checkpoint: Checkpoints, tell: "_Teller", adam: bool
+        self, model: nn.Module, sides: Sides, recipe: Recipe, job: Job, world: World, checkpoint: Checkpoints, tell: Tell, adam: bool
     ) -> None:
         self.model, self.sides, self.recipe, self.job, self.world = model, sides, recipe, job, world
         self.checkpoint, self.tell, self.adam = checkpoint, tell, adam

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,14 @@ def create(root: Path, remote: str) -> None:
         if not git(root, "config", key, check=False):
             git(root, "config", key, value)  # commits and tags need a name; only where the user has set none
     if not (root / ".dvc").exists():
+        logging.getLogger("dvc").setLevel(logging.ERROR)  # importing DVC sets its own level
         Repo.init(str(root)).close()
     with Repo(str(root)) as repo, repo.config.edit("repo") as config:
         config["core"]["analytics"] = False
         config["core"]["autostage"] = False
         config["core"]["remote"] = "storage"
-        config["remote"] = {"storage": {"url": remote}}
+        # DVC reads a relative path from the working directory and keeps it relative to its own folder.
+        config["remote"] = {"storage": {"url": remote if "://" in remote else os.path.relpath(remote)}}
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------
@@ -141,7 +143,10 @@ def is_stage_output(root: Path, path: str) -> bool:
     """Say whether a path is written by a stage (as the embedded sample is at the repository's root), not added by hand."""
     with _repo(root) as repo:
         return any(
-            out.def_path == path or Path(out.fs_path) == root.resolve() / path for stage in repo.index.stages if stage.cmd for out in stage.outs
+            out.def_path == path or Path(out.fs_path) == Path(repo.root_dir) / path
+            for stage in repo.index.stages
+            if stage.cmd
+            for out in stage.outs
         )
 
 
@@ -153,8 +158,8 @@ def add(root: Path, path: str) -> str:
     """
     with _repo(root) as repo:
         try:
-            repo.add([str(root.resolve() / path)])
-        except _dvc_errors() as error:
+            repo.add([str(Path(repo.root_dir) / path)])
+        except _dvc_error() as error:
             raise WorkspaceError(f"expected to version {path} with DVC, but: {error}") from error
     return data_hash(root, path)
 
@@ -163,8 +168,8 @@ def data_hash(root: Path, path: str) -> str:
     """Return the recorded hash of a DVC-tracked path, "" where it is not tracked or not recorded."""
     with _repo(root) as repo:
         try:
-            outs = repo.find_outs_by_path(str(root.resolve() / path))
-        except _dvc_errors():
+            outs = repo.find_outs_by_path(str(Path(repo.root_dir) / path))
+        except _dvc_error():
             return ""
         return str(outs[0].hash_info.value or "") if outs else ""
 
@@ -172,7 +177,7 @@ def data_hash(root: Path, path: str) -> str:
 def files(root: Path, path: str) -> dict[str, str]:
     """Return the recorded md5 of each file below a DVC-tracked folder."""
     with _repo(root) as repo:
-        obj = repo.find_outs_by_path(str(root.resolve() / path))[0].get_obj()
+        obj = repo.find_outs_by_path(str(Path(repo.root_dir) / path))[0].get_obj()
         return {"/".join(key): info.value for key, _, info in obj} if obj else {}
 
 
@@ -180,8 +185,8 @@ def changed(root: Path, path: str) -> bool:
     """Say whether a path added to DVC differs from what is recorded (or is not recorded yet)."""
     with _repo(root) as repo:
         try:
-            outs = repo.find_outs_by_path(str(root.resolve() / path))
-        except _dvc_errors():
+            outs = repo.find_outs_by_path(str(Path(repo.root_dir) / path))
+        except _dvc_error():
             return True
         return bool(outs[0].changed_checksum() if outs[0].exists else True)
 
@@ -189,7 +194,7 @@ def changed(root: Path, path: str) -> bool:
 def reproduce_upstream(root: Path, path: str) -> None:
     """Run the stage that writes a path, where it is missing or stale."""
     with _repo(root) as repo:
-        out = repo.find_outs_by_path(str(root.resolve() / path))[0]
+        out = repo.find_outs_by_path(str(Path(repo.root_dir) / path))[0]
         stage = out.stage
         with repo.lock:
             fresh = not stage.changed()
@@ -217,7 +222,7 @@ def push(root: Path) -> int:
             )
         try:
             return int(repo.push())
-        except (*_dvc_errors(), OSError) as error:
+        except (_dvc_error(), OSError) as error:
             raise WorkspaceError(
                 f"expected to push to the DVC remote, but: {error}. Nothing was registered; check the remote and run again."
             ) from error
@@ -235,7 +240,7 @@ def get(root: Path, revision: str, path: str, target: Path) -> None:
     try:
         fs = DVCFileSystem(str(root), rev=revision)
         fs.get(path, str(target), recursive=True)
-    except (*_dvc_errors(), OSError) as error:
+    except (_dvc_error(), OSError) as error:
         raise WorkspaceError(
             f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc pull` or `dvc fetch --all-tags`."
         ) from error
@@ -302,7 +307,7 @@ def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
 def _restored(repo: Any, name: str) -> bool:
     try:
         repo.checkout(targets=[_address(repo, name)], force=True)
-    except _dvc_errors():
+    except _dvc_error():
         return False
     return _state(repo, name) == "fresh"
 
@@ -410,14 +415,17 @@ def _repo(root: Path) -> Iterator[Any]:
     quiet()
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo:
+    # DVC reads some paths (its run cache's, a remote's) from the working directory, whatever repository it was opened on.
+    root = root.resolve()
+    with chdir(root), Repo(str(root)) as repo:
         yield repo
 
 
-def _dvc_errors() -> tuple[type[BaseException], ...]:
+def _dvc_error() -> type[Exception]:
     from dvc.exceptions import DvcException
 
-    return (DvcException,)
+    error: type[Exception] = DvcException
+    return error
 
 
 def unlink(path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Shared fixtures: small images with a known truth, a workspace, the real data, one Prefect server for the whole session."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with the real images and weights, or a skip."""
+    folder = Path(os.environ.get("TLPIPELINE_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "squeezenet1_0-imagenet.safetensors").exists():
+        pytest.skip(f"no real data at {folder}: set TLPIPELINE_DATA")
+    return folder
+
+
+def paint(label: int, index: int, size: int = 32) -> Image.Image:
+    """Draw a noisy image of a class: stripes whose direction and colour say which."""
+    rng = np.random.default_rng([label, index])
+    ramp = np.arange(size)
+    wave = np.sin((ramp[:, None] * (label % 2) + ramp[None, :] * (1 - label % 2)) * (0.6 + 0.4 * (label // 2)) + rng.uniform(0, 6))
+    pixels = 128 + 70 * wave[..., None] * np.array([1.0, 0.6, 0.3])[np.roll(np.arange(3), label)] + rng.normal(0, 12, (size, size, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def make_images(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes <class>/<index>.png and gives the folder."""
+
+    def make(classes: int = 3, each: int = 20, name: str = "pictures", size: int = 32) -> Path:
+        folder = tmp_path / name
+        for label in range(classes):
+            (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
+            for index in range(each):
+                paint(label, index, size).save(folder / f"class{label}" / f"{index:03d}.png")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded sample as a folder of images; read only."""
+    from tlpipeline.dataset import write_digits
+
+    folder = tmp_path_factory.mktemp("digits") / "images"
+    write_digits(folder)
+    return folder
+
+
+def set_param(workspace: Path, key: str, value: str) -> None:
+    """Change one value of params.yaml, given as section.key."""
+    section, _, name = key.partition(".")
+    lines = (workspace / "params.yaml").read_text().splitlines()
+    start = lines.index(next(line for line in lines if line.startswith(f"{section}:")))
+    at = next(i for i in range(start, len(lines)) if lines[i].startswith(f"  {name}:"))
+    lines[at] = f"  {name}: {value}"
+    (workspace / "params.yaml").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def _blank_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tlpipeline import acts
+
+    folder = tmp_path_factory.mktemp("blank")
+    images = folder / "pictures"
+    for label in range(3):
+        (images / f"class{label}").mkdir(parents=True)
+        for index in range(24):
+            paint(label, index).save(images / f"class{label}" / f"{index:03d}.png")
+    acts.init(folder / "workspace", images, "demonstration", "DEFAULT", None)
+    set_param(folder / "workspace", "cluster.workers", "0")
+    return folder / "workspace"
+
+
+@pytest.fixture
+def workspace(_blank_workspace: Path, tmp_path: Path) -> Path:
+    """A fresh workspace of 72 small images in 3 classes that trains in this process."""
+    target = tmp_path / "workspace"
+    shutil.copytree(_blank_workspace, target, symlinks=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One temporary Prefect server and database for all tests that run flows."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
