@@ -231,6 +231,12 @@ class State:
             return True
         return False
 
+    def best_epoch_of(self, arm: str) -> int:
+        """Return the epoch of an arm's own best validation, 0 before its first: an arm that starts behind may still catch up."""
+        lines = [line for line in self.history if line["arm"] == arm]
+        best = max(lines, key=lambda line: (line["accuracy"], -float(line["log_loss"])), default=None)
+        return int(best["epoch"]) if best else 0
+
     def summary(self) -> dict[str, float]:
         """Return the best validation."""
         return {"accuracy": self.best_accuracy, "log_loss": self.best_loss, "epoch": self.best_epoch, "head_penalty": self.head_penalty}
@@ -499,8 +505,7 @@ class Fit:
             _unflat(self.checkpoint.optimiser, optimiser)
         images = Images(self.sides.root, self.sides.train, self.sides.transforms, None)
         network = self._parallel()
-        reached = max([state.best_epoch if state.best_arm == name else 0])
-        while state.epoch < epochs and state.epoch - reached < self.recipe.patience:
+        while state.epoch < epochs and state.epoch - state.best_epoch_of(name) < self.recipe.patience:
             loss, rate_images = self._epoch(network, images, optimiser, rate * self.job.batch_size / 64, state, epochs, steps)
             state.epoch += 1
             chances = gather(probabilities(self.model, self.val, self.world.device, lambda _: None), len(self.sides.val), self.world)
@@ -509,8 +514,6 @@ class Fit:
             state.history.append(line)
             if state.better(accuracy, log_loss):
                 self.checkpoint.keep_best()
-            if accuracy >= max(float(h["accuracy"]) for h in state.history if h["arm"] == name):
-                reached = state.epoch
             self.checkpoint.write(state, optimiser)
             left = (epochs - state.epoch) * len(self.sides.train) / max(rate_images, 1e-6)
             self.tell(

@@ -1,0 +1,167 @@
+"""The Ray Train job: few tests, with real workers; the loop itself is tested in test_train.py without Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import decided, job  # noqa: F401 (a fixture)
+
+from tlpipeline import distributed
+from tlpipeline.cases import CASES
+from tlpipeline.errors import BackboneError, ClusterError
+from tlpipeline.params import ClusterParams
+from tlpipeline.progress import Event, silent
+from tlpipeline.train import Job
+
+TWO = ClusterParams(workers=2, gpu=False, max_failures=2, storage="none")
+HERE = ClusterParams(workers=0, gpu=False, max_failures=0, storage="none")
+
+
+@pytest.fixture(scope="module")
+def ray_runtime() -> Iterator[None]:
+    """One local Ray runtime for the tests of this file."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two workers need two CPUs")
+    distributed.runtime(2)
+    yield
+    distributed.shutdown()
+
+
+def weights(finished: Path) -> dict[str, torch.Tensor]:
+    return load_file(finished / "model" / "weights.safetensors")
+
+
+def curve(finished: Path) -> list[dict[str, float]]:
+    return json.loads((finished / "history.json").read_text())["history"]
+
+
+def test_more_workers_than_cpus_fail_at_once(job: Callable[..., Job], tmp_path: Path) -> None:  # noqa: F811
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=r"expected a CPU for each of 999 workers, found \d+\. Set cluster\.workers"):
+        distributed.run(job(decided(CASES[0])), replace(TWO, workers=999), "many", tmp_path / "runs", silent)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpus_that_are_not_there_fail_at_once() -> None:
+    with pytest.raises(ClusterError, match=r"expected a GPU .* found 0.*cluster\.gpu to false"):
+        distributed.preflight(replace(TWO, gpu=True))
+
+
+def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job], tmp_path: Path) -> None:  # noqa: F811
+    events: list[Event] = []
+    finished = distributed.run(job(decided(CASES[0])), HERE, "here", tmp_path / "runs", events.append)
+    assert (finished / "model" / "model.json").is_file()
+    assert any("validation accuracy" in e.text for e in events)
+
+
+@pytest.mark.ray
+def test_two_ray_workers_give_the_model_of_two_gloo_processes_in_each_kind_of_case(
+    ray_runtime: None,
+    job: Callable[..., Job],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    events: list[Event] = []
+    frozen = distributed.run(job(decided(CASES[1]), "frozen"), TWO, "frozen", tmp_path / "runs", events.append)
+    single = distributed.run(job(decided(CASES[1]), "single"), HERE, "single", tmp_path / "runs", silent)
+    for key, value in weights(single).items():
+        assert torch.allclose(weights(frozen)[key], value, atol=5e-3), key
+    assert curve(frozen)[0]["accuracy"] == pytest.approx(curve(single)[0]["accuracy"])
+    assert any("head solved" in e.text for e in events)
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
+    ray_runtime: None,
+    job: Callable[..., Job],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    decision = decided(CASES[2], patience=100)
+    whole = distributed.run(job(decision, "whole", epochs=4), TWO, "whole", tmp_path / "runs", silent)
+    killed: list[int] = []
+
+    def kill_one(event: Event) -> None:
+        if "epoch 2/4" in event.text and not killed:
+            workers = [p for p in psutil.Process().children(recursive=True) if any("RayTrainWorker" in part for part in p.cmdline())]
+            killed.append(workers[-1].pid)
+            os.kill(workers[-1].pid, signal.SIGKILL)
+
+    resumed = distributed.run(job(decision, "resumed", epochs=4), TWO, "resumed", tmp_path / "runs", kill_one)
+    assert killed
+    assert curve(resumed) == curve(whole)
+    assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(resumed).items())
+
+
+@pytest.mark.ray
+def test_a_mistake_in_a_worker_reaches_the_user_as_what_it_is(
+    ray_runtime: None,
+    job: Callable[..., Job],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    broken = job(decided(CASES[0]), "broken", weights="gone.safetensors")
+    with pytest.raises((BackboneError, ClusterError), match=r"gone\.safetensors"):
+        distributed.run(broken, replace(TWO, max_failures=0), "broken", tmp_path / "runs", silent)
+
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+from tlpipeline import distributed
+from tlpipeline.params import ClusterParams
+from tlpipeline.progress import silent
+from tlpipeline.train import Job
+spec = json.loads(Path(sys.argv[1]).read_text())
+cluster = ClusterParams(workers=2, gpu=False, max_failures=2, storage="none")
+print(distributed.run(Job(**spec["job"]), cluster, spec["name"], Path(spec["runs"]), silent), flush=True)
+distributed.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_a_killed_driver_loses_nothing(job: Callable[..., Job], tmp_path: Path) -> None:  # noqa: F811
+    """Killed in the third epoch and started again, the run ends as the uninterrupted one, and goes on where it was."""
+    decision = decided(CASES[2], patience=100)
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+
+    def start(name: str) -> tuple[subprocess.Popen[str], Path]:
+        made = job(decision, name, epochs=4)
+        spec = tmp_path / f"{name}.json"
+        spec.write_text(json.dumps({"job": asdict(made), "name": name, "runs": str(tmp_path / "runs")}))
+        process = subprocess.Popen([sys.executable, str(script), str(spec)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return process, Path(made.history)
+
+    driver, told = start("killed")
+    deadline = threading.Event()
+    timer = threading.Timer(180, deadline.set)
+    timer.start()
+    while not (told.exists() and "epoch 3/4" in told.read_text()):
+        assert driver.poll() is None, driver.communicate()[1]
+        assert not deadline.wait(0.05), "no third epoch in three minutes"
+    timer.cancel()
+    driver.kill()
+    driver.communicate()
+    before = len(told.read_text().splitlines())
+    again, _ = start("killed")
+    output, errors = again.communicate(timeout=240)
+    assert again.returncode == 0, errors
+    after = "\n".join(told.read_text().splitlines()[before:])
+    assert "epoch 1/4" not in after  # it did not start from the beginning
+    assert "head solved" not in after
+    reference, _ = start("reference")
+    expected, errors = reference.communicate(timeout=240)
+    assert reference.returncode == 0, errors
+    resumed, whole = Path(output.split()[-1]), Path(expected.split()[-1])
+    assert curve(resumed) == curve(whole)
+    assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(resumed).items())
