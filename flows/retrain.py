@@ -2,16 +2,23 @@
 
 from pathlib import Path
 
-from prefect import flow
-from prefect.events import emit_event
+import httpx
+from prefect import flow, get_client
+from prefect.events import Event
+from prefect.runtime import flow_run
 
 from tasks import pipeline
 from tlpipeline.acts import Summary, alone
+from tlpipeline.errors import WorkspaceError
 
 UPDATED = "tlpipeline.data.updated"
 
 
-@flow(name="retrain", flow_run_name="retrain-{workspace}", log_prints=False)
+def _run_name() -> str:
+    return f"retrain-{Path(flow_run.parameters['workspace']).resolve().name}"
+
+
+@flow(name="retrain", flow_run_name=_run_name, log_prints=False)
 def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: float = 0) -> Summary:
     """Version the data, profile them, choose and train their case, evaluate, and register the model if it is really better.
 
@@ -34,9 +41,19 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
 
 
 def announce(name: str, data_hash: str, images: int) -> None:
-    """Tell the Prefect server that a data set has changed; the on-data deployment starts a run, which reads the data as they are then."""
-    emit_event(
-        event=UPDATED,
-        resource={"prefect.resource.id": f"tlpipeline.data.{name}"},
-        payload={"hash": data_hash, "images": images},
-    )
+    """Tell the Prefect server that a data set has changed; the on-data deployment starts a run, which reads the data as they are then.
+
+    Sent as a request that is answered: an event that is only queued is lost without a word where the server is down.
+
+    Raises:
+        WorkspaceError: the server cannot be reached, or refuses.
+    """
+    event = Event(event=UPDATED, resource={"prefect.resource.id": f"tlpipeline.data.{name}"}, payload={"hash": data_hash, "images": images})
+    with get_client(sync_client=True) as client:
+        try:
+            client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
+        except httpx.HTTPError as error:
+            raise WorkspaceError(
+                f"expected a Prefect server at {client.api_url} to tell that the data have changed, but: {error}. The data are versioned all "
+                "the same; start the server, or unset PREFECT_API_URL, and run `tlpipeline data commit` again."
+            ) from error

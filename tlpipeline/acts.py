@@ -83,10 +83,8 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
     else:
         shutil.copytree(images, root / "images")
         _set(root, "data", "name", _name_from(root))
-        event = root / "prefect.yaml"
-        event.write_text(
-            event.read_text(encoding="utf-8").replace("tlpipeline.data.digits", f"tlpipeline.data.{_name_from(root)}"), encoding="utf-8"
-        )
+        deployments = root / "prefect.yaml"
+        deployments.write_text(deployments.read_text(encoding="utf-8").replace("digits", _name_from(root)), encoding="utf-8")
     _set(root, "backbone", "name", backbone)
     if isinstance(weights, Path):
         (root / "weights").mkdir()

@@ -16,9 +16,12 @@ outputs need is gone, parameters included.
 import hashlib
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -282,10 +285,16 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
         preset.crop_size[0], preset.resize_size[0], tuple(preset.mean), tuple(preset.std), preset.interpolation.value.lower()
     )
     options: dict[str, Any] = {}
-    if name.startswith("vit") and size and size != transforms.size:
+    if name.startswith("vit"):
+        patch, size = int(name.rsplit("_", 1)[1]), size or transforms.size
+        if size % patch:
+            raise BackboneError(f"expected data.size a multiple of {patch} for {name}, found {size}. Set data.size to auto.")
         options["image_size"] = size
-        if state:
-            state = dict(models.vision_transformer.interpolate_embeddings(size, int(name.rsplit("_", 1)[1]), dict(state)))
+        if state and "encoder.pos_embedding" in state:
+            state = dict(models.vision_transformer.interpolate_embeddings(size, patch, dict(state)))
+    if state and name.startswith("densenet"):
+        # torchvision's files name the layers norm.1, its modules norm1.
+        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value for key, value in state.items()}
     if name in ("googlenet", "inception_v3"):
         options |= {"init_weights": False, "transform_input": True}
     module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
@@ -294,13 +303,14 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
         options["num_classes"] = len(state[head])  # trained on other classes than ImageNet's
         module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
     minimum = max(like.meta.get("min_size", (32, 32)))
-    return _assemble(name, weights, fingerprint, module, state, transforms, minimum=minimum)
+    fixed = name.startswith("maxvit")  # its windows are laid out for one size when it is built
+    return _assemble(name, weights, fingerprint, module, state, transforms, minimum=minimum, fixed=fixed, size=options.get("image_size"))
 
 
 def _downloaded(name: str, entry: Any) -> Mapping[str, Tensor]:
     try:
         return cast(Mapping[str, Tensor], entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
-    except OSError as error:  # URLError is one
+    except (OSError, RuntimeError, HTTPException) as error:  # unreachable, damaged on the way, broken off
         raise BackboneError(
             f"expected to download the weights {entry} of {name}, but the network gave: {error}. "
             "Set backbone.weights to a weights file that you have, or to none."
@@ -368,6 +378,7 @@ def _assemble(
     transforms: Transforms | None = None,
     minimum: int = 0,
     fixed: bool = False,
+    size: int | None = None,
 ) -> Backbone:
     if state is not None:
         _fit(name, module, state)
@@ -375,7 +386,8 @@ def _assemble(
     found = _family_taps(name, module) if ":" not in name else None
     taps, layouts = found or (_own_taps(name, module, transforms.size), {})
     module.eval()
-    classes = int(module(torch.zeros(1, 3, transforms.size, transforms.size)).shape[-1]) if state is not None else 0
+    output = _run(name, module, size or transforms.size) if state is not None else None
+    classes = output.shape[1] if output is not None and output.dim() == 2 else 0
     if fixed:
         minimum = transforms.size
     return Backbone(name, weights, fingerprint, module, taps, layouts, transforms, minimum or 1, fixed, classes)
@@ -383,12 +395,17 @@ def _assemble(
 
 def _fit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
-    # Checkpoints from before PyTorch 0.4.1 lack the counters of BatchNorm; nothing reads them at a fixed momentum.
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k not in own]
     shapes = [
         f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape
     ]
+    fitting = OrderedDict((k, v) for k, v in state.items() if k not in own or v.shape == own[k].shape)
+    # Modules read the names of their own older versions; a file without versions is taken to be of the network's present one.
+    versions = {"": own._metadata[""]} if hasattr(own, "_metadata") else {}
+    fitting._metadata = getattr(state, "_metadata", versions)  # type: ignore[attr-defined]
+    loaded = module.load_state_dict(fitting, strict=False)
+    # Checkpoints from before PyTorch 0.4.1 lack the counters of BatchNorm; nothing reads them at a fixed momentum.
+    missing = [k for k in loaded.missing_keys if k not in state and not k.endswith("num_batches_tracked")]
+    extra = loaded.unexpected_keys
     if missing or extra or shapes:
         parts = [
             f"{len(missing)} missing, first {', '.join(missing[:3])}" if missing else "",
@@ -399,7 +416,23 @@ def _fit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"expected weights of {name}, found another architecture's: {'; '.join(p for p in parts if p)}. "
             "Set backbone.name to the architecture that these weights belong to."
         )
-    module.load_state_dict(state, strict=False)
+
+
+def _run(name: str, module: nn.Module, size: int) -> Tensor:
+    """Return what the network makes of two black images."""
+    try:
+        with torch.inference_mode():
+            output = module.eval()(torch.zeros(2, 3, size, size))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise BackboneError(
+            f"expected {name} to take images (batch, 3, {size}, {size}), but it stopped: {error}. "
+            "Say the size of its images in the class: transforms = {'size': ...}."
+        ) from error
+    if not isinstance(output, Tensor):
+        raise BackboneError(
+            f"expected {name} to return logits (batch, classes), found {type(output).__name__}. Return only them from its forward()."
+        )
+    return output
 
 
 def _own_transforms(name: str, module: nn.Module) -> Transforms:
@@ -421,7 +454,7 @@ def _own_taps(name: str, module: nn.Module, size: int) -> tuple[str, ...]:
             if tap not in modules:
                 raise BackboneError(f"{name}.taps names {tap!r}, but there is no such submodule; {nearest(tap, modules)}")
         return tuple(said)
-    order = _blocks_in_order(module, size)
+    order = _blocks_in_order(name, module, size)
     if not order:
         raise BackboneError(
             f'expected taps in {name}, found no top-level block that gives a tensor. Say them in the class: taps = ("layer1", "layer2").'
@@ -429,20 +462,19 @@ def _own_taps(name: str, module: nn.Module, size: int) -> tuple[str, ...]:
     return _thinned(order)
 
 
-def _blocks_in_order(module: nn.Module, size: int) -> list[str]:
-    """Find the top-level blocks (of a Sequential its parts) that run once and give a tensor, without the head."""
+def _blocks_in_order(name: str, module: nn.Module, size: int) -> list[str]:
+    """Find the top-level blocks (of a Sequential or list its parts) that run once and give a tensor, without the head."""
     candidates: dict[str, nn.Module] = {}
-    for name, child in module.named_children():
-        inner = dict(child.named_children()) if isinstance(child, nn.Sequential) else {}
-        candidates |= {f"{name}.{n}": m for n, m in inner.items()} or {name: child}
+    for block, child in module.named_children():
+        inner = dict(child.named_children()) if isinstance(child, nn.Sequential | nn.ModuleList) else {}
+        candidates |= {f"{block}.{n}": m for n, m in inner.items()} or {block: child}
     calls: list[tuple[str, Any]] = []
     hooks = [
         m.register_forward_hook(lambda _m, _i, out, name=n: calls.append((name, out)))  # type: ignore[misc]
         for n, m in candidates.items()
     ]
     try:
-        with torch.inference_mode():
-            output = module.eval()(torch.zeros(2, 3, size, size))
+        output = _run(name, module, size)
     finally:
         for hook in hooks:
             hook.remove()
@@ -494,22 +526,27 @@ def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.
         ) from error
     nodes = {str(n.target): n for n in graph.nodes if n.op == "call_module"}
     end = next(n for n in graph.nodes if n.op == "output")
-    outputs = []
     for tap in taps:
         if tap not in nodes:
             raise BackboneError(f"the tap {tap!r} of {backbone.name} never runs; remove it from `taps`.")
-        node = nodes[tap]
-        if layout := backbone.layouts.get(tap):
-            with graph.inserting_after(node):
-                node = graph.call_function(_CANONICAL[layout], (node,))
-        outputs.append(node)
-    if logits:
-        outputs.append(end.args[0])
-    end.args = (tuple(outputs),)
+    head = [end.args[0]] if logits else []
+    end.args = (tuple([*(nodes[tap] for tap in taps), *head]),)
     # Not eliminate_dead_code: it keeps what may have side effects, such as checks of shapes behind the cut and the layers they look at.
     for node in reversed(graph.nodes):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
+    outputs = []
+    for tap in taps:
+        node = nodes[tap]
+        if set(node.users) != {end}:
+            # What comes next may write into its input (a ReLU in place); the tap is what stood there before.
+            with graph.inserting_after(node):
+                node = graph.call_method("clone", (node,))
+        if layout := backbone.layouts.get(tap):
+            with graph.inserting_after(node):
+                node = graph.call_function(_CANONICAL[layout], (node,))
+        outputs.append(node)
+    end.args = (tuple([*outputs, *head]),)
     module = fx.GraphModule(backbone.module, graph)
     module.delete_all_unused_submodules()
     return module.eval()
@@ -533,12 +570,29 @@ def describe(backbone: Backbone, size: int) -> tuple[Tap, ...]:
     found = []
     for name in backbone.tap_names:
         trunk = cut(backbone, [name])
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        with torch.inference_mode(), _countable_attention(), FlopCounterMode(display=False) as counter:
             (output,) = trunk(torch.zeros(1, 3, size, size))
+        if not isinstance(output, Tensor) or output.dim() not in (2, 4):
+            shape = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise BackboneError(
+                f"expected the tap {name} of {backbone.name} to give (batch, channel, height, width) or (batch, channel), found {shape}. "
+                "Name another submodule in `taps`."
+            )
         height, width = (output.shape[2], output.shape[3]) if output.dim() == 4 else (1, 1)
         kept = sum(p.numel() for p in trunk.parameters())
         found.append(Tap(name, output.shape[1], height, width, kept, counter.get_total_flops()))
     return tuple(found)
+
+
+@contextmanager
+def _countable_attention() -> Iterator[None]:
+    """Keep PyTorch from fusing an attention layer into one call that its counter does not know."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def resolve_tap(backbone: Backbone, name: str) -> str:

@@ -244,7 +244,6 @@ def _prepare(workspace: Path) -> None:
     home = workspace.resolve() / ".tlpipeline" / "prefect"
     quiet = {
         "PREFECT_HOME": str(home),
-        "PREFECT_LOGGING_LEVEL": "ERROR",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
@@ -252,6 +251,9 @@ def _prepare(workspace: Path) -> None:
         "DVC_NO_ANALYTICS": "1",
         "ITERATIVE_DO_NOT_TRACK": "1",
     }
+    if "PREFECT_LOGGING_LEVEL" not in os.environ:
+        # The terminal shows our bar and one message for a mistake; a server still gets every line.
+        quiet["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
 

@@ -64,7 +64,7 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     )
     state = State(arm="start")
 
-    def tell(done: int, total: int, text: str) -> None:
+    def tell(done: int, total: int, text: str, important: bool = False) -> None:
         progress(Event("pretrain", done, total, text))
 
     Fit(module, sides, RECIPE, job, world, checkpoint, tell, adam).arm("scratch", epochs, rate, state)

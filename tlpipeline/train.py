@@ -64,7 +64,10 @@ class Job:
     history: str
 
 
-Tell = Callable[[int, int, str], None]
+class Tell(Protocol):
+    """Passes on progress; what is not important may be dropped where it comes too often."""
+
+    def __call__(self, done: int, total: int, text: str, important: bool = False) -> None: ...
 
 
 class World(Protocol):
@@ -353,7 +356,7 @@ def _solve(model: Classifier, sides: Sides, recipe: Recipe, seed: int, world: Wo
     accuracy, loss = score(chances, sides.val_labels)
     state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss})
     state.better(accuracy, loss)
-    tell(len(rows), len(rows), f"head solved, validation accuracy {accuracy:.1%}")
+    tell(len(rows), len(rows), f"head solved, validation accuracy {accuracy:.1%}", important=True)
 
 
 class _Pooled(nn.Module):
@@ -521,6 +524,7 @@ class Fit:
                 epochs,
                 f"{name} epoch {state.epoch}/{epochs}, loss {loss:.3f}, validation accuracy {accuracy:.1%}, "
                 f"{rate_images:.0f} images/s, {_clock(left)} left",
+                important=True,
             )
 
     def _optimiser(self, rate: float) -> torch.optim.Optimizer:
@@ -617,16 +621,16 @@ def hash_of(*numbers: int) -> int:
 
 
 class _Teller:
-    """Appends what happens to the history file, at most five times a second; only the first worker speaks."""
+    """Appends what happens to the history file, what is not important at most five times a second; only the first worker speaks."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path, self.silent, self.last = path, rank > 0, 0.0
         if not self.silent:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, done: int, total: int, text: str) -> None:
+    def __call__(self, done: int, total: int, text: str, important: bool = False) -> None:
         now = time.monotonic()
-        if self.silent or (now - self.last < 0.2 and done < total):
+        if self.silent or (now - self.last < 0.2 and not important):
             return
         self.last = now
         with self.path.open("a", encoding="utf-8") as file:

@@ -1,0 +1,563 @@
+"""Backbones: taps where blocks end, cuts that are real, weights that fit or are refused with a way out."""
+
+import email.message
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import math
+import tarfile
+import urllib.error
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import SqueezeNet1_0_Weights, WeightsEnum
+
+from tlpipeline import backbones
+from tlpipeline.backbones import Backbone, Demonstration, check_name, cut, describe, input_size, load, resolve_tap
+from tlpipeline.dataset import decode
+from tlpipeline.errors import BackboneError
+from tlpipeline.features import normalise, prepare
+
+# A representative of each family: input side, kind of normalisation, taps.
+# fmt: off
+FAMILIES = {
+    "demonstration": (32, "none", "conv1 conv2 conv3 fc1 fc2"),
+    "squeezenet1_0": (32, "none", " ".join(f"features.{i}" for i in (2, 3, 4, 5, 7, 8, 9, 10, 12))),
+    "resnet18": (32, "batch", "maxpool layer1.0 layer1.1 layer2.0 layer2.1 layer3.0 layer3.1 layer4.0 layer4.1"),
+    "mobilenet_v3_small": (32, "batch", " ".join(f"features.{i}" for i in range(13)) + " classifier.1"),
+    "efficientnet_b0": (32, "batch", "features.0 features.1.0 features.2.0 features.2.1 features.3.1 features.4.0 features.4.1 features.4.2 "
+                                     "features.5.0 features.5.1 features.5.2 features.6.0 features.6.2 features.6.3 features.7.0 features.8"),
+    "convnext_tiny": (32, "layer", "features.0 features.1.0 features.1.1 features.3.0 features.3.1 features.3.2 features.5.0 features.5.1 "
+                                   "features.5.3 features.5.4 features.5.5 features.5.6 features.5.7 features.7.0 features.7.1 features.7.2"),
+    "densenet121": (32, "batch", "features.pool0 features.denseblock1 features.transition1 features.denseblock2 features.transition2 "
+                                 "features.denseblock3 features.transition3 features.denseblock4 features.relu5"),
+    "vgg11": (32, "none", "features.2 features.5 features.10 features.15 features.20 classifier.1 classifier.4"),
+    "vit_b_16": (64, "layer", " ".join(f"encoder.layers.encoder_layer_{i}" for i in range(12)) + " encoder.ln"),
+    "swin_t": (64, "layer", "features.0 features.1.0 features.1.1 features.3.0 features.3.1 features.5.0 features.5.1 features.5.2 "
+                            "features.5.3 features.5.4 features.5.5 features.7.0 features.7.1 permute"),
+    # Without a table of its own: blocks are discovered, and ReLUs write into their inputs.
+    "mnasnet0_5": (32, "batch", " ".join(f"layers.{i}" for i in (0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))),
+}
+# fmt: on
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def net(request: pytest.FixtureRequest) -> Backbone:
+    return load(request.param, "none", size=FAMILIES[request.param][0])
+
+
+def images(net: Backbone, count: int = 2) -> Tensor:
+    size = FAMILIES[net.name][0] if net.name in FAMILIES else net.transforms.size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def outputs(net: Backbone, batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What hooks on the uncut network see at its taps, in the order in which they run, and its logits."""
+    seen: dict[str, Tensor] = {}
+    modules = dict(net.module.named_modules())
+    hooks = [
+        modules[tap].register_forward_hook(lambda _module, _inputs, out, tap=tap: seen.update({tap: out.clone()})) for tap in net.tap_names
+    ]
+    with torch.inference_mode():
+        logits = net.module(batch)
+    for hook in hooks:
+        hook.remove()
+    return seen, logits
+
+
+def channels_first(value: Tensor, layout: str) -> Tensor:
+    if layout == "tokens":
+        return torch.cat([value[:, 0], value[:, 1:].mean(1)], 1)
+    return value.permute(0, 3, 1, 2) if layout == "nhwc" else value
+
+
+# --- taps and cuts, for each family ---------------------------------------------------------------------------------------------------
+
+
+def test_taps_stand_where_blocks_end_in_the_order_in_which_they_run(net: Backbone) -> None:
+    assert net.tap_names == tuple(FAMILIES[net.name][2].split())
+    assert tuple(outputs(net, images(net))[0]) == net.tap_names
+    assert len(net.tap_names) <= backbones.MAX_TAPS
+
+
+def test_what_is_read_at_the_taps_is_what_the_uncut_network_computes(net: Backbone) -> None:
+    seen, logits = outputs(net, images(net))
+    with torch.inference_mode():
+        *read, head = cut(net, net.tap_names, logits=True)(images(net))
+    assert torch.equal(head, logits)
+    for tap, values in zip(net.tap_names, read, strict=True):
+        assert torch.equal(values, channels_first(seen[tap], net.layouts.get(tap, ""))), tap
+        assert values.dim() in (2, 4)
+
+
+def test_a_cut_network_with_the_source_head_is_the_whole_network(net: Backbone) -> None:
+    with torch.inference_mode():
+        assert torch.equal(cut(net, [net.tap_names[-1]], logits=True)(images(net))[1], net.module(images(net)))
+
+
+def test_what_lies_behind_the_cut_is_neither_kept_nor_run(net: Backbone) -> None:
+    middle = net.tap_names[len(net.tap_names) // 2]
+    started: list[str] = []
+    before: set[str] = set()
+    modules = {name: module for name, module in net.module.named_modules() if name}
+    hooks = [m.register_forward_pre_hook(lambda _m, _i, name=name: started.append(name)) for name, m in modules.items()]
+    hooks.append(modules[middle].register_forward_hook(lambda _m, _i, _o: before.update(started)))
+    with torch.inference_mode():
+        net.module(images(net))
+        behind = set(started) - before
+        started.clear()
+        trunk = cut(net, [middle])
+        trunk(images(net))
+    for hook in hooks:
+        hook.remove()
+    tensors = set(trunk.state_dict())
+    gone = {key for key in net.module.state_dict() if any(key.startswith(f"{name}.") for name in behind)}
+    assert gone
+    assert not gone & tensors
+    assert tensors <= set(net.module.state_dict())
+    assert not behind & set(started)
+    assert middle in started
+
+
+def test_a_deeper_tap_costs_more_and_keeps_more(net: Backbone) -> None:
+    taps = describe(net, images(net).shape[2])
+    assert tuple(t.name for t in taps) == net.tap_names
+    for shallow, deep in itertools.pairwise(taps):
+        assert shallow.forward_ops <= deep.forward_ops
+        assert shallow.parameters <= deep.parameters
+    whole = sum(p.numel() for p in net.module.parameters())
+    assert taps[0].parameters < taps[-1].parameters < whole
+    assert taps[0].forward_ops < taps[-1].forward_ops
+
+
+def test_the_kind_of_normalisation_is_known(net: Backbone) -> None:
+    assert net.normalisation == FAMILIES[net.name][1]
+
+
+# --- taps and cuts, in particular -----------------------------------------------------------------------------------------------------
+
+
+def test_a_tap_has_the_shape_and_the_cost_that_hand_calculation_gives() -> None:
+    taps = describe(load("demonstration", "none"), 32)
+    assert [(t.channels, t.height, t.width) for t in taps] == [(32, 16, 16), (64, 8, 8), (128, 4, 4), (256, 1, 1), (128, 1, 1)]
+    assert taps[0].parameters == 3 * 32 * 9 + 32
+    assert taps[1].forward_ops - taps[0].forward_ops == 2 * 32 * 64 * 9 * 16 * 16
+    assert taps[3].forward_ops - taps[2].forward_ops == 2 * 128 * 4 * 4 * 256
+
+
+def test_attention_counts_as_work() -> None:
+    taps = describe(load("vit_b_16", "none", size=64), 64)
+    tokens, width = 4 * 4 + 1, 768
+    block = 2 * tokens * width * (3 * width + width + 2 * 4 * width) + 2 * 2 * tokens * tokens * width
+    assert {deep.forward_ops - shallow.forward_ops for shallow, deep in itertools.pairwise(taps[:12])} == {block}
+
+
+def test_a_cut_shares_its_tensors_with_the_backbone() -> None:
+    net = load("demonstration", "none")
+    assert cut(net, ["conv2"]).get_parameter("conv1.0.weight") is net.module.get_parameter("conv1.0.weight")
+
+
+def test_an_unknown_tap_is_answered_with_the_list_of_taps() -> None:
+    net = load("demonstration", "none")
+    for ask in (lambda: cut(net, ["conv4"]), lambda: resolve_tap(net, "conv4")):
+        with pytest.raises(BackboneError, match=r"'conv4'.*conv1, conv2, conv3, fc1, fc2"):
+            ask()
+
+
+def test_the_name_of_a_stage_means_its_last_block() -> None:
+    net = load("resnet18", "none")
+    assert resolve_tap(net, "layer2") == "layer2.1"
+    assert resolve_tap(net, "layer2.0") == "layer2.0"
+    with pytest.raises(BackboneError):
+        resolve_tap(net, "layer")
+
+
+def test_a_name_that_only_begins_alike_is_another_tap() -> None:
+    net = replace(load("demonstration", "none"), tap_names=("features.1", "features.12"))
+    assert resolve_tap(net, "features.1") == "features.1"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "median", "size"),
+    [("auto", 20, 32), ("auto", 64, 64), ("auto", 65, 96), ("auto", 5000, 224), (21, 500, 21), (300, 32, 300)],
+)
+def test_the_input_size_follows_the_images_up_to_the_weights_own(wanted: int | str, median: float, size: int) -> None:
+    assert input_size(load("squeezenet1_0", "none"), wanted, median) == size
+
+
+def test_no_input_is_smaller_than_the_network_can_take() -> None:
+    net = load("squeezenet1_0", "none")
+    assert input_size(replace(net, minimum=75), "auto", 32) == 75
+    with pytest.raises(BackboneError, match="at least 21 for squeezenet1_0, found 20"):
+        input_size(net, 20, 500)
+
+
+@pytest.mark.parametrize("median", [8, 32, 500])
+def test_a_network_of_one_size_takes_no_other(median: int) -> None:
+    net = load("demonstration", "none")
+    assert input_size(net, "auto", median) == input_size(net, 32, median) == 32
+    with pytest.raises(BackboneError, match=r"data.size 32 for demonstration, found 64"):
+        input_size(net, 64, median)
+
+
+def test_transforms_at_another_size_keep_the_margin_of_the_crop() -> None:
+    transforms = load("squeezenet1_0", "none").transforms
+    assert (transforms.size, transforms.resize) == (224, 256)
+    assert (transforms.at(112).size, transforms.at(112).resize) == (112, 128)
+
+
+# --- networks of one's own ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_own_network_is_named_by_module_and_callable() -> None:
+    net = load("nets:resnet20", "none")
+    assert (net.tap_names, net.transforms.size, net.source_classes) == (("layer1", "layer2", "layer3"), 32, 0)
+    assert [(t.channels, t.height) for t in describe(net, 32)] == [(16, 32), (32, 16), (64, 8)]
+
+
+def test_where_no_taps_are_said_the_blocks_are_found_in_the_order_in_which_they_run() -> None:
+    net = load("nets:Undeclared", "none")
+    assert net.tap_names == ("stem.0", "body.0", "body.1")  # not the ReLU, not what never runs, not the head
+    assert net.transforms.size == 224
+    together = cut(net, net.tap_names)(images(net))
+    for tap, values in zip(net.tap_names, together, strict=True):
+        assert torch.equal(values, cut(net, [tap])(images(net))[0]), "a ReLU in place must not reach back into a tap"
+
+
+def test_a_branch_on_data_between_taps_is_refused_with_a_way_out() -> None:
+    net = load("nets:Branching", "none")
+    with pytest.raises(BackboneError, match=r"branches on data.*top-level"):
+        cut(net, ["first"])
+
+
+def test_blocks_that_give_no_tensor_are_no_taps() -> None:
+    with pytest.raises(BackboneError, match=r"found no top-level block that gives a tensor.*taps ="):
+        load("nets:Paired", "none")
+    with pytest.raises(BackboneError, match=r"tap pair of nets:Tapped.*found tuple"):
+        describe(load("nets:Tapped", "none"), 16)
+
+
+def test_a_network_that_returns_no_logits_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"expected nets:Answering to return logits .*found dict"):
+        load("nets:Answering", "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nets:resnet21", "did you mean resnet20"),
+        ("nowhere.nets:resnet20", "PYTHONPATH"),
+        ("math:sqrt", "torch.nn.Module|callable"),
+        ("nets:Wrong", "Module"),
+        ("resnet81", "did you mean resnet18"),
+        ("demonstratoin", "did you mean demonstration"),
+    ],
+)
+def test_an_unknown_network_is_answered_with_the_nearest(name: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nets.Wrong", list, raising=False)
+    with pytest.raises(BackboneError, match=says):
+        load(name, "none")
+
+
+def test_taps_and_transforms_that_do_not_exist_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nets.CifarResNet.taps", ("layer1", "layer4"))
+    with pytest.raises(BackboneError, match=r"'layer4'.*did you mean layer"):
+        load("nets:resnet20", "none")
+    monkeypatch.setattr("nets.CifarResNet.transforms", {"sise": 32})
+    with pytest.raises(BackboneError, match=r"'sise'.*size, resize, mean"):
+        load("nets:resnet20", "none")
+
+
+def test_a_name_is_checked_without_building_the_network() -> None:
+    for name in ("demonstration", "squeezenet1_0", "vit_h_14", "my.nets:anything"):
+        check_name(name)
+    with pytest.raises(BackboneError, match="did you mean squeezenet1_"):
+        check_name("squeezenet")
+
+
+# --- weights --------------------------------------------------------------------------------------------------------------------------
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def load_file(name: str, path: Path, **options: Any) -> Backbone:
+    return load(name, path.name, md5=md5(path), root=path.parent, **options)
+
+
+def same(net: Backbone, state: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(value, state[key]) for key, value in net.module.state_dict().items())
+
+
+def test_random_weights_follow_from_the_seed_and_leave_other_draws_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    one, same_again, other = (load("nets:resnet20", "none", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert same(one, same_again.module.state_dict())
+    assert not same(one, other.module.state_dict())
+    assert one.source_classes == 0  # random weights know no classes
+
+
+def test_weights_of_another_architecture_are_refused_by_the_first_keys_that_differ(tmp_path: Path) -> None:
+    save_file(Demonstration().state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(BackboneError, match=r"of nets:resnet20.*missing, first conv1.weight, bn1.weight.*first conv1.0.*backbone.name"):
+        load_file("nets:resnet20", tmp_path / "other.safetensors")
+
+
+def test_weights_of_another_shape_are_refused_by_the_shapes(tmp_path: Path) -> None:
+    save_file(load("nets:resnet20", "none").module.state_dict() | {"linear.bias": torch.zeros(7)}, tmp_path / "other.safetensors")
+    with pytest.raises(BackboneError, match=r"1 of another shape: linear.bias is \(7,\), expected \(10,\)"):
+        load_file("nets:resnet20", tmp_path / "other.safetensors")
+
+
+def test_a_deeper_network_of_the_same_kind_does_not_pass(tmp_path: Path) -> None:
+    save_file(load("nets:resnet56", "none").module.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(BackboneError, match=r"that it does not have, first layer1.3"):
+        load_file("nets:resnet20", tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route to host"), TimeoutError("timed out"), http.client.IncompleteRead(b"")])
+def test_without_a_network_the_error_says_what_else_to_do(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", fail)
+    with pytest.raises(BackboneError, match=r"download the weights SqueezeNet1_0_Weights.IMAGENET1K_V1.*weights file that you have"):
+        load("squeezenet1_0", "DEFAULT")
+
+
+def test_a_damaged_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reply(io.BytesIO):
+        def info(self) -> email.message.Message:
+            return email.message.Message()
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Reply(b"half a file"))
+    with pytest.raises(BackboneError, match="hash"):
+        load("squeezenet1_0", "IMAGENET1K_V1")
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_what_was_downloaded_once_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = SqueezeNet1_0_Weights.IMAGENET1K_V1
+    state = models.squeezenet1_0(weights=None).state_dict()
+    cached = tmp_path / "hub" / "checkpoints" / Path(weights.url).name
+    cached.parent.mkdir(parents=True)
+    torch.save(state, cached)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    net = load("squeezenet1_0", "DEFAULT")
+    assert same(net, state)
+    assert net.source_classes == 1000
+    assert cached.name in net.fingerprint
+
+
+def test_files_from_before_layers_were_renamed_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's own files for DenseNet and ViT carry such names."""
+    state = models.densenet121(weights=None).state_dict()
+    old = {k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): v for k, v in state.items() if "num_batches" not in k}
+    assert old.keys() != state.keys()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: old)
+    net = load("densenet121", "DEFAULT")
+    assert all(torch.equal(net.module.state_dict()[key], value) for key, value in state.items())
+
+
+def test_a_vision_transformer_takes_another_size_by_interpolating_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = models.vit_b_16(weights=None).state_dict()
+    ramp = torch.arange(14.0).expand(14, 14)  # position (row, column) -> column
+    state["encoder.pos_embedding"] = torch.cat([torch.full((1, 1, 768), -1.0), ramp.reshape(1, 196, 1).expand(1, 196, 768)], 1)
+    old = {key.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): value for key, value in state.items()}
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: old)
+    net = load("vit_b_16", "DEFAULT", size=64)
+    positions = net.module.state_dict()["encoder.pos_embedding"]
+    assert positions[0, 0, 0] == -1  # the class token stands nowhere
+    assert positions[0, 1:, 0].reshape(4, 4)[2].tolist() == pytest.approx([0, 13 / 3, 26 / 3, 13], abs=0.5)
+    assert net.source_classes == 1000
+    assert net.module(images(net)).shape == (2, 1000)
+    assert torch.equal(
+        net.module.get_parameter("encoder.layers.encoder_layer_3.mlp.0.weight"), state["encoder.layers.encoder_layer_3.mlp.0.weight"]
+    )
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: Demonstration().state_dict())
+    with pytest.raises(BackboneError, match="another architecture's"):
+        load("vit_b_16", "DEFAULT", size=64)
+
+
+def test_a_vision_transformer_takes_whole_patches() -> None:
+    with pytest.raises(BackboneError, match="a multiple of 16 for vit_b_16, found 230"):
+        load("vit_b_16", "none", size=230)
+
+
+def test_a_network_that_reads_the_version_of_its_files_loads_one_without(tmp_path: Path) -> None:
+    state = models.mnasnet0_5(weights=None).state_dict()
+    save_file(state, tmp_path / "mnasnet.safetensors")
+    assert same(load_file("mnasnet0_5", tmp_path / "mnasnet.safetensors"), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "says"),
+    [
+        ("squeezenet1_0", "IMAGENET1K_V9", "did you mean IMAGENET1K_V1"),
+        ("squeezenet1_0", "DEFAUTL", "did you mean DEFAULT"),
+        ("squeezenet1_0", "weights/none.safetensors", "DEFAULT, IMAGENET1K_V1, none or a file"),
+        ("demonstration", "IMAGENET1K_V1", "DEFAULT, none or a file"),
+        ("nets:resnet20", "DEFAULT", "to its path, or to none"),
+    ],
+)
+def test_unknown_weights_are_answered_with_those_there_are(name: str, weights: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=says):
+        load(name, weights, root=tmp_path)
+
+
+@pytest.mark.parametrize("said", ["none", "0" * 32])
+def test_a_weights_file_is_only_loaded_by_its_md5(said: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(load("nets:resnet20", "none").module.state_dict(), path)
+    with pytest.raises(BackboneError, match=rf"\({said}\), found {md5(path)}.*weights_md5"):
+        load("nets:resnet20", path.name, md5=said, root=tmp_path)
+    assert load_file("nets:resnet20", path).fingerprint == md5(path)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": {f"module.{key}": value for key, value in state.items()}},
+        lambda state: {"net": {key: value for key, value in state.items() if "num_batches_tracked" not in key}},
+    ],
+    ids=["plain", "nested", "from data-parallel training", "without counters"],
+)
+def test_a_checkpoint_of_tensors_is_loaded(wrapped: Callable[[dict[str, Tensor]], Any], tmp_path: Path) -> None:
+    state = load("nets:resnet20", "none", seed=5).module.state_dict()
+    torch.save(wrapped(state), tmp_path / "checkpoint.pth")
+    assert same(load_file("nets:resnet20", tmp_path / "checkpoint.pth"), state)
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_a_pickle_that_would_execute_is_refused_and_not_executed(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    torch.save({"state_dict": load("nets:resnet20", "none").module.state_dict(), "extra": Trap(marker)}, tmp_path / "trap.pth")
+    with pytest.raises(BackboneError, match=r"cannot be read without executing code.*safetensors"):
+        load_file("nets:resnet20", tmp_path / "trap.pth")
+    assert not marker.exists()
+    torch.load(tmp_path / "trap.pth", weights_only=False)
+    assert marker.exists(), "the trap is a real one"
+
+
+@pytest.mark.parametrize("name", ["damaged.safetensors", "damaged.pth"])
+@pytest.mark.parametrize("content", [b"", b"no tensors here", b"\x80\x02}q\x00."], ids=["empty", "text", "an empty dictionary"])
+def test_a_damaged_file_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BackboneError):
+        load_file("nets:resnet20", tmp_path / name)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(BackboneError, match=r"a state dict.*found list.*model.state_dict\(\)"):
+        load_file("nets:resnet20", tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_0"])
+def test_a_network_trained_on_other_classes_has_as_many_outputs(name: str, tmp_path: Path) -> None:
+    save_file(models.get_model(name, weights=None, num_classes=7).state_dict(), tmp_path / "seven.safetensors")
+    assert load_file(name, tmp_path / "seven.safetensors").source_classes == 7
+
+
+def test_a_demonstration_network_of_one_s_own_may_know_other_classes(tmp_path: Path) -> None:
+    save_file(Demonstration(4).state_dict(), tmp_path / "four.safetensors")
+    assert load_file("demonstration", tmp_path / "four.safetensors").source_classes == 4
+
+
+# --- the demonstration network, and real weights on real images -----------------------------------------------------------------------
+
+
+def test_the_demonstration_weights_are_small_and_good() -> None:
+    folder = Path(backbones.__file__).with_name("weights")
+    card = json.loads((folder / "demonstration.json").read_text())
+    assert card["test_accuracy"] >= 0.75
+    assert card["test_interval_95"][0] < card["test_accuracy"] < card["test_interval_95"][1]
+    assert (folder / "demonstration.safetensors").stat().st_size <= 3_000_000
+    net = load("demonstration", "DEFAULT")
+    assert net.source_classes == len(card["data"]["classes"])
+    assert sum(p.numel() for p in net.module.parameters()) == card["parameters"]
+
+
+def take(archive: Path, each: int, only: Mapping[str, int] | None = None) -> tuple[list[Image.Image], list[int]]:
+    """The first images of each class of the test side, straight from the archive; labels count classes in their order there."""
+    found: list[Image.Image] = []
+    labels: list[int] = []
+    order: dict[str, int] = dict(only or {})
+    with tarfile.open(archive, "r|gz") as file:
+        for member in file:
+            _, side, label, *name = [*member.name.split("/"), "", ""]
+            if side == "train":
+                break
+            if not member.isfile() or not name or (only and label not in only):
+                continue
+            index = order.setdefault(label, len(order))
+            if labels.count(index) < each:
+                found.append(decode(file.extractfile(member).read()))  # type: ignore[union-attr]
+                labels.append(index)
+    return found, labels
+
+
+def accuracy(net: Backbone, found: list[Image.Image], labels: list[int]) -> float:
+    inputs = torch.from_numpy(np.stack([prepare(image, net.transforms) for image in found]))
+    with torch.inference_mode():
+        return float((net.module(normalise(inputs, net.transforms)).argmax(1) == torch.tensor(labels)).float().mean())
+
+
+@pytest.mark.data
+def test_real_weights_classify_the_images_that_they_were_trained_for(real_data: Path) -> None:
+    found, labels = take(real_data / "cifar10.tar.gz", 40)
+    assert len(found) == 400
+    small = load_file("nets:resnet20", real_data / "resnet20-cifar10.safetensors")
+    large = load_file("nets:resnet56", real_data / "resnet56-cifar10.safetensors")
+    assert small.source_classes == large.source_classes == 10
+    assert accuracy(small, found, labels) > 0.75
+    assert accuracy(large, found[::4], labels[::4]) > 0.75
+    assert accuracy(load("demonstration", "DEFAULT"), found, labels) > 0.72
+
+
+@pytest.mark.data
+def test_imagenet_weights_know_things_among_a_thousand(real_data: Path) -> None:
+    categories = SqueezeNet1_0_Weights.IMAGENET1K_V1.meta["categories"]
+    only = {name: categories.index(name) for name in ("revolver", "scorpion", "starfish", "trilobite")}
+    found, labels = take(real_data / "caltech24.tar.gz", 8, only)
+    net = load_file("squeezenet1_0", real_data / "squeezenet1_0-imagenet.safetensors")
+    assert net.source_classes == 1000
+    assert accuracy(net, found, labels) > 0.4
+    with pytest.raises(BackboneError, match="another architecture's"):
+        load_file("resnet18", real_data / "squeezenet1_0-imagenet.safetensors")
+
+
+def test_the_weights_of_the_published_networks_have_the_published_sizes() -> None:
+    """He et al. 2015, table 6: 0.27 and 0.85 million parameters."""
+    for name, millions in (("nets:resnet20", 0.27), ("nets:resnet56", 0.85)):
+        count = sum(p.numel() for p in load(name, "none").module.parameters())
+        assert math.isclose(count / 1e6, millions, abs_tol=0.005)
+        assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in load(name, "none").module.modules()) == int(name[-2:])
