@@ -116,8 +116,8 @@ def test_what_lies_behind_the_cut_is_neither_kept_nor_run(net: Backbone) -> None
     with torch.inference_mode():
         net.module(images(net))
         behind = set(started) - before
-        started.clear()
         trunk = cut(net, [middle])
+        started.clear()
         trunk(images(net))
     for hook in hooks:
         hook.remove()
@@ -157,10 +157,11 @@ def test_a_tap_has_the_shape_and_the_cost_that_hand_calculation_gives() -> None:
 
 
 def test_attention_counts_as_work() -> None:
-    taps = describe(load("vit_b_16", "none", size=64), 64)
+    net = load("vit_b_16", "none", size=64)
+    first, second = describe(replace(net, tap_names=net.tap_names[:2]), 64)
     tokens, width = 4 * 4 + 1, 768
     block = 2 * tokens * width * (3 * width + width + 2 * 4 * width) + 2 * 2 * tokens * tokens * width
-    assert {deep.forward_ops - shallow.forward_ops for shallow, deep in itertools.pairwise(taps[:12])} == {block}
+    assert second.forward_ops - first.forward_ops == block
 
 
 def test_a_cut_shares_its_tensors_with_the_backbone() -> None:
@@ -258,7 +259,7 @@ def test_a_network_that_returns_no_logits_is_refused() -> None:
     [
         ("nets:resnet21", "did you mean resnet20"),
         ("nowhere.nets:resnet20", "PYTHONPATH"),
-        ("math:sqrt", "torch.nn.Module|callable"),
+        ("math:sqrt", "without arguments"),
         ("nets:Wrong", "Module"),
         ("resnet81", "did you mean resnet18"),
         ("demonstratoin", "did you mean demonstration"),

@@ -15,6 +15,7 @@ outputs need is gone, parameters included.
 
 import hashlib
 import importlib
+import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -259,6 +260,10 @@ def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
         raise BackboneError(
             f"expected {attribute!r} in the module {package}; {nearest(attribute, dir(importlib.import_module(package)))}"
         ) from error
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as error:
+        raise BackboneError(f"expected {name} to be callable without arguments, but: {error}. Give its arguments defaults.") from error
     if weights == DEFAULT:
         raise BackboneError(
             f"expected a weights file for the own network {name}, found DEFAULT. Set backbone.weights to its path, or to none."
@@ -355,8 +360,10 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return cast(Mapping[str, Tensor], load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        # PyTorch's own message goes on to explain how to execute the code after all.
+        why = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(" Please use")[0].rstrip(".")[:200]
         raise BackboneError(
-            f"expected tensors in {path}, but it cannot be read without executing code or is damaged: {str(error)[:200]}. "
+            f"expected tensors in {path}, but it cannot be read without executing code or is damaged: {why}. "
             "Save the state dict with safetensors.torch.save_file."
         ) from error
     for key in ("state_dict", "model", "net"):
@@ -405,7 +412,7 @@ def _fit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
     loaded = module.load_state_dict(fitting, strict=False)
     # Checkpoints from before PyTorch 0.4.1 lack the counters of BatchNorm; nothing reads them at a fixed momentum.
     missing = [k for k in loaded.missing_keys if k not in state and not k.endswith("num_batches_tracked")]
-    extra = loaded.unexpected_keys
+    extra = [k for k in state if k in set(loaded.unexpected_keys)]
     if missing or extra or shapes:
         parts = [
             f"{len(missing)} missing, first {', '.join(missing[:3])}" if missing else "",

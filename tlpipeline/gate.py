@@ -89,13 +89,17 @@ def _judge(a: Any, b: Any, champion: str, left_out: int, new: tuple[str, ...], r
     reason = (
         f"{'accepted' if accepted else 'rejected'}: {accuracy:.1%} against {other:.1%} of {champion} on the same {n} test images "
         f"({wins} won, {losses} lost, difference {low:+.1f} to {high:+.1f} points), "
-        f"{'' if accepted else 'not '}significantly {claim} (p = {p_value:.2g}, {test}, alpha {rule.alpha:g})"
+        f"{'' if accepted else 'not '}significantly {claim} ({_shown(p_value)}, {test}, alpha {rule.alpha:g})"
     )
     if left_out:
         reason += f"; {left_out} images that {champion} was trained on are left out"
     if new:
         reason += f"; not compared: {', '.join(new)}, new since {champion}"
     return Verdict(accepted, champion, n, left_out, accuracy, other, wins, losses, p_value, low, high, new, reason + ".")
+
+
+def _shown(p_value: float) -> str:
+    return f"p = {p_value:.2g}" if p_value >= 1e-12 else "p < 1e-12"
 
 
 def _p_value(a: Any, b: Any, margin: float, rule: GateParams) -> float:

@@ -95,7 +95,7 @@ def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, Any]:
     """Return the probe curve in the coordinates of an 720 x 260 picture."""
     low = max(0.0, min(t.low for t in profile.taps) - 0.02)
     high = min(1.0, max(t.high for t in profile.taps) + 0.02)
-    left, right, top, bottom = 52, 706, 14, 196
+    left, right, top, bottom = 52, 660, 14, 196
 
     def x(i: int) -> float:
         return round(left + (right - left) * (i + 0.5) / len(profile.taps), 1)
