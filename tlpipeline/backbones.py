@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -352,16 +351,15 @@ def _file_md5(path: Path) -> str:
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
             return cast(Mapping[str, Tensor], load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         # PyTorch's own message goes on to explain how to execute the code after all.
-        why = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(" Please use")[0].rstrip(".")[:200]
+        why = (str(error) or "empty").split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(" Please use")[0].rstrip(".")[:200]
         raise BackboneError(
             f"expected tensors in {path}, but it cannot be read without executing code or is damaged: {why}. "
             "Save the state dict with safetensors.torch.save_file."

@@ -1,0 +1,104 @@
+"""Prose and tables are held to the code."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tlpipeline.cases import CASES
+from tlpipeline.stages import STAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+
+
+def test_the_case_table_of_the_readme_has_the_rows_of_cases() -> None:
+    table = re.findall(r"^\| `(\w+)` \| (\w+), (\w+) \| ([^|]+) \| ([^|]+) \|", README, re.M)
+    assert [(name, size, likeness) for name, size, likeness, _, _ in table] == [(c.name, c.size, c.likeness) for c in CASES]
+    assert [("later layers" in cut, "everything" in frozen) for *_, cut, frozen in table] == [
+        (c.keep == "slice", c.freeze == "kept") for c in CASES
+    ]
+
+
+def test_dvc_yaml_has_the_stages_and_calls_them() -> None:
+    assert list(PIPELINE["stages"]) == list(STAGES)
+    assert [s["cmd"] for s in PIPELINE["stages"].values()] == [f"python -m tlpipeline stage {name}" for name in STAGES]
+
+
+def test_no_stage_is_without_outputs_and_none_depends_on_the_cluster() -> None:
+    for stage in PIPELINE["stages"].values():
+        assert stage["outs"]
+        assert not any(p.startswith("cluster") for p in stage["params"])
+
+
+def test_each_param_that_a_stage_names_exists_and_each_key_but_acts_and_cluster_is_named() -> None:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    named = {p for stage in PIPELINE["stages"].values() for p in stage["params"]}
+    for name in named:
+        section, _, key = name.partition(".")
+        assert key in params[section] if key else section in params
+    everything = {f"{section}.{key}" for section, keys in params.items() for key in keys}
+    covered = {full for full in everything if full in named or full.split(".")[0] in named}
+    assert everything - covered - {"data.name"} == {k for k in everything if k.split(".")[0] in ("gate", "cluster")}
+
+
+@pytest.mark.parametrize("name", ["dvc.yaml", "prefect.yaml"])
+def test_the_root_is_a_workspace_like_any_other(name: str) -> None:
+    assert (ROOT / name).read_text() == (ROOT / "tlpipeline" / "template" / name).read_text()
+
+
+def test_every_room_of_the_library_is_in_the_tree_of_the_readme() -> None:
+    modules = {p.stem for p in (ROOT / "tlpipeline").glob("*.py")} - {"__init__", "__main__"}
+    assert modules == set(re.findall(r"^  (\w+) {2,}\S", README, re.M))
+
+
+def test_every_public_name_is_typed_and_documented() -> None:
+    missing = []
+    for path in sorted([*(ROOT / "tlpipeline").glob("*.py"), *(ROOT / "tasks").glob("*.py"), *(ROOT / "flows").glob("*.py")]):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+                missing.append(f"{path.name}: {node.name}")
+    assert not missing
+
+
+def test_the_exported_names_are_exactly_those_that_can_be_imported() -> None:
+    import tlpipeline
+
+    assert tlpipeline.__all__ == sorted(tlpipeline._WHERE)
+    for name in tlpipeline.__all__:
+        assert getattr(tlpipeline, name) is not None
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = tlpipeline.nothing_like_it
+
+
+def test_nothing_asks_which_case_it_is() -> None:
+    names = "|".join(c.name for c in CASES)
+    for path in [*(ROOT / "tlpipeline").glob("*.py"), *(ROOT / "tasks").glob("*.py"), *(ROOT / "flows").glob("*.py")]:
+        assert not re.search(rf"==\s*[\"']({names})[\"']", path.read_text(encoding="utf-8")), path
+
+
+def test_nothing_is_loaded_that_could_execute() -> None:
+    for path in (ROOT / "tlpipeline").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                source = ast.unparse(node)
+                assert not source.startswith(("pickle.", "joblib.", "dill.")), source
+                if source.startswith("torch.load("):
+                    assert "weights_only=True" in source
+
+
+def test_no_address_of_a_registry_is_committed() -> None:
+    for name in ("constraints.txt", "pyproject.toml", "Makefile"):
+        assert not re.search(r"https?://|--index-url|--find-links", (ROOT / name).read_text()), name
+
+
+def test_importing_the_library_is_light() -> None:
+    code = "import sys, tlpipeline; print(sorted({'torch', 'prefect', 'ray', 'dvc'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
