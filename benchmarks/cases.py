@@ -79,13 +79,14 @@ def row(name: str, folder: Path, seconds: float) -> dict[str, object]:
     case = json.loads((folder / "case.json").read_text())
     profile = json.loads((folder / "profile.json").read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
+    classes = json.loads((folder / "classes.json").read_text())
     spent = json.loads((folder / "run.json").read_text())["seconds"]
     tags = subprocess.run(["git", "tag"], cwd=folder, capture_output=True, text=True).stdout.split()
     rejected = (folder / "quarantine.csv").read_text().splitlines()[1:]
     for remark in rejected[:3] + rejected[-1:]:
         print(f"    {name}: {remark}")
     return {
-        "data": name, "backbone": JOBS[name][0], "images": profile["images"] + sum(c["images"] for c in metrics["classes"].values()),
+        "data": name, "backbone": JOBS[name][0], "images": profile["images"] + sum(c["images"] for c in classes.values()),
         "train": profile["images"], "classes": profile["classes"], "size": case["size"], "case": case["case"], "slice": case["slice"],
         "p_similar": case["similar"], "p_large": case["large"], "accuracy": metrics["accuracy"], "low": metrics["accuracy_low"],
         "high": metrics["accuracy_high"], "majority": metrics["majority_accuracy"], "profile_s": spent["profile"], "train_s": spent["train"],

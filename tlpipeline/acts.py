@@ -21,7 +21,7 @@ from tlpipeline.progress import Event, Progress, silent
 TEMPLATE = Path(__file__).with_name("template")
 REPORT = "report.html"
 TRACKED = (
-    "dvc.lock", "dvc.yaml", stages.PARAMS, stages.SPLITS, stages.QUARANTINE, stages.PROFILE, stages.CASE, stages.METRICS,
+    "dvc.lock", "dvc.yaml", stages.PARAMS, stages.SPLITS, stages.QUARANTINE, stages.PROFILE, stages.CASE, stages.METRICS, stages.CLASSES,
     registry.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore",
 )  # fmt: skip
 
@@ -43,10 +43,17 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     """
     from tlpipeline import backbones, dataset
 
-    if root.exists() and any(root.iterdir()):
-        raise WorkspaceError(f"expected a new or empty folder at {root}, found files in it. Choose another one.")
+    if root.exists() and (root.is_file() or any(root.iterdir())):
+        raise WorkspaceError(
+            f"expected a new or empty folder at {root}, found {'a file' if root.is_file() else 'files in it'}. Choose another one."
+        )
     if images is not None and not images.is_dir():
-        raise DataError(f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}.")
+        raise DataError(
+            f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
+            "Give --images a folder that holds one folder of images per class."
+        )
+    if images is not None and root.resolve().is_relative_to(images.resolve()):
+        raise WorkspaceError(f"expected a folder outside the images to copy them to, found {root} inside {images}. Choose another one.")
     source = Path(weights)
     md5 = _md5(source) if source.is_file() else backbones.NONE
     # Everything that can be wrong is found before anything is written.
@@ -183,7 +190,7 @@ def judge(root: Path, progress: Progress) -> gate.Verdict | None:
     challenger = evaluate.read_predictions(root / stages.PREDICTIONS)
     best = registry.champion(root, params.data.name)
     if best is None:
-        return gate.against_majority(challenger, stages.read_json(root, stages.METRICS)["majority_class"], params.gate)
+        return gate.against_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate)
     rows = dataset.read_manifest(root / stages.MANIFEST).used(dataset.TEST)
     told = lambda done: progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))  # noqa: E731
     champion = stages.predict_rows(root, registry.folder(root, best), rows, told)
@@ -201,7 +208,7 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
         return Registration(str(already), False, "", None, f"this model is registered already as {already}: nothing to do.")
     assert verdict is not None, "the gate must speak before a new model is registered"
     case = stages.read_case(root)
-    metrics = stages.read_json(root, stages.METRICS)
+    metrics = stages.read_metrics(root)
     if not verdict.accepted:
         versioning.commit(root, f"Rejected: {case.case}, accuracy {metrics['accuracy']:.4f}", tracked)
         versioning.push(root)
@@ -222,7 +229,7 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
     return {
         "name": params.data.name,
         "case": stages.read_case(root),
-        "metrics": stages.read_json(root, stages.METRICS),
+        "metrics": stages.read_metrics(root),
         "verdict": verdict,
         "data": versioning.data_hash(root, params.data.images),
         "model": versioning.stage_output(root, "train", stages.MODEL),
@@ -260,7 +267,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         registration=registration,
         case=stages.read_case(root),
         profile=profiling.Profile.from_json(stages.read_json(root, stages.PROFILE)),
-        metrics=stages.read_json(root, stages.METRICS),
+        metrics=stages.read_metrics(root),
         matrix=evaluate.confusion(found).tolist(),
         manifest=manifest,
         history=(root / stages.HISTORY).read_text(encoding="utf-8"),
@@ -300,7 +307,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     from tlpipeline import dataset
 
     manifest = dataset.read_manifest(root / stages.MANIFEST, root / stages.QUARANTINE)
-    metrics = stages.read_json(root, stages.METRICS)
+    metrics = stages.read_metrics(root)
     case = stages.read_case(root)
     verdict = registration.verdict
     against = ""
@@ -343,7 +350,7 @@ def decision_markdown(root: Path) -> str:
 
 def evaluation_markdown(root: Path) -> str:
     """Return the evaluation for people, as markdown."""
-    metrics = stages.read_json(root, stages.METRICS)
+    metrics = stages.read_metrics(root)
     lines = [
         f"**accuracy {metrics['accuracy']:.1%}** ({metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}, {metrics['images']} test images), "
         f"balanced {metrics['balanced_accuracy']:.1%}, macro F1 {metrics['macro_f1']:.3f}, calibration error {metrics['calibration_error']:.3f}",
@@ -375,20 +382,35 @@ def alone(root: Path, wait_minutes: float) -> Iterator[None]:
             distributed.shutdown()
 
 
-def checked(root: Path) -> None:
-    """Check what can be checked before anything runs: the repository, params.yaml, the workers.
+def checked(root: Path, images: Path | None = None) -> None:
+    """Check what can be checked before anything runs: the repository, params.yaml, the workers, the images' folder.
+
+    Args:
+        root: the workspace.
+        images: a folder that is to replace the workspace's images.
 
     Raises:
-        WorkspaceError, ParamsError, ClusterError: as the checks find.
+        WorkspaceError, ParamsError, BackboneError, ClusterError, DataError: as the checks find.
     """
-    from tlpipeline import backbones, cases, distributed
+    from tlpipeline import backbones, cases, dataset, distributed
 
     versioning.require(root)
     params = stages.params_of(root)
     if params.choose.case != AUTO:
         cases.find(params.choose.case)
+    cases.override(cases.CASES[0], params.train.override)  # type: ignore[arg-type]  # any row will do to check names and types
     backbones.check_name(params.backbone.name)
+    if params.choose.slice != AUTO:
+        b = params.backbone
+        backbones.resolve_tap(backbones.load(b.name, b.weights, md5=b.weights_md5, root=root), params.choose.slice)
     distributed.preflight(params.cluster)
+    own = root / params.data.images
+    if images is not None:
+        dataset.check_folder(images)
+    elif not own.is_dir() and not versioning.is_stage_output(root, params.data.images):
+        raise DataError(
+            f"expected the images in {own}, found no such folder. `dvc pull` brings the versioned ones back; or name others with --images."
+        )
 
 
 def name_of(root: Path) -> str:
@@ -434,16 +456,20 @@ def take_over(root: Path, images: Path) -> None:
     """Replace the workspace's images by a copy of another folder.
 
     Raises:
-        DataError: that folder is missing, empty or has no class folders.
+        DataError: no data set can be made of that folder; the workspace keeps its own images then.
     """
     from tlpipeline import dataset
 
     target = root / stages.params_of(root).data.images
     if images.resolve() == target.resolve():
         return
-    dataset.check_folder(images)
+    dataset.ingest(images, _preview(images), lambda done, total: None)
     draft = target.with_name(f".{target.name}.draft")
     versioning.unlink(draft)
-    shutil.copytree(images, draft)
+    try:
+        shutil.copytree(images, draft)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     versioning.unlink(target)
     draft.rename(target)

@@ -73,7 +73,7 @@ def run(
     from tlpipeline import versioning
     from tlpipeline.acts import checked
 
-    checked(workspace)  # a mistake is told before the Prefect server starts
+    checked(workspace, images)  # a mistake is told before the Prefect server starts
     versioning.free(workspace)
     from flows.retrain import retrain
     from tasks.pipeline import listener

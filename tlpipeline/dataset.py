@@ -31,6 +31,10 @@ _LOOK_INTO_BELOW = 50  # images of a class below which a broken one could be the
 
 Pixels = npt.NDArray[np.uint8]
 
+# Damaged EXIF blocks and TIFF tags only warn; the pixels are checked by loading them. Said once for the process, because
+# `warnings.catch_warnings` in the threads that decode would leave the filters of the whole process changed.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -85,32 +89,34 @@ def decode(content: bytes) -> Image.Image:
     full range (65535 to 255), floating-point images by their own range.
 
     Raises:
-        OSError, UnidentifiedImageError, ValueError, SyntaxError: the content is no image or is damaged.
+        UnidentifiedImageError: the content is no image. Exception: it is damaged; Pillow's decoders raise what they like.
     """
-    with warnings.catch_warnings():
-        # Damaged EXIF blocks and palette transparency in bytes only warn; the pixels are checked by loading them.
-        warnings.simplefilter("ignore", UserWarning)
-        with Image.open(io.BytesIO(content)) as opened:
-            opened.seek(0)
-            opened.load()
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            return _to_rgb(image)
+    with Image.open(io.BytesIO(content)) as opened:
+        opened.seek(0)
+        opened.load()
+        image: Image.Image = ImageOps.exif_transpose(opened)
+        return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        grey = values.astype(np.float64) / 65535.0
+        grey[values == image.info.get("transparency", -1)] = 1.0
+        return Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8), "L").convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float64) / 65535.0
-        return Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8), "L").convert("RGB")
     if image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
-        grey = (np.nan_to_num(values, nan=low) - low) / (high - low if high > low else 1.0)
+        there = np.isfinite(values)
+        if not there.any():
+            raise ValueError("no finite pixel")
+        low, high = values[there].min(), values[there].max()
+        grey = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low if high > low else 1.0)
         return Image.fromarray((grey * 255).round().astype(np.uint8), "L").convert("RGB")
     return image.convert("RGB")
 
@@ -143,7 +149,7 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
 
     Args:
         images: folder of `<class>/...` or of `{train,val,test}/<class>/...`.
-        exceptions: md5 to side, from splits.csv; they win over the rule by content.
+        exceptions: md5 to side, from splits.csv; they win over the rule by content, not over a given layout.
         progress: called with (files done, files in all).
         threads: readers; by default one for each CPU, at least 4 (reading waits for the disk).
 
@@ -151,8 +157,8 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
         The manifest, its rows sorted by path.
 
     Raises:
-        DataError: the folder is missing or empty, has no class folders, has one class only, a class has fewer than 3 distinct images,
-            or nothing can be read.
+        DataError: the folder is missing or empty, has no class folders, half a layout of sides or files that cannot be opened; it has one
+            class only, a class has fewer than 3 distinct images, or no file is an image.
     """
     files = _files(images)
     given = _given_sides(images)
@@ -167,17 +173,19 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
                 rows.append(result)
             else:
                 rejected.append(result)
+    rows, conflicting = _without_conflicts(rows)
+    rejected += conflicting
     if not rows:
         reasons = Counter(r.reason.split(":")[0] for r in rejected)
         raise DataError(
             f"expected images in {images}, but none of its {len(files)} files can be used ({_counted(reasons)}). "
-            f"The first: {rejected[0].path}: {rejected[0].reason}."
+            f"The first: {rejected[0].path}: {rejected[0].reason}. Put readable images there, each in one class folder only."
         )
-    rows, conflicting = _without_conflicts(rows)
-    rejected += conflicting
     rows, remarks = _without_copies(rows, given)
+    if given:
+        exceptions = {}  # a given layout wins over splits.csv too
     rows = [replace(r, split=r.split or exceptions.get(r.md5) or side_of(r.md5, carve_val=given == "no val")) for r in rows]
-    _check_classes(images, rows, rejected)
+    _check_classes(images, rows, rejected, given)
     remarks += _empty_sides(rows)
     return Manifest(tuple(sorted(rows, key=lambda r: r.path)), tuple(sorted(rejected, key=lambda r: r.path)), tuple(remarks))
 
@@ -210,6 +218,16 @@ def _files(images: Path) -> list[Path]:
     )
     if not files:
         raise DataError(f"expected images in {images}, found an empty folder. Put one folder of images per class there.")
+    # Neither can be versioned or listed.
+    if unnamed := [path for path in files if not _is_text(path)]:
+        raise DataError(
+            f"expected file names in UTF-8 in {images}, found {len(unnamed)} others, such as {bytes(unnamed[0])!r}. Rename them."
+        )
+    if gone := [path for path in files if not path.is_file()]:
+        raise DataError(
+            f"expected files in {images}, found {len(gone)} links to nothing or devices, such as {gone[0]}. "
+            "Remove them, or restore what they point to (`dvc checkout`)."
+        )
     if not any(len(path.relative_to(images).parts) > 1 for path in files):
         raise DataError(
             f"expected class folders in {images}, found {len(files)} files and no folder. Sort the images as {images.name}/<class>/<image>."
@@ -217,20 +235,36 @@ def _files(images: Path) -> list[Path]:
     return files
 
 
+def _is_text(path: Path) -> bool:
+    return str(path).encode("utf-8", "replace") == bytes(path)
+
+
 def check_folder(images: Path) -> None:
     """Check that a folder can hold a data set at all.
 
     Raises:
-        DataError: it is missing, empty, or has no class folders.
+        DataError: it is missing, empty, has no class folders, half a layout of sides, or files that cannot be versioned.
     """
     _files(images)
+    _given_sides(images)
 
 
 def _given_sides(images: Path) -> str:
-    """Say which layout this is: "" (by content), "all" (train, val and test are given) or "no val"."""
+    """Say which layout this is: "" (by content), "all" (train, val and test are given) or "no val".
+
+    Raises:
+        DataError: two folders or more are named as sides, but train or test is not there or other folders stand beside them; by content,
+            "train" and "val" would silently become two classes.
+    """
     names = {p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    if not names or not names <= GIVEN_SIDES.keys() or "train" not in names or "test" not in names:
+    sides = names & GIVEN_SIDES.keys()
+    if len(sides) < 2:
         return ""
+    if names != sides or not {TRAIN, TEST} <= sides:
+        raise DataError(
+            f"expected the folders train, test and perhaps val in {images}, or else one folder per class, found {', '.join(sorted(names))}. "
+            "Give it train and test and nothing else, or sort the images by class alone: then the sides follow from their content."
+        )
     return "all" if VAL in {GIVEN_SIDES[n] for n in names} else "no val"
 
 
@@ -243,7 +277,12 @@ def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
     if given == "no val" and side == TRAIN:
         side = ""  # decided by content: val is carved out of train
     label = parts[1] if given else parts[0]
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"expected to read the image {path}, but: {error.strerror}. Make it readable or remove it, then run again."
+        ) from error
     if not content:
         return Rejected(where.as_posix(), "empty file")
     try:
@@ -252,7 +291,9 @@ def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
             mode = original.mode
     except UnidentifiedImageError:
         return Rejected(where.as_posix(), "not an image")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes a decoder raise anything: struct.error, TypeError, NotImplementedError, ...
         return Rejected(where.as_posix(), f"broken: {error}")
     if 0 in image.size:
         return Rejected(where.as_posix(), "zero size")
@@ -295,7 +336,7 @@ def _without_copies(rows: Sequence[Row], given: str) -> tuple[list[Row], list[st
     return kept, remarks
 
 
-def _check_classes(images: Path, rows: Sequence[Row], rejected: Sequence[Rejected]) -> None:
+def _check_classes(images: Path, rows: Sequence[Row], rejected: Sequence[Rejected], given: str) -> None:
     counts = Counter(r.label for r in rows if not r.duplicate_of)
     if len(counts) < 2:
         raise DataError(
@@ -310,10 +351,10 @@ def _check_classes(images: Path, rows: Sequence[Row], rejected: Sequence[Rejecte
         )
     missing = sorted(set(counts) - {r.label for r in rows if r.split == TRAIN and not r.duplicate_of})
     if missing:
-        raise DataError(
-            f"expected training images for each class, found none for {', '.join(missing)}. "
-            "Run `tlpipeline data commit`: it gives small classes a side of each kind in splits.csv."
-        )
+        way_out = "Run `tlpipeline data commit`: it gives small classes a side of each kind in splits.csv."
+        if given:
+            way_out = "Put more images of these classes into its folder train."
+        raise DataError(f"expected training images for each class in {images}, found none for {', '.join(missing)}. {way_out}")
 
 
 def _empty_sides(rows: Sequence[Row]) -> list[str]:
@@ -360,8 +401,11 @@ def read_exceptions(path: Path) -> dict[str, str]:
 
 def write_exceptions(path: Path, new: Iterable[SplitException]) -> None:
     """Append lines to splits.csv (created with its header where it is missing)."""
-    header = not path.exists()
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    header = not before
     with path.open("a", newline="", encoding="utf-8") as file:
+        if before and not before.endswith("\n"):
+            file.write("\n")  # an editor left the last line open
         writer = csv.writer(file, lineterminator="\n")
         if header:
             writer.writerow(["md5", "split", "label"])
@@ -390,7 +434,7 @@ def needed_exceptions(
     labels: dict[str, set[str]] = defaultdict(set)
     for path, md5 in sorted(hashes.items()):
         label, _, rest = path.partition("/")
-        if rest and not Path(path).name.startswith("."):
+        if rest and not any(part.startswith(".") for part in path.split("/")):
             by_label[label].setdefault(md5, path)
             labels[md5].add(label)
     new: list[SplitException] = []

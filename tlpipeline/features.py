@@ -150,14 +150,19 @@ def extract(
     Returns:
         One float32 tensor (n, features) an output, on the CPU, in the order of the images.
     """
-    parts: list[list[Tensor]] = []
     done = 0
     trunk.eval()
+
+    def read(inputs: Tensor) -> list[Tensor]:
+        pooled = (pool(out, grids[i]) if i < len(grids) else out for i, out in enumerate(trunk(inputs)))
+        return [p.float().cpu() for p in pooled]
+
     with torch.inference_mode():
+        size = images.transforms.size
+        # The widths of an empty answer (a worker without a share) are those of any answer.
+        parts = [[p[:0] for p in read(torch.zeros(1, 3, size, size, device=device))]] if not len(images) else []
         for batch, pixels in images.batches(in_batches(len(images), batch_size)):
-            outputs = trunk(normalise(pixels.to(device), images.transforms))
-            pooled = [pool(out, grids[i]) if i < len(grids) else out for i, out in enumerate(outputs)]
-            parts.append([p.float().cpu() for p in pooled])
+            parts.append(read(normalise(pixels.to(device), images.transforms)))
             done += len(batch)
             progress(done)
     return [torch.cat(column) for column in zip(*parts, strict=True)]

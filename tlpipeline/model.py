@@ -102,27 +102,39 @@ def load(folder: Path) -> tuple[Classifier, Description]:
     """Read a model folder.
 
     Raises:
-        RegistryError: no model is there. BackboneError: its tensors do not fit its description.
+        RegistryError: no model is there, or its description cannot be read. BackboneError: its tensors do not fit its description.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
         raise RegistryError(
             f"expected a model folder with {WEIGHTS} and {DESCRIPTION} at {folder}, found none. Train one with `tlpipeline run`."
         )
-    content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    if content.get("format") != FORMAT:
-        raise RegistryError(
-            f"expected a model of format {FORMAT} in {folder}, found {content.get('format')!r}. Use the tlpipeline that wrote it."
-        )
-    description = Description.from_json(content)
+    description = _description(folder)
     backbone = backbones.load(description.architecture, backbones.NONE, size=description.transforms.size)
     model = Classifier(backbone, description.readings, len(description.classes), frozen=True)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise BackboneError(f"expected the tensors of {description.architecture} in {folder / WEIGHTS}: {error}") from error
+    except (RuntimeError, SafetensorError) as error:
+        raise BackboneError(
+            f"expected the tensors of {description.architecture} in {folder / WEIGHTS}, but they do not fit or are damaged: "
+            f"{' '.join(str(error).split())[:300]}. Fetch the model again, or train it again with `tlpipeline run`."
+        ) from error
     return model.eval(), description
+
+
+def _description(folder: Path) -> Description:
+    try:
+        content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        found = content.get("format") if isinstance(content, dict) else content
+        if found == FORMAT:
+            return Description.from_json(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RegistryError(
+            f"expected a model's description in {folder / DESCRIPTION}, but it is damaged: {error}. Fetch it again."
+        ) from error
+    raise RegistryError(f"expected a model of format {FORMAT} in {folder}, found {found!r}. Use the tlpipeline that wrote it.")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

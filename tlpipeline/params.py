@@ -4,6 +4,7 @@ A key that is missing, unknown, of the wrong type or out of range is refused wit
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -45,8 +46,8 @@ class Data:
 
     name: str = field(
         metadata={
-            "check": lambda v: bool(v) and v.replace("-", "").isalnum() and v == v.lower() and v[0].isalpha(),
-            "allowed": "lower-case letters, digits and dashes, a letter first",
+            "check": lambda v: re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", v) is not None,
+            "allowed": "lower-case letters, digits and dashes, a letter first and no dash last",
         }
     )
     images: str = field(metadata=_not_empty())
@@ -151,27 +152,30 @@ def load(path: Path) -> Params:
         raise ParamsError(f"expected the settings in {path}, found no such file. Create a workspace with `tlpipeline init DIR`.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ParamsError(f"expected YAML in {path}, but it cannot be read: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(
+            f"expected YAML in {path}, but it cannot be read: {error}. Mend it, or take `git show HEAD:{path.name}`."
+        ) from error
     return typing.cast(Params, _section(Params, content, path.name))
 
 
 def _section(cls: type, content: Any, where: str) -> Any:
-    if not isinstance(content, dict):
-        raise ParamsError(f"{where}: expected a section with keys, found {content!r}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(content, dict):
+        raise ParamsError(f"{where}: expected a section with the keys {', '.join(fields)}, found {content!r}.")
     hints = typing.get_type_hints(cls)
+    prefix = f"{where}: " if cls is Params else f"{where}."
     for key in content:
         if key not in fields:
-            raise ParamsError(f"{where}: unknown key {key!r}; {nearest(str(key), fields)}")
+            raise ParamsError(f"{prefix}{key}: expected a known key, found an unknown one; {nearest(str(key), fields)}")
     for name in fields:
         if name not in content:
             raise ParamsError(
-                f"{where}: the key {name!r} is missing. Every key must be there: compare with `tlpipeline init` in an empty folder."
+                f"{prefix}{name}: expected this key, found none. Every key must be there: compare with `tlpipeline init` in an empty folder."
             )
     values = {}
     for name, value in content.items():
-        path = f"{where}: {name}" if where.endswith(".yaml") else f"{where}.{name}"
+        path = f"{prefix}{name}"
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _section(typing.cast(type, hints[name]), value, path)
         else:

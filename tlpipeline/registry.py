@@ -127,7 +127,7 @@ def next_number(root: Path, name: str, classes: Sequence[str], case: str) -> tup
         return (0, 1, 0)
     major, minor, patch = known[-1].number
     before = json.loads(versioning.show(root, known[-1].commit, "case.json") or "{}").get("case")
-    tested = json.loads(versioning.show(root, known[-1].commit, "metrics.json") or "{}").get("classes", {})
+    tested = json.loads(versioning.show(root, known[-1].commit, "classes.json") or "{}")
     if before != case or sorted(tested) != sorted(classes):
         return (major, minor + 1, 0)
     return (major, minor, patch + 1)
@@ -140,17 +140,13 @@ def publish(root: Path, name: str, number: tuple[int, int, int], message: str, p
         WorkspaceError: the files could not be pushed; nothing is registered then.
         RegistryError: somebody else registered this number first; the local tag is taken back.
     """
-    versioning.quiet()
-    import gto.api
-    from gto.exceptions import GTOException
-
     versioning.fetch_tags(root)
     versioning.push(root)
     text = f"v{'.'.join(map(str, number))}"
     commit = versioning.commit(root, message, paths)
     try:
-        gto.api.register(str(root), name, "HEAD", version=text, message=message)
-    except GTOException as error:
+        versioning.gto(root, "register", name, "HEAD", "--version", text, "--message", message)
+    except WorkspaceError as error:
         raise RegistryError(f"expected to register {name}@{text}, but: {error}. Run again: the next number is taken then.") from error
     try:
         versioning.push_git(root)
@@ -166,14 +162,10 @@ def promote(root: Path, version: Version, stage: str = PROD) -> str:
     Raises:
         RegistryError: GTO refuses, or the tag cannot be pushed.
     """
-    versioning.quiet()
-    import gto.api
-    from gto.exceptions import GTOException
-
     number = f"v{'.'.join(map(str, version.number))}"
     try:
-        gto.api.assign(str(root), version.name, stage=stage, version=number, force=True)
-    except GTOException as error:
+        versioning.gto(root, "assign", version.name, "--version", number, "--stage", stage, "--force")
+    except WorkspaceError as error:
         raise RegistryError(f"expected to promote {version} to {stage}, but: {error}") from error
     tag = max((t for t in versioning.tags(root) if t.startswith(f"{version.name}#{stage}#")), key=lambda t: int(t.rsplit("#", 1)[1]))
     versioning.push_git(root)

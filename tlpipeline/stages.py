@@ -27,7 +27,8 @@ MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
 PROFILE, PROBE = "profile.json", "plots/probe.csv"
 CASE = "case.json"
 MODEL, HISTORY = "model", "plots/history.csv"
-METRICS, PREDICTIONS, CONFUSION = "metrics.json", "predictions.parquet", "plots/confusion.csv"
+METRICS, CLASSES = "metrics.json", "classes.json"
+PREDICTIONS, CONFUSION = "predictions.parquet", "plots/confusion.csv"
 RUN = "run.json"
 OWN = Path(".tlpipeline")
 RUNS = OWN / "runs"
@@ -151,7 +152,7 @@ def train(root: Path, progress: Progress) -> None:
 
 
 def evaluate(root: Path, progress: Progress) -> None:
-    """Measure the model on the test side: metrics.json, predictions.parquet, the confusion matrix."""
+    """Measure the model on the test side: metrics.json, classes.json, predictions.parquet, the confusion matrix."""
     from tlpipeline import dataset
     from tlpipeline import evaluate as measuring
 
@@ -164,8 +165,11 @@ def evaluate(root: Path, progress: Progress) -> None:
         root, root / MODEL, rows, lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images"))
     )
     content = measuring.metrics(found, params.evaluate.confidence, measuring.counts(manifest.used(dataset.TRAIN)))
-    with _output(root, METRICS, PREDICTIONS, CONFUSION) as (written, table, matrix):
+    # Apart from the others, so that `dvc metrics show` stays readable with many classes.
+    classes = content.pop("classes")
+    with _output(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (written, by_class, table, matrix):
         written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        by_class.write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
         measuring.write_predictions(found, table)
         measuring.write_confusion(found, matrix)
 
@@ -228,6 +232,11 @@ def read_case(root: Path) -> Any:
     from tlpipeline import cases
 
     return cases.Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
+
+
+def read_metrics(root: Path) -> dict[str, Any]:
+    """Return metrics.json, with the figures of each class as `classes`."""
+    return read_json(root, METRICS) | {"classes": read_json(root, CLASSES)}
 
 
 def read_json(root: Path, name: str) -> dict[str, Any]:

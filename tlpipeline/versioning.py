@@ -112,6 +112,21 @@ def show(root: Path, revision: str, path: str) -> str | None:
     return git(root, "show", f"{revision}:./{path}")
 
 
+def gto(root: Path, *arguments: str) -> None:
+    """Run GTO, which writes the tags of versions and stages, in a process of its own.
+
+    Importing GTO reconfigures the logging of the whole process; while Prefect sends its logs that ends in a deadlock.
+
+    Raises:
+        WorkspaceError: GTO refused.
+    """
+    command = [sys.executable, "-c", "from gto.cli import app; app()", *arguments]
+    quiet()
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise WorkspaceError(f"gto {arguments[0]}: {(done.stderr or done.stdout).strip()}")
+
+
 # --- creating -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,255 @@
+"""The model folder: what is saved is what is loaded, nothing of the cut-off layers, nothing that can execute, frozen means frozen."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tlpipeline import backbones, dataset
+from tlpipeline.errors import BackboneError, RegistryError
+from tlpipeline.features import Images, Reading
+from tlpipeline.model import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, save, write_json, write_tensors
+
+CLASSES = ("ant", "bee", 'näh, "quoted"')
+# Architecture, input side, readings with the deepest first, and the start of a name behind the cut.
+NETWORKS = {
+    "demonstration": (32, (Reading("conv2", 64, (1, 2, 4)), Reading("conv1", 32, (1,))), "conv3"),
+    "nets:resnet20": (32, (Reading("layer2", 32, (1, 2)),), "layer3"),
+    "resnet18": (32, (Reading("layer2.1", 128, (1, 2)), Reading("layer1.1", 64, (1,))), "layer3"),
+    "densenet121": (32, (Reading("features.denseblock1", 256, (1,)),), "features.transition1"),
+    "convnext_tiny": (32, (Reading("features.1.1", 96, (1,)),), "features.3"),
+    "vit_b_16": (64, (Reading("encoder.layers.encoder_layer_1", 1536, (1,)),), "encoder.layers.encoder_layer_2"),
+}
+
+
+def build(name: str, frozen: bool = True, seed: int = 0) -> tuple[Classifier, Description]:
+    """A classifier with a random head and with statistics that are not those of a fresh network."""
+    size, readings, _ = NETWORKS[name]
+    net = backbones.load(name, "none", size=size, seed=seed)
+    model = Classifier(net, readings, len(CLASSES), frozen)
+    random = torch.Generator().manual_seed(seed)
+    for key, tensor in model.state_dict().items():
+        if key.startswith("head.") or "running" in key:
+            tensor.copy_(torch.rand(tensor.shape, generator=random) + 0.1)
+    return model, Description(name, readings[0].tap, readings, CLASSES, net.transforms.at(size))
+
+
+def images(model: Description, count: int = 4) -> Tensor:
+    return torch.randn(count, 3, model.transforms.size, model.transforms.size, generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: nn.Module, batch: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model.eval()(batch)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved model of the demonstration network."""
+    save(*build("demonstration"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+# --- saving and loading ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_loaded_model_gives_the_logits_of_the_saved_one_without_the_layers_behind_its_cut(name: str, tmp_path: Path) -> None:
+    model, description = build(name)
+    save(model, description, tmp_path)
+    loaded, read = load(tmp_path)
+    assert read == description
+    assert torch.equal(logits(loaded, images(description)), logits(model, images(description)))
+    assert not loaded.training
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert tensors.keys() == model.state_dict().keys()
+    behind = NETWORKS[name][2]
+    assert any(key.startswith(f"{behind}.") for key in backbones.load(name, "none").module.state_dict())
+    assert not any(key.startswith(f"trunk.{behind}.") for key in tensors)
+
+
+def test_the_folder_holds_tensors_and_json_and_no_pickle(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == [DESCRIPTION, WEIGHTS]
+    content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    assert content["classes"] == list(CLASSES)
+    assert content["cut"] == "conv2"
+    tensors = load_file(folder / WEIGHTS)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert size < (folder / WEIGHTS).stat().st_size < size + 2000
+    for path in folder.iterdir():
+        with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError)):
+            pickle.loads(path.read_bytes())
+
+
+def test_the_same_tensors_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    save(*build("demonstration"), tmp_path / "again")
+    save(*load(folder), tmp_path / "copied")
+    save(*build("demonstration", seed=1), tmp_path / "other")
+    for name in (WEIGHTS, DESCRIPTION):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+        assert (tmp_path / "copied" / name).read_bytes() == (folder / name).read_bytes()
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != (folder / WEIGHTS).read_bytes()
+
+
+def test_loading_never_unpickles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("unpickled")
+
+    for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
+        monkeypatch.setattr(name, fail)
+    load(folder)
+
+
+def test_a_model_that_was_trained_with_all_its_weights_is_loaded_alike(tmp_path: Path) -> None:
+    model, description = build("nets:resnet20", frozen=False)
+    save(model, description, tmp_path)
+    assert torch.equal(logits(load(tmp_path)[0], images(description)), logits(model, images(description)))
+
+
+@pytest.mark.parametrize("write", [lambda path: write_json({"new": 1}, path), lambda path: write_tensors({"new": torch.ones(1)}, path)])
+def test_a_crash_while_writing_leaves_the_old_file(write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def crash(*_: Any) -> None:
+        raise OSError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", crash)
+        with pytest.raises(OSError, match="power cut"):
+            write(path)
+    assert path.read_bytes() == b"old"
+    write(path)
+    assert path.read_bytes() != b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# --- what is no model -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_model_is_named_with_the_way_to_one(folder: Path, tmp_path: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    for place in (tmp_path / "nowhere", tmp_path, folder):
+        with pytest.raises(RegistryError, match=rf"{WEIGHTS} and {DESCRIPTION} at {place}.*tlpipeline run"):
+            load(place)
+
+
+@pytest.mark.parametrize("found", [2, "1", None])
+def test_a_model_of_another_format_is_refused(found: Any, folder: Path) -> None:
+    content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    write_json({**content, "format": found}, folder / DESCRIPTION)
+    with pytest.raises(RegistryError, match=rf"format 1 in .*, found {found!r}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 1}', "[]", '{"format": 1, "transforms": 3}'])
+def test_a_damaged_description_is_refused(content: str, folder: Path) -> None:
+    (folder / DESCRIPTION).write_text(content)
+    with pytest.raises(RegistryError, match=DESCRIPTION if content != "[]" else "format"):
+        load(folder)
+
+
+def test_tensors_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    save(*build("nets:resnet20"), tmp_path / "other")
+    (folder / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+    with pytest.raises(BackboneError, match=r"tensors of demonstration.*conv1.0.weight"):
+        load(folder)
+
+
+def test_a_head_of_another_size_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "head.bias": torch.zeros(7)}, folder / WEIGHTS)
+    with pytest.raises(BackboneError, match=r"head.bias"):
+        load(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000])
+def test_a_damaged_weights_file_is_refused(kept: int, folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:kept])
+    with pytest.raises(BackboneError, match=WEIGHTS):
+        load(folder)
+
+
+def test_a_tap_that_the_network_does_not_have_is_refused(folder: Path) -> None:
+    text = (folder / DESCRIPTION).read_text(encoding="utf-8")
+    (folder / DESCRIPTION).write_text(text.replace("conv2", "conv9"), encoding="utf-8")
+    with pytest.raises(BackboneError, match="conv9"):
+        load(folder)
+
+
+# --- frozen ---------------------------------------------------------------------------------------------------------------------------
+
+LAST = {
+    "demonstration": (Reading("fc2", 128, (1,)),),  # Dropout
+    "resnet18": (Reading("layer4.1", 512, (1,)), Reading("layer2.1", 128, (1, 2))),  # BatchNorm
+    "convnext_tiny": (Reading("features.7.2", 768, (1,)),),  # StochasticDepth
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_a_frozen_backbone_is_bit_identical_after_training(name: str) -> None:
+    model = Classifier(backbones.load(name, "none"), LAST[name], 3, frozen=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.1)
+    model.train()
+    for step in range(2):
+        batch = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(model(batch), torch.tensor([0, 1, 2, 0])).backward()
+        optimiser.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_only_a_frozen_backbone_computes_the_same_under_train_as_under_eval(name: str) -> None:
+    batch = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    for frozen in (True, False):
+        model = Classifier(backbones.load(name, "none"), LAST[name], 3, frozen)
+        model.train()
+        assert model.training
+        assert model.head.training
+        assert all(module.training is not frozen for module in model.trunk.modules())
+        with torch.no_grad():
+            assert torch.equal(model.features(batch), model.eval().features(batch)) is frozen
+
+
+def test_a_frozen_backbone_gets_no_gradients_and_another_does() -> None:
+    for frozen in (True, False):
+        model, description = build("nets:resnet20", frozen)
+        model.train()
+        model(images(description)).sum().backward()
+        assert all((p.grad is None) is frozen for p in model.trunk.parameters())
+        assert model.head.weight.grad is not None
+
+
+def test_a_new_head_knows_nothing() -> None:
+    model = Classifier(backbones.load("demonstration", "DEFAULT"), LAST["demonstration"], 3, frozen=True)
+    assert logits(model, torch.rand(2, 3, 32, 32)).abs().max() == 0
+
+
+# --- predicting -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_stand_in_the_order_of_the_images_whatever_the_batch(make_images: Callable[..., Path]) -> None:
+    pictures = make_images(classes=3, each=5)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*dataset.SIDES)
+    model, description = build("nets:resnet20")
+    told: list[int] = []
+
+    def chances(rows: list[dataset.Row], batch_size: int) -> Tensor:
+        return probabilities(model, Images(pictures, rows, description.transforms), torch.device("cpu"), told.append, batch_size)
+
+    whole = chances(rows, 64)
+    assert told == [15]
+    assert whole.shape == (15, 3)
+    assert torch.allclose(whole.sum(1), torch.ones(15))
+    assert torch.allclose(chances(rows[::-1], 4).flip(0), whole, atol=1e-5)
+    assert chances([], 4).shape == (0, 3)
