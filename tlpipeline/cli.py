@@ -3,6 +3,7 @@
 Heavy imports (torch, ray, prefect, dvc) happen inside the functions: `tlpipeline --help` needs none of them.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -19,26 +20,33 @@ registry = typer.Typer(no_args_is_help=True, help="List, show, promote and roll 
 app.add_typer(data, name="data")
 app.add_typer(registry, name="registry")
 
+_INTERRUPTED = 130
+
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the workspace.")]
 
 
 def main() -> None:
     """Run a command; a mistake that the user can mend is one message and exit code 2, Ctrl-C is 130."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except PipelineError as error:
         _say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        _say("interrupted; checkpoints are kept, and the next run goes on from the last one")
-        sys.exit(130)
-    except typer.Abort:
-        sys.exit(130)
+        code = _INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _say(f"error: expected room on the disk, found none: {error}. Nothing half-written is used; free some space and run again.")
+        sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own: wrong or missing arguments
             _say(f"error: {error.format_message()}")
             sys.exit(error.exit_code)
         raise
+    if code == _INTERRUPTED:  # what the parser makes of Ctrl-C
+        _say("interrupted; checkpoints are kept, and the next run goes on from the last one")
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _say(text: str) -> None:

@@ -168,6 +168,8 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
         )
         try:
             result = trainer.fit()
+        except SystemExit as stopped:
+            raise KeyboardInterrupt from stopped  # Ray's own answer to Ctrl-C
         except ray.train.TrainingFailedError as error:
             raise _translated(error, cluster.max_failures) from error
     if result.checkpoint is None:

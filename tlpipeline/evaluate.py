@@ -102,7 +102,7 @@ def metrics(found: Predictions, confidence: float, trained_on: Mapping[str, int]
 
 
 def _rounded(value: float) -> float:
-    return round(float(value), 6)
+    return round(float(value), 6) + 0.0  # the loss of certain, right predictions is 0, not -0
 
 
 def confusion(found: Predictions) -> Labels:

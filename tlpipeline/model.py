@@ -1,5 +1,6 @@
 """The classifier: a cut backbone, pooled readings at its taps, one linear head. And the folder that it is kept in, without pickles."""
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -139,10 +140,16 @@ def _description(folder: Path) -> Description:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors, completely or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     draft = path.with_name(f".{path.name}.draft")
-    save_file({k: v.detach().cpu() for k, v in tensors.items()}, draft)
+    try:
+        save_file({k: v.detach().cpu() for k, v in tensors.items()}, draft)
+    except SafetensorError as error:
+        if "os error 28" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     _settle(draft, path)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipeline import versioning
-from tlpipeline.errors import DataError, WorkspaceError
+from tlpipeline.errors import DataError
 from tlpipeline.params import Params, load
 from tlpipeline.progress import Event, Progress
 
@@ -41,27 +41,35 @@ def params_of(root: Path) -> Params:
 
 @contextmanager
 def _output(root: Path, *names: str) -> Iterator[list[Path]]:
-    """Give a draft place for each output; move them all into place if the body succeeds."""
+    """Give a draft place for each output; move them all into place if the body succeeds, or none of them."""
     drafts = root / OWN / "draft"
     versioning.unlink(drafts)
-    drafts.mkdir(parents=True)
+    (drafts / "old").mkdir(parents=True)
     places = [drafts / name.replace("/", "_") for name in names]
     try:
-        yield places
-        for place, name in zip(places, names, strict=True):
-            target = root / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            versioning.unlink(target)
-            os.replace(place, target)
-    except OSError as error:
-        if error.errno in (28, 122):  # no space left, quota exceeded
-            raise WorkspaceError(
-                f"expected room on the disk for {', '.join(names)}, found none ({error.strerror}). Nothing was changed; free some space "
-                "(`dvc gc --workspace` removes unused versions) and run again."
-            ) from error
-        raise
+        with versioning.room(root):
+            yield places
+            _exchange([(place, root / name, drafts / "old" / place.name) for place, name in zip(places, names, strict=True)])
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
+
+
+def _exchange(moves: Sequence[tuple[Path, Path, Path]]) -> None:
+    """Move each new output to its target and what stood there aside; if one cannot be moved, put all the old ones back."""
+    begun: list[tuple[Path, Path]] = []
+    try:
+        for new, target, aside in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(target):
+                os.replace(target, aside)
+            begun.append((target, aside))
+            os.replace(new, target)
+    except BaseException:
+        for target, aside in begun:
+            versioning.unlink(target)
+            if os.path.lexists(aside):
+                os.replace(aside, target)
+        raise
 
 
 # --- the five stages ------------------------------------------------------------------------------------------------------------------
@@ -188,7 +196,7 @@ STAGES: dict[str, Callable[[Path, Progress], None]] = {
 
 def run(root: Path, name: str, progress: Progress) -> None:
     """Run one stage, as `dvc repro` does: no look at whether it is up to date. Its seconds go to run.json."""
-    with versioning.workspace_lock(root), timed(root, name):
+    with versioning.workspace_lock(root), versioning.room(root), timed(root, name):
         STAGES[name](root, progress)
 
 
@@ -199,7 +207,8 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
         with timed(root, name):
             STAGES[name](root, progress)
 
-    ran = versioning.run_stage(root, name, run_timed)
+    with versioning.room(root):
+        ran = versioning.run_stage(root, name, run_timed)
     if name == "train" and ran:
         shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed, and train nothing
     if not ran:
@@ -221,7 +230,8 @@ def _note(root: Path, name: str, seconds: float | None) -> None:
     if name == "ingest":
         content = {}
     content.setdefault("seconds", {})[name] = seconds
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with _output(root, RUN) as (written,):
+        written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # --- what others read -----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The Python API of DVC is not promised to be stable, so it is kept in this one fi
 it ran, from dependencies that were hashed before it ran and are unchanged since; never by a blanket `dvc commit`.
 """
 
+import errno
 import json
 import logging
 import os
@@ -147,8 +148,10 @@ def create(root: Path, remote: str) -> None:
         config["core"]["analytics"] = False
         config["core"]["autostage"] = False
         config["core"]["remote"] = "storage"
-        # DVC reads a relative path from the working directory and keeps it relative to its own folder.
-        config["remote"] = {"storage": {"url": remote if "://" in remote else os.path.relpath(remote)}}
+        # DVC reads a relative path from the working directory and keeps it relative to its own folder: a remote inside the workspace
+        # moves with it, one given by its full path stays where it is.
+        inside = "://" not in remote and Path(remote).resolve().is_relative_to(root.resolve())
+        config["remote"] = {"storage": {"url": os.path.relpath(remote) if inside else remote}}
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------
@@ -174,8 +177,8 @@ def add(root: Path, path: str) -> str:
     with _repo(root) as repo:
         try:
             repo.add([str(Path(repo.root_dir) / path)])
-        except _dvc_error() as error:
-            raise WorkspaceError(f"expected to version {path} with DVC, but: {error}") from error
+        except (_dvc_error(), FileNotFoundError, UnicodeError) as error:
+            raise WorkspaceError(f"expected to version {path} with DVC, but: {error}. Mend or remove that file, and run again.") from error
     return data_hash(root, path)
 
 
@@ -293,7 +296,7 @@ def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
     A stage whose dependencies, parameters and command are as recorded does not run: its outputs are restored from the cache where needed.
 
     Raises:
-        WorkspaceError: a dependency changed while the stage ran; nothing is recorded then.
+        WorkspaceError: a dependency, parameter or the command changed while the stage ran; nothing is recorded then.
     """
     with _repo(root) as repo:
         state = _state(repo, name)
@@ -304,14 +307,15 @@ def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
         stage = _stage(repo, name)
         if missing := [d.def_path for d in stage.deps if not d.exists]:
             raise WorkspaceError(
-                f"expected {', '.join(missing)} before the stage {name}, found nothing there. Run the stages before it: `dvc repro`."
+                f"expected {', '.join(missing)} before the stage {name}, found nothing there. "
+                "Run the stages before it (`dvc repro`); fetch what a clone has not got yet (`dvc pull`)."
             )
         before = _dependencies(repo, name)
     function()
     with _repo(root) as repo:
         after = _dependencies(repo, name)
         if after != before:
-            moved = ", ".join(path for path in before if after.get(path) != before[path])
+            moved = ", ".join(path for path in sorted(before | after) if after.get(path) != before.get(path))
             raise WorkspaceError(
                 f"expected {moved} to stay as it was while the stage {name} ran, but it changed. Nothing was recorded; run again."
             )
@@ -328,8 +332,15 @@ def _restored(repo: Any, name: str) -> bool:
 
 
 def _dependencies(repo: Any, name: str) -> dict[str, str]:
+    """Return all that a stage depends on as it stands: the hash of each file, the parameters that it names, its command."""
     stage = _stage(repo, name)
-    return {d.def_path: str(d.get_hash().value) for d in stage.deps if d.def_path != "params.yaml"}
+    found = {"dvc.yaml": str(stage.cmd)}
+    for dependency in stage.deps:
+        if dependency.def_path == "params.yaml":
+            found["params.yaml"] = json.dumps(dependency.read_params(flatten=True), sort_keys=True, default=str)
+        else:
+            found[dependency.def_path] = str(dependency.get_hash().value)
+    return found
 
 
 def stage_key(root: Path, name: str) -> str:
@@ -337,12 +348,7 @@ def stage_key(root: Path, name: str) -> str:
     import hashlib
 
     with _repo(root) as repo:
-        stage = _stage(repo, name)
-        parts: dict[str, Any] = _dependencies(repo, name) | {"cmd": stage.cmd}
-        for dependency in stage.deps:
-            if dependency.def_path == "params.yaml":
-                parts["params"] = dependency.read_params(flatten=True)
-        return hashlib.md5(json.dumps(parts, sort_keys=True, default=str).encode(), usedforsecurity=False).hexdigest()
+        return hashlib.md5(json.dumps(_dependencies(repo, name), sort_keys=True).encode(), usedforsecurity=False).hexdigest()
 
 
 def stage_output(root: Path, name: str, path: str, revision: str | None = None) -> str:
@@ -432,8 +438,13 @@ def _repo(root: Path) -> Iterator[Any]:
 
     # DVC reads some paths (its run cache's, a remote's) from the working directory, whatever repository it was opened on.
     root = root.resolve()
-    with chdir(root), Repo(str(root)) as repo:
-        yield repo
+    try:
+        with room(root), chdir(root), Repo(str(root)) as repo:
+            yield repo
+    except _dvc_error() as error:  # no repository, a dvc.yaml that cannot be read, another DVC command at work
+        raise WorkspaceError(
+            f"expected DVC to work in {root}, but: {error}. Mend that (`dvc status` shows it too), and run again."
+        ) from error
 
 
 def _dvc_error() -> type[Exception]:
@@ -441,6 +452,24 @@ def _dvc_error() -> type[Exception]:
 
     error: type[Exception] = DvcException
     return error
+
+
+@contextmanager
+def room(root: Path) -> Iterator[None]:
+    """Tell a full disk as what it is.
+
+    Raises:
+        WorkspaceError: the body found no space left, or the quota used up.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise WorkspaceError(
+            f"expected room on the disk of {root}, found none ({error.strerror}). What was recorded before is unchanged; free some space "
+            "(`dvc gc --workspace` removes unused versions) and run again."
+        ) from error
 
 
 def unlink(path: Path) -> None:

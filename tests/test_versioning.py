@@ -1,0 +1,658 @@
+"""DVC and git as they really are: workspaces, stages that run once and are recorded as they ran, one lock for every entrance."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import paint, set_param
+from test_dataset import on, put, tiny
+
+from tlpipeline import acts, dataset, stages, versioning
+from tlpipeline.dataset import TEST, TRAIN, VAL
+from tlpipeline.errors import BackboneError, DataError, WorkspaceError
+from tlpipeline.params import load
+from tlpipeline.progress import silent
+
+# As little as the pipeline can do: what is tested is who runs it.
+CHEAP = {"profile.images": "16", "profile.images_max": "16", "choose.draws": "100", "train.epochs": "1", "cluster.workers": "0"}
+OUTPUTS = [
+    stages.MANIFEST, stages.QUARANTINE, stages.PROFILE, stages.PROBE, stages.CASE, stages.MODEL, stages.HISTORY, stages.METRICS,
+    stages.CLASSES, stages.PREDICTIONS, stages.CONFUSION,
+]  # fmt: skip
+
+
+def never() -> None:
+    raise AssertionError("a stage ran that was up to date")
+
+
+def lock_text(root: Path) -> str:
+    return (root / "dvc.lock").read_text(encoding="utf-8") if (root / "dvc.lock").exists() else ""
+
+
+def contents(root: Path, *names: str) -> dict[str, bytes]:
+    """Return the bytes of every file of these outputs."""
+    files = [f for name in names for f in (sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name])]
+    return {f.relative_to(root).as_posix(): f.read_bytes() for f in files if f.is_file()}
+
+
+def run_python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in another process that is no child of a lock's holder."""
+    environment = {k: v for k, v in os.environ.items() if k != "TLPIPELINE_LOCK_HOLDER"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def repro(root: Path) -> str:
+    """Run `dvc repro` and return what it printed."""
+    done = run_python(root, "-m", "dvc", "repro")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def bring_all_up_to_date(root: Path) -> list[str]:
+    """Do what the flow does, and return the stages that had to run."""
+    return [name for name in stages.STAGES if stages.bring_up_to_date(root, name, silent)]
+
+
+@pytest.fixture
+def ingested(workspace: Path) -> Path:
+    """A workspace in which ingest, and nothing else, is recorded."""
+    assert stages.bring_up_to_date(workspace, "ingest", silent)
+    return workspace
+
+
+# --- init -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_init_makes_a_workspace_with_everything_committed(workspace: Path) -> None:
+    versioning.require(workspace)
+    assert load(workspace / "params.yaml").data.name == "workspace"
+    assert versioning.git(workspace, "log", "--format=%s").splitlines() == ["First images", "New workspace"]
+    assert versioning.git(workspace, "status", "--short") == "M params.yaml"  # by the fixture: no workers
+    tracked = versioning.git(workspace, "ls-files").splitlines()
+    assert {"dvc.yaml", "params.yaml", "prefect.yaml", "splits.csv", "images.dvc", ".dvc/config", ".gitignore", ".dvcignore"} <= set(
+        tracked
+    )
+    assert not [path for path in tracked if path.startswith(("images/", ".dvc-remote", ".tlpipeline"))]
+
+
+def test_init_versions_and_publishes_every_image(workspace: Path) -> None:
+    assert len(versioning.files(workspace, "images")) == 72
+    assert not versioning.changed(workspace, "images")
+    assert len([p for p in (workspace / ".dvc-remote").rglob("*") if p.is_file()]) == 73  # and the list of them
+
+
+def test_init_refuses_a_folder_that_is_not_empty_and_leaves_it_as_it_was(tmp_path: Path, make_images: Callable[..., Path]) -> None:
+    put(tmp_path / "mine", {"thesis.txt": b"all of it"})
+    with pytest.raises(WorkspaceError, match=r"expected a new or empty folder at .*mine, found files in it\. Choose another one\."):
+        acts.init(tmp_path / "mine", make_images(), "demonstration", "DEFAULT", None)
+    assert contents(tmp_path, "mine") == {"mine/thesis.txt": b"all of it"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"a.ppm": tiny(1)},
+        {"one/a.ppm": tiny(1), "one/b.ppm": tiny(2), "one/c.ppm": tiny(3)},
+        {"one/a.png": b"", "two/b.png": b"no image"},
+        {f"{label}/{i}.ppm": tiny(10 * label + i) for label in (1, 2) for i in range(2)},
+    ],
+    ids=["empty", "no classes", "one class", "all broken", "too few"],
+)
+def test_init_with_images_that_cannot_be_used_leaves_no_folder(tmp_path: Path, files: dict[str, bytes]) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match="expected"):
+        acts.init(tmp_path / "new", put(tmp_path / "images", files), "demonstration", "DEFAULT", None)
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_without_the_images_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a folder of images at .*nowhere, found nothing"):
+        acts.init(tmp_path / "new", tmp_path / "nowhere", "demonstration", "DEFAULT", None)
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_with_an_unknown_backbone_leaves_no_folder(tmp_path: Path, make_images: Callable[..., Path]) -> None:
+    with pytest.raises(BackboneError):
+        acts.init(tmp_path / "new", make_images(), "demonstrations", "DEFAULT", None)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_init_that_fails_half_way_leaves_no_folder(tmp_path: Path, make_images: Callable[..., Path], monkeypatch: Any) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(versioning, "push", full)
+    with pytest.raises(OSError, match="No space left"):
+        acts.init(tmp_path / "new", make_images(), "demonstration", "DEFAULT", None)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_relative_remote_lies_beside_where_the_user_stands(tmp_path: Path, make_images: Callable[..., Path], monkeypatch: Any) -> None:
+    images = make_images(classes=2, each=20)
+    monkeypatch.chdir(tmp_path)
+    acts.init(Path("new"), images, "demonstration", "DEFAULT", "store")
+    assert len([p for p in (tmp_path / "store").rglob("*") if p.is_file()]) == 41
+    monkeypatch.chdir(tmp_path / "new")
+    assert versioning.push(Path()) == 0  # the same store from anywhere else: nothing is missing there
+
+
+def test_a_remote_is_written_as_it_was_meant(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    meant = {
+        str(tmp_path / "a" / ".dvc-remote"): "../.dvc-remote",  # inside: it moves with the workspace
+        str(tmp_path / "shared"): str(tmp_path / "shared"),  # a full path stays where it is
+        "store": "../../store",  # DVC counts from its own folder
+        "s3://bucket/key": "s3://bucket/key",
+    }
+    for name, (remote, written) in zip("abcd", meant.items(), strict=True):
+        (tmp_path / name).mkdir()
+        versioning.create(tmp_path / name, remote)
+        assert f"url = {written}\n" in (tmp_path / name / ".dvc" / "config").read_text()
+
+
+def test_a_workspace_that_was_moved_still_finds_its_remote(workspace: Path) -> None:
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    shutil.rmtree(workspace / "images")
+    done = run_python(workspace, "-m", "dvc", "pull", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert not versioning.changed(workspace, "images")
+
+
+# --- what is no workspace -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_workspace_is_refused_with_the_way_to_make_one(tmp_path: Path) -> None:
+    def refusal() -> str:
+        with pytest.raises(WorkspaceError) as caught:
+            versioning.require(tmp_path / "w")
+        assert "Create one with `tlpipeline init DIR`, or name one with --workspace." in str(caught.value)
+        return str(caught.value)
+
+    assert "found no such folder" in refusal()
+    (tmp_path / "w").mkdir()
+    assert "expected a git repository" in refusal()
+    (tmp_path / "w" / ".git").mkdir()
+    assert "expected a DVC repository" in refusal()
+    (tmp_path / "w" / ".dvc").mkdir()
+    assert "expected the pipeline in" in refusal()
+    (tmp_path / "w" / "dvc.yaml").write_text("stages: {}\n")
+    versioning.require(tmp_path / "w")
+
+
+def test_git_outside_a_repository_is_refused_with_what_git_says(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(WorkspaceError, match="git log failed in .*not a git repository"):
+        versioning.git(tmp_path, "log")
+
+
+def test_a_machine_without_git_is_told_to_install_it(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(WorkspaceError, match="expected git on this machine, found none. Install it"):
+        versioning.git(tmp_path, "status")
+
+
+def test_a_stage_outside_a_dvc_repository_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match="expected DVC to work in .*not inside of a DVC repository"):
+        versioning.run_stage(tmp_path, "ingest", never)
+
+
+def test_a_pipeline_that_cannot_be_read_is_refused(workspace: Path) -> None:
+    (workspace / "dvc.yaml").write_text("stages: [")
+    with pytest.raises(WorkspaceError, match="expected DVC to work in .*'dvc.yaml'"):
+        stages.bring_up_to_date(workspace, "ingest", silent)
+
+
+def test_a_stage_before_its_dependencies_is_refused_with_what_is_missing(workspace: Path) -> None:
+    with pytest.raises(WorkspaceError, match=r"expected profile.json before the stage choose, found nothing there.*dvc repro"):
+        versioning.run_stage(workspace, "choose", never)
+
+
+# --- git ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_of_nothing_new_is_the_present_one(workspace: Path) -> None:
+    before = versioning.head(workspace)
+    assert versioning.commit(workspace, "again", ["dvc.yaml", "not-there.txt"]) == before
+
+
+def test_a_commit_takes_the_named_paths_only(workspace: Path) -> None:
+    put(workspace, {"card.md": b"a", "other.md": b"b"})
+    versioning.commit(workspace, "a card", ["card.md"])
+    assert versioning.git(workspace, "show", "--name-only", "--format=%s") == "a card\n\ncard.md"
+    assert versioning.show(workspace, "HEAD", "card.md") == "a"
+    assert versioning.show(workspace, "HEAD", "other.md") is None
+
+
+def test_tags_are_given_with_the_commit_they_stand_on(workspace: Path) -> None:
+    versioning.git(workspace, "tag", "plain")
+    versioning.git(workspace, "tag", "--annotate", "-m", "why", "annotated")
+    assert versioning.tags(workspace) == dict.fromkeys(["plain", "annotated"], versioning.head(workspace))
+    versioning.delete_tag(workspace, "plain")
+    assert list(versioning.tags(workspace)) == ["annotated"]
+
+
+def test_without_a_remote_called_origin_nothing_is_pushed(workspace: Path) -> None:
+    assert not versioning.push_git(workspace)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_class_gets_its_sides_once_and_lines_are_only_appended(workspace: Path) -> None:
+    splits = workspace / stages.SPLITS
+    assert splits.read_text() == "md5,split,label\n"
+    put(workspace / "images", {f"small/{i}.ppm": content for i, content in enumerate(on(TRAIN, 4))})
+    _, remarks = acts.commit_data(workspace)
+    first = splits.read_text()
+    assert [line.split(",")[1:] for line in first.splitlines()[1:]] == [[TEST, "small"], [VAL, "small"]]
+    assert remarks == []
+
+    before = versioning.head(workspace)
+    acts.commit_data(workspace)
+    assert splits.read_text() == first
+    assert versioning.head(workspace) == before
+
+    put(workspace / "images", {f"tiny/{i}.ppm": content for i, content in enumerate(on(TEST, 3))})
+    acts.commit_data(workspace)
+    assert splits.read_text().startswith(first)
+    assert [line.split(",")[1:] for line in splits.read_text()[len(first) :].splitlines()] == [[VAL, "tiny"], [TRAIN, "tiny"]]
+    assert versioning.show(workspace, "HEAD", stages.SPLITS) == splits.read_text().strip()
+
+
+def test_new_images_are_versioned_committed_and_published(workspace: Path) -> None:
+    before = versioning.data_hash(workspace, "images")
+    paint(0, 500).save(workspace / "images" / "class0" / "new.png")
+    assert versioning.changed(workspace, "images")
+    digest, _ = acts.commit_data(workspace, "one more")
+    assert digest == versioning.data_hash(workspace, "images") != before
+    assert not versioning.changed(workspace, "images")
+    assert "class0/new.png" in versioning.files(workspace, "images")
+    assert versioning.git(workspace, "show", "--name-only", "--format=%s") == "one more\n\nimages.dvc"
+    assert versioning.push(workspace) == 0
+
+
+def test_images_come_back_as_they_were_at_a_commit_even_without_the_cache(workspace: Path, tmp_path: Path) -> None:
+    before, commit = contents(workspace, "images"), versioning.head(workspace)
+    paint(0, 500).save(workspace / "images" / "class0" / "000.png")
+    acts.commit_data(workspace)
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    versioning.get(workspace, commit, "images", tmp_path / "images")
+    assert contents(tmp_path, "images") == before
+
+
+def test_what_is_neither_in_the_cache_nor_in_the_remote_is_refused(workspace: Path, tmp_path: Path) -> None:
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    shutil.rmtree(workspace / ".dvc-remote")
+    with pytest.raises(WorkspaceError, match="expected images of HEAD in the DVC cache or its remote, but"):
+        versioning.get(workspace, "HEAD", "images", tmp_path / "images")
+
+
+def test_a_push_without_a_remote_is_refused_with_the_command_that_adds_one(workspace: Path) -> None:
+    (workspace / ".dvc" / "config").write_text("[core]\n    analytics = False\n")
+    with pytest.raises(WorkspaceError, match="expected a DVC remote to publish to, found none. Add one: `dvc remote add"):
+        versioning.push(workspace)
+
+
+def test_what_dvc_cannot_version_is_refused_by_name(workspace: Path) -> None:
+    (workspace / "images" / "class0" / "dangling.png").symlink_to("nowhere")
+    with pytest.raises(WorkspaceError, match=r"expected to version images with DVC, but: .*dangling\.png"):
+        versioning.add(workspace, "images")
+    with pytest.raises(DataError, match=r"links to nothing or devices, such as .*dangling\.png"):
+        acts.commit_data(workspace)
+
+
+# --- one stage ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_is_up_to_date_does_not_run(ingested: Path) -> None:
+    assert versioning.stage_state(ingested, "ingest") == "fresh"
+    assert not versioning.run_stage(ingested, "ingest", never)
+
+
+def test_the_working_directory_does_not_matter(ingested: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    for place in (ingested, tmp_path, ingested.parent):
+        monkeypatch.chdir(place)
+        assert not versioning.run_stage(Path(os.path.relpath(ingested)), "ingest", never)
+
+
+def test_an_output_that_was_deleted_comes_back_from_the_cache_without_a_run(ingested: Path) -> None:
+    before = (ingested / stages.MANIFEST).read_bytes()
+    (ingested / stages.MANIFEST).unlink()
+    assert versioning.stage_state(ingested, "ingest") == "missing"
+    assert not versioning.run_stage(ingested, "ingest", never)
+    assert (ingested / stages.MANIFEST).read_bytes() == before
+
+
+def test_an_output_that_was_edited_comes_back_from_the_cache_without_a_run(ingested: Path) -> None:
+    before = (ingested / stages.MANIFEST).read_bytes()
+    (ingested / stages.MANIFEST).unlink()
+    (ingested / stages.MANIFEST).write_bytes(b"edited")
+    assert not versioning.run_stage(ingested, "ingest", never)
+    assert (ingested / stages.MANIFEST).read_bytes() == before
+
+
+def test_an_output_that_no_cache_has_is_made_again(ingested: Path) -> None:
+    before = lock_text(ingested)
+    (ingested / stages.QUARANTINE).unlink()
+    assert stages.bring_up_to_date(ingested, "ingest", silent)
+    assert (ingested / stages.QUARANTINE).read_text() == "path,reason\n"
+    assert lock_text(ingested) == before
+
+
+def test_a_changed_dependency_makes_the_stage_run(ingested: Path) -> None:
+    paint(0, 500).save(ingested / "images" / "class0" / "new.png")
+    assert versioning.stage_state(ingested, "ingest") == "stale"
+    assert stages.bring_up_to_date(ingested, "ingest", silent)
+    assert len(dataset.read_manifest(ingested / stages.MANIFEST).rows) == 73
+    assert not versioning.run_stage(ingested, "ingest", never)
+
+
+def test_where_training_runs_makes_no_stage_stale(ingested: Path) -> None:
+    key = versioning.stage_key(ingested, "ingest")
+    set_param(ingested, "cluster.workers", "1")
+    assert versioning.stage_state(ingested, "ingest") == "fresh"
+    assert versioning.stage_key(ingested, "ingest") == key
+
+
+@pytest.mark.parametrize("change", ["an image", "splits.csv", "a parameter", "the command"])
+def test_what_changes_while_the_stage_runs_is_refused_and_nothing_is_recorded(ingested: Path, change: str) -> None:
+    paint(0, 500).save(ingested / "images" / "class0" / "new.png")
+    before = lock_text(ingested)
+
+    def disturbed() -> None:
+        stages.ingest(ingested, silent)
+        if change == "an image":
+            paint(1, 501).save(ingested / "images" / "class1" / "late.png")
+        elif change == "splits.csv":
+            dataset.write_exceptions(ingested / "splits.csv", [dataset.SplitException("0" * 32, TEST, "class0")])
+        elif change == "a parameter":
+            (ingested / "images").rename(ingested / "moved")
+            set_param(ingested, "data.images", "moved")
+        else:
+            text = (ingested / "dvc.yaml").read_text()
+            (ingested / "dvc.yaml").write_text(text.replace("tlpipeline stage ingest", "tlpipeline stage ingest --other"))
+
+    expected = {"an image": "images", "splits.csv": "splits.csv", "a parameter": "images, moved, params.yaml", "the command": "dvc.yaml"}
+    with pytest.raises(WorkspaceError, match=rf"expected {expected[change]} to stay as it was while the stage ingest ran, but it changed"):
+        versioning.run_stage(ingested, "ingest", disturbed)
+    assert lock_text(ingested) == before
+
+
+def test_a_stage_that_fails_is_not_recorded_and_leaves_its_old_outputs(ingested: Path) -> None:
+    before = contents(ingested, stages.MANIFEST, stages.QUARANTINE), lock_text(ingested)
+    for path in (ingested / "images" / "class0").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError):
+        stages.bring_up_to_date(ingested, "ingest", silent)
+    shutil.rmtree(ingested / "images" / "class1")
+    assert (contents(ingested, stages.MANIFEST, stages.QUARANTINE), lock_text(ingested)) == before
+
+
+def test_seconds_go_to_a_file_that_neither_git_nor_dvc_keeps(ingested: Path) -> None:
+    assert set(stages.read_json(ingested, stages.RUN)["seconds"]) == {"ingest"}
+    assert versioning.git(ingested, "check-ignore", stages.RUN) == stages.RUN
+    assert stages.RUN not in (ingested / "dvc.yaml").read_text()
+    stages.bring_up_to_date(ingested, "ingest", silent)
+    assert stages.read_json(ingested, stages.RUN)["seconds"] == {"ingest": None}
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------------------------
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def check_that_a_full_disk_costs_nothing(root: Path) -> None:
+    paint(0, 500).save(root / "images" / "class0" / "new.png")
+    before = contents(root, stages.MANIFEST, stages.QUARANTINE), lock_text(root)
+    with pytest.raises(WorkspaceError, match=r"expected room on the disk of .*, found none \(No space left on device\).* free some space"):
+        stages.bring_up_to_date(root, "ingest", silent)
+    assert (contents(root, stages.MANIFEST, stages.QUARANTINE), lock_text(root)) == before
+    assert not (root / ".tlpipeline" / "draft").exists()
+
+
+@pytest.mark.parametrize("move", range(4))
+def test_a_disk_that_fills_while_outputs_are_moved_into_place_leaves_all_the_old_ones(ingested: Path, monkeypatch: Any, move: int) -> None:
+    honest, moves = os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        if "draft" in str(source) or "draft" in str(target):
+            moves.append(source)
+            if len(moves) == move + 1:
+                no_space()
+        honest(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    check_that_a_full_disk_costs_nothing(ingested)
+    assert len(moves) > move
+
+
+def test_a_disk_that_fills_while_an_output_is_written_leaves_all_the_old_ones(ingested: Path, monkeypatch: Any) -> None:
+    def half(manifest: Any, path: Path, quarantine: Path) -> None:
+        path.write_bytes(b"PAR1")
+        no_space()
+
+    monkeypatch.setattr(dataset, "write_manifest", half)
+    check_that_a_full_disk_costs_nothing(ingested)
+
+
+def test_a_disk_that_fills_while_dvc_keeps_the_outputs_records_nothing(ingested: Path, monkeypatch: Any) -> None:
+    from dvc.repo import Repo
+
+    paint(0, 500).save(ingested / "images" / "class0" / "new.png")
+    before = lock_text(ingested)
+    monkeypatch.setattr(Repo, "commit", no_space)
+    with pytest.raises(WorkspaceError, match="expected room on the disk of"):
+        stages.bring_up_to_date(ingested, "ingest", silent)
+    assert lock_text(ingested) == before
+    monkeypatch.undo()
+    assert stages.bring_up_to_date(ingested, "ingest", silent)  # not lost: the next run does it
+
+
+def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), versioning.room(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_an_old_output_that_is_a_link_into_the_cache_is_not_written_through(tmp_path: Path) -> None:
+    put(tmp_path, {"cache/file": b"kept", "cache/folder/file": b"kept"})
+    for name in ("file", "folder"):
+        (tmp_path / name).symlink_to(tmp_path / "cache" / name)
+        versioning.unlink(tmp_path / name)
+        assert not (tmp_path / name).is_symlink()
+    assert set(contents(tmp_path, "cache").values()) == {b"kept"}
+    versioning.unlink(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    versioning.unlink(tmp_path / "cache")
+
+
+# --- the lock -------------------------------------------------------------------------------------------------------------------------
+
+TAKE_THE_LOCK = """
+import sys
+from pathlib import Path
+from tlpipeline.errors import WorkspaceError
+from tlpipeline.versioning import workspace_lock
+try:
+    with workspace_lock(Path(sys.argv[1])):
+        print("in")
+except WorkspaceError as error:
+    print(error)
+"""
+
+
+def test_a_second_process_is_refused_and_told_who_is_in_the_workspace(tmp_path: Path) -> None:
+    with versioning.workspace_lock(tmp_path):
+        said = run_python(tmp_path, "-c", TAKE_THE_LOCK, str(tmp_path)).stdout
+        assert f"expected to have the workspace {tmp_path} alone, but process {os.getpid()} (" in said
+        assert "Wait for it to end, or stop it; then run again." in said
+    assert run_python(tmp_path, "-c", TAKE_THE_LOCK, str(tmp_path)).stdout == "in\n"
+
+
+def test_a_process_that_the_holder_started_is_let_in(tmp_path: Path) -> None:
+    with versioning.workspace_lock(tmp_path):
+        done = subprocess.run([sys.executable, "-c", TAKE_THE_LOCK, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout == "in\n"
+
+
+def test_the_holder_itself_may_enter_twice_and_frees_the_lock_at_the_outer_end(tmp_path: Path) -> None:
+    with versioning.workspace_lock(tmp_path):
+        with versioning.workspace_lock(tmp_path):
+            pass
+        assert "TLPIPELINE_LOCK_HOLDER" in os.environ
+    assert "TLPIPELINE_LOCK_HOLDER" not in os.environ
+    versioning.free(tmp_path)
+
+
+def test_the_lock_of_one_workspace_does_not_open_another(tmp_path: Path) -> None:
+    code = "import os, sys; os.environ['TLPIPELINE_LOCK_HOLDER'] = '/elsewhere'\n" + TAKE_THE_LOCK
+    with versioning.workspace_lock(tmp_path):
+        assert "expected to have the workspace" in run_python(tmp_path, "-c", code, str(tmp_path)).stdout
+
+
+def test_a_run_that_failed_frees_the_workspace(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), versioning.workspace_lock(tmp_path):
+        raise ZeroDivisionError
+    versioning.free(tmp_path)
+    assert not (tmp_path / ".tlpipeline" / "lock.holder").exists()
+
+
+def test_a_process_that_died_frees_the_workspace(tmp_path: Path) -> None:
+    code = "import os, sys\nfrom pathlib import Path\nfrom tlpipeline.versioning import workspace_lock\n"
+    code += "with workspace_lock(Path(sys.argv[1])):\n    os._exit(9)\n"
+    assert run_python(tmp_path, "-c", code, str(tmp_path)).returncode == 9
+    versioning.free(tmp_path)
+
+
+def test_a_dvc_repro_elsewhere_fails_with_a_clear_message_while_a_run_is_on(workspace: Path) -> None:
+    with versioning.workspace_lock(workspace):
+        done = run_python(workspace, "-m", "dvc", "repro")
+    assert done.returncode != 0
+    assert f"alone, but process {os.getpid()} (" in done.stderr
+    assert "is running in it. Wait for it to end" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not lock_text(workspace)
+
+
+# --- one definition, two entrances ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entrances:
+    """Two copies of one workspace: one run as the flow does, one by `dvc repro`; and what their first runs did."""
+
+    flow: Path
+    dvc: Path
+    ran: list[str]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def entrances(_blank_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Entrances:
+    """Run the whole pipeline through each entrance."""
+    folder = tmp_path_factory.mktemp("entrances")
+    for name in ("flow", "dvc", "again"):
+        shutil.copytree(_blank_workspace, folder / name, symlinks=True)
+        for key, value in CHEAP.items():
+            set_param(folder / name, key, value)
+    return Entrances(folder / "flow", folder / "dvc", bring_all_up_to_date(folder / "flow"), repro(folder / "dvc"))
+
+
+def test_each_entrance_ran_every_stage(entrances: Entrances) -> None:
+    assert entrances.ran == list(stages.STAGES)
+    assert [line for line in entrances.printed.splitlines() if line.startswith("Running")] == [
+        f"Running stage '{n}':" for n in stages.STAGES
+    ]
+
+
+def test_both_entrances_write_the_same_lock(entrances: Entrances) -> None:
+    assert lock_text(entrances.flow) == lock_text(entrances.dvc)
+    assert list(yaml.safe_load(lock_text(entrances.flow))["stages"]) == list(stages.STAGES)
+
+
+def test_both_entrances_train_the_same_model(entrances: Entrances) -> None:
+    digest = versioning.stage_output(entrances.flow, "train", stages.MODEL)
+    assert digest == versioning.stage_output(entrances.dvc, "train", stages.MODEL)
+    assert digest.endswith(".dir")
+    assert contents(entrances.flow, stages.MODEL) == contents(entrances.dvc, stages.MODEL)
+
+
+def test_every_output_is_the_same_to_the_byte_whichever_process_wrote_it(entrances: Entrances) -> None:
+    ours = contents(entrances.flow, *OUTPUTS)
+    assert ours == contents(entrances.dvc, *OUTPUTS)
+    recorded = yaml.safe_load(lock_text(entrances.flow))["stages"]
+    assert sorted(OUTPUTS) == sorted(out["path"] for stage in recorded.values() for out in stage["outs"])
+
+
+def test_the_same_run_twice_gives_the_same_bytes(entrances: Entrances) -> None:
+    again = entrances.flow.with_name("again")
+    assert bring_all_up_to_date(again) == list(stages.STAGES)
+    assert contents(again, *OUTPUTS) == contents(entrances.flow, *OUTPUTS)
+    assert lock_text(again) == lock_text(entrances.flow)
+
+
+def test_after_the_flow_dvc_has_nothing_to_report_and_nothing_to_run(entrances: Entrances) -> None:
+    before = lock_text(entrances.flow)
+    assert versioning.clean(entrances.flow)
+    printed = repro(entrances.flow)
+    assert "Running stage" not in printed
+    assert "Data and pipelines are up to date." in printed
+    assert lock_text(entrances.flow) == before
+
+
+def test_after_dvc_the_flow_has_nothing_to_run(entrances: Entrances) -> None:
+    assert versioning.clean(entrances.dvc)
+    assert bring_all_up_to_date(entrances.dvc) == []
+    assert versioning.clean(entrances.dvc)
+
+
+def test_a_run_leaves_only_what_is_to_be_committed(entrances: Entrances) -> None:
+    for root in (entrances.flow, entrances.dvc):
+        lines = versioning.git(root, "status", "--short", "--untracked-files=all").splitlines()
+        assert sorted(line.split()[-1] for line in lines) == sorted(
+            ["params.yaml", "dvc.lock", stages.QUARANTINE, stages.PROFILE, stages.CASE, stages.METRICS, stages.CLASSES]
+        )
+
+
+def test_nothing_of_the_finished_training_run_is_left(entrances: Entrances) -> None:
+    assert not (entrances.flow / stages.RUNS).exists()
+
+
+def test_a_changed_parameter_makes_exactly_the_stages_stale_that_name_it(entrances: Entrances, tmp_path: Path) -> None:
+    for key, value, stale in (
+        ("choose.case", "small_similar", ["choose"]),
+        ("choose.gain", "2.5", ["profile", "choose"]),
+        ("train.seed", "1", ["train"]),
+        ("evaluate.confidence", "0.9", ["evaluate"]),
+        ("gate.margin", "2.0", []),
+        ("cluster.max_failures", "5", []),
+    ):
+        root = tmp_path / key
+        shutil.copytree(entrances.flow, root, symlinks=True)
+        set_param(root, key, value)
+        assert [name for name in stages.STAGES if versioning.stage_state(root, name) == "stale"] == stale, key
+
+
+def test_a_recorded_hash_can_be_asked_of_now_and_of_a_commit(entrances: Entrances, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(entrances.flow, root, symlinks=True)
+    manifest = versioning.stage_output(root, "ingest", stages.MANIFEST)
+    assert manifest == versioning.stage_input(root, "train", stages.MANIFEST) != ""
+    assert versioning.stage_input(root, "ingest", "images") == versioning.data_hash(root, "images")
+    assert versioning.stage_output(root, "ingest", "no-such-output") == ""
+    assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == ""
+    versioning.commit(root, "Record the run", acts.TRACKED)
+    (root / "dvc.lock").unlink()
+    assert versioning.stage_output(root, "ingest", stages.MANIFEST) == ""
+    assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == manifest
