@@ -7,7 +7,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
 from tlpipeline import acts, stages
-from tlpipeline.errors import WorkspaceError
+from tlpipeline.errors import Unreachable
 from tlpipeline.progress import Event, Progress, silent
 
 # Whoever starts a flow in this process may listen: the command line sets its progress bar here.
@@ -32,9 +32,7 @@ class _Bar:
 
 def _broken(task, run, state) -> bool:  # type: ignore[no-untyped-def]
     """Retry only what can succeed the second time: a remote that could not be reached."""
-    return isinstance(state.result(raise_on_failure=False), WorkspaceError | OSError) and "remote" in str(
-        state.result(raise_on_failure=False)
-    )
+    return isinstance(state.result(raise_on_failure=False), Unreachable)
 
 
 @task(task_run_name="version", retries=2, retry_delay_seconds=10, retry_condition_fn=_broken)

@@ -95,6 +95,27 @@ def workspace(_blank_workspace: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def _registered_workspace(_blank_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tlpipeline import acts, stages
+    from tlpipeline.progress import silent
+
+    folder = tmp_path_factory.mktemp("registered") / "workspace"
+    shutil.copytree(_blank_workspace, folder, symlinks=True)
+    for name in stages.STAGES:
+        stages.bring_up_to_date(folder, name, silent)
+    assert acts.register(folder, acts.judge(folder, silent)).new
+    return folder
+
+
+@pytest.fixture
+def registered(_registered_workspace: Path, tmp_path: Path) -> Path:
+    """A workspace whose model is registered as workspace@v0.1.0; no flow ran in it yet."""
+    target = tmp_path / "workspace"
+    shutil.copytree(_registered_workspace, target, symlinks=True)
+    return target
+
+
+@pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
     """One temporary Prefect server and database for all tests that run flows."""
     from prefect.testing.utilities import prefect_test_harness

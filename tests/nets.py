@@ -57,7 +57,7 @@ def resnet56(num_classes: int = 10) -> nn.Module:
 
 
 class Undeclared(nn.Module):
-    """Says neither taps nor transforms; its blocks are made in another order than they run in, one writes into what it is given."""
+    """Says neither taps nor transforms; its blocks run in another order than they are made, one twice, one writing into its input."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -65,9 +65,10 @@ class Undeclared(nn.Module):
         self.unused = nn.Conv2d(3, 3, 1)
         self.body = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)])
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.ReLU(inplace=True))
+        self.twice = nn.Conv2d(4, 4, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.stem(images)
+        maps = self.twice(self.twice(self.stem(images)))
         for block in self.body:
             maps = block(maps)
         return self.head(maps.mean((2, 3)))

@@ -229,7 +229,7 @@ def test_an_own_network_is_named_by_module_and_callable() -> None:
 
 def test_where_no_taps_are_said_the_blocks_are_found_in_the_order_in_which_they_run() -> None:
     net = load("nets:Undeclared", "none")
-    assert net.tap_names == ("stem.0", "body.0", "body.1")  # not the ReLU, not what never runs, not the head
+    assert net.tap_names == ("stem.0", "body.0", "body.1")  # not the ReLU, not what never runs or runs twice, not the head
     assert net.transforms.size == 224
     together = cut(net, net.tap_names)(images(net))
     for tap, values in zip(net.tap_names, together, strict=True):
@@ -365,6 +365,9 @@ def test_what_was_downloaded_once_is_loaded(tmp_path: Path, monkeypatch: pytest.
     assert same(net, state)
     assert net.source_classes == 1000
     assert cached.name in net.fingerprint
+    cached.write_bytes(b"half a file")
+    with pytest.raises(BackboneError, match="download"):
+        load("squeezenet1_0", "DEFAULT")
 
 
 def test_files_from_before_layers_were_renamed_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,13 @@ def test_the_user_can_force_a_case_and_a_slice() -> None:
     assert choose(planted(DIFFERENT_SMALL), replace(RULE, case="large_similar")).case == "large_similar"
 
 
+def test_a_forced_slice_makes_small_data_a_slicing_case_and_is_said_to_be_unused_elsewhere() -> None:
+    assert choose(planted(SIMILAR_SMALL), replace(RULE, slice="tap1")).case == "small_different"
+    large = choose(planted(DIFFERENT_LARGE), replace(RULE, slice="tap1"))
+    assert (large.case, large.slice) == ("large_different", "tap2")
+    assert "choose.slice is not used" in large.reason
+
+
 def test_a_stage_name_means_its_last_block() -> None:
     profile = planted(DIFFERENT_SMALL)
     names = ("layer1.0", "layer1.1", "layer2.0")

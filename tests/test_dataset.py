@@ -6,12 +6,10 @@ import os
 import random
 import shutil
 import struct
-import sys
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,16 +226,16 @@ def test_a_damaged_exif_block_does_not_cost_the_image() -> None:
         assert pixels(content) == np.asarray(image).tolist()
 
 
-def test_decoding_in_threads_leaves_the_filters_for_warnings_alone() -> None:
-    content = encoded(Image.new("RGB", (64, 64)))
-    before, interval = list(warnings.filters), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _: decode(content), range(500)))
-    finally:
-        sys.setswitchinterval(interval)
-    assert warnings.filters == before
+def test_decoding_leaves_the_filters_for_warnings_as_other_threads_see_them(monkeypatch: Any) -> None:
+    before, seen = list(warnings.filters), []
+
+    def look(image: Image.Image) -> Image.Image:
+        seen.append(list(warnings.filters))
+        return image
+
+    monkeypatch.setattr(dataset.ImageOps, "exif_transpose", look)
+    decode(encoded(paint(0, 0)))
+    assert seen == [before]
 
 
 # --- quarantine -----------------------------------------------------------------------------------------------------------------------
@@ -785,6 +783,12 @@ def test_a_class_of_two_images_is_refused(make_images: Callable[..., Path]) -> N
     text = refusal(images)
     assert "expected at least 3 distinct usable images in each class, found few: 2 in" in text
     assert "(1 files were rejected). Add images to these classes or remove their folders." in text
+
+
+def test_a_class_of_which_nothing_can_be_used_is_refused_not_forgotten(make_images: Callable[..., Path]) -> None:
+    images = make_images(classes=2, each=20)
+    put(images, {"third/a.png": b"x", "third/b.png": b""})
+    assert "expected at least 3 distinct usable images in each class, found third: 0 in" in refusal(images)
 
 
 def test_a_folder_of_broken_files_is_refused_with_the_first_reason(tmp_path: Path) -> None:

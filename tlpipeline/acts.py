@@ -72,7 +72,7 @@ def _preview(images: Path) -> dict[str, str]:
     """Return the sides that splits.csv would give small classes, so that a folder can be checked before it is taken over."""
     from tlpipeline import dataset
 
-    hashes = {p.relative_to(images).as_posix(): _md5(p) for p in sorted(images.rglob("*")) if p.is_file() and p.stat().st_size}
+    hashes = {p.relative_to(images).as_posix(): _md5(p) for p in dataset.files(images) if p.stat().st_size}
     new, _ = dataset.needed_exceptions(images, hashes, {}, frozenset)
     return {line.md5: line.split for line in new}
 
@@ -149,7 +149,7 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     if versioning.is_stage_output(root, images):
         versioning.reproduce_upstream(root, images)  # a stage writes them; there is nothing to add
         return versioning.data_hash(root, images), []
-    dataset.check_folder(root / images)
+    dataset.files(root / images)
     digest = versioning.add(root, images)
     known = dataset.read_exceptions(root / stages.SPLITS)
     new, remarks = dataset.needed_exceptions(
@@ -406,7 +406,7 @@ def checked(root: Path, images: Path | None = None) -> None:
     distributed.preflight(params.cluster)
     own = root / params.data.images
     if images is not None:
-        dataset.check_folder(images)
+        dataset.files(images)
     elif not own.is_dir() and not versioning.is_stage_output(root, params.data.images):
         raise DataError(
             f"expected the images in {own}, found no such folder. `dvc pull` brings the versioned ones back; or name others with --images."

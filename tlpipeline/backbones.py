@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -314,7 +315,7 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
 def _downloaded(name: str, entry: Any) -> Mapping[str, Tensor]:
     try:
         return cast(Mapping[str, Tensor], entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
-    except (OSError, RuntimeError, HTTPException) as error:  # unreachable, damaged on the way, broken off
+    except (OSError, RuntimeError, EOFError, LookupError, HTTPException, UnpicklingError) as error:  # unreachable, broken off, damaged
         raise BackboneError(
             f"expected to download the weights {entry} of {name}, but the network gave: {error}. "
             "Set backbone.weights to a weights file that you have, or to none."

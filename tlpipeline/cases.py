@@ -166,11 +166,15 @@ def choose(profile: Profile, rule: ChooseParams) -> Decision:
     forced = tuple(f"choose.{key}" for key in ("case", "slice") if getattr(rule, key) != AUTO)
     case = max(CASES, key=lambda c: probabilities[c.name]) if rule.case == AUTO else find(rule.case)
 
+    wanted = _forced_tap(profile, rule.slice) if rule.slice != AUTO else None
+    if wanted and rule.case == AUTO:
+        # Who forces a slice wants a case that slices, where there is one for this size of data.
+        case = next((c for c in CASES if c.size == case.size and c.keep == "slice"), case)
     sliced = test.tap if test.significance < rule.alpha and test.gain >= rule.gain / 100 and test.confirmed else None
     remark = ""
     if case.keep == "slice":
-        if rule.slice != AUTO:
-            sliced = _forced_tap(profile, rule.slice)
+        if wanted:
+            sliced = wanted
         elif sliced is None and rule.case == AUTO:
             case = find("small_similar")
             remark = f"; slicing {test.why_not(rule.alpha, rule.gain / 100)}, so nothing is cut off"
@@ -179,6 +183,7 @@ def choose(profile: Profile, rule: ChooseParams) -> Decision:
             sliced = test.tap or profile.taps[max(0, len(profile.taps) - 2)].name
     else:
         sliced = None
+        remark = f"; choose.slice is not used, because {case.name} cuts nothing off" if wanted else ""
     head = profile.head_at(sliced) if sliced else profile.last_head
     return Decision(
         case=case.name,

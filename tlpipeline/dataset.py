@@ -9,7 +9,9 @@ import csv
 import hashlib
 import io
 import os
+import struct
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,12 @@ GIVEN_SIDES = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "tes
 TRAIN_BELOW, VAL_BELOW = 0.70, 0.85
 MINIMUM_PER_CLASS = 3
 _LOOK_INTO_BELOW = 50  # images of a class below which a broken one could be the only one of its side
+
+# What decoders raise on damaged files (found by feeding them some).
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError,
+    AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -160,15 +168,15 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
         DataError: the folder is missing or empty, has no class folders, half a layout of sides or files that cannot be opened; it has one
             class only, a class has fewer than 3 distinct images, or no file is an image.
     """
-    files = _files(images)
+    paths = files(images)
     given = _given_sides(images)
     done = 0
     rows: list[Row] = []
     rejected: list[Rejected] = []
     with ThreadPoolExecutor(threads or max(4, os.cpu_count() or 1)) as pool:
-        for result in pool.map(lambda path: _inspect(images, path, given), files):
+        for result in pool.map(lambda path: _inspect(images, path, given), paths):
             done += 1
-            progress(done, len(files))
+            progress(done, len(paths))
             if isinstance(result, Row):
                 rows.append(result)
             else:
@@ -178,7 +186,7 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
     if not rows:
         reasons = Counter(r.reason.split(":")[0] for r in rejected)
         raise DataError(
-            f"expected images in {images}, but none of its {len(files)} files can be used ({_counted(reasons)}). "
+            f"expected images in {images}, but none of its {len(paths)} files can be used ({_counted(reasons)}). "
             f"The first: {rejected[0].path}: {rejected[0].reason}. Put readable images there, each in one class folder only."
         )
     rows, remarks = _without_copies(rows, given)
@@ -203,50 +211,45 @@ def side_of(md5: str, carve_val: bool = False) -> str:
     return TRAIN if u < TRAIN_BELOW else VAL if u < VAL_BELOW else TEST
 
 
-def _files(images: Path) -> list[Path]:
+def files(images: Path) -> list[Path]:
+    """Return all files below a folder but the system's own, sorted.
+
+    Raises:
+        DataError: it is missing, empty, or has no class folders.
+    """
     if not images.is_dir():
         raise DataError(
             f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
             "Put one folder per class there, or set data.images in params.yaml."
         )
     # A dot-file (.gitignore, .DS_Store) is the system's, not the user's.
-    files = sorted(
+    found = sorted(
         Path(folder) / name
         for folder, folders, names in os.walk(images, followlinks=True)
         for name in names
         if not name.startswith(".") and not any(part.startswith(".") for part in Path(folder).relative_to(images).parts)
     )
-    if not files:
+    if not found:
         raise DataError(f"expected images in {images}, found an empty folder. Put one folder of images per class there.")
     # Neither can be versioned or listed.
-    if unnamed := [path for path in files if not _is_text(path)]:
+    if unnamed := [path for path in found if not _is_text(path)]:
         raise DataError(
             f"expected file names in UTF-8 in {images}, found {len(unnamed)} others, such as {bytes(unnamed[0])!r}. Rename them."
         )
-    if gone := [path for path in files if not path.is_file()]:
+    if gone := [path for path in found if not path.is_file()]:
         raise DataError(
             f"expected files in {images}, found {len(gone)} links to nothing or devices, such as {gone[0]}. "
             "Remove them, or restore what they point to (`dvc checkout`)."
         )
-    if not any(len(path.relative_to(images).parts) > 1 for path in files):
+    if not any(len(path.relative_to(images).parts) > 1 for path in found):
         raise DataError(
-            f"expected class folders in {images}, found {len(files)} files and no folder. Sort the images as {images.name}/<class>/<image>."
+            f"expected class folders in {images}, found {len(found)} files and no folder. Sort the images as {images.name}/<class>/<image>."
         )
-    return files
+    return found
 
 
 def _is_text(path: Path) -> bool:
     return str(path).encode("utf-8", "replace") == bytes(path)
-
-
-def check_folder(images: Path) -> None:
-    """Check that a folder can hold a data set at all.
-
-    Raises:
-        DataError: it is missing, empty, has no class folders, half a layout of sides, or files that cannot be versioned.
-    """
-    _files(images)
-    _given_sides(images)
 
 
 def _given_sides(images: Path) -> str:
@@ -291,9 +294,7 @@ def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
             mode = original.mode
     except UnidentifiedImageError:
         return Rejected(where.as_posix(), "not an image")
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file makes a decoder raise anything: struct.error, TypeError, NotImplementedError, ...
+    except UNREADABLE as error:
         return Rejected(where.as_posix(), f"broken: {error}")
     if 0 in image.size:
         return Rejected(where.as_posix(), "zero size")
@@ -343,6 +344,10 @@ def _check_classes(images: Path, rows: Sequence[Row], rejected: Sequence[Rejecte
             f"expected at least two classes in {images}, found one with usable images: {next(iter(counts))}. "
             "Add a folder of images for each further class."
         )
+    at = 1 if given else 0
+    for parts in (r.path.split("/") for r in rejected):
+        if len(parts) > at + 1:
+            counts.setdefault(parts[at], 0)  # a class of which nothing can be used is not silently forgotten
     small = {label: n for label, n in counts.items() if n < MINIMUM_PER_CLASS}
     if small:
         raise DataError(

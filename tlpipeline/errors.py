@@ -7,6 +7,7 @@
     ├── BackboneError     an unknown backbone or weights name, weights that do not fit, a tap that does not exist
     ├── ClusterError      more workers than the machine or cluster has, or a training job that failed for good
     ├── WorkspaceError    not a git + DVC repository, a busy workspace, a stage that cannot be recorded
+    │   └── Unreachable   a remote that could not be reached: a second try may succeed
     └── RegistryError     a version or stage name that does not exist, a publication that was refused
 
     try:
@@ -47,6 +48,10 @@ class ClusterError(PipelineError):
 
 class WorkspaceError(PipelineError):
     """The workspace is not a git + DVC repository, is busy, or changed under a run."""
+
+
+class Unreachable(WorkspaceError):
+    """A DVC or git remote could not be reached; a second try may succeed."""
 
 
 class RegistryError(PipelineError):

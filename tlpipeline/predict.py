@@ -44,7 +44,7 @@ def predict(folder: Path, images: Sequence[Path]) -> list[Prediction]:
             inputs.append(prepare(dataset.decode(path.read_bytes()), description.transforms))
         except FileNotFoundError as error:
             raise DataError(f"expected an image at {path}, found nothing.") from error
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except dataset.UNREADABLE as error:
             raise DataError(f"expected an image at {path}, but it cannot be read: {error}.") from error
     found = []
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -461,11 +462,9 @@ def chance_of_large(profile: Profile, below: float, draws: int, seed: int = 0) -
 
 def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of a proportion (Wilson 1927): (low, high)."""
-    from scipy.stats import norm
-
     if n == 0:
         return 0.0, 1.0
-    z = float(norm.ppf(0.5 + confidence / 2))
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
     p, z2 = hits / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))

@@ -16,7 +16,7 @@ from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tlpipeline.errors import WorkspaceError
+from tlpipeline.errors import Unreachable, WorkspaceError
 
 LOCK = Path(".tlpipeline/lock")
 _HOLDER = "TLPIPELINE_LOCK_HOLDER"
@@ -178,7 +178,7 @@ def add(root: Path, path: str) -> str:
         try:
             repo.add([str(Path(repo.root_dir) / path)])
         except (_dvc_error(), FileNotFoundError, UnicodeError) as error:
-            raise WorkspaceError(f"expected to version {path} with DVC, but: {error}. Mend or remove that file, and run again.") from error
+            raise WorkspaceError(f"expected to version {path} with DVC, but: {error}. Look there for links to nothing.") from error
     return data_hash(root, path)
 
 
@@ -241,7 +241,7 @@ def push(root: Path) -> int:
         try:
             return int(repo.push())
         except (_dvc_error(), OSError) as error:
-            raise WorkspaceError(
+            raise Unreachable(
                 f"expected to push to the DVC remote, but: {error}. Nothing was registered; check the remote and run again."
             ) from error
 
@@ -253,12 +253,13 @@ def get(root: Path, revision: str, path: str, target: Path) -> None:
         WorkspaceError: it is in neither.
     """
     from dvc.api import DVCFileSystem
+    from dvc_data.index import DataIndexDirError
 
     quiet()
     try:
         fs = DVCFileSystem(str(root), rev=revision)
         fs.get(path, str(target), recursive=True)
-    except (_dvc_error(), OSError) as error:
+    except (_dvc_error(), DataIndexDirError, OSError) as error:
         raise WorkspaceError(
             f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc pull` or `dvc fetch --all-tags`."
         ) from error

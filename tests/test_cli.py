@@ -1,0 +1,455 @@
+"""The command line: light to start, its verbs frozen, and every mistake of a user is one message with a way out."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from tests.conftest import set_param
+from tlpipeline import cli
+
+HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
+VERBS = {
+    "data commit",
+    "init",
+    "predict",
+    "pretrain",
+    "registry list",
+    "registry promote",
+    "registry rollback",
+    "registry show",
+    "run",
+    "sample",
+    "stage",
+}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
+    """Return a function that runs a command in this process, as the console script does."""
+    before = dict(os.environ)
+
+    def run(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["tlpipeline", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return Said(int(code or 0), said.out, said.err)
+
+    yield run
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def commands() -> dict[str, Any]:
+    """Return every command by its words, from the parser itself."""
+    found = {}
+    for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        below = getattr(command, "commands", {"": command})
+        found |= {f"{name} {word}".strip(): c for word, c in below.items()}
+    return found
+
+
+def imported(code: str) -> set[str]:
+    """Return which heavy packages a fresh interpreter has loaded after some code."""
+    tell = f"import sys; print('loaded', *(m for m in {HEAVY!r} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{tell}"], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def refused(said: Said) -> str:
+    """Return the message of a refusal: one line with an end, no traceback, exit code 2."""
+    assert said.code == 2, said
+    assert "Traceback" not in said.err
+    message = said.err.splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+def history(workspace: Path) -> tuple[str, ...]:
+    """Return what git knows: commit, tags, and what differs from the commit."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=workspace, capture_output=True, text=True, check=True).stdout
+
+    return git("rev-parse", "HEAD"), git("tag"), git("status", "--porcelain")
+
+
+# --- light, frozen, documented --------------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['tlpipeline', '--help']; from tlpipeline.cli import main\ntry: main()\nexcept SystemExit: pass"
+    assert imported(code) == set()
+
+
+def test_the_package_imports_nothing_heavy() -> None:
+    assert imported("import tlpipeline; tlpipeline.PipelineError") == set()
+
+
+def test_the_verbs_are_frozen() -> None:
+    # A new verb is a decision; what a user may turn is a key of params.yaml.
+    assert set(commands()) == VERBS
+
+
+def test_every_command_and_every_option_has_help() -> None:
+    for name, command in commands().items():
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.name == "help" or getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_help_of_each_verb(call: Callable[..., Said], verb: str) -> None:
+    said = call(*verb.split(), "--help")
+    assert said.code == 0
+    assert "Usage" in said.out + said.err
+
+
+# --- mistakes in the words ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_is_one_message_on_stderr_and_exit_code_2() -> None:
+    done = subprocess.run([sys.executable, "-m", "tlpipeline", "run", "--workspace", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "expected a workspace at nowhere, found no such folder" in done.stderr
+    assert "tlpipeline init DIR" in done.stderr
+
+
+def test_a_bug_of_ours_is_no_message_but_a_traceback(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tlpipeline import dataset
+
+    def broken(_: Path) -> int:
+        raise AssertionError("a broken promise")
+
+    monkeypatch.setattr(dataset, "write_digits", broken)
+    with pytest.raises(AssertionError, match="a broken promise"):
+        call("sample", "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["stage", "ingets"], "did you mean ingest?"),
+        (["stage"], "Missing argument"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["run", "--colour", "red"], "No such option"),
+        (["registry", "promote"], "Missing argument"),
+    ],
+)
+def test_wrong_words(call: Callable[..., Said], words: list[str], says: str) -> None:
+    assert says in refused(call(*words))
+
+
+# --- init -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _empty(folder: Path, _: Path) -> list[str | Path]:
+    (folder / "pictures").mkdir()
+    return ["--images", folder / "pictures"]
+
+
+def _no_classes(folder: Path, images: Path) -> list[str | Path]:
+    (folder / "pictures").mkdir()
+    shutil.copy(images / "class0" / "000.png", folder / "pictures")
+    return ["--images", folder / "pictures"]
+
+
+def _one_class(folder: Path, images: Path) -> list[str | Path]:
+    shutil.copytree(images / "class0", folder / "pictures" / "class0")
+    return ["--images", folder / "pictures"]
+
+
+def _too_few(folder: Path, images: Path) -> list[str | Path]:
+    shutil.copytree(images, folder / "pictures")
+    for path in sorted((folder / "pictures" / "class1").iterdir())[2:]:
+        path.unlink()
+    return ["--images", folder / "pictures"]
+
+
+def _no_images(folder: Path, _: Path) -> list[str | Path]:
+    for label in ("a", "b"):
+        (folder / "pictures" / label).mkdir(parents=True)
+        (folder / "pictures" / label / "notes.txt").write_text("no image")
+    return ["--images", folder / "pictures"]
+
+
+def _broken_weights(folder: Path, images: Path) -> list[str | Path]:
+    (folder / "w.safetensors").write_bytes(bytes(range(200)))
+    return ["--images", images, "--weights", folder / "w.safetensors"]
+
+
+def _others_weights(folder: Path, images: Path) -> list[str | Path]:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"layer.weight": torch.zeros(3)}, folder / "w.safetensors")
+    return ["--images", images, "--weights", folder / "w.safetensors"]
+
+
+def _inside_the_images(folder: Path, images: Path) -> list[str | Path]:
+    shutil.copytree(images, folder / "new", dirs_exist_ok=True)
+    return ["--images", folder / "new"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (lambda folder, images: ["--images", folder / "nothing"], "found nothing. Give --images a folder"),
+        (lambda folder, images: ["--images", images / "class0" / "000.png"], "found a file. Give --images a folder"),
+        (_empty, "found an empty folder. Put one folder of images per class there"),
+        (_no_classes, "found 1 files and no folder. Sort the images as"),
+        (_one_class, "found one with usable images: class0. Add a folder"),
+        (_too_few, "found class1: 2"),
+        (_no_images, "none of its 2 files can be used"),
+        (lambda folder, images: ["--images", images, "--backbone", "resnet81"], "found 'resnet81'; did you mean resnet18"),
+        (lambda folder, images: ["--images", images, "--backbone", "no_such.module:net"], "there is no module 'no_such'. Install"),
+        (lambda folder, images: ["--images", images, "--weights", "IMAGENET9"], "found 'IMAGENET9'; known: DEFAULT, none"),
+        (_broken_weights, "expected tensors in"),
+        (_others_weights, "Set backbone.name to the architecture"),
+    ],
+)
+def test_init_refuses_before_it_writes(
+    call: Callable[..., Said],
+    tmp_path: Path,
+    make_images: Callable[..., Path],
+    prepare: Callable[[Path, Path], list[str | Path]],
+    says: str,
+) -> None:
+    options = prepare(tmp_path, make_images(3, 4, name="good"))
+    assert says in refused(call("init", tmp_path / "new", *options))
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_takes_no_folder_that_holds_something(call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path]) -> None:
+    images = make_images(2, 3)
+    before = sorted(images.rglob("*"))
+    assert "found files in it. Choose another one" in refused(call("init", images, "--images", images))
+    assert "found a file. Choose another one" in refused(call("init", images / "class0" / "000.png", "--images", images))
+    assert "Choose another one" in refused(call("init", images / "workspace", "--images", images))
+    assert sorted(images.rglob("*")) == before
+
+
+def test_init_takes_everything_back_when_the_remote_fails(
+    call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    (tmp_path / "remote").write_text("a file is no remote")
+    said = call("init", tmp_path / "new", "--images", make_images(2, 4), "--remote", tmp_path / "remote")
+    assert "check the remote" in refused(said)
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_makes_a_workspace_that_names_its_model_and_its_deployments_after_the_folder(
+    call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    import yaml
+
+    said = call("init", tmp_path / "Steel Plates", "--images", make_images(2, 4))
+    assert said.code == 0, said.err
+    assert yaml.safe_load((tmp_path / "Steel Plates" / "params.yaml").read_text())["data"]["name"] == "steel-plates"
+    deployments = yaml.safe_load((tmp_path / "Steel Plates" / "prefect.yaml").read_text())["deployments"]
+    assert [d["name"] for d in deployments] == ["steel-plates-nightly", "steel-plates-on-data"]
+    assert deployments[1]["triggers"][0]["match"] == {"prefect.resource.id": "tlpipeline.data.steel-plates"}
+    assert history(tmp_path / "Steel Plates")[1:] == ("", "")
+
+
+# --- run ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("cluster.workers", "999", "Set cluster.workers to"),
+        ("cluster.workers", "two", "cluster.workers: expected int, found 'two'"),
+        ("choose.case", "small_simlar", "found 'small_simlar'; did you mean small_similar"),
+        ("choose.slice", "conv9", "found 'conv9'; its taps are conv1"),
+        ("backbone.name", "resnet81", "did you mean resnet18"),
+        ("train.override", "{patiense: 3}", "unknown recipe value 'patiense'; did you mean patience"),
+        ("train.epochs", "0", "train.epochs: expected auto or at least 1"),
+    ],
+)
+def test_run_refuses_wrong_settings_at_once(call: Callable[..., Said], workspace: Path, key: str, value: str, says: str) -> None:
+    set_param(workspace, key, value)
+    before = history(workspace)
+    assert says in refused(call("run", "--workspace", workspace))
+    assert history(workspace) == before
+    assert not (workspace / ".tlpipeline" / "prefect").exists(), "no server was started for it"
+
+
+def test_run_refuses_an_unknown_key_with_its_path(call: Callable[..., Said], workspace: Path) -> None:
+    with (workspace / "params.yaml").open("a") as file:
+        file.write("  colour: red\n")
+    assert "params.yaml: cluster.colour: expected a known key, found an unknown one; known: workers" in refused(
+        call("run", "-w", workspace)
+    )
+
+
+@pytest.mark.parametrize(
+    ("gone", "says"),
+    [
+        (".git", "expected a git repository"),
+        (".dvc", "expected a DVC repository"),
+        ("dvc.yaml", "expected the pipeline in"),
+        ("params.yaml", "expected the settings in"),
+        ("images", "expected the images in"),
+    ],
+)
+def test_run_refuses_what_is_no_workspace(call: Callable[..., Said], workspace: Path, gone: str, says: str) -> None:
+    path = workspace / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    message = refused(call("run", "-w", workspace))
+    assert says in message
+    assert "`" in message, "a way out"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (lambda folder, images: ["--images", folder / "nothing"], "found nothing. Put one folder per class there"),
+        (_empty, "found an empty folder"),
+        (_no_classes, "and no folder. Sort the images"),
+    ],
+)
+def test_run_refuses_images_that_cannot_replace_the_workspace_s(
+    call: Callable[..., Said],
+    workspace: Path,
+    make_images: Callable[..., Path],
+    prepare: Callable[[Path, Path], list[str | Path]],
+    says: str,
+) -> None:
+    before = history(workspace), sorted(workspace.rglob("images/*/*"))
+    options = prepare(workspace.parent, make_images(3, 4, name="good"))
+    assert says in refused(call("run", "-w", workspace, *options))
+    assert (history(workspace), sorted(workspace.rglob("images/*/*"))) == before
+
+
+def test_images_that_make_no_data_set_do_not_replace_the_workspace_s(workspace: Path, make_images: Callable[..., Path]) -> None:
+    from tlpipeline import acts
+    from tlpipeline.errors import DataError
+
+    before = sorted(workspace.rglob("images/*/*"))
+    with pytest.raises(DataError, match="at least two classes"):
+        acts.take_over(workspace, make_images(1, 4))
+    assert sorted(workspace.rglob("images/*/*")) == before
+    acts.take_over(workspace, make_images(2, 4))
+    assert sorted(p.name for p in (workspace / "images").iterdir()) == ["class0", "class1"]
+
+
+# --- data commit ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_data_commit_without_a_server_versions_and_says_that_nobody_was_told(
+    call: Callable[..., Said], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    for path in sorted((workspace / "images" / "class0").iterdir())[:4]:
+        path.unlink()
+    said = call("data", "commit", "-w", workspace, "-m", "Fewer")
+    assert said.code == 0, said.err
+    assert ": 68 files" in said.out
+    assert "no event emitted" in said.out
+    assert subprocess.run(["git", "log", "-1", "--format=%s"], cwd=workspace, capture_output=True, text=True).stdout == "Fewer\n"
+    assert "images" not in history(workspace)[2]
+
+
+def test_data_commit_says_when_the_server_cannot_be_told(workspace: Path) -> None:
+    # In a process of its own: Prefect reads its settings when it is imported.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")} | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    words = [sys.executable, "-m", "tlpipeline", "data", "commit", "-w", str(workspace)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "emitted" not in done.stdout
+    assert "expected a Prefect server at http://127.0.0.1:9/api" in done.stderr
+    assert "`tlpipeline data commit` again" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- predict --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_predict_prints_class_and_probability(call: Callable[..., Said], registered: Path) -> None:
+    images = sorted((registered / "images").glob("*/003.png"))
+    said = call("predict", "workspace@v0", *images, "-w", registered)
+    assert said.code == 0, said.err
+    lines = [line.split("  ") for line in said.out.splitlines()]
+    assert [path for path, _, _ in lines] == [str(p) for p in images]
+    assert [label for _, label, _ in lines] == ["class0", "class1", "class2"]
+    assert all(0.5 < float(probability) <= 1 for *_, probability in lines)
+
+
+def test_predict_as_json_gives_all_probabilities_and_a_folder_says_what_its_version_says(
+    call: Callable[..., Said], registered: Path
+) -> None:
+    image = registered / "images" / "class1" / "003.png"
+    texts = ["workspace@v0.1.0", "workspace@latest", registered / "model"]
+    found = [json.loads(call("predict", "--json", text, image, "-w", registered).out) for text in texts]
+    assert found[0] == found[1] == found[2]
+    (one,) = found[0]
+    assert one["path"] == str(image)
+    assert one["label"] == "class1"
+    assert set(one["probabilities"]) == {"class0", "class1", "class2"}
+    assert one["probability"] == one["probabilities"]["class1"] == max(one["probabilities"].values())
+    assert sum(one["probabilities"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "says"),
+    [
+        ("workspace@v7", "images/class0/003.png", "found 'v7'; registered: workspace@v0.1.0"),
+        ("workspace#prod", "images/class0/003.png", "tlpipeline registry promote workspace@v0.1.0"),
+        ("wrkspace@v0", "images/class0/003.png", "did you mean workspace?"),
+        ("images", "images/class0/003.png", "expected a model folder"),
+        ("workspace@v0", "images/class0/nothing.png", "found nothing"),
+        ("workspace@v0", "params.yaml", "cannot be read"),
+    ],
+)
+def test_predict_refuses(
+    call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch, model: str, image: str, says: str
+) -> None:
+    monkeypatch.chdir(registered)
+    assert says in refused(call("predict", model, image))
+
+
+# --- registry -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_registry_lists_shows_promotes_and_refuses_to_roll_back_to_nothing(
+    call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(registered)
+    listed = call("registry", "list").out
+    assert "workspace@v0.1.0" in listed
+    assert "small_similar" in listed
+    assert call("registry", "show", "workspace@v0").out.startswith("# workspace@v0.1.0")
+    assert "is in prod now (workspace#prod#1)" in call("registry", "promote", "workspace@v0").out
+    assert "workspace@v0.1.0  prod" in call("registry", "list").out
+    assert "found none. Promote another" in refused(call("registry", "rollback", "workspace"))
+    assert "nothing to roll back" in refused(call("registry", "rollback", "workspace", "--stage", "staging"))
+
+
+def test_registry_of_a_new_workspace_is_empty(call: Callable[..., Said], workspace: Path) -> None:
+    assert call("registry", "list", "-w", workspace).out == "nothing is registered yet\n"
+    assert "nothing is registered yet: `tlpipeline run`" in refused(call("registry", "show", "workspace@v1", "-w", workspace))
