@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 ACTIVATE := PATH="$(CURDIR)/$(BIN):$$PATH"
 STAMP := .venv/.installed
+# Bytecode is cached even where the shell says not to: else each of the many processes compiles torch, Ray and Prefect again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check fix bench chaos clean
 

@@ -63,7 +63,11 @@ def choose(workspace: Path) -> str:
 @task(task_run_name="train-{case}")
 def train(workspace: Path, case: str) -> bool:
     """Train the case as one Ray Train job; return whether it had to."""
-    return stages.bring_up_to_date(workspace, "train", _Bar("training"))
+    bar = _Bar("training")
+    ran = stages.bring_up_to_date(workspace, "train", bar)
+    if not ran:
+        update_progress_artifact(bar.id, progress=100.0, description="up to date")
+    return ran
 
 
 @task(task_run_name="evaluate")

@@ -177,6 +177,8 @@ def test_a_second_run_does_nothing(first: Run, second: Run) -> None:
     assert git(second.workspace, "tag") == "workspace@v0.1.0"
     assert git(second.workspace, "rev-parse", "HEAD") == git(first.workspace, "rev-parse", "HEAD")
     assert [r.name for r in task_runs(second)] == ORDER
+    progress = artifacts(second)["training"]
+    assert (float(progress.data), progress.description) == (100, "up to date")
 
 
 def test_a_second_run_finds_deleted_outputs_again_without_running(first: Run, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_dual_coefficients_predict_other_images_as_the_primal_solution_does() ->
     fit = leave_one_out(x @ x.T, y, penalties=[0.01])
     w = np.linalg.solve(x.T @ x + 0.01 * 30 * np.eye(8), x.T @ (y - y.mean(0)))
     assert np.allclose(z @ x.T @ fit.dual, z @ w)
+    assert np.allclose(profiling.ridge(x @ x.T, y, 0.01), fit.dual)
 
 
 def test_a_probe_on_noise_stays_at_chance() -> None:

@@ -18,9 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.retrain import announce
 from tests.conftest import paint
 from tlpipeline import registry, versioning
 
@@ -139,6 +137,10 @@ def grow(workspace: Path) -> None:
 
 
 def test_new_data_start_a_run_that_registers_a_version_and_the_same_data_do_not(workspace: Path, server: Server, tmp_path: Path) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.retrain import announce
+
     server.post("/work_pools/", name="tlpipeline", type="process")
     log = tmp_path / "worker.log"
     words = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "tlpipeline"]

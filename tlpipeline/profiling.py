@@ -255,8 +255,10 @@ def _probe(
     accuracy = [float(r.mean()) for r in right]
 
     def held_out(indices: Sequence[int]) -> Bits:
-        fit = leave_one_out(sum(kernels[i] for i in indices) / len(indices), targets)
-        scores = sum(across[i] for i in indices) / len(indices) @ fit.dual + targets.mean(0)
+        # The penalty of the deepest tap's own probe serves the whole head: all kernels have the same norm, and a Cholesky solution costs a
+        # thirtieth of another decomposition.
+        dual = ridge(sum(kernels[i] for i in indices) / len(indices), targets, fits[indices[0]].penalty)
+        scores = sum(across[i] for i in indices) / len(indices) @ dual + targets.mean(0)
         return np.asarray(classes[scores.argmax(1)] == held_labels)
 
     last_held = held_out([len(taps) - 1])
@@ -350,6 +352,15 @@ def leave_one_out(kernel: Matrix, targets: Matrix, penalties: Sequence[float] = 
             best = Fit(left_out, vectors @ (rotated / (values + penalty * m)[:, None]), penalty)
     assert best is not None
     return best
+
+
+def ridge(kernel: Matrix, targets: Matrix, penalty: float) -> Matrix:
+    """Return the dual coefficients (m, K) of ridge regression at one penalty."""
+    from scipy.linalg import solve
+
+    m = len(kernel)
+    coefficients: Matrix = solve(kernel + penalty * m * np.eye(m), targets - targets.mean(0), assume_a="pos", check_finite=False)
+    return coefficients
 
 
 def head_similarity(probabilities: Matrix, labels: npt.NDArray[np.int64], folds: int = 5) -> float:
