@@ -272,6 +272,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         manifest=manifest,
         history=(root / stages.HISTORY).read_text(encoding="utf-8"),
         mistakes=errors,
+        remarks=manifest.remarks + shift(root),
         seconds=stages.read_json(root, stages.RUN).get("seconds", {}),
         data_hash=versioning.data_hash(root, params.data.images),
         commit=versioning.head(root),
@@ -302,6 +303,24 @@ class Summary:
     seconds: dict[str, float | None]
 
 
+def shift(root: Path) -> tuple[str, ...]:
+    """Say so where the model does significantly worse on the test side than on the validation side: the two are then not of one kind.
+
+    The best of several validations is a little optimistic, so five points are allowed beyond the test interval.
+    """
+    import csv
+
+    with (root / stages.HISTORY).open(newline="", encoding="utf-8") as file:
+        validated = max(float(line["accuracy"]) for line in csv.DictReader(file))
+    metrics = stages.read_metrics(root)
+    if validated <= metrics["accuracy_high"] + 0.05:
+        return ()
+    return (
+        f"shift: {validated:.1%} on validation but {metrics['accuracy']:.1%} on test: the test images differ from the training images "
+        "in kind, or the training side holds near copies",
+    )
+
+
 def summary(root: Path, registration: Registration, report: Path) -> Summary:
     """Return what a run ended with."""
     from tlpipeline import dataset
@@ -317,7 +336,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         images=len([r for r in manifest.rows if not r.duplicate_of]),
         classes=len(manifest.classes),
         rejected=len(manifest.rejected),
-        remarks=manifest.remarks,
+        remarks=manifest.remarks + shift(root),
         case=case.case,
         reason=case.reason,
         accuracy=metrics["accuracy"],

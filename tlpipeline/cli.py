@@ -3,9 +3,7 @@
 Heavy imports (torch, ray, prefect, dvc) happen inside the functions: `tlpipeline --help` needs none of them.
 """
 
-import atexit
 import errno
-import gc
 import os
 import sys
 from pathlib import Path
@@ -29,7 +27,6 @@ Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of th
 
 def main() -> None:
     """Run a command; a mistake that the user can mend is one message and exit code 2, Ctrl-C is 130."""
-    atexit.register(gc.freeze)  # or the interpreter walks every object of torch and Prefect before it leaves: more than a second
     try:
         code = app(standalone_mode=False)
     except PipelineError as error:

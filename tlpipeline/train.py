@@ -27,6 +27,7 @@ from tlpipeline import backbones
 from tlpipeline.backbones import Transforms
 from tlpipeline.cases import Decision, Recipe
 from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
+from tlpipeline.errors import ClusterError
 from tlpipeline.features import Images, extract, normalise, scaling, shard
 from tlpipeline.model import Classifier, Description, probabilities, save, write_json, write_tensors
 from tlpipeline.progress import Event, Progress
@@ -166,6 +167,10 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     classes = manifest.classes
     index = {label: i for i, label in enumerate(classes)}
     train, val = manifest.used(TRAIN), manifest.used(VAL)
+    if len(train) < 2 * world.size:
+        raise ClusterError(
+            f"expected at least two training images for each of {world.size} workers, found {len(train)}. Set cluster.workers lower, or to 0."
+        )
     tell = _Teller(Path(job.history), world.rank)
     backbone = backbones.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=decision.size, seed=job.seed)
     transforms = backbone.transforms.at(decision.size)
