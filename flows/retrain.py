@@ -40,6 +40,20 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
         return pipeline.report(workspace, registration)
 
 
+def reach() -> None:
+    """Check that the Prefect server answers; where none is configured, Prefect starts its temporary one for it.
+
+    Raises:
+        WorkspaceError: it does not.
+    """
+    with get_client(sync_client=True) as client:
+        if error := client.api_healthcheck():
+            raise WorkspaceError(
+                f"expected a Prefect server at {client.api_url}, but: {error}. Start it (`prefect server start`), or unset PREFECT_API_URL "
+                "to run without one."
+            ) from error
+
+
 def announce(name: str, data_hash: str, images: int) -> None:
     """Tell the Prefect server that a data set has changed; the on-data deployment starts a run, which reads the data as they are then.
 

@@ -375,16 +375,18 @@ def test_data_commit_without_a_server_versions_and_says_that_nobody_was_told(
     assert "images" not in history(workspace)[2]
 
 
-def test_data_commit_says_when_the_server_cannot_be_told(workspace: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"), [(["data", "commit"], "`tlpipeline data commit` again"), (["run"], "Start it (`prefect server start`), or unset")]
+)
+def test_a_server_that_does_not_answer_is_said(workspace: Path, words: list[str], says: str) -> None:
     # In a process of its own: Prefect reads its settings when it is imported.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")} | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
-    words = [sys.executable, "-m", "tlpipeline", "data", "commit", "-w", str(workspace)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
+    command = [sys.executable, "-m", "tlpipeline", *words, "-w", str(workspace)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "emitted" not in done.stdout
-    assert "expected a Prefect server at http://127.0.0.1:9/api" in done.stderr
-    assert "`tlpipeline data commit` again" in done.stderr
-    assert "Traceback" not in done.stderr
+    message = refused(Said(done.returncode, done.stdout, done.stderr))
+    assert "expected a Prefect server at http://127.0.0.1:9/api" in message
+    assert says in message
 
 
 # --- predict --------------------------------------------------------------------------------------------------------------------------

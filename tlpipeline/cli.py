@@ -83,9 +83,10 @@ def run(
 
     checked(workspace, images)  # a mistake is told before the Prefect server starts
     versioning.free(workspace)
-    from flows.retrain import retrain
+    from flows.retrain import reach, retrain
     from tasks.pipeline import listener
 
+    reach()
     with _Bar() as bar:
         token = listener.set(bar)
         try:
