@@ -583,7 +583,7 @@ class Fit:
             self.tell(
                 state.epoch,
                 epochs,
-                f"{state.arm} epoch {state.epoch + 1}/{epochs}, loss {float(losses) / len(indices):.3f}, {speed:.0f} images/s, "
+                f"{state.arm} epoch {state.epoch + 1}/{epochs}, loss {losses.item() / len(indices):.3f}, {speed:.0f} images/s, "
                 f"{_clock(left)} left",
             )
         if world.size > 1:

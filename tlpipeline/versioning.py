@@ -132,7 +132,11 @@ def gto(root: Path, *arguments: str) -> None:
 
 
 def create(root: Path, remote: str) -> None:
-    """Make a git and a DVC repository of a folder, with a default remote; what is there already stays."""
+    """Make a git and a DVC repository of a folder, with a default remote; what is there already stays.
+
+    Raises:
+        WorkspaceError: the remote is of a kind that DVC does not know.
+    """
     quiet()
     from dvc.repo import Repo
 
@@ -144,14 +148,23 @@ def create(root: Path, remote: str) -> None:
     if not (root / ".dvc").exists():
         logging.getLogger("dvc").setLevel(logging.ERROR)  # importing DVC sets its own level
         Repo.init(str(root)).close()
+    # DVC reads a relative path from the working directory and keeps it relative to its own folder: a remote inside the workspace
+    # moves with it, one given by its full path stays where it is.
+    inside = "://" not in remote and Path(remote).resolve().is_relative_to(root.resolve())
+    try:
+        _configure(root, os.path.relpath(remote) if inside else remote)
+    except _dvc_error() as error:
+        raise WorkspaceError(f"expected a folder or a URL that DVC knows as remote, found {remote!r}: {error}") from error
+
+
+def _configure(root: Path, remote: str) -> None:
+    from dvc.repo import Repo
+
     with Repo(str(root)) as repo, repo.config.edit("repo") as config:
         config["core"]["analytics"] = False
         config["core"]["autostage"] = False
         config["core"]["remote"] = "storage"
-        # DVC reads a relative path from the working directory and keeps it relative to its own folder: a remote inside the workspace
-        # moves with it, one given by its full path stays where it is.
-        inside = "://" not in remote and Path(remote).resolve().is_relative_to(root.resolve())
-        config["remote"] = {"storage": {"url": os.path.relpath(remote) if inside else remote}}
+        config["remote"] = {"storage": {"url": remote}}
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------
