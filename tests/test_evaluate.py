@@ -24,7 +24,6 @@ from tlpipeline.evaluate import (
     calibration_error,
     confusion,
     counts,
-    finite,
     metrics,
     predictions,
     read_predictions,
@@ -138,10 +137,6 @@ def test_certainty_falls_into_the_last_bin() -> None:
 def test_metrics_are_json_without_a_negative_zero() -> None:
     text = json.dumps(plain(of([0, 1], [[1.0, 0.0], [0.0, 1.0]])), allow_nan=False)
     assert "-0.0" not in text
-
-
-def test_infinity_has_no_word_in_json() -> None:
-    assert [finite(0.5), finite(float("inf")), finite(float("nan"))] == [0.5, None, None]
 
 
 def test_the_worst_mistakes_are_the_most_confident_ones() -> None:

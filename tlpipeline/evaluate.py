@@ -1,6 +1,5 @@
 """Exact metrics on the held-out test side: each image once, every figure with its interval where it has one."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -181,8 +180,3 @@ def write_confusion(found: Predictions, path: Path) -> None:
 def _cell(text: str) -> str:
     quoted = text.replace('"', '""')
     return f'"{quoted}"' if any(c in text for c in ',"\n') else text
-
-
-def finite(value: float) -> float | None:
-    """Return the value, or None where JSON has no word for it."""
-    return value if math.isfinite(value) else None
