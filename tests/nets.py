@@ -26,7 +26,6 @@ class Residual(nn.Module):
 class CifarResNet(nn.Module):
     """A convolution, three stages of n blocks with 16, 32 and 64 channels, an average, a linear layer: 6n + 2 layers."""
 
-    taps = ("layer1", "layer2", "layer3")
     transforms: Mapping[str, Any] = {"size": 32, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
     def __init__(self, blocks: int, num_classes: int) -> None:
@@ -37,6 +36,11 @@ class CifarResNet(nn.Module):
         self.layer2 = self._stage(blocks, 16, 32)
         self.layer3 = self._stage(blocks, 32, 64)
         self.linear = nn.Linear(64, num_classes)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """After every block."""
+        return tuple(f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(len(self.layer1)))
 
     @staticmethod
     def _stage(blocks: int, channels: int, features: int) -> nn.Sequential:

@@ -223,8 +223,9 @@ def test_transforms_at_another_size_keep_the_margin_of_the_crop() -> None:
 
 def test_an_own_network_is_named_by_module_and_callable() -> None:
     net = load("nets:resnet20", "none")
-    assert (net.tap_names, net.transforms.size, net.source_classes) == (("layer1", "layer2", "layer3"), 32, 0)
-    assert [(t.channels, t.height) for t in describe(net, 32)] == [(16, 32), (32, 16), (64, 8)]
+    names = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3))
+    assert (net.tap_names, net.transforms.size, net.source_classes) == (names, 32, 0)
+    assert [(t.channels, t.height) for t in describe(net, 32)] == [(c, h) for c, h in ((16, 32), (32, 16), (64, 8)) for _ in range(3)]
 
 
 def test_where_no_taps_are_said_the_blocks_are_found_in_the_order_in_which_they_run() -> None:

@@ -19,6 +19,7 @@ from tlpipeline import cli
 HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
 VERBS = {
     "data commit",
+    "explain",
     "init",
     "predict",
     "pretrain",

@@ -156,7 +156,7 @@ def test_an_image_that_changed_since_it_was_listed_stops_the_batches(listed: tup
 
 def extracted(listed: tuple[Path, list[Row]], batch_size: int) -> list[torch.Tensor]:
     net = backbones.load("nets:resnet20", "none")
-    trunk = backbones.cut(net, ["layer1", "layer3"], logits=True)
+    trunk = backbones.cut(net, ["layer1.2", "layer3.2"], logits=True)
     return extract(trunk, [(1, 2), (1,)], Images(*listed, net.transforms), CPU, lambda _: None, batch_size)
 
 

@@ -21,7 +21,7 @@ CLASSES = ("ant", "bee", 'näh, "quoted"')
 # Architecture, input side, readings with the deepest first, and the start of a name behind the cut.
 NETWORKS = {
     "demonstration": (32, (Reading("conv2", 64, (1, 2, 4)), Reading("conv1", 32, (1,))), "conv3"),
-    "nets:resnet20": (32, (Reading("layer2", 32, (1, 2)),), "layer3"),
+    "nets:resnet20": (32, (Reading("layer2.2", 32, (1, 2)),), "layer3"),
     "resnet18": (32, (Reading("layer2.1", 128, (1, 2)), Reading("layer1.1", 64, (1,))), "layer3"),
     "densenet121": (32, (Reading("features.denseblock1", 256, (1,)),), "features.transition1"),
     "convnext_tiny": (32, (Reading("features.1.1", 96, (1,)),), "features.3"),

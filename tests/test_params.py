@@ -135,7 +135,7 @@ def test_yes_and_no_are_no_numbers(tmp_path: Path, key: str, word: str) -> None:
         ("backbone.weights_md5", "1234", "none or 32 hexadecimal digits"),
         ("profile.images", 15, "at least 16"),
         ("profile.seed", -1, "at least 0"),
-        ("choose.large_below", 1.01, "0 to 1"),
+        ("choose.race_above", 1.01, "0 to 1"),
         ("choose.alpha", 0.0, "0.001 to 0.5"),
         ("choose.gain", float("nan"), "0 to 100"),
         ("choose.draws", 99, "at least 100"),
@@ -158,7 +158,7 @@ def test_a_value_out_of_range_is_refused_with_its_path_and_the_range(changed: An
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("data.size", 8), ("choose.large_below", 1), ("train.epochs", 1), ("cluster.workers", 0), ("cluster.gpu", True)]
+    ("key", "value"), [("data.size", 8), ("choose.race_above", 1), ("train.epochs", 1), ("cluster.workers", 0), ("cluster.gpu", True)]
 )
 def test_the_bounds_themselves_are_allowed(changed: Any, key: str, value: Any) -> None:
     section, name = key.split(".")

@@ -1,84 +1,92 @@
-"""The profile: exact probes, honest tests, planted truth."""
+"""The profile: honest tests of the taps, and on images whose truth is planted what is measured is what was planted."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_backbones import take
 
-from tlpipeline import backbones, profiling
+from tlpipeline import backbones, dataset, profiling
 from tlpipeline.dataset import Manifest, Row, ingest
-from tlpipeline.params import ProfileParams
-from tlpipeline.profiling import Probe, Profile, chance_of_large, head_similarity, leave_one_out, pack, slice_test, unpack, wilson
+from tlpipeline.features import normalise, prepare
+from tlpipeline.params import load
+from tlpipeline.probes import head_similarity, pack, wilson
+from tlpipeline.profiling import Head, Probe, Profile, slice_point, slice_test
 from tlpipeline.progress import silent
 
+PARAMS = replace(
+    load(Path(__file__).parent.parent / "params.yaml").profile,
+    images=512,
+    images_max=512,
+    seed=0,
+    tangent=False,
+    shift=False,
+    affinity=False,
+)
 
-def probe(name: str, correct: np.ndarray, head: tuple[str, ...] = (), held_out: float | None = 0.9) -> Probe:
+
+def probe(name: str, correct: np.ndarray, head: tuple[str, ...] = (), ops: int = 1000) -> Probe:
     accuracy = float(correct.mean())
-    return Probe(name, 8, 4, 4, 100, 1000, (1, 2), accuracy, 0.0, 1.0, accuracy, 0.1, pack(correct), head or (name,), held_out, "")
+    return Probe(name, 8, 4, 4, ops // 10, ops, (1, 2), accuracy, 0.0, 1.0, accuracy, 0.0, 0.0, 0.1, pack(correct), head or (name,))
 
 
-def planted(accuracies: list[float], m: int = 512, seed: int = 0, last_held_out: float = 0.8) -> Profile:
-    """A profile whose taps are right on random images with these probabilities, mostly on the same ones."""
+def head_of(taps: Sequence[str], correct: np.ndarray, held_out: float) -> Head:
+    held = np.arange(100) < round(100 * held_out)
+    return Head(tuple(taps), float(correct.mean()), *wilson(int(correct.sum()), len(correct)), pack(correct), held_out, pack(held))
+
+
+def from_bits(correct: np.ndarray, last_held_out: float = 0.8, multi: np.ndarray | None = None) -> Profile:
+    """A profile of 1,000 images in ten classes whose taps were right on these sample images: (images, taps).
+
+    The cut head is as good as its tap and reaches 90 % on held-out images; the multi-tap head is the last tap's unless it is given.
+    """
+    m, count = correct.shape
+    names = [f"tap{i}" for i in range(count)]
+    taps = tuple(probe(name, correct[:, i], ops=1000 * (i + 1)) for i, name in enumerate(names))
+    at = slice_point(correct)
+    return Profile(
+        backbone="net",
+        weights="w",
+        size=32,
+        normalisation="batch",
+        images=1000,
+        classes=10,
+        majority=0.1,
+        smallest=90,
+        largest=110,
+        validation=100,
+        sampled=m,
+        held_out=100,
+        head_similarity=0.3,
+        hunger=((m, float(correct[:, -1].mean())),),
+        taps=taps,
+        last=head_of(names[-1:], correct[:, -1], last_held_out),
+        multi=head_of(names[-1:], correct[:, -1], last_held_out) if multi is None else head_of(names[:-4:-1], multi, 0.95),
+        cut=None if at is None else head_of([names[at]], correct[:, at], 0.9),
+    )
+
+
+def right(accuracies: Sequence[float], m: int = 512, seed: int = 0) -> np.ndarray:
+    """Who is right at taps of these accuracies, mostly on the same images."""
     difficulty = np.random.default_rng(seed).uniform(size=m)
     noise = np.random.default_rng(seed + 1).normal(0, 0.03, (m, len(accuracies)))
-    taps = tuple(probe(f"tap{i}", difficulty + noise[:, i] < a) for i, a in enumerate(accuracies))
-    return Profile("net", "w", 32, 1000, 10, 0.1, 90, 110, m, 100, None, last_held_out, "", taps)
+    return (difficulty[:, None] + noise) < np.array(accuracies)
 
 
-def exact(counts: list[int], m: int = 512) -> Profile:
+def planted(accuracies: Sequence[float], m: int = 512, seed: int = 0, last_held_out: float = 0.8, multi: float | None = None) -> Profile:
+    """A profile whose taps, and multi-tap head, are right with these probabilities."""
+    bits = right([*accuracies, multi or 0.0], m, seed)
+    return from_bits(bits[:, :-1], last_held_out, None if multi is None else bits[:, -1])
+
+
+def exact(counts: Sequence[int], m: int = 512) -> Profile:
     """A profile whose taps are right on exactly the first so many images."""
-    taps = tuple(probe(f"tap{i}", np.arange(m) < count) for i, count in enumerate(counts))
-    return replace(planted([0.5], m=m), taps=taps)
-
-
-def test_left_out_predictions_equal_explicit_refits() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(40, 60))
-    x -= x.mean(0)
-    labels = rng.integers(0, 3, 40)
-    y = np.where(labels[:, None] == np.arange(3)[None, :], 1.0, -0.5)
-    fit = leave_one_out(x @ x.T, y, penalties=[0.1])
-    for i in range(40):
-        others = np.arange(40) != i
-        # Ridge with an intercept on the other 39 images, the penalty as for all 40.
-        a, b = x[others], y[others]
-        centre, mean = a.mean(0), b.mean(0)
-        w = np.linalg.solve((a - centre).T @ (a - centre) + 0.1 * 40 * np.eye(60), (a - centre).T @ (b - mean))
-        assert np.allclose((x[i] - centre) @ w + mean, fit.scores[i], atol=1e-9)
-
-
-def test_dual_coefficients_predict_other_images_as_the_primal_solution_does() -> None:
-    rng = np.random.default_rng(1)
-    x, z = rng.normal(size=(30, 8)), rng.normal(size=(5, 8))
-    z -= x.mean(0)
-    x -= x.mean(0)
-    y = rng.normal(size=(30, 2))
-    fit = leave_one_out(x @ x.T, y, penalties=[0.01])
-    w = np.linalg.solve(x.T @ x + 0.01 * 30 * np.eye(8), x.T @ (y - y.mean(0)))
-    assert np.allclose(z @ x.T @ fit.dual, z @ w)
-    assert np.allclose(profiling.ridge(x @ x.T, y, 0.01), fit.dual)
-
-
-def test_a_probe_on_noise_stays_at_chance() -> None:
-    rng = np.random.default_rng(2)
-    x = rng.normal(size=(300, 500))
-    x -= x.mean(0)
-    labels = rng.integers(0, 5, 300)
-    y = np.where(labels[:, None] == np.arange(5)[None, :], 1.0, -0.25)
-    assert (leave_one_out(x @ x.T / 500, y).scores.argmax(1) == labels).mean() < 0.3
-
-
-def test_bits_survive_packing() -> None:
-    bits = np.random.default_rng(0).random(77) < 0.4
-    assert (unpack(pack(bits), 77) == bits).all()
-
-
-@pytest.mark.parametrize(("hits", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (50, 100, 0.4038, 0.5962), (10, 10, 0.7225, 1.0)])
-def test_wilson_interval(hits: int, n: int, low: float, high: float) -> None:
-    assert wilson(hits, n) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    return from_bits(np.arange(m)[:, None] < np.array(counts))
 
 
 # --- the slice test -------------------------------------------------------------------------------------------------------------------
@@ -95,88 +103,161 @@ def test_where_the_last_tap_is_best_the_data_are_similar() -> None:
     found = slice_test(planted([0.6, 0.8, 0.92]), gain=0.01, draws=1000)
     assert found.similar > 0.9
     assert found.significance > 0.5
+    assert found.gain < 0
 
 
 def test_the_deepest_tap_within_one_standard_error_is_chosen() -> None:
-    profile = exact([400, 476, 0, 420])
+    bits = np.arange(512)[:, None] < np.array([400, 476, 0, 420])
     # Two fewer right than the best, four lost and two won: 0.4 points behind with a standard error of 0.5.
-    almost = np.isin(np.arange(512), np.arange(4, 478))
-    profile = replace(profile, taps=(*profile.taps[:2], probe("tap2", almost), profile.taps[3]))
-    found = slice_test(profile, gain=0.01, draws=500)
+    bits[:, 2] = np.isin(np.arange(512), np.arange(4, 478))
+    found = slice_test(from_bits(bits), gain=0.01, draws=500)
     assert (found.best_earlier, found.tap) == ("tap1", "tap2")
+    # Ten lost and none won is more than one standard error.
+    bits[:, 2] = np.arange(512) < 466
+    assert slice_test(from_bits(bits), gain=0.01, draws=500).tap == "tap1"
+
+
+def test_the_slice_point_is_the_deepest_of_equals_and_never_the_last_tap() -> None:
+    assert slice_point(np.ones((20, 4), dtype=bool)) == 2
+    assert slice_point(np.arange(20)[:, None] < np.array([5, 10, 20])) == 1
+    assert slice_point(np.ones((20, 1), dtype=bool)) is None
 
 
 def test_the_best_of_many_noisy_taps_is_no_evidence() -> None:
     """Sixteen taps of pure noise: the family-wise test must not fire more often than it says."""
     fired = 0
     for seed in range(60):
-        rng = np.random.default_rng(seed)
-        taps = tuple(probe(f"tap{i}", rng.random(256) < 0.5) for i in range(16))
-        profile = replace(planted([0.5], m=256), taps=taps)
+        profile = from_bits(np.random.default_rng(seed).random((256, 16)) < 0.5)
         fired += slice_test(profile, gain=0.01, draws=300, seed=seed).significance < 0.10
     assert fired <= 12  # 6 expected; 12 has a probability of 1 %
 
 
 def test_a_slice_that_is_worse_on_held_out_images_is_not_confirmed() -> None:
-    profile = planted([0.6, 0.92, 0.80], last_held_out=0.95)
-    assert not slice_test(profile, gain=0.01, draws=200).confirmed
+    assert slice_test(planted([0.6, 0.92, 0.80]), gain=0.01, draws=200).confirmed
+    found = slice_test(planted([0.6, 0.92, 0.80], last_held_out=0.95), gain=0.01, draws=200)
+    assert not found.confirmed
+    assert "was not confirmed on held-out images" in found.why_not(0.1, 0.01)
 
 
 def test_a_network_with_one_tap_cannot_be_sliced() -> None:
     found = slice_test(planted([0.8]), gain=0.01, draws=100)
-    assert found.tap is None
+    assert (found.tap, found.similar) == (None, 1.0)
     assert "one tap" in found.why_not(0.1, 0.01)
 
 
-def test_headroom_makes_large() -> None:
-    assert chance_of_large(planted([0.5, 0.6]), below=0.88, draws=500) > 0.99
-    assert chance_of_large(planted([0.5, 0.97]), below=0.88, draws=500) < 0.01
-    assert 0.3 < chance_of_large(exact([200, 440], m=500), below=0.88, draws=500) < 0.7
+def test_the_same_seed_tests_the_same() -> None:
+    profile = planted([0.85, 0.9, 0.88])
+    assert slice_test(profile, gain=0.01, draws=300) == slice_test(profile, gain=0.01, draws=300)
 
 
-# --- head similarity ------------------------------------------------------------------------------------------------------------------
+# --- the sample -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_head_similarity_is_high_for_the_source_classes_and_zero_for_shuffled_labels() -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 5, 400)
-    chances = np.full((400, 1000), 0.1 / 1000)
-    chances[np.arange(400), labels * 7] += 0.9
-    assert head_similarity(chances, labels) > 0.8
-    assert head_similarity(chances, rng.permutation(labels)) < 0.05
+def rows_of(counts: Mapping[str, int]) -> list[Row]:
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    return [Row(f"{i}", f"{i:032x}", label, "train", 8, 8, "RGB", "") for i, label in enumerate(labels)]
+
+
+def test_a_stratified_sample_has_every_class_in_proportion() -> None:
+    rows = rows_of({"rare": 5, "common": 495})
+    drawn = profiling.sample(rows, 100, seed=0)
+    assert len(drawn) == 100
+    assert sum(r.label == "rare" for r in drawn) == 1
+    assert profiling.sample(rows[::-1], 100, seed=0) == drawn
+    assert profiling.sample(rows, 100, seed=1) != drawn
+
+
+def test_a_class_of_one_image_in_a_thousand_is_drawn() -> None:
+    drawn = profiling.sample(rows_of({"rare": 1, "a": 999, "b": 1000}), 64, seed=0)
+    assert {r.label for r in drawn} == {"rare", "a", "b"}
+
+
+def test_with_very_many_classes_fifty_are_probed() -> None:
+    rows = rows_of({f"c{i}": 10 for i in range(300)})
+    assert len({r.label for r in profiling.sample(rows, 512, seed=0)}) == 50
 
 
 # --- on images ------------------------------------------------------------------------------------------------------------------------
 
 
-def measured(folder: Path, manifest: Manifest, images: int = 64, undecided: Callable[[Profile], bool] = lambda _: False) -> Profile:
+def measured(
+    folder: Path, manifest: Manifest | None = None, images: int = 512, undecided: Callable[[Profile], bool] = lambda _: False
+) -> Profile:
+    """Profile a folder for the demonstration network, which knows the ten classes of CIFAR-10."""
     net = backbones.load("demonstration", "DEFAULT")
-    params = ProfileParams(images=images, images_max=4 * images, seed=0)
+    params = replace(PARAMS, images=images, images_max=4 * images)
+    manifest = manifest or ingest(folder, {}, lambda done, total: None)
     return profiling.measure(net, folder, manifest, 32, params, undecided, silent, torch.device("cpu"))
 
 
 def test_the_profile_reads_only_training_and_validation_images(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_images(classes=3, each=30)
-    manifest = ingest(folder, {}, lambda done, total: None)
     seen: list[Row] = []
-    from tlpipeline import dataset
-
     real = dataset.read
     monkeypatch.setattr(dataset, "read", lambda root, row: (seen.append(row), real(root, row))[1])
-    measured(folder, manifest)
+    measured(folder, images=64)
     assert seen
     assert {row.split for row in seen} <= {"train", "val"}
 
 
-def test_file_names_class_names_and_order_do_not_matter(make_images: Callable[..., Path]) -> None:
-    folder = make_images(classes=3, each=30)
-    before = measured(folder, ingest(folder, {}, lambda done, total: None))
+def test_the_half_of_validation_that_judges_is_never_looked_at(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_images(classes=3, each=60)
+    manifest = ingest(folder, {}, lambda done, total: None)
+    judging = {row.md5 for row in manifest.used("val") if not dataset.selects(row)}
+    seen: list[Row] = []
+    real = dataset.read
+    monkeypatch.setattr(dataset, "read", lambda root, row: (seen.append(row), real(root, row))[1])
+    found = measured(folder, manifest)
+    assert judging
+    assert not judging & {row.md5 for row in seen}
+    assert found.validation == len(judging)
+    assert found.held_out == sum(row.split == "val" for row in seen)
+
+
+def renamed(folder: Path) -> None:
+    """Give files and classes other names, in another order."""
     for label in range(3):
-        for path in sorted((folder / f"class{label}").iterdir()):
-            path.rename(path.with_name(f"z{hash(path.name) % 9973}-{path.name}"))
+        for index, path in enumerate(sorted((folder / f"class{label}").iterdir())):
+            path.rename(path.with_name(f"z{index * 7919 % 997:03d}-{path.name}"))
         (folder / f"class{label}").rename(folder / f"{'cab'[label]}-renamed")
-    after = measured(folder, ingest(folder, {}, lambda done, total: None))
+
+
+def test_file_names_class_names_and_order_do_not_matter(tmp_path: Path) -> None:
+    folder = write(tmp_path, [(f"class{i % 3}", scene(i) + 5 * texture(i % 3)) for i in range(150)])
+    before = measured(folder)
+    renamed(folder)
+    after = measured(folder)
     assert [t.correct for t in after.taps] == [t.correct for t in before.taps]
+    assert [h.correct for h in after.heads] == [h.correct for h in before.heads]
+    assert [h.held_out for h in after.heads] == [h.held_out for h in before.heads]
+    assert after.head_similarity == pytest.approx(before.head_similarity)
+
+
+def test_class_names_do_not_matter_to_the_learning_curve(tmp_path: Path) -> None:
+    """The slope of the curve is a figure of the prediction: a decision must not turn on what the folders are called."""
+    folder = write(tmp_path, [(f"class{i % 3}", scene(i) + 5 * texture(i % 3)) for i in range(150)])
+    before = measured(folder).hunger
+    renamed(folder)
+    assert measured(folder).hunger == before
+
+
+def test_files_of_the_same_name_are_kept_apart(tmp_path: Path) -> None:
+    """Every class has an image 000.png; what is cached or compared is the content, never the name."""
+    pairs = [(f"class{i % 3}", scene(i) + 5 * texture(i % 3)) for i in range(150)]
+    same, different = tmp_path / "same", tmp_path / "different"
+    for place, (label, pixels) in enumerate(pairs):
+        for folder, name in ((same, f"{place // 3:03d}.png"), (different, f"{label}-{place:03d}.png")):
+            (folder / label).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / label / name)
+    assert measured(same) == measured(different)
+
+
+def test_the_same_seed_gives_the_same_profile_and_another_seed_another_sample(make_images: Callable[..., Path]) -> None:
+    folder = make_images(classes=3, each=40)
+    manifest = ingest(folder, {}, lambda done, total: None)
+    assert measured(folder, manifest, images=24) == measured(folder, manifest, images=24)
+    rows = manifest.used("train")
+    assert profiling.sample(rows, 24, 0) != profiling.sample(rows, 24, 1)
 
 
 def test_the_sample_is_doubled_only_while_the_choice_is_open(make_images: Callable[..., Path]) -> None:
@@ -186,22 +267,185 @@ def test_the_sample_is_doubled_only_while_the_choice_is_open(make_images: Callab
     assert measured(folder, manifest, images=24, undecided=lambda _: True).sampled == 96
 
 
-def test_a_stratified_sample_has_every_class_in_proportion() -> None:
-    rows = [Row(f"{i}", f"{i:032x}", "rare" if i < 5 else "common", "train", 8, 8, "RGB", "") for i in range(500)]
-    drawn = profiling.sample(rows, 100, seed=0)
-    assert len(drawn) == 100
-    assert sum(r.label == "rare" for r in drawn) == 1
-    assert profiling.sample(rows[::-1], 100, seed=0) == drawn
-
-
-def test_with_very_many_classes_fifty_are_probed() -> None:
-    rows = [Row(f"{i}", f"{i:032x}", f"c{i % 300}", "train", 8, 8, "RGB", "") for i in range(3000)]
-    assert len({r.label for r in profiling.sample(rows, 512, seed=0)}) == 50
-
-
 def test_a_profile_survives_json(make_images: Callable[..., Path]) -> None:
-    import json
-
-    folder = make_images(classes=3, each=20)
-    found = measured(folder, ingest(folder, {}, lambda done, total: None))
+    found = measured(make_images(classes=3, each=20))
+    assert found.cut is not None
     assert Profile.from_json(json.loads(json.dumps(found.to_json()))) == found
+    alone = planted([0.8])
+    assert alone.cut is None
+    assert Profile.from_json(json.loads(json.dumps(alone.to_json()))) == alone
+
+
+def test_each_head_reads_the_taps_that_it_says(make_images: Callable[..., Path]) -> None:
+    found = measured(make_images(classes=3, each=30))
+    names = [t.name for t in found.taps]
+    assert found.last.taps == (names[-1],)
+    assert found.last.correct == found.taps[-1].correct
+    assert found.multi.taps[0] == names[-1]
+    assert found.cut is not None
+    assert names[-1] not in found.cut.taps
+    for head in (found.cut, found.multi):
+        assert head.taps == tuple(r.tap for r in found.head_at(head.taps[0]))
+        assert sorted(head.taps, key=names.index, reverse=True) == list(head.taps)
+        assert len(head.taps) <= 3
+
+
+# --- planted truth --------------------------------------------------------------------------------------------------------------------
+
+
+def scene(index: int, seed: int = 7, size: int = 32) -> np.ndarray:
+    """Coloured clouds: what a photograph is to a network that is not asked for it."""
+    rng = np.random.default_rng([seed, 1000, index])
+    cells = int(rng.integers(2, 7))
+    clouds = Image.fromarray(rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(clouds).astype(float) * rng.uniform(0.5, 1.2) + rng.uniform(-60, 60)
+
+
+def texture(label: int, size: int = 32) -> np.ndarray:
+    """The finest stripes there are, upright or lying, or a chess board: gone after two poolings."""
+    y, x = np.mgrid[:size, :size]
+    return np.array([(-1.0) ** x, (-1.0) ** y, (-1.0) ** (x + y)][label])[..., None]
+
+
+def write(folder: Path, pairs: Sequence[tuple[str, np.ndarray]], name: str = "pictures") -> Path:
+    """Write labelled pixels as <label>/<number>.png."""
+    for index, (label, pixels) in enumerate(pairs):
+        (folder / name / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / label / f"{index:04d}.png")
+    return folder / name
+
+
+def own_pairs(each: int = 80, pool: int = 1500) -> list[tuple[str, np.ndarray]]:
+    """Images of the network's own classes by construction: clouds that its head takes for one of four of them, that one their label."""
+    net = backbones.load("demonstration", "DEFAULT")
+    pixels = [scene(i, seed=11).clip(0, 255).astype(np.uint8) for i in range(pool)]
+    inputs = torch.from_numpy(np.stack([prepare(Image.fromarray(p), net.transforms) for p in pixels]))
+    with torch.inference_mode():
+        taken = net.module(normalise(inputs, net.transforms)).argmax(1).numpy()
+    pairs: list[tuple[str, np.ndarray]] = []
+    for source in np.argsort(-np.bincount(taken, minlength=10))[:4]:
+        pairs += [(f"own{source}", pixels[i].astype(float)) for i in np.flatnonzero(taken == source)[:each]]
+    return pairs
+
+
+# Forty classes, sixty training images: half of them have two.
+SIDES = ("train", "train", "val", "test")
+
+
+def sets() -> dict[str, list[tuple[str, np.ndarray]]]:
+    """Sets of images by what was planted in them."""
+    rng = np.random.default_rng(0)
+    own = own_pairs()
+    names = sorted({label for label, _ in own})
+    shuffled = rng.permutation([label for label, _ in own])
+    early = [(f"c{i % 3}", scene(i) + 10 * texture(i % 3)) for i in range(360)]
+    return {
+        "own": own,
+        "shuffled": [(str(label), pixels) for label, (_, pixels) in zip(shuffled, own, strict=True)],
+        "noisy": [(names[rng.integers(len(names))] if rng.random() < 0.3 else label, pixels) for label, pixels in own],
+        "early": early,
+        "rare": [pair for pair in own if pair[0] != names[-1]] + [pair for pair in own if pair[0] == names[-1]][:8],
+        "nothing": [(f"c{np.random.default_rng(i).integers(3)}", scene(i)) for i in range(360)],
+        "lopsided": [("common" if i % 20 else "odd", scene(i)) for i in range(360)],
+        "many": [(f"{side}/c{i:02d}", scene(100 * turn + i)) for turn, side in enumerate(SIDES) for i in range(20 if turn == 1 else 40)],
+    }
+
+
+KNOWN: dict[str, Profile] = {}
+
+
+@pytest.fixture(scope="session")
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
+    """Profiles of sets with a known truth, measured on real images; test_choice.py decides on them."""
+    if not KNOWN:
+        folder = tmp_path_factory.mktemp("known")
+        KNOWN.update({name: measured(write(folder, pairs, name)) for name, pairs in sets().items()})
+    return KNOWN
+
+
+def test_the_source_classes_are_read_best_at_the_last_tap(known: dict[str, Profile]) -> None:
+    own = known["own"]
+    assert own.best.name == own.taps[-1].name
+    assert slice_test(own, 0.01, 500).similar > 0.9
+
+
+def test_texture_that_pooling_destroys_is_read_early(known: dict[str, Profile]) -> None:
+    early = known["early"]
+    assert early.best.accuracy > 0.95
+    found = slice_test(early, 0.01, 500)
+    assert found.tap in ("conv1", "conv2")
+    assert found.gain > 0.1
+    assert found.confirmed
+    assert found.similar < 0.05
+
+
+def test_head_similarity_is_zero_for_shuffled_labels_and_highest_for_the_own_classes(known: dict[str, Profile]) -> None:
+    assert known["shuffled"].head_similarity == pytest.approx(0, abs=0.02)
+    assert known["nothing"].head_similarity == pytest.approx(0, abs=0.02)
+    similarity = {name: profile.head_similarity or 0.0 for name, profile in known.items()}
+    # A class of eight images adds little entropy, and the three others are the source's own as well.
+    assert max(v for k, v in similarity.items() if k not in ("own", "rare")) + 0.05 < similarity["own"]
+
+
+def test_label_noise_costs_what_it_must_and_no_more(known: dict[str, Profile]) -> None:
+    """Three tenths of the labels drawn anew of four classes: 77.5 % stay true."""
+    clean, noisy = known["own"].last.accuracy, known["noisy"].last.accuracy
+    assert 0.6 < noisy < min(0.8, clean - 0.05)
+
+
+def test_a_rare_class_is_in_the_sample_and_shows_in_the_balanced_accuracy(known: dict[str, Profile]) -> None:
+    rare = known["rare"]
+    assert rare.classes == 4
+    assert rare.smallest <= 8 < 30 < rare.largest
+    assert rare.taps[-1].balanced < rare.taps[-1].accuracy
+
+
+def test_more_classes_than_half_the_sample_are_measured_without_a_crash(known: dict[str, Profile]) -> None:
+    many = known["many"]
+    assert many.classes == 40
+    assert many.images / many.classes < 5
+
+
+def test_no_signal_is_measured_as_none_at_every_tap(known: dict[str, Profile]) -> None:
+    """Random labels: no tap is better than the largest class, and none is worse than a guess."""
+    for tap in known["nothing"].taps:
+        assert 0.2 < tap.accuracy < known["nothing"].majority + 0.1, tap.name
+
+
+def test_random_labels_find_no_better_tap(known: dict[str, Profile]) -> None:
+    found = slice_test(known["nothing"], 0.01, 500)
+    assert found.similar > 0.05
+    assert found.significance > 0.05
+
+
+@pytest.mark.parametrize("draw", range(6))
+def test_random_labels_of_equally_large_classes_are_read_as_guesses(tmp_path: Path, draw: int) -> None:
+    """The others hold one image less of a left-out image's class: that alone must not make a probe wrong every time, nor another tap better."""
+    sides = ["train"] * 150 + ["val"] * 30 + ["test"] * 15
+    labels = np.concatenate([np.random.default_rng([draw, 5]).permutation(np.arange(count) % 3) for count in (150, 30, 15)])
+    found = measured(
+        write(tmp_path, [(f"{side}/c{label}", scene(i, seed=draw + 50)) for i, (side, label) in enumerate(zip(sides, labels, strict=True))])
+    )
+    assert found.majority == pytest.approx(1 / 3)
+    for tap in found.taps:
+        assert 0.2 < tap.accuracy < 0.47, tap.name
+    assert slice_test(found, 0.01, 500).significance > 0.01
+
+
+# --- on real data ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+def test_head_similarity_is_higher_for_the_source_than_for_every_other_set(real_data: Path) -> None:
+    """Photographs of the classes that the network was made for against steel, hands, flowers and sketches."""
+    net = backbones.load("demonstration", "DEFAULT")
+    similarity = {}
+    for name in ("cifar10", "neu_steel", "sign_digits", "flowers", "pacs_sketch"):
+        pictures, labels = take(real_data / f"{name}.tar.gz", 30)
+        inputs = torch.from_numpy(np.stack([prepare(picture, net.transforms) for picture in pictures]))
+        with torch.inference_mode():
+            chances = net.module(normalise(inputs, net.transforms)).softmax(1).double().numpy()
+        similarity[name] = head_similarity(chances, np.array(labels))
+        assert head_similarity(chances, np.random.default_rng(0).permutation(labels)) < 0.05
+    assert similarity["cifar10"] > 0.5
+    assert max(v for k, v in similarity.items() if k != "cifar10") + 0.1 < similarity["cifar10"], similarity

@@ -17,10 +17,12 @@ from test_cases import RULE
 from test_profiling import planted
 
 from tlpipeline import backbones, dataset
-from tlpipeline.cases import CASES, Case, Decision, Recipe, choose
+from tlpipeline.cases import CASES, Case, Decision, Recipe
+from tlpipeline.choice import choose
 from tlpipeline.features import Reading, scaling
 from tlpipeline.model import Classifier
-from tlpipeline.train import Alone, Job, augmentation, run, schedule, score, solve_head
+from tlpipeline.probes import pack
+from tlpipeline.train import Alone, Job, State, augmentation, run, schedule, score, solve_head
 
 READ_LAST = (Reading("fc2", 128, (1,)),)
 READ_CUT = (Reading("conv2", 64, (1, 2, 4)), Reading("conv1", 32, (1, 2, 4)))
@@ -52,7 +54,7 @@ def job(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., Job]:
         plain = {
             "workspace": str(tmp_path), "images": str(folder), "manifest": str(tmp_path / "manifest.parquet"), "backbone": "demonstration",
             "weights": "DEFAULT", "weights_md5": "none", "decision": json.loads(json.dumps(decision.to_json())), "seed": 0, "epochs": 3,
-            "batch_size": 16, "flip": False, "history": str(tmp_path / f"{name}.jsonl"),
+            "batch_size": 16, "flip": False, "precision": "float32", "history": str(tmp_path / f"{name}.jsonl"),
         }  # fmt: skip
         return Job(**{**plain, **changes})
 
@@ -154,18 +156,10 @@ def test_what_is_sliced_off_is_not_stored(job: Callable[..., Job], tmp_path: Pat
     assert {k.split(".")[1] for k in tensors if k.startswith("trunk.")} == {"conv1", "conv2"}
 
 
-def test_fine_tuning_changes_every_trainable_tensor(job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlpipeline.train import State
-
-    monkeypatch.setattr(State, "better", _latest)  # keep the last epoch, however good
+def test_fine_tuning_changes_every_trainable_tensor(job: Callable[..., Job], tmp_path: Path) -> None:
     decision = decided(CASES[2])
     tensors = trained(job(decision), tmp_path / "out")
     assert not [k for k, v in pretrained(decision).items() if torch.equal(tensors[k], v)]
-
-
-def _latest(self: Any, accuracy: float, loss: float) -> bool:
-    self.best_arm, self.best_epoch, self.best_accuracy, self.best_loss = self.arm, self.epoch, accuracy, loss
-    return True
 
 
 def test_random_init_trains_from_scratch_for_longer(job: Callable[..., Job], tmp_path: Path) -> None:
@@ -179,15 +173,34 @@ def test_random_init_trains_from_scratch_for_longer(job: Callable[..., Job], tmp
 def test_auto_falls_back_to_scratch_only_where_fine_tuning_does_not_beat_the_frozen_probe(
     job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decision = decided(CASES[3])
+    decision = decided(CASES[3], scratch_from=0)
     hopeless = replace(decision, recipe=replace(decision.recipe, rate_none=1e-12))
     trained(job(hopeless, epochs=1), tmp_path / "a")
     assert "scratch" in {line["arm"] for line in history(tmp_path / "a")}
-    from tlpipeline.train import State
-
-    monkeypatch.setattr(State, "better", _latest)  # fine-tuning beats the probe by decree
+    few = replace(hopeless, recipe=replace(hopeless.recipe, scratch_from=1000))
+    trained(job(few, epochs=1), tmp_path / "few")
+    assert "scratch" not in {line["arm"] for line in history(tmp_path / "few")}
+    monkeypatch.setattr(State, "gained", True)  # fine-tuning beats the probe by decree
     trained(job(decision, epochs=1), tmp_path / "b")
     assert "scratch" not in {line["arm"] for line in history(tmp_path / "b")}
+
+
+def test_without_patience_the_last_epoch_is_kept_whatever_validation_says_of_the_others(job: Callable[..., Job], tmp_path: Path) -> None:
+    kept = trained(job(decided(CASES[2]), epochs=3), tmp_path / "out")
+    last = load_file(tmp_path / "out" / "kept" / "model" / "weights.safetensors")
+    assert history_equal(kept, last)
+    summary = json.loads((tmp_path / "out" / "scratch" / "finished" / "history.json").read_text())
+    assert summary["arm"] == "fine-tune"
+    assert summary["validation"]["epoch"] == 3
+
+
+@pytest.mark.parametrize(("wrong", "replaced"), [(3, True), (30, False)])
+def test_fine_tuning_replaces_the_head_unless_it_is_clearly_worse(wrong: int, replaced: bool) -> None:
+    head, tuned = np.ones(100, dtype=bool), np.arange(100) >= wrong
+    state = State(arm="fine-tune", epoch=5, best_arm="head", best_accuracy=1.0, best_loss=0.1)
+    state.history = [{"arm": "head", "accuracy": 1.0, "log_loss": 0.1, "correct": pack(head)}]
+    assert state.replaced(1 - wrong / 100, 0.5, pack(tuned), 100) is replaced
+    assert state.best_arm == ("fine-tune" if replaced else "head")
 
 
 def test_the_case_without_auto_never_trains_from_scratch(job: Callable[..., Job], tmp_path: Path) -> None:
@@ -233,7 +246,7 @@ class Crashing(Alone):
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=lambda c: c.name)
 def test_a_run_interrupted_after_any_checkpoint_ends_as_the_uninterrupted_one(case: Case, job: Callable[..., Job], tmp_path: Path) -> None:
     # A rate that gains nothing makes the auto case go through all arms: head, fine-tune, scratch.
-    decision = decided(case, **({"rate_none": 1e-12} if case.init == "auto" else {}))
+    decision = decided(case, **({"rate_none": 1e-12, "scratch_from": 0} if case.init == "auto" else {}))
     wanted = trained(job(decision, epochs=2), tmp_path / "whole")
     lines = history(tmp_path / "whole")
     for after in range(1, len(lines) + 1):
@@ -348,7 +361,7 @@ def test_the_frozen_model_ignores_train_mode() -> None:
 
 def test_learning_rates_follow_normalisation_and_size() -> None:
     recipe = Recipe()
-    assert recipe.rate("batch", 32) == 0.05
+    assert recipe.rate("batch", 32) == 0.2
     assert recipe.rate("batch", 224) == 0.01
-    assert recipe.rate("none", 224) == 0.002
+    assert recipe.rate("none", 224) == 0.004
     assert recipe.rate("layer", 224) == 5e-5

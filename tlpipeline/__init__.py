@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tlpipeline.backbones import load as load_backbone
-    from tlpipeline.cases import CASES, Decision, choose
+    from tlpipeline.cases import CASES, Decision
+    from tlpipeline.choice import choose
     from tlpipeline.dataset import ingest
     from tlpipeline.errors import PipelineError
     from tlpipeline.model import load as load_model
@@ -19,7 +20,7 @@ _WHERE = {
     "Decision": ("cases", "Decision"),
     "PipelineError": ("errors", "PipelineError"),
     "Profile": ("profiling", "Profile"),
-    "choose": ("cases", "choose"),
+    "choose": ("choice", "choose"),
     "ingest": ("dataset", "ingest"),
     "load_backbone": ("backbones", "load"),
     "load_model": ("model", "load"),

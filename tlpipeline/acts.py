@@ -133,6 +133,26 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+def refstats(root: Path, images: Path, progress: Progress = silent) -> Path:
+    """Measure reference statistics, name them in params.yaml, and commit both; return the file.
+
+    Raises:
+        DataError: there is no such folder, or it holds fewer than two images.
+    """
+    if not images.is_dir():
+        raise DataError(
+            f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
+            "Give images like those that the weights were trained on; 500 are enough, and they need no labels."
+        )
+    checked(root)
+    with versioning.workspace_lock(root):
+        path = stages.reference(root, images, progress)
+        where = path.relative_to(root).as_posix()
+        _set(root, "profile", "reference", where)
+        versioning.commit(root, f"Reference statistics {where}", [where, stages.PARAMS])
+    return path
+
+
 # --- data -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -351,20 +371,40 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     )
 
 
+def decided(root: Path) -> tuple[Any, Any]:
+    """Return the decision and the profile that it rests on.
+
+    Raises:
+        WorkspaceError: it is no workspace, nothing was decided in it yet, or by another version or profile.
+    """
+    from tlpipeline import profiling
+
+    for name in (stages.PROFILE, stages.CASE):
+        if not (root / name).is_file():
+            versioning.require(root)
+            raise WorkspaceError(
+                f"expected a decision in {root / name}, found no such file. `tlpipeline run` or `dvc repro choose` makes the decision."
+            )
+    try:
+        case, profile = stages.read_case(root), profiling.Profile.from_json(stages.read_json(root, stages.PROFILE))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WorkspaceError(
+            f"expected {stages.PROFILE} and {stages.CASE} in {root} as this version writes them, found others ({error!r}). "
+            "`dvc repro --force choose` writes them anew."
+        ) from error
+    if case.slice not in [tap.name for tap in profile.taps]:
+        raise WorkspaceError(
+            f"expected a decision about {profile.backbone} in {root / stages.CASE}, found one that keeps it up to {case.slice}, which it does not "
+            "have: it is older than the profile. `dvc repro choose` decides anew."
+        )
+    return case, profile
+
+
 def decision_markdown(root: Path) -> str:
     """Return the decision for people, as markdown."""
-    case = stages.read_case(root)
-    lines = [
-        f"**{case.case}**" + (f", cut at `{case.slice}`" if case.slice else ""),
-        "",
-        case.reason,
-        "",
-        "| case | probability |",
-        "|---|---|",
-    ]
-    lines += [f"| {name} | {chance:.2f} |" for name, chance in case.probabilities.items()]
-    lines += ["", *[f"- {warning}" for warning in case.warnings]]
-    return "\n".join(lines)
+    from tlpipeline import explain
+
+    return explain.markdown(*decided(root))
 
 
 def evaluation_markdown(root: Path) -> str:

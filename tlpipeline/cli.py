@@ -114,6 +114,33 @@ def stage(
             _leave_ray()
 
 
+@app.command()
+def explain(
+    workspace: Workspace = Path(),
+    markdown: Annotated[bool, typer.Option("--markdown", help="As markdown.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The decision and the points of its two plots, as JSON.")] = False,
+) -> None:
+    """Say in plain words what was decided and why: the numbers, the plane, the probe curve, what would change it."""
+    from tlpipeline import acts
+    from tlpipeline import explain as words
+
+    if markdown and json:
+        raise PipelineError("expected one of --markdown and --json, found both. Leave one out.")
+    decision, profile = acts.decided(workspace)
+    if json:
+        from json import dumps
+
+        plots = {"plane": words.plane_rows(decision), "probes": words.probe_rows(profile, decision)}
+        print(dumps({"decision": decision.to_json(), **plots}, indent=2))
+    elif markdown:
+        print(words.markdown(decision, profile), end="")
+    else:
+        from shutil import get_terminal_size
+
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(words.text(decision, profile, get_terminal_size((100, 24)).columns, colour), end="")
+
+
 @app.command(hidden=True)
 def sample(folder: Annotated[Path, typer.Argument(help="Folder to write to.")]) -> None:
     """Write the embedded sample images; a stage of sample/dvc.yaml."""
@@ -138,6 +165,19 @@ def pretrain(
     with _Bar() as bar:
         done = train(images, backbone, output, epochs=epochs, rate=rate, seed=seed, flip=flip, progress=bar)
     print(f"{done.weights}: test accuracy {done.accuracy:.1%} ({done.low:.1%} to {done.high:.1%})")
+
+
+@app.command()
+def refstats(
+    images: Annotated[Path, typer.Argument(help="Folder of images like those that the weights were trained on; labels are not needed.")],
+    workspace: Workspace = Path(),
+) -> None:
+    """Measure reference statistics of a network, for the profile to compare with."""
+    from tlpipeline import acts
+
+    with _Bar() as bar:
+        path = acts.refstats(workspace, images, bar)
+    print(f"{path} written, and named in params.yaml as profile.reference. Next: tlpipeline run")
 
 
 @app.command()

@@ -211,6 +211,24 @@ def side_of(md5: str, carve_val: bool = False) -> str:
     return TRAIN if u < TRAIN_BELOW else VAL if u < VAL_BELOW else TEST
 
 
+def readable(images: Path) -> list[Row]:
+    """Return the distinct readable images below a folder, whatever its layout, without labels and sides: for statistics only."""
+    found: dict[str, Row] = {}
+    for path in sorted(p for p in images.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        row = _inspect(images.parent, path, "")
+        if isinstance(row, Row):
+            found.setdefault(row.md5, replace(row, path=path.relative_to(images).as_posix(), label="", split=""))
+    return sorted(found.values(), key=lambda row: row.md5)
+
+
+def selects(row: Row) -> bool:
+    """Say whether a validation image belongs to the half that may select (a slice point, an epoch); the other half only judges.
+
+    By content, so that it never changes halves. The last digit of the md5 is used, because the first ones give the side.
+    """
+    return row.md5[-1] in "02468ace"
+
+
 def files(images: Path) -> list[Path]:
     """Return all files below a folder but the system's own, sorted.
 

@@ -60,15 +60,15 @@ def preflight(cluster: ClusterParams) -> bool:
     return use_gpu
 
 
-def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Progress) -> Path:
-    """Train, and return the folder of the finished run: `model/` and `history.json`.
+def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Progress, stage: str = "train") -> Path:
+    """Train, and return the folder of the finished run: `model/` and `history.json`; of a race the checkpoint at which it ended.
 
     Args:
         job: what to train.
         cluster: where.
         name: identifies data, params and code; a run of the same name that was interrupted is resumed.
         folder: for everything that the run leaves behind; delete it once the result is recorded.
-        progress: told what the first worker does.
+        progress: told what the first worker does, as this stage.
 
     Raises:
         ClusterError: the workers are not there, or died more often than `max_failures`.
@@ -76,7 +76,7 @@ def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Pro
     """
     use_gpu = preflight(cluster)
     folder.mkdir(parents=True, exist_ok=True)
-    tail = Tail(Path(job.history), progress)
+    tail = Tail(Path(job.history), stage, progress)
     stop = threading.Event()
 
     def follow() -> None:
@@ -179,7 +179,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
     finished = folder / f"{name}-finished"
     shutil.rmtree(finished, ignore_errors=True)
     result.checkpoint.to_directory(str(finished))
-    if not (finished / train.MODEL).is_dir():
+    if job.race is None and not (finished / train.MODEL).is_dir():
         raise ClusterError(
             "expected a finished model from the workers, but the newest checkpoint is from the middle. Start the run again: it resumes."
         )

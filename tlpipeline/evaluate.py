@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tlpipeline.dataset import Row
-from tlpipeline.profiling import wilson
+from tlpipeline.probes import wilson
 
 ECE_BINS = 15
 

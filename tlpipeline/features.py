@@ -75,10 +75,13 @@ def prepare(image: Image.Image, transforms: Transforms) -> Pixels:
 
 
 def normalise(pixels: Tensor, transforms: Transforms) -> Tensor:
-    """Turn 8-bit (batch, size, size, 3) into normalised floats (batch, 3, size, size) on the same device."""
+    """Turn 8-bit (batch, size, size, 3) into normalised floats (batch, 3, size, size) on the same device, channels last in memory.
+
+    Convolutions read that order about twice as fast.
+    """
     mean = torch.tensor(transforms.mean, device=pixels.device)
     std = torch.tensor(transforms.std, device=pixels.device)
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 class Images:

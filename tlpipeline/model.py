@@ -71,6 +71,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.frozen = frozen
         self.trunk.requires_grad_(not frozen)
+        self.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled readings (batch, features)."""
@@ -95,7 +96,7 @@ class Classifier(nn.Module):
 def save(model: nn.Module, description: Description, folder: Path) -> None:
     """Write weights.safetensors and model.json; the same tensors give the same bytes, and a crash leaves no half-written file."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    write_tensors(model.state_dict(), folder / WEIGHTS)
     write_json(description.to_json(), folder / DESCRIPTION)
 
 
@@ -145,7 +146,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     draft = path.with_name(f".{path.name}.draft")
     try:
-        save_file({k: v.detach().cpu() for k, v in tensors.items()}, draft)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft)
     except SafetensorError as error:
         if "os error 28" not in str(error):
             raise

@@ -74,6 +74,10 @@ class ProfileParams:
 
     images: int = field(metadata=_at_least(16))
     images_max: int = field(metadata=_at_least(16))
+    tangent: bool
+    shift: bool
+    affinity: bool
+    reference: str = field(metadata=_not_empty())
     seed: int = field(metadata=_at_least(0))
 
 
@@ -83,10 +87,17 @@ class ChooseParams:
 
     case: str = field(metadata=_not_empty())
     slice: str = field(metadata=_not_empty())
-    large_below: float = field(metadata=_between(0, 1))
+    rule: str = field(metadata=_one_of("fitted", "textbook"))
+    prefer: str = field(metadata=_one_of("accuracy", "balanced", "cost"))
+    tolerance: float = field(metadata=_between(0, 100))
+    effort: str = field(metadata=_one_of("quick", "auto", "full"))
+    race_above: float = field(metadata=_between(0, 1))
+    race_below: float = field(metadata=_between(0, 1))
     gain: float = field(metadata=_between(0, 100))
     alpha: float = field(metadata=_between(0.001, 0.5))
     draws: int = field(metadata=_at_least(100))
+    textbook_images: int = field(metadata=_at_least(1))
+    textbook_similarity: float = field(metadata=_between(0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +106,9 @@ class TrainParams:
 
     seed: int = field(metadata=_at_least(0))
     epochs: int | str = field(metadata=_auto_or_at_least(1))
-    batch_size: int = field(metadata=_at_least(2))
+    batch_size: int | str = field(metadata=_auto_or_at_least(2))
     flip: bool
+    precision: str = field(metadata=_one_of("auto", "float32"))
     override: Mapping[str, Any]
 
 

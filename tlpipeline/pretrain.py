@@ -19,7 +19,7 @@ from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import BackboneError
 from tlpipeline.features import Images
 from tlpipeline.model import probabilities, write_json, write_tensors
-from tlpipeline.profiling import wilson
+from tlpipeline.probes import wilson
 from tlpipeline.progress import Event, Progress
 from tlpipeline.train import Alone, Checkpoints, Fit, Job, Sides, State, Tail, score
 
@@ -54,11 +54,11 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     module, transforms = _network(name, len(manifest.classes), seed)
     sides = _sides(images, manifest, transforms)
     history = Path(tempfile.mkdtemp(prefix="pretrain-"))
-    job = Job(str(images), str(images), "", name, backbones.NONE, backbones.NONE, {}, seed, epochs, BATCH_SIZE, flip, "")
+    job = Job(str(images), str(images), "", name, backbones.NONE, backbones.NONE, {}, seed, epochs, BATCH_SIZE, flip, "float32", "")
     world = Alone(history / "kept", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     module.to(world.device)
     checkpoint = Checkpoints(world, history, module)
-    tail = Tail(history / "history.jsonl", progress)
+    tail = Tail(history / "history.jsonl", "pretrain", progress)
     adam = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()) and any(
         isinstance(m, nn.LayerNorm) for m in module.modules()
     )
@@ -77,7 +77,7 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     low, high = wilson(round(accuracy * len(test)), len(test))
     file = name.replace(":", ".")
     output.mkdir(parents=True, exist_ok=True)
-    write_tensors({k: v.contiguous() for k, v in module.state_dict().items()}, output / f"{file}.safetensors")
+    write_tensors(module.state_dict(), output / f"{file}.safetensors")
     write_json(
         {
             "architecture": name,

@@ -8,31 +8,32 @@ One pass in eval mode reads all taps at once. At each tap an exact leave-one-out
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tlpipeline import backbones
+from tlpipeline import backbones, dataset
 from tlpipeline.backbones import Backbone
 from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
-from tlpipeline.features import Images, Reading, extract, reading, scaling
+from tlpipeline.features import BATCH, Images, Reading, extract, in_batches, normalise, reading, scaling
 from tlpipeline.params import ProfileParams
+from tlpipeline.probes import Bits, Fit, Matrix, head_similarity, leave_one_out, one_hot, pack, unpack, wilson
 from tlpipeline.progress import Event, Progress
+from tlpipeline.shift import FIRST_IMAGES, BatchNormShift, Reference, TapShift, Watcher, random_reference, sequential, tap_shift
+from tlpipeline.tangent import tangent_kernel
 
 HELD_OUT = 512
 FEW_CLASSES = 50
-PENALTIES = tuple(10.0**e for e in range(-5, 2))
-
-Bits = npt.NDArray[np.bool_]
-Matrix = npt.NDArray[np.float64]
+HUNGER_DRAWS = 3
+TANGENT_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,10 @@ class Probe:
         name, channels, height, width, parameters, forward_ops, grids: of the tap and the head's pyramid there.
         accuracy, low, high: leave-one-out accuracy of a ridge probe on this tap alone, with its Wilson 95 % interval.
         balanced: the mean of the per-class accuracies.
+        gain, gain_error: accuracy minus the last tap's, and the paired standard error of that difference.
         penalty: the ridge penalty that was chosen.
         correct: one bit a sample image, hexadecimal: was it classified correctly when left out?
         head: taps that a head reads when the network is cut here, deepest first: this one and the two best earlier ones.
-        held_out: accuracy of that head on held-out images, None where this tap is worse than the last.
-        held_out_correct: bits, as above.
     """
 
     name: str
@@ -61,16 +61,55 @@ class Probe:
     low: float
     high: float
     balanced: float
+    gain: float
+    gain_error: float
     penalty: float
     correct: str
     head: tuple[str, ...]
-    held_out: float | None
-    held_out_correct: str
 
     @property
     def reading(self) -> Reading:
         """Return what a head reads at this tap."""
         return Reading(self.name, self.channels, self.grids)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that could be trained on frozen features.
+
+    Attributes:
+        taps: what it reads, deepest first.
+        accuracy, low, high, correct: leave-one-out on the sample, as in Probe, for all its taps together.
+        held_out, held_out_correct: on the half of validation that may select; judging is left to the other half.
+    """
+
+    taps: tuple[str, ...]
+    accuracy: float
+    low: float
+    high: float
+    correct: str
+    held_out: float
+    held_out_correct: str
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """What the tangent probe says, beside the multi-tap head on the same images (at most TANGENT_IMAGES).
+
+    Attributes:
+        images: how many.
+        accuracy, error: leave-one-out accuracy and mean squared error of ridge on the tangent kernel.
+        both, both_error: of the tangent kernel and the multi-tap features together.
+        frozen, frozen_error: of the multi-tap features alone.
+    """
+
+    images: int
+    accuracy: float
+    error: float
+    both: float
+    both_error: float
+    frozen: float
+    frozen_error: float
 
 
 @dataclass(frozen=True)
@@ -80,32 +119,68 @@ class Profile:
     Attributes:
         backbone, weights: name of the network and fingerprint of its weights.
         size: input side, pixels.
+        normalisation: batch, layer or none.
         images, classes: of the training side; majority: share of its largest class; smallest, largest: images of a class.
-        sampled, held_out: images that were looked at: for the probes, and apart from them.
+        validation: images of the half of the validation side that judges.
+        sampled, held_out: images that were looked at: for the probes, and apart from them (the half of validation that selects).
         head_similarity: S, the share of the labels' entropy that the source head's classes explain (cross-fitted LEEP); None without head.
-        last_held_out, last_held_out_correct: as in Probe, for the head that reads the last tap alone.
+        hunger: (images, leave-one-out accuracy) of the multi-tap head on a quarter, half and all of the sample, three draws each.
         taps: first to last.
+        last: the head on the last tap; multi: on the last tap and the two best earlier ones, nothing cut off; cut: on the taps at and below
+            the best slice point, None where there is one tap only.
+        shift: the BatchNorm shift curve, empty where there is no BatchNorm or where it was not asked for.
+        distances: of the features at each tap from a reference, empty without one (profile.reference).
+        affinity: best skill of the pretrained probes minus that of the same network with random weights, None where it was not asked for.
+        tangent: what gradients say that fine-tuning could read, None where it was not asked for.
     """
 
     backbone: str
     weights: str
     size: int
+    normalisation: str
     images: int
     classes: int
     majority: float
     smallest: int
     largest: int
+    validation: int
     sampled: int
     held_out: int
     head_similarity: float | None
-    last_held_out: float
-    last_held_out_correct: str
+    hunger: tuple[tuple[int, float], ...]
     taps: tuple[Probe, ...]
+    last: Head
+    multi: Head
+    cut: Head | None
+    shift: tuple[BatchNormShift, ...] = ()
+    distances: tuple[TapShift, ...] = ()
+    affinity: float | None = None
+    tangent: Tangent | None = None
 
     @property
     def best(self) -> Probe:
         """Return the tap with the most accurate probe, the deepest of equals."""
         return max(reversed(self.taps), key=lambda t: t.accuracy)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Return the heads that could be trained on frozen features, the simplest first."""
+        return (self.last, self.multi) if self.cut is None else (self.last, self.cut, self.multi)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the network without its old head: what fine-tuning would train."""
+        return self.taps[-1].parameters
+
+    @property
+    def forward_ops(self) -> int:
+        """Floating-point operations of one image's forward pass."""
+        return self.taps[-1].forward_ops
+
+    @property
+    def slope(self) -> float:
+        """Accuracy that the frozen features gained by the last doubling of the sample."""
+        return self.hunger[-1][1] - self.hunger[-2][1] if len(self.hunger) > 1 else 0.0
 
     @property
     def last_head(self) -> tuple[Reading, ...]:
@@ -129,7 +204,14 @@ class Profile:
     def from_json(cls, content: Mapping[str, Any]) -> "Profile":
         """Read what `to_json` gave."""
         taps = tuple(Probe(**t | {"grids": tuple(t["grids"]), "head": tuple(t["head"])}) for t in content["taps"])
-        return cls(**{**content, "taps": taps})
+        heads = {
+            k: None if content[k] is None else Head(**content[k] | {"taps": tuple(content[k]["taps"])}) for k in ("last", "multi", "cut")
+        }
+        hunger = tuple((int(n), float(a)) for n, a in content["hunger"])
+        shift = tuple(BatchNormShift(**layer) for layer in content["shift"])
+        tangent = None if content["tangent"] is None else Tangent(**content["tangent"])
+        distances = tuple(TapShift(**tap) for tap in content["distances"])
+        return cls(**{**content, **heads, "taps": taps, "hunger": hunger, "shift": shift, "distances": distances, "tangent": tangent})
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------------------------
@@ -144,6 +226,7 @@ def measure(
     undecided: Callable[[Profile], bool],
     progress: Progress,
     device: torch.device,
+    reference: Reference | None = None,
 ) -> Profile:
     """Profile the training side of a data set; the sample is doubled while the choice is open.
 
@@ -152,6 +235,7 @@ def measure(
         root: folder that the manifest's paths start from.
         size: input side, pixels.
         undecided: says of a profile whether more images could still change the choice.
+        reference: statistics of images like the weights' own, at the same input size.
 
     Raises:
         DataError: there are no training images.
@@ -160,50 +244,107 @@ def measure(
     if not rows:
         raise DataError("expected training images to profile, found none. Check the quarantine list of ingest.")
     labels = {label: i for i, label in enumerate(manifest.classes)}
-    taps = backbones.describe(backbone, size)
-    readings = [reading(tap) for tap in taps]
-    trunk = backbones.cut(backbone, [t.name for t in taps], logits=backbone.source_classes > 0).to(device)
-    transforms = backbone.transforms.at(size)
-    cache: dict[str, list[Tensor]] = {}
-
-    def features(wanted: Sequence[Row]) -> list[Tensor]:
-        new = [r for r in wanted if r.md5 not in cache]
-        if new:
-            told = lambda done: progress(Event("profile", done, len(new), f"features of {len(new)} images at {len(taps)} taps"))  # noqa: E731
-            out = extract(trunk, [r.grids for r in readings], Images(root, new, transforms), device, told)
-            cache.update({row.md5: [column[i] for column in out] for i, row in enumerate(new)})
-        return [torch.stack([cache[r.md5][k] for r in wanted]) for k in range(len(cache[wanted[0].md5]))]
-
-    aside = sample(manifest.used(VAL), HELD_OUT, params.seed)
+    sight = _Sight(backbone, root, size, device, progress)
+    aside = sample([r for r in manifest.used(VAL) if dataset.selects(r)], HELD_OUT, params.seed)
     counts = Counter(r.label for r in rows)
     wanted = params.images
     while True:
         drawn = sample(rows, wanted, params.seed)
         there = {r.label for r in drawn}
         held = [r for r in aside if r.label in there] or drawn[:1]
-        profile = _probe(
-            taps,
-            readings,
-            features(drawn),
-            np.array([labels[r.label] for r in drawn]),
-            features(held),
-            np.array([labels[r.label] for r in held]),
-            has_logits=backbone.source_classes > 0,
-        )
-        profile = replace(
-            profile,
+        with sight.watcher if params.shift else nullcontext():
+            read = sight.features(drawn)
+        indices = np.array([labels[r.label] for r in drawn])
+        kernels = _kernels(sight.readings, read, indices, sight.features(held), np.array([labels[r.label] for r in held]))
+        profile = Profile(
             backbone=backbone.name,
             weights=backbone.fingerprint,
             size=size,
+            normalisation=backbone.normalisation,
             images=len(rows),
             classes=len(counts),
             majority=max(counts.values()) / len(rows),
             smallest=min(counts.values()),
             largest=max(counts.values()),
+            validation=sum(not dataset.selects(r) for r in manifest.used(VAL)),
+            sampled=len(drawn),
+            held_out=len(held),
+            head_similarity=head_similarity(read[-1].softmax(1).double().numpy(), indices) if backbone.source_classes else None,
+            **_probe(sight.taps, sight.readings, kernels, params.seed),
         )
         wanted *= 2
         if wanted > params.images_max or len(drawn) == len(rows) or not undecided(profile):
-            return profile
+            break
+    if params.tangent:
+        profile = replace(profile, tangent=sight.tangent(kernels, drawn, profile.multi.taps, params.seed))
+    if params.shift and profile.normalisation == "batch":
+        batches = (batch.to(device) for batch in sight.inputs(drawn[:FIRST_IMAGES]))
+        profile = replace(profile, shift=sight.watcher.curve(sequential(sight.trunk, batches), reference, params.seed))
+    if reference is not None:
+        pooled = {r.tap: column for r, column in zip(sight.readings, read, strict=False)}
+        profile = replace(profile, distances=tap_shift(pooled, reference, params.seed))
+    if params.affinity:
+        profile = replace(profile, affinity=sight.affinity(profile, drawn, indices))
+    return profile
+
+
+class _Sight:
+    """How a network sees images: features at all its taps, kept by content, and what else is asked of single passes."""
+
+    def __init__(self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress) -> None:
+        self.backbone, self.root, self.device, self.progress = backbone, root, device, progress
+        self.transforms = backbone.transforms.at(size)
+        self.taps = backbones.describe(backbone, size)
+        self.readings = [reading(tap) for tap in self.taps]
+        self.trunk = self._cut(backbone, [t.name for t in self.taps], backbone.source_classes > 0)
+        self.watcher = Watcher(self.trunk)
+        self.cache: dict[str, list[Tensor]] = {}
+
+    def _cut(self, backbone: Backbone, taps: Sequence[str], logits: bool = False) -> nn.Module:
+        return backbones.cut(backbone, taps, logits=logits).to(self.device).to(memory_format=torch.channels_last)
+
+    def features(self, wanted: Sequence[Row]) -> list[Tensor]:
+        """Return the features at each tap, and the source head's logits behind them where it has one: (images, features) each."""
+        new = [r for r in wanted if r.md5 not in self.cache]
+        if new:
+            told = self._told("features", len(new))
+            grids = [r.grids for r in self.readings]
+            out = extract(self.trunk, grids, Images(self.root, new, self.transforms), self.device, told)
+            self.cache.update({row.md5: [column[i] for column in out] for i, row in enumerate(new)})
+        return [torch.stack([self.cache[r.md5][k] for r in wanted]) for k in range(len(self.cache[wanted[0].md5]))]
+
+    def inputs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        """Yield inputs (batch, 3, size, size) on the CPU."""
+        batches = Images(self.root, rows, self.transforms).batches(in_batches(len(rows), BATCH))
+        return (normalise(pixels, self.transforms) for _, pixels in batches)
+
+    def tangent(self, kernels: "_Kernels", drawn: Sequence[Row], taps: Sequence[str], seed: int) -> Tangent:
+        """Return what the gradients of at most TANGENT_IMAGES of the drawn images say, beside a head on these taps."""
+        few = {r.md5 for r in sample(drawn, TANGENT_IMAGES, seed)}
+        at = [i for i, r in enumerate(drawn) if r.md5 in few]
+        last = self._cut(self.backbone, [self.taps[-1].name])
+        told = self._told("gradients", len(at))
+        gradients = tangent_kernel(last, self.inputs([drawn[i] for i in at]), self.device, seed, told)
+        names = [t.name for t in self.taps]
+        return kernels.tangent([names.index(name) for name in taps], gradients, at)
+
+    def affinity(self, profile: Profile, drawn: Sequence[Row], labels: npt.NDArray[np.int64]) -> float:
+        """Return the best skill of the pretrained probes minus that of the same network with random weights, the mean of two seeds.
+
+        Skill = (accuracy - majority) / (1 - majority). A cheap stand-in for the affinity of Head2Toe (Evci et al. 2022): linear minus scratch.
+        """
+        reached = []
+        first = list(self.inputs(drawn[:FIRST_IMAGES]))
+        for seed in (0, 1):
+            trunk = self._cut(random_reference(self.backbone, first, seed), [r.tap for r in self.readings])
+            images = Images(self.root, drawn, self.transforms)
+            read = extract(trunk, [r.grids for r in self.readings], images, self.device, self._told("random features", len(drawn)))
+            kernels = _kernels(self.readings, read, labels, read, labels)
+            reached.append(max(float(kernels.fit([i])[1].mean()) for i in range(len(self.readings))))
+        return (profile.best.accuracy - float(np.mean(reached))) / (1 - min(profile.majority, 0.99))
+
+    def _told(self, what: str, images: int) -> Callable[[int], None]:
+        return lambda done: self.progress(Event("profile", done, images, f"{what} of {images} images at {len(self.taps)} taps"))
 
 
 def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
@@ -231,42 +372,97 @@ def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
     return sorted((r for label, g in groups.items() for r in g[: quota[label]]), key=lambda r: r.md5)
 
 
-def _probe(
-    taps: Sequence[backbones.Tap],
+@dataclass(frozen=True)
+class _Kernels:
+    """Inner products of scaled features: of the sample with itself at each tap, and of the held-out images with the sample."""
+
+    own: Sequence[Matrix]
+    across: Sequence[Matrix]
+    labels: npt.NDArray[np.int64]
+    held_labels: npt.NDArray[np.int64]
+
+    def fit(self, taps: Sequence[int]) -> tuple[Fit, Bits]:
+        """Return the leave-one-out fit on these taps together, and who was right."""
+        fit = leave_one_out(_mean([self.own[i] for i in taps]), one_hot(self.labels))
+        return fit, np.asarray(np.unique(self.labels)[fit.scores.argmax(1)] == self.labels)
+
+    def head(self, taps: Sequence[int], names: Sequence[str]) -> Head:
+        """Return the head on these taps."""
+        fit, right = self.fit(taps)
+        scores = _mean([self.across[i] for i in taps]) @ fit.dual + one_hot(self.labels).mean(0)
+        held = np.unique(self.labels)[scores.argmax(1)] == self.held_labels
+        return Head(tuple(names), float(right.mean()), *wilson(int(right.sum()), len(right)), pack(right), float(held.mean()), pack(held))
+
+    def tangent(self, taps: Sequence[int], gradients: Matrix, first: Sequence[int]) -> Tangent:
+        """Return what the tangent kernel of some images of the sample reads, beside these taps on the same images."""
+        y = self.labels[list(first)]
+        frozen = _centred(_mean([self.own[i] for i in taps])[np.ix_(first, first)])
+        frozen = frozen / (frozen.trace() / len(y) or 1.0)
+        reached: list[float] = []
+        for kernel in (gradients, (gradients + frozen) / 2, frozen):
+            scores = leave_one_out(kernel, one_hot(y)).scores
+            reached += [float((np.unique(y)[scores.argmax(1)] == y).mean()), float(((scores - one_hot(y)) ** 2).mean())]
+        return Tangent(len(y), *reached)
+
+    def hunger(self, taps: Sequence[int], whole: float, seed: int) -> tuple[tuple[int, float], ...]:
+        """Return the learning curve of a head: (images, accuracy) at a quarter, half and all of the sample, each the mean of some draws.
+
+        A draw takes every k-th image of a shuffled class, so that its classes keep their proportions.
+        """
+        kernel = _mean([self.own[i] for i in taps])
+        m, rng = len(kernel), np.random.default_rng(seed)
+        points = []
+        for parts in (4, 2):
+            if m // parts < 2 * len(np.unique(self.labels)):
+                continue
+            reached = []
+            for _ in range(HUNGER_DRAWS):
+                order = rng.permutation(m)
+                drawn = np.sort(order[np.argsort(self.labels[order], kind="stable")][::parts])
+                y = self.labels[drawn]
+                inside = _centred(kernel[np.ix_(drawn, drawn)])
+                reached.append(float((np.unique(y)[leave_one_out(inside, one_hot(y)).scores.argmax(1)] == y).mean()))
+            points.append((len(drawn), float(np.mean(reached))))
+        return (*points, (m, whole))
+
+
+def _centred(kernel: Matrix) -> Matrix:
+    return np.asarray(kernel - kernel.mean(0) - kernel.mean(1)[:, None] + kernel.mean())
+
+
+def _mean(kernels: Sequence[Matrix]) -> Matrix:
+    return np.asarray(sum(kernels) / len(kernels))
+
+
+def _kernels(
     readings: Sequence[Reading],
     features: Sequence[Tensor],
     labels: npt.NDArray[np.int64],
     held_features: Sequence[Tensor],
     held_labels: npt.NDArray[np.int64],
-    has_logits: bool,
-) -> Profile:
-    targets = _one_hot(labels)
-    kernels, across = [], []
+) -> _Kernels:
+    own, across = [], []
     for read, x, z in zip(readings, features, held_features, strict=False):
         scale = scaling(x, read.blocks)
         a, b = scale(x).numpy(), scale(z).numpy()
         kernel = a @ a.T
         norm = kernel.trace() / len(a) or 1.0
-        kernels.append(kernel / norm)
+        own.append(kernel / norm)
         across.append(b @ a.T / norm)
-    fits = [leave_one_out(kernel, targets) for kernel in kernels]
+    return _Kernels(own, across, labels, held_labels)
+
+
+def _probe(taps: Sequence[backbones.Tap], readings: Sequence[Reading], kernels: _Kernels, seed: int) -> dict[str, Any]:
+    """Return the parts of the profile that follow from the kernels: probes, heads, learning curve."""
+    labels, names = kernels.labels, [t.name for t in taps]
     classes = np.unique(labels)
-    right = [classes[fit.scores.argmax(1)] == labels for fit in fits]
-    accuracy = [float(r.mean()) for r in right]
-
-    def held_out(indices: Sequence[int]) -> Bits:
-        # The penalty of the deepest tap's own probe serves the whole head: all kernels have the same norm, and a Cholesky solution costs a
-        # thirtieth of another decomposition.
-        dual = ridge(sum(kernels[i] for i in indices) / len(indices), targets, fits[indices[0]].penalty)
-        scores = sum(across[i] for i in indices) / len(indices) @ dual + targets.mean(0)
-        return np.asarray(classes[scores.argmax(1)] == held_labels)
-
-    last_held = held_out([len(taps) - 1])
+    fits = [kernels.fit([i]) for i in range(len(taps))]
+    accuracy = [float(right.mean()) for _, right in fits]
     probes = []
-    for i, (tap, read, fit) in enumerate(zip(taps, readings, fits, strict=True)):
-        low, high = wilson(int(right[i].sum()), len(labels))
+    for i, (tap, read, (fit, right)) in enumerate(zip(taps, readings, fits, strict=True)):
+        behind = right.astype(float) - fits[-1][1]
         earlier = sorted(range(i), key=lambda j: (-accuracy[j], -j))[:2]
-        held = held_out([i, *earlier]) if accuracy[i] >= accuracy[-1] else None
+        low, high = wilson(int(right.sum()), len(labels))
         probes.append(
             Probe(
                 name=tap.name,
@@ -279,122 +475,27 @@ def _probe(
                 accuracy=accuracy[i],
                 low=low,
                 high=high,
-                balanced=float(np.mean([right[i][labels == c].mean() for c in classes])),
+                balanced=float(np.mean([right[labels == c].mean() for c in classes])),
+                gain=float(behind.mean()),
+                gain_error=float(behind.std() / math.sqrt(len(labels))),
                 penalty=fit.penalty,
-                correct=pack(right[i]),
-                head=tuple(taps[j].name for j in sorted([i, *earlier], reverse=True)),
-                held_out=None if held is None else float(held.mean()),
-                held_out_correct="" if held is None else pack(held),
+                correct=pack(right),
+                head=tuple(names[j] for j in sorted([i, *earlier], reverse=True)),
             )
         )
-    return Profile(
-        backbone="",
-        weights="",
-        size=0,
-        images=0,
-        classes=0,
-        majority=0.0,
-        smallest=0,
-        largest=0,
-        sampled=len(labels),
-        held_out=len(held_labels),
-        head_similarity=head_similarity(features[-1].softmax(1).double().numpy(), labels) if has_logits else None,
-        last_held_out=float(last_held.mean()),
-        last_held_out_correct=pack(last_held),
-        taps=tuple(probes),
-    )
 
+    def head(read: Sequence[str]) -> Head:
+        return kernels.head([names.index(name) for name in read], read)
 
-def _one_hot(labels: npt.NDArray[np.int64]) -> Matrix:
-    """Return targets 1 for the class and -1 / (K - 1) for the others: (n, K)."""
-    classes = np.unique(labels)
-    own = labels[:, None] == classes[None, :]
-    return np.where(own, 1.0, -1.0 / max(len(classes) - 1, 1))
-
-
-# --- the probe ------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A ridge fit: left-out scores (n, K), the dual coefficients (n, K) for other images, and the penalty that was chosen."""
-
-    scores: Matrix
-    dual: Matrix
-    penalty: float
-
-
-def leave_one_out(kernel: Matrix, targets: Matrix, penalties: Sequence[float] = PENALTIES) -> Fit:
-    """Ridge regression on a kernel of centred features, every image predicted from all the others, exactly and from one decomposition.
-
-    With X X' = U diag(s) U', f = s / (s + lambda m), h_i = sum_j U_ij^2 f_j + 1/m and fitted values y: y_i(left out) = (y_i - h_i Y_i) /
-    (1 - h_i) (the usual leave-one-out identity of linear smoothers). The penalty is the one with the smallest left-out squared error.
-
-    Args:
-        kernel: X X', (m, m), of features centred over these m images.
-        targets: (m, K).
-    """
-    m = len(kernel)
-    values, vectors = np.linalg.eigh(kernel)
-    values = values.clip(min=0)
-    mean = targets.mean(0)
-    rotated = vectors.T @ (targets - mean)
-    best: Fit | None = None
-    least = math.inf
-    for penalty in penalties:
-        shrink = values / (values + penalty * m)
-        leverage = ((vectors**2) @ shrink + 1 / m).clip(max=1 - 1e-9)[:, None]
-        fitted = vectors @ (shrink[:, None] * rotated) + mean
-        left_out = (fitted - leverage * targets) / (1 - leverage)
-        error = float(((left_out - targets) ** 2).mean())
-        if error < least:
-            least = error
-            best = Fit(left_out, vectors @ (rotated / (values + penalty * m)[:, None]), penalty)
-    assert best is not None
-    return best
-
-
-def ridge(kernel: Matrix, targets: Matrix, penalty: float) -> Matrix:
-    """Return the dual coefficients (m, K) of ridge regression at one penalty."""
-    from scipy.linalg import solve
-
-    m = len(kernel)
-    coefficients: Matrix = solve(kernel + penalty * m * np.eye(m), targets - targets.mean(0), assume_a="pos", check_finite=False)
-    return coefficients
-
-
-def head_similarity(probabilities: Matrix, labels: npt.NDArray[np.int64], folds: int = 5) -> float:
-    """S: the share of the labels' entropy that the source network's classes explain, cross-fitted; 0 none, 1 all.
-
-    LEEP (Nguyen et al. 2020): P(y | z) = sum_i theta_iz [y_i = y] / sum_i theta_iz, scored as mean log sum_z P(y_i | z) theta_iz on left-out
-    images, and divided by the entropy of the labels: S = 1 - NLL / H(Y), clipped to [0, 1]. Source classes that hold less than one image's
-    worth of probability are pooled: spread over a thousand of them, smoothing would eat the score.
-
-    Args:
-        probabilities: theta, the source head's softmax, (m, source classes).
-        labels: (m,).
-    """
-    mass = probabilities.sum(0)
-    kept = mass >= 1
-    theta = np.concatenate([probabilities[:, kept], probabilities[:, ~kept].sum(1, keepdims=True)], axis=1)
-    classes, y = np.unique(labels, return_inverse=True)
-    prior = np.bincount(y) / len(y)
-    entropy = -float((prior * np.log(prior)).sum())
-    if entropy == 0:
-        return 0.0
-    # Folds by position within each class, so that every fold has every class.
-    fold = np.zeros(len(y), dtype=int)
-    for c in range(len(classes)):
-        members = np.flatnonzero(y == c)
-        fold[members] = np.arange(len(members)) % folds
-    loss = 0.0
-    for k in range(folds):
-        train, test = fold != k, fold == k
-        own = np.eye(len(classes))[y[train]]
-        joint = theta[train].T @ own + prior
-        conditional = joint / (theta[train].sum(0)[:, None] + 1)
-        loss -= float(np.log((theta[test] @ conditional)[np.arange(test.sum()), y[test]].clip(min=1e-12)).sum())
-    return float(np.clip(1 - loss / len(y) / entropy, 0, 1))
+    at = slice_point(np.stack([right for _, right in fits], axis=1))
+    multi = head(probes[-1].head)
+    return {
+        "taps": tuple(probes),
+        "last": head(names[-1:]),
+        "multi": multi,
+        "cut": None if at is None else head(probes[at].head),
+        "hunger": kernels.hunger([names.index(name) for name in multi.taps], multi.accuracy, seed),
+    }
 
 
 # --- the two axes ---------------------------------------------------------------------------------------------------------------------
@@ -430,16 +531,36 @@ class SliceTest:
         return f"at {self.tap} was not confirmed on held-out images"
 
 
+def slice_point(correct: Bits) -> int | None:
+    """Return the index of the deepest earlier tap within one standard error of the best earlier one; None where there is one tap only.
+
+    The one-standard-error rule (Breiman et al. 1984), here toward keeping more of the network.
+
+    Args:
+        correct: who was right at each tap, (images, taps).
+    """
+    if correct.shape[1] < 2:
+        return None
+    earlier = correct[:, :-1].astype(float)
+    best = int(np.flatnonzero(earlier.mean(0) == earlier.mean(0).max())[-1])
+    behind = earlier[:, [best]] - earlier
+    return int(np.flatnonzero(behind.mean(0) <= behind.std(0) / math.sqrt(len(earlier)))[-1])
+
+
 def slice_test(profile: Profile, gain: float, draws: int, seed: int = 0) -> SliceTest:
     """Compare every earlier tap with the last by a centred paired bootstrap of the largest t (max-T, Westfall and Young 1993).
 
     The correction for looking at many taps matters: the best of 16 taps of pure noise looks 4.7 points better than chance.
+
+    Args:
+        gain: what an earlier tap must win for the data to count as different, as a share (0 to 1).
     """
-    correct = profile.correct().astype(float)
-    m, taps = correct.shape
-    if taps < 2:
+    correct = profile.correct()
+    at = slice_point(correct)
+    if at is None or profile.cut is None:
         return SliceTest(None, None, 0.0, 1.0, 1.0, False)
-    difference = correct[:, :-1] - correct[:, -1:]
+    m = len(correct)
+    difference = correct[:, :-1].astype(float) - correct[:, -1:]
     gains = difference.mean(0)
     errors = (difference.std(0) / math.sqrt(m)).clip(min=0.5 / m)
     counts = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=draws) / m
@@ -450,43 +571,5 @@ def slice_test(profile: Profile, gain: float, draws: int, seed: int = 0) -> Slic
         return float((1 + (largest >= observed).sum()) / (1 + draws))
 
     best = int(np.flatnonzero(gains == gains.max())[-1])
-    behind = correct[:, [best]] - correct[:, :-1]
-    within = behind.mean(0) <= behind.std(0) / math.sqrt(m)
-    chosen = int(np.flatnonzero(within)[-1])
-    probe = profile.taps[chosen]
-    confirmed = probe.held_out is not None and probe.held_out >= profile.last_held_out
-    return SliceTest(probe.name, profile.taps[best].name, float(gains[best]), chance(0.0), chance(gain), confirmed)
-
-
-def chance_of_large(profile: Profile, below: float, draws: int, seed: int = 0) -> float:
-    """P(large): how likely the best probe's accuracy lies below this bound, by the same bootstrap. Headroom is what fine-tuning can win."""
-    correct = profile.correct()[:, profile.taps.index(profile.best)].astype(float)
-    m = len(correct)
-    counts = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=draws) / m
-    reached = counts @ correct
-    # A draw exactly on the bound counts half.
-    return float(((reached < below).sum() + 0.5 * (reached == below).sum() + 0.5) / (draws + 1))
-
-
-# --- small things ---------------------------------------------------------------------------------------------------------------------
-
-
-def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's interval of a proportion (Wilson 1927): (low, high)."""
-    if n == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p, z2 = hits / n, z * z
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def pack(bits: Bits) -> str:
-    """Write bits as hexadecimal, eight a byte."""
-    return np.packbits(bits).tobytes().hex()
-
-
-def unpack(text: str, count: int) -> Bits:
-    """Read what `pack` wrote."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=count).astype(bool)
+    confirmed = profile.cut.held_out >= profile.last.held_out
+    return SliceTest(profile.taps[at].name, profile.taps[best].name, float(gains[best]), chance(0.0), chance(gain), confirmed)

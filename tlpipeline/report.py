@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from tlpipeline.cases import CASES
+from tlpipeline import explain
+from tlpipeline.cases import CASES, LARGE, SIMILAR
 from tlpipeline.dataset import SIDES, TRAIN, Manifest
 from tlpipeline.profiling import Profile
 
@@ -54,10 +55,9 @@ def page(
     data_hash: str,
     commit: str,
 ) -> str:
-    """Return the report as HTML: verdict, case and reason, probe curve with the cut, metrics, confusion matrix, classes, worst errors, seconds."""
+    """Return the report as HTML: verdict, the decision explained, probe curve with the cut, metrics, confusion matrix, classes, errors, seconds."""
     used = [r for r in manifest.rows if not r.duplicate_of]
     sides = {side: sum(r.split == side for r in used) for side in SIDES}
-    full, kept = profile.taps[-1], next(t for t in profile.taps if t.name == case.slice)
     text: str = (
         _environment()
         .get_template("report.html")
@@ -66,11 +66,10 @@ def page(
             registration=registration,
             verdict=registration.verdict,
             case=case,
-            row=next(c for c in CASES if c.name == case.case),
+            told={section.key: section for section in explain.sections(case, profile)},
             profile=profile,
+            plane=_plane(case),
             curve=_curve(profile, case.slice, [r.tap for r in case.readings]),
-            kept_parameters=kept.parameters / full.parameters,
-            kept_ops=kept.forward_ops / full.forward_ops,
             metrics=metrics,
             classes=list(metrics["classes"]),
             matrix=matrix,
@@ -90,6 +89,22 @@ def page(
         )
     )
     return text
+
+
+def _plane(case: Any) -> dict[str, Any]:
+    """Return the plane of size and similarity in the coordinates of a 300 x 300 picture: its quadrants, and where this data set lies."""
+    side, left, top = 130, 22, 8
+    return {
+        "quadrants": [
+            {"name": c.name, "x": left + side * (c.size == LARGE), "y": top + side * (c.likeness != SIMILAR), "chosen": c.name == case.case}
+            for c in CASES
+        ],
+        "side": side,
+        "left": left,
+        "bottom": top + 2 * side,
+        "x": round(left + 2 * side * case.large, 1),
+        "y": round(top + 2 * side * (1 - case.similar), 1),
+    }
 
 
 def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, Any]:

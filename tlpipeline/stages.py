@@ -5,6 +5,7 @@ beside its place and moved there when it is complete, so an interrupted stage le
 """
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipeline import versioning
-from tlpipeline.errors import DataError
+from tlpipeline.errors import DataError, ParamsError, WorkspaceError
 from tlpipeline.params import Params, load
 from tlpipeline.progress import Event, Progress
 
@@ -25,7 +26,7 @@ PARAMS = "params.yaml"
 SPLITS = "splits.csv"
 MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
 PROFILE, PROBE = "profile.json", "plots/probe.csv"
-CASE = "case.json"
+CASE, RACE, PLANE = "case.json", "race", "plots/plane.csv"
 MODEL, HISTORY = "model", "plots/history.csv"
 METRICS, CLASSES = "metrics.json", "classes.json"
 PREDICTIONS, CONFUSION = "predictions.parquet", "plots/confusion.csv"
@@ -90,51 +91,81 @@ def ingest(root: Path, progress: Progress) -> None:
 
 def profile(root: Path, progress: Progress) -> None:
     """Measure the data set on a bounded sample: profile.json, and the probe curve."""
-    from tlpipeline import backbones, cases, dataset, profiling
+    from tlpipeline import choice, dataset, profiling, shift
 
     params = params_of(root)
     manifest = dataset.read_manifest(root / MANIFEST)
-    backbone = _backbone(root, params)
-    short = [min(row.width, row.height) for row in manifest.used(dataset.TRAIN)]
-    if not short:
-        raise DataError("expected training images to profile, found none. See quarantine.csv for what was left out.")
-    size = backbones.input_size(backbone, params.data.size, statistics.median(short))
-    if size != backbone.transforms.size and backbone.name.startswith("vit"):
-        backbone = _backbone(root, params, size)
+    backbone, size = _backbone_and_size(root, params, manifest)
 
     def undecided(seen: profiling.Profile) -> bool:
-        return max(cases.choose(seen, _evidence_only(params)).probabilities.values()) < 0.7
+        return choice.undecided(seen, params.choose)
 
-    found = profiling.measure(backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, _device(params))
+    reference = None if params.profile.reference == "none" else shift.read_reference(root / params.profile.reference, backbone)
+    if reference is not None and reference.size != size:
+        raise ParamsError(
+            f"expected profile.reference to be measured at {size} pixels, found {reference.size}. Run `tlpipeline refstats IMAGES` again."
+        )
+    found = profiling.measure(
+        backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, _device(params), reference
+    )
     with _output(root, PROFILE, PROBE) as (written, curve):
         written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
         _write_csv(
-            curve, ["tap", "accuracy", "low", "high", "balanced"], [[t.name, t.accuracy, t.low, t.high, t.balanced] for t in found.taps]
+            curve,
+            # The first column numbers the taps: DVC's plots sort them by name.
+            ["layer", "tap", "accuracy", "low", "high", "balanced", "gain", "gain_error"],
+            [
+                [f"{i:02d} {t.name}", t.name, t.accuracy, t.low, t.high, t.balanced, t.gain, t.gain_error]
+                for i, t in enumerate(found.taps, 1)
+            ],
         )
 
 
 def choose(root: Path, progress: Progress) -> None:
-    """Decide the case: case.json."""
-    from tlpipeline import cases, profiling
+    """Decide the case: case.json, its plane, and in race/ what was trained to decide it, for the train stage to go on with."""
+    from tlpipeline import choice, explain, profiling, race
 
     params = params_of(root)
     found = profiling.Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
-    decision = cases.choose(found, params.choose)
-    progress(Event("choose", 1, 1, decision.reason))
-    with _output(root, CASE) as (written,):
+    decision = choice.choose(found, params.choose)
+    with _output(root, CASE, RACE, PLANE) as (written, raced, plane):
+        raced.mkdir()
+        if decision.race_wanted:
+            runs = (root / RUNS).resolve()
+            name = _code_key(versioning.stage_key(root, "choose"), params)
+            start = lambda arm: _job(root, params, arm, runs / f"{name}-{arm.freeze}.jsonl")  # noqa: E731
+            decision = race.run(found, choice.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
+        progress(Event("choose", 1, 1, decision.reason))
         written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
+        points = explain.plane_rows(decision)
+        _write_csv(plane, list(points[0]), [list(point.values()) for point in points])
 
 
 def train(root: Path, progress: Progress) -> None:
-    """Train the decided case: model/, and the history of its epochs."""
+    """Train the decided case: model/, and the history of its epochs; what a race trained of it is gone on with."""
     from tlpipeline import cases, distributed
-    from tlpipeline.train import Job
 
     params = params_of(root)
     decision = cases.override(read_case(root), params.train.override)
     runs = (root / RUNS).resolve()
     name = f"{decision.case}-{_code_key(versioning.stage_key(root, 'train'), params)}"
-    job = Job(
+    start = str((root / RACE).resolve()) if decision.race is not None else ""
+    job = dataclasses.replace(_job(root, params, decision, runs / f"{name}.jsonl"), start=start)
+    finished = distributed.run(job, params.cluster, name, runs, progress)
+    lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
+    with _output(root, MODEL, HISTORY) as (model, curve):
+        shutil.copytree(finished / "model", model)
+        _write_csv(
+            curve,
+            ["epoch", "arm", "loss", "accuracy", "log_loss"],
+            [[h["epoch"], h["arm"], h["loss"], h["accuracy"], h["log_loss"]] for h in lines["history"]],
+        )
+
+
+def _job(root: Path, params: Params, decision: Any, history: Path) -> Any:
+    from tlpipeline.train import Job
+
+    return Job(
         workspace=str(root.resolve()),
         images=str((root / params.data.images).resolve()),
         manifest=str((root / MANIFEST).resolve()),
@@ -146,17 +177,9 @@ def train(root: Path, progress: Progress) -> None:
         epochs=params.train.epochs,
         batch_size=params.train.batch_size,
         flip=params.train.flip,
-        history=str(runs / f"{name}.jsonl"),
+        precision=params.train.precision,
+        history=str(history),
     )
-    finished = distributed.run(job, params.cluster, name, runs, progress)
-    lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
-    with _output(root, MODEL, HISTORY) as (model, curve):
-        shutil.copytree(finished / "model", model)
-        _write_csv(
-            curve,
-            ["epoch", "arm", "loss", "accuracy", "log_loss"],
-            [[h["epoch"], h["arm"], h["loss"], h["accuracy"], h["log_loss"]] for h in lines["history"]],
-        )
 
 
 def evaluate(root: Path, progress: Progress) -> None:
@@ -209,7 +232,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
 
     with versioning.room(root):
         ran = versioning.run_stage(root, name, run_timed)
-    if name == "train" and ran:
+    if name in ("choose", "train") and ran:
         shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed, and train nothing
     if not ran:
         _note(root, name, None)
@@ -276,11 +299,38 @@ def _backbone(root: Path, params: Params, size: int | None = None) -> Any:
     return backbones.load(b.name, b.weights, md5=b.weights_md5, root=root, size=size, seed=params.train.seed)
 
 
-def _evidence_only(params: Params) -> Any:
-    """Return the rule without what the user forces: a forced case must not change how much the profile looks at."""
-    import dataclasses
+def _backbone_and_size(root: Path, params: Params, manifest: Any) -> tuple[Any, int]:
+    """Return the network and the side at which images enter it."""
+    from tlpipeline import backbones, dataset
 
-    return dataclasses.replace(params.choose, case="auto", slice="auto")
+    backbone = _backbone(root, params)
+    short = [min(row.width, row.height) for row in manifest.used(dataset.TRAIN)]
+    if not short:
+        raise DataError("expected training images to profile, found none. See quarantine.csv for what was left out.")
+    size = backbones.input_size(backbone, params.data.size, statistics.median(short))
+    if size != backbone.transforms.size and backbone.name.startswith("vit"):
+        backbone = _backbone(root, params, size)
+    return backbone, size
+
+
+def reference(root: Path, images: Path, progress: Progress) -> Path:
+    """Measure the statistics of images like those that the weights were trained on; return the file, which lies beside the weights.
+
+    Raises:
+        DataError: there are fewer than two images. WorkspaceError: the data were never ingested, so the input size is not known.
+    """
+    from tlpipeline import dataset, shift
+
+    params = params_of(root)
+    if not (root / MANIFEST).exists():
+        raise WorkspaceError(
+            f"expected {MANIFEST} in {root}, found none. Run `tlpipeline stage ingest` first: the input size follows from it."
+        )
+    backbone, size = _backbone_and_size(root, params, dataset.read_manifest(root / MANIFEST))
+    rows = dataset.readable(images)
+    told = lambda done: progress(Event("refstats", done, len(rows), f"features of {len(rows)} images"))  # noqa: E731
+    found = shift.measure_reference(backbone, images, rows, size, _device(params), told)
+    return shift.write_reference(found, root / "weights")
 
 
 def _device(params: Params) -> Any:
@@ -292,7 +342,7 @@ def _device(params: Params) -> Any:
 def _code_key(key: str, params: Params) -> str:
     """Mix the key of data and params with the code that trains and the number of workers: the name of a run that may be resumed."""
     digest = hashlib.md5(f"{key}:{params.cluster.workers}".encode(), usedforsecurity=False)
-    for module in ("backbones", "features", "model", "train"):
+    for module in ("backbones", "choice", "features", "model", "outlook", "race", "train"):
         digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     return digest.hexdigest()[:16]
 

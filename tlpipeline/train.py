@@ -23,13 +23,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tlpipeline import backbones
+from tlpipeline import backbones, choice, dataset
 from tlpipeline.backbones import Transforms
 from tlpipeline.cases import Decision, Recipe
 from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
 from tlpipeline.errors import ClusterError
 from tlpipeline.features import Images, extract, normalise, scaling, shard
 from tlpipeline.model import Classifier, Description, probabilities, save, write_json, write_tensors
+from tlpipeline.outlook import Evidence, fitted
+from tlpipeline.params import AUTO, ChooseParams
+from tlpipeline.probes import pack, paired, unpack
 from tlpipeline.progress import Event, Progress
 
 FOLDS = 3
@@ -47,8 +50,10 @@ class Job:
         workspace, images, manifest: where the workspace, its images and their manifest are.
         backbone, weights, weights_md5: as in params.yaml.
         decision: case.json, with train.override applied.
-        seed, epochs, batch_size, flip: as in params.yaml.
+        seed, epochs, batch_size, flip, precision: as in params.yaml.
         history: file to which the first worker appends its progress, a JSON line each.
+        start: folder of a checkpoint to go on from where this run has none of its own, "" for none: what a race trained.
+        race: None, or what the looks of a race need: evidence and rule as JSON, and who was right on validation by the frozen arm (packed).
     """
 
     workspace: str
@@ -60,9 +65,12 @@ class Job:
     decision: Mapping[str, Any]
     seed: int
     epochs: int | str
-    batch_size: int
+    batch_size: int | str
     flip: bool
+    precision: str
     history: str
+    start: str = ""
+    race: Mapping[str, Any] | None = None
 
 
 class Tell(Protocol):
@@ -182,10 +190,10 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     )
     recipe = decision.recipe
     checkpoint = Checkpoints(world, scratch_folder, model)
-    state = checkpoint.restore()
+    state = checkpoint.restore(Path(job.start) if job.start else None)
     if state is None:
         state = State(arm="head")
-        if decision.init != "random":
+        if decision.init not in ("random", "plain"):
             _solve(model, sides, recipe, job.seed, world, tell, state)
         checkpoint.write(state)
     if not frozen:
@@ -194,8 +202,11 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
         epochs = job.epochs if isinstance(job.epochs, int) else recipe.epochs(len(train))
         if decision.init != "random" and state.arm in ("head", "fine-tune"):
             fit.arm("fine-tune", epochs, rate, state)
-        beaten = state.best_arm == "head"  # fine-tuning never beat the frozen probe it started from
-        if decision.init == "random" or state.arm == "scratch" or (decision.init == "auto" and beaten):
+        if job.race is not None:
+            checkpoint.write(state)
+            return checkpoint.written if world.rank == 0 else None
+        again = decision.init == "auto" and len(train) >= recipe.scratch_from and not state.gained
+        if decision.init == "random" or state.arm == "scratch" or again:
             if state.arm != "scratch":
                 fresh = backbones.load(job.backbone, backbones.NONE, size=decision.size, seed=job.seed)
                 model.load_state_dict(Classifier(fresh, decision.readings, len(classes), frozen=False).state_dict())
@@ -220,6 +231,7 @@ class State:
         arm: head, fine-tune or scratch: what runs; epoch: epochs of it that are done.
         best_*: the best validation so far, and which arm reached it in which epoch.
         history: a line for each epoch.
+        looks, winner, ended: of a race (see cases.Look and cases.Race).
     """
 
     arm: str
@@ -230,6 +242,9 @@ class State:
     best_loss: float = math.inf
     head_penalty: float = 0.0
     history: list[dict[str, float | str]] = field(default_factory=list)
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    winner: str = ""
+    ended: str = ""
     finished: bool = False
 
     def better(self, accuracy: float, loss: float) -> bool:
@@ -238,6 +253,26 @@ class State:
             self.best_arm, self.best_epoch, self.best_accuracy, self.best_loss = self.arm, self.epoch, accuracy, loss
             return True
         return False
+
+    def replaced(self, accuracy: float, loss: float, correct: str, images: int) -> bool:
+        """Note the end of an arm; say whether it takes the place of what there was.
+
+        Fine-tuning takes the place of the head that it started from unless it is clearly worse (two paired standard errors): a validation
+        of 20 images must not undo it. Scratch must be better.
+        """
+        line = next((line for line in self.history if line["arm"] == "head"), None)
+        if self.arm == "fine-tune" and line is not None and images:
+            difference, error = paired(correct, str(line["correct"]), images)
+            if difference < -2 * error:
+                return False
+            self.best_accuracy, self.best_loss = -1.0, math.inf
+        return self.better(accuracy, loss)
+
+    @property
+    def gained(self) -> bool:
+        """Whether fine-tuning ended better on validation than the frozen probe that it started from."""
+        last = {str(line["arm"]): float(line["accuracy"]) for line in self.history}
+        return last.get("fine-tune", 0.0) > last.get("head", -1.0)
 
     def best_epoch_of(self, arm: str) -> int:
         """Return the epoch of an arm's own best validation, 0 before its first: an arm that starts behind may still catch up."""
@@ -257,6 +292,7 @@ class Checkpoints:
         self.world, self.folder, self.model = world, folder, model
         self.best: dict[str, Tensor] = {}
         self.optimiser: dict[str, Tensor] = {}
+        self.written = folder / "checkpoint"
 
     def keep_best(self) -> None:
         """Remember the weights as the best so far."""
@@ -267,24 +303,27 @@ class Checkpoints:
         self.model.load_state_dict(self.best)
 
     def write(self, state: State, optimiser: torch.optim.Optimizer | None = None) -> None:
-        """Keep everything; a barrier."""
+        """Keep everything; a barrier. Without an optimiser the state of the one that was written or restored last is kept."""
+        if optimiser is not None:
+            self.optimiser = _flat(optimiser)
         if self.world.rank:
             self.world.report({"accuracy": state.best_accuracy, "epoch": float(state.epoch)}, None)
             return
-        folder = self.folder / "checkpoint"
+        folder = self.written
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_tensors(dict(self.model.state_dict()), folder / CURRENT)
         write_tensors(self.best, folder / BEST)
-        write_tensors(_flat(optimiser), folder / OPTIMISER)
+        write_tensors(self.optimiser, folder / OPTIMISER)
         write_json(asdict(state), folder / STATE)
         self.world.report({"accuracy": state.best_accuracy, "epoch": float(state.epoch)}, folder)
 
-    def restore(self) -> State | None:
-        """Load the newest checkpoint into the model; None where there is none."""
+    def restore(self, start: Path | None) -> State | None:
+        """Load the newest checkpoint into the model, or the one to start from; None where there is none."""
         from safetensors.torch import load_file
 
-        with self.world.restore() as folder:
+        with self.world.restore() as kept:
+            folder = kept or start
             if folder is None:
                 return None
             state = State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
@@ -298,9 +337,7 @@ class Checkpoints:
             return state
 
 
-def _flat(optimiser: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    if optimiser is None:
-        return {}
+def _flat(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{parameter}.{name}": value.clone()
         for parameter, values in optimiser.state_dict()["state"].items()
@@ -358,8 +395,8 @@ def _solve(model: Classifier, sides: Sides, recipe: Recipe, seed: int, world: Wo
     head.load_state_dict({k: v.cpu() for k, v in model.head.state_dict().items()})
     with torch.inference_mode():
         chances = head(val).softmax(1)
-    accuracy, loss = score(chances, sides.val_labels)
-    state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss})
+    accuracy, loss, correct = validated(chances, sides.val_labels)
+    state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct})
     state.better(accuracy, loss)
     tell(len(rows), len(rows), f"head solved, validation accuracy {accuracy:.1%}", important=True)
 
@@ -475,6 +512,11 @@ def score(chances: Tensor, labels: npt.NDArray[np.int64]) -> tuple[float, float]
     return accuracy, float(-chances.double()[torch.arange(len(y)), y].clamp(min=1e-12).log().mean())
 
 
+def validated(chances: Tensor, labels: npt.NDArray[np.int64]) -> tuple[float, float, str]:
+    """Return accuracy, mean log loss, and who was right as packed bits."""
+    return *score(chances, labels), pack(chances.argmax(1).numpy() == labels)
+
+
 # --- training everything --------------------------------------------------------------------------------------------------------------
 
 
@@ -490,6 +532,8 @@ class Fit:
     ) -> None:
         self.model, self.sides, self.recipe, self.job, self.world = model, sides, recipe, job, world
         self.checkpoint, self.tell, self.adam = checkpoint, tell, adam
+        self.batch = job.batch_size if isinstance(job.batch_size, int) else recipe.batch_size(len(sides.train))
+        self.half = job.precision == AUTO and computes_in_bfloat16(world.device)
         self.val = Images(sides.root, [sides.val[i] for i in shard(len(sides.val), world.rank, world.size)], sides.transforms)
         counts = np.bincount(sides.train_labels)
         there = counts[counts > 0]
@@ -499,7 +543,7 @@ class Fit:
             self.weights = self.weights.to(world.device)
 
     def arm(self, name: str, epochs: int, rate: float, state: State) -> None:
-        """Train for these epochs, or go on where the state stands; stops early after `patience` epochs without a better validation."""
+        """Train for these epochs, or go on where the state stands; with `patience`, stop after so many epochs without a better validation."""
         if state.arm != name:
             state.arm, state.epoch = name, 0
             self.checkpoint.optimiser = {}
@@ -507,21 +551,28 @@ class Fit:
             return
         if not self.checkpoint.best:
             self.checkpoint.keep_best()
-        steps = max(math.ceil(len(self.sides.train) / self.job.batch_size), 1)
-        optimiser = self._optimiser(rate * self.job.batch_size / 64)
+        steps = max(math.ceil(len(self.sides.train) / self.batch), 1)
+        optimiser = self._optimiser(rate * self.batch / 64)
         if self.checkpoint.optimiser:
             _unflat(self.checkpoint.optimiser, optimiser)
         images = Images(self.sides.root, self.sides.train, self.sides.transforms, None)
         network = self._parallel()
-        while state.epoch < epochs and state.epoch - state.best_epoch_of(name) < self.recipe.patience:
-            loss, rate_images = self._epoch(network, images, optimiser, rate * self.job.batch_size / 64, state, epochs, steps)
+        patience = self.recipe.patience or epochs
+        while state.epoch < epochs and state.epoch - state.best_epoch_of(name) < patience and not (self.job.race and state.winner):
+            loss, rate_images = self._epoch(network, images, optimiser, rate * self.batch / 64, state, epochs, steps)
             state.epoch += 1
             chances = gather(probabilities(self.model, self.val, self.world.device, lambda _: None), len(self.sides.val), self.world)
-            accuracy, log_loss = score(chances, self.sides.val_labels)
+            accuracy, log_loss, correct = validated(chances, self.sides.val_labels)
             line: dict[str, float | str] = {"arm": name, "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "log_loss": log_loss}
-            state.history.append(line)
-            if state.better(accuracy, log_loss):
+            state.history.append(line | {"correct": correct})
+            if self.recipe.patience:
+                keep = state.better(accuracy, log_loss)
+            else:
+                # The schedule runs to its end, and its last epoch is the one that counts.
+                keep = state.epoch == epochs and state.replaced(accuracy, log_loss, correct, len(self.sides.val))
+            if keep:
                 self.checkpoint.keep_best()
+            self._look(state, epochs, correct)
             self.checkpoint.write(state, optimiser)
             left = (epochs - state.epoch) * len(self.sides.train) / max(rate_images, 1e-6)
             self.tell(
@@ -531,6 +582,25 @@ class Fit:
                 f"{rate_images:.0f} images/s, {_clock(left)} left",
                 important=True,
             )
+
+    def _look(self, state: State, epochs: int, correct: str) -> None:
+        """At a planned look of a race, say who is ahead; every worker comes to the same answer from the same predictions."""
+        race, at = self.job.race, choice.look_epochs(epochs)
+        if race is None or state.epoch not in at:
+            return
+        weighed = choice.Weighed(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), fitted())
+        judges = np.array([not dataset.selects(row) for row in self.sides.val])
+        frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (str(race["frozen"]), correct))
+        part = choice.LOOKS - len(at) + at.index(state.epoch)
+        seen = choice.look(weighed, part, state.epoch, epochs, frozen, tuned)
+        state.looks.append(asdict(seen))
+        state.winner, state.ended = choice.verdict(weighed, part, seen)
+        self.tell(
+            state.epoch,
+            epochs,
+            f"look {part + 1}: fine-tuned {seen.tuned:.1%}, frozen {seen.frozen:.1%}, {state.ended or 'still open'}",
+            important=True,
+        )
 
     def _optimiser(self, rate: float) -> torch.optim.Optimizer:
         # Norm layers and biases are not decayed.
@@ -550,7 +620,7 @@ class Fit:
     def _epoch(
         self, network: nn.Module, images: Images, optimiser: torch.optim.Optimizer, rate: float, state: State, epochs: int, steps: int
     ) -> tuple[float, float]:
-        world, size = self.world, self.job.batch_size
+        world, size = self.world, self.batch
         # Dropout and the like: the same on a resumed run, different on each worker.
         torch.manual_seed(hash_of(self.job.seed, state.epoch, world.rank))
         order = np.random.default_rng([self.job.seed, state.epoch]).permutation(len(self.sides.train))
@@ -565,7 +635,7 @@ class Fit:
             for group in optimiser.param_groups:
                 group["lr"] = rate * schedule(state.epoch * steps + step, epochs * steps, self.recipe.warm_up)
             labels = torch.from_numpy(self.sides.train_labels[list(indices)]).to(world.device)
-            with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=world.device.type == "cuda"):
+            with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=self.half):
                 logits = network(normalise(pixels.to(world.device), images.transforms))
             losses = functional.cross_entropy(
                 logits.float(), labels, weight=self.weights, label_smoothing=self.recipe.label_smoothing, reduction="sum"
@@ -590,6 +660,15 @@ class Fit:
             total = total.to(world.device)
             torch.distributed.all_reduce(total)
         return float(total) / max(seen, 1), seen / max(time.monotonic() - started, 1e-6)
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Say whether this device multiplies in bfloat16 natively; where it only imitates it, it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def schedule(step: int, steps: int, warm_up: float) -> float:
@@ -645,8 +724,9 @@ class _Teller:
 class Tail:
     """Reads what a `_Teller` appends and passes it on as events."""
 
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self.path, self.progress, self.read = path, progress, path.stat().st_size if path.exists() else 0
+    def __init__(self, path: Path, stage: str, progress: Progress) -> None:
+        self.path, self.stage, self.progress = path, stage, progress
+        self.read = path.stat().st_size if path.exists() else 0
 
     def __call__(self) -> None:
         """Pass on what is new; an unfinished last line waits."""
@@ -658,7 +738,7 @@ class Tail:
         complete = content[: content.rfind(b"\n") + 1]
         self.read += len(complete)
         for line in complete.splitlines():
-            self.progress(Event("train", **json.loads(line)))
+            self.progress(Event(self.stage, **json.loads(line)))
 
 
 def _clock(seconds: float) -> str:

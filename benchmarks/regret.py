@@ -1,0 +1,391 @@
+"""How many points does the choice of case lose, and what does it save? Every arm is run on real images; rows are kept as they come.
+
+A unit is (data set, number of images, backbone, seed); an arm is a way to train it: frozen, cut, multi (frozen, several taps, nothing cut),
+tuned (LP-FT), plain (fine-tuning from a random head), scratch. Images of all sides are pooled and split anew: the subset of n images is
+stratified and nested (100 in 500 in 2,000), a sixth of it is validation, and everything outside the largest subset is the test side.
+brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for weights that were trained on it.
+
+    python benchmarks/regret.py collect [--data DIR] [--grid core|full] [--arms ARM ...] [--only TEXT ...]
+    python benchmarks/regret.py profile [--data DIR]
+    python benchmarks/regret.py fit
+    python benchmarks/regret.py report
+
+`collect` runs the arms that have no row yet, in the order of the grid (small subsets first), so it can be interrupted at any moment.
+`profile` measures what the product would measure of each unit, `fit` refits tlpipeline/prior.json, `report` prints the figures.
+With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from tlpipeline import backbones, cases, choice, dataset, outlook, params, profiling, train  # noqa: E402
+from tlpipeline import model as models  # noqa: E402
+from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
+from tlpipeline.features import Images, extract, reading  # noqa: E402
+from tlpipeline.probes import pack  # noqa: E402
+from tlpipeline.progress import silent  # noqa: E402
+
+DATA = Path(os.environ.get("TLPIPELINE_DATA", HERE.parent.parent / "shared" / "data"))
+RESULTS = HERE / "results"
+ARMS, UNITS = "regret.csv", "regret-units.csv"
+SEED = 11
+VALIDATION = 6  # every sixth image of a class in a subset
+LEAST_TEST = 500
+LEFT_OUT = {"weather"}
+PENALTY = 0.1
+DRAWN = {"cifar10": 8000}
+NO_FLIP = {"sign_digits"}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone of the grid: name in the catalogue, weights file, its md5, input side, and data sets its weights were trained on."""
+
+    name: str
+    weights: str
+    md5: str
+    size: int
+    source: str = ""
+
+
+NETWORKS = {
+    "squeezenet": Network("squeezenet1_0", "squeezenet1_0-imagenet.safetensors", "d4e17381cc01d25121c9e9422290fa2b", 96),
+    "resnet20": Network("nets:resnet20", "resnet20-cifar10.safetensors", "96d1bb00d7f262f37d91da468c48e421", 32, "cifar10"),
+    "resnet56": Network("nets:resnet56", "resnet56-cifar10.safetensors", "", 32, "cifar10"),
+}
+GRIDS = {
+    "core": {"squeezenet": (100, 500, 2000), "resnet20": (100, 500, 2000, 4000)},
+    "full": {"squeezenet": (100, 500, 2000, 4000), "resnet20": (100, 500, 2000, 4000), "resnet56": (100, 500, 2000, 4000)},
+}
+FROZEN = ("frozen", "cut", "multi")
+TRAINED = ("tuned", "plain", "scratch")
+SCRATCH_FROM = 2000
+SECOND_SEED_UNTIL = 500
+COLUMNS = ("data", "backbone", "n", "seed", "arm", "classes", "train", "val", "test_a", "test_b", "hits_a", "hits_b", "val_hits", "slice",
+           "rate", "epochs", "forward", "backward", "cpu_s", "looks", "bits")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One point of the grid."""
+
+    data: str
+    backbone: str
+    n: int
+    seed: int
+
+    @property
+    def network(self) -> Network:
+        return NETWORKS[self.backbone]
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return self.data, self.backbone, self.n, self.seed
+
+
+# --- data -----------------------------------------------------------------------------------------------------------------------------
+
+
+def rank(seed: int, text: str) -> str:
+    return hashlib.md5(f"{seed}:{text}".encode(), usedforsecurity=False).hexdigest()
+
+
+def folders(data: Path, work: Path) -> dict[str, Path]:
+    """Return the data sets of a folder by name; archives are unpacked under `work` first, once."""
+    found = {p.name: p for p in sorted(data.iterdir()) if p.is_dir()}
+    for archive in sorted(data.glob("*.tar.gz")):
+        name = archive.name.removesuffix(".tar.gz")
+        target = work / name
+        if not target.exists():
+            draft = work / f".{name}"
+            with tarfile.open(archive) as tar:
+                tar.extractall(draft, filter="data")
+            (folder,) = [p for p in draft.iterdir() if p.is_dir()]
+            folder.rename(target)
+            draft.rmdir()
+        found[name] = target
+    return found
+
+
+def pool(name: str, folder: Path, work: Path) -> list[Row]:
+    """Return all distinct images of a data set whatever their side; of a large one a draw by hash."""
+    listed = work / f"{name}.parquet"
+    if not listed.exists():
+        manifest = dataset.ingest(folder, {}, lambda done, total: None)
+        dataset.write_manifest(manifest, listed, listed.with_suffix(".csv"))
+    rows = [r for r in dataset.read_manifest(listed).rows if not r.duplicate_of]
+    rows.sort(key=lambda r: rank(SEED, r.md5))
+    return rows[: DRAWN.get(name, len(rows))]
+
+
+def sizes(total: int, wanted: Sequence[int]) -> list[int]:
+    """Return the sizes that leave a test side; the last is cut down to what leaves one, where that still adds a quarter."""
+    most = total - LEAST_TEST
+    kept = [n for n in wanted if n <= most]
+    larger = [n for n in wanted if n > most]
+    if larger and most > 1.25 * (kept[-1] if kept else 50):
+        kept.append(most)
+    return kept
+
+
+def split(rows: Sequence[Row], n: int, largest: int, seed: int) -> Manifest:
+    """Return a manifest with n images for training and validation, and everything outside the largest subset as the test side."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: rank(seed, r.md5)):
+        groups.setdefault(row.label, []).append(row)
+    # The i-th image of a class comes at (i + 1/2) / (its images): every prefix of this order is stratified, and the prefixes are nested.
+    order = sorted(((i + 0.5) / len(group), rank(seed, row.md5), i, row) for group in groups.values() for i, row in enumerate(group))
+    out = [dataclasses.replace(row, split=VAL if i % VALIDATION == 2 else TRAIN) for _, _, i, row in order[:n]]
+    out += [dataclasses.replace(row, split=TEST) for _, _, _, row in order[largest:]]
+    labels = {r.label for r in out if r.split == TRAIN}
+    return Manifest(tuple(r for r in out if r.label in labels), (), ())
+
+
+def grid(which: str, found: dict[str, Path], work: Path, only: Sequence[str]) -> Iterator[tuple[Unit, list[Row], int]]:
+    """Yield (unit, rows, largest subset), small subsets first, so that an interrupted run has all data sets."""
+    units = []
+    for name, folder in found.items():
+        rows = pool(name, folder, work)
+        for backbone, wanted in GRIDS[which].items():
+            if NETWORKS[backbone].source == name:
+                continue
+            there = sizes(len(rows), wanted)
+            for n in there:
+                for seed in (0, 1) if n <= SECOND_SEED_UNTIL else (0,):
+                    units.append((Unit(name, backbone, n, seed), rows, max(there)))
+    units.sort(key=lambda u: (u[0].n, u[0].seed, u[0].backbone, u[0].data))
+    for unit, rows, largest in units:
+        if not only or any(part in "/".join(map(str, unit.key)) for part in only):
+            yield unit, rows, largest
+
+
+# --- arms -----------------------------------------------------------------------------------------------------------------------------
+
+
+def row_of(arm: str) -> cases.Case:
+    """Return the row of the table whose recipe an arm that trains everything follows."""
+    return cases.find("large_different" if arm == "scratch" else "large_similar")
+
+
+def train_arm(unit: Unit, arm: str, manifest: Manifest, folder: Path, data: Path) -> dict[str, object]:
+    """Run an arm that trains the whole network, as the product runs it, and return its row."""
+    net = unit.network
+    weights, md5 = (backbones.NONE, backbones.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
+    backbone = backbones.load(net.name, weights, md5=md5, size=net.size, seed=unit.seed)
+    taps = backbones.describe(backbone, net.size)
+    row = row_of(arm)
+    decision = cases.Decision(
+        case=row.name, slice=taps[-1].name, readings=(reading(taps[-1]),), size=net.size, freeze="nothing",
+        init={"tuned": "pretrained", "plain": "plain", "scratch": "random"}[arm], recipe=row.recipe, probabilities={}, similar=0.0, large=1.0,
+        reason="", warnings=(), forced=(),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="regret-") as place:
+        here = Path(place)
+        dataset.write_manifest(manifest, here / "manifest.parquet", here / "quarantine.csv")
+        job = train.Job(
+            workspace=place, images=str(folder), manifest=str(here / "manifest.parquet"), backbone=net.name, weights=weights,
+            weights_md5=md5, decision=decision.to_json(), seed=unit.seed, epochs="auto", batch_size="auto", flip=unit.data not in NO_FLIP,
+            precision="auto", history=str(here / "history.jsonl"),
+        )  # fmt: skip
+        started = cpu_seconds()
+        (here / "scratch").mkdir()
+        finished = train.run(job, train.Alone(here / "kept"), here / "scratch")
+        spent = cpu_seconds() - started
+        assert finished is not None
+        history = json.loads((finished / "history.json").read_text())["history"]
+        model, description = models.load(finished / "model")
+        test = manifest.used(TEST)
+        chances = models.probabilities(model, Images(folder, test, description.transforms), torch.device("cpu"), lambda _: None).numpy()
+    right = chances.argmax(1) == np.array([description.classes.index(r.label) for r in test])
+    epochs = [line for line in history if line["arm"] != "head"]
+    train_images, val_images = len(manifest.used(TRAIN)), len(manifest.used(VAL))
+    # The looks of a race: a third, two thirds, all of the schedule.
+    looks = [epochs[max(round(len(epochs) * part / 3), 1) - 1]["correct"] for part in (1, 2, 3)]
+    solved = (train_images + val_images) if arm == "tuned" else 0
+    return counted(unit, manifest, right) | {
+        "arm": arm, "val_hits": round(epochs[-1]["accuracy"] * val_images), "slice": taps[-1].name,
+        "rate": row.recipe.rate(backbone.normalisation, net.size), "epochs": len(epochs),
+        "forward": solved + len(epochs) * (train_images + val_images), "backward": len(epochs) * train_images,
+        "cpu_s": round(spent, 1), "looks": " ".join(looks), "bits": history[0]["correct"] if arm == "tuned" else "",
+    }  # fmt: skip
+
+
+def frozen_arms(
+    unit: Unit, manifest: Manifest, folder: Path, data: Path, heads_too: bool
+) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """Profile a unit as the product does, and train the heads that need no fine-tuning; return the evidence and the arms' rows.
+
+    Below 500 images the head at every earlier tap is trained as well (arm `at`), for the regret of the slice point.
+    """
+    net = unit.network
+    backbone = backbones.load(net.name, str(data / net.weights), md5=net.md5, size=net.size, seed=unit.seed)
+    rule = params.load(HERE.parent / "params.yaml")
+    started = cpu_seconds()
+    profile = profiling.measure(
+        backbone, folder, manifest, net.size, rule.profile, lambda seen: choice.undecided(seen, rule.choose), silent, torch.device("cpu")
+    )
+    profiled = cpu_seconds() - started
+    found = dataclasses.asdict(outlook.evidence(profile, profiling.slice_test(profile, rule.choose.gain / 100, rule.choose.draws)))
+    # A gradient is a forward and a backward pass.
+    looked = profile.sampled + profile.held_out + (3 * profile.tangent.images if profile.tangent else 0)
+    key = dict(zip(("data", "backbone", "n", "seed"), unit.key, strict=True))
+    judges = pack(np.array([not dataset.selects(r) for r in manifest.used(VAL)]))
+    evidence = (
+        key | found | {"looked": looked, "cpu_s": round(profiled, 2), "judges": judges, "taps": " ".join(t.name for t in profile.taps)}
+    )
+    if not heads_too:
+        return evidence, []
+    taps = backbones.describe(backbone, net.size)
+    readings = {tap.name: reading(tap) for tap in taps}
+    ops = {tap.name: tap.forward_ops / taps[-1].forward_ops for tap in taps}
+    trunk = backbones.cut(backbone, list(readings)).to(memory_format=torch.channels_last)
+    sides = {side: manifest.used(side) for side in (TRAIN, VAL, TEST)}
+    labels = {side: np.array([manifest.classes.index(r.label) for r in rows]) for side, rows in sides.items()}
+    features = {}
+    for side, rows in sides.items():
+        columns = extract(
+            trunk,
+            [r.grids for r in readings.values()],
+            Images(folder, rows, backbone.transforms.at(net.size)),
+            torch.device("cpu"),
+            lambda _: None,
+        )
+        features[side] = dict(zip(readings, columns, strict=True))
+    heads = {"frozen": profile.last.taps, "cut": (profile.cut or profile.last).taps, "multi": profile.multi.taps}
+    if unit.n <= SECOND_SEED_UNTIL:
+        heads |= {f"at:{tap.name}": tap.head for tap in profile.taps[:-1]}
+    out = []
+    for arm, names in heads.items():
+        started = cpu_seconds()
+        x = {side: torch.cat([features[side][name] for name in names], dim=1) for side in sides}
+        blocks = [b for name in names for b in readings[name].blocks]
+        weight, bias, _ = train.solve_head(x[TRAIN], labels[TRAIN], blocks, len(manifest.classes), cases.Recipe().imbalance, unit.seed)
+        guessed = {side: (x[side] @ weight.T + bias).argmax(1).numpy() for side in (VAL, TEST)}
+        right = guessed[VAL] == labels[VAL]
+        images = len(sides[TRAIN]) + len(sides[VAL])
+        out.append(counted(unit, manifest, guessed[TEST] == labels[TEST]) | {
+            "arm": arm.partition(":")[0], "val_hits": int(right.sum()), "slice": names[0], "rate": "", "epochs": 0,
+            "forward": round(images * ops[names[0]], 1), "backward": 0, "cpu_s": round(cpu_seconds() - started, 2), "looks": "", "bits": pack(right),
+        })  # fmt: skip
+    return evidence, out
+
+
+def profiles(options: argparse.Namespace) -> None:
+    """Profile the units that have no row yet, and train their frozen heads."""
+    found = folders(options.data, options.work)
+    for unit, rows, largest in grid(options.grid, found, options.work, options.only):
+        done = {(r["data"], r["backbone"], int(r["n"]), int(r["seed"])) for r in rows_of(options.results / UNITS)}
+        if unit.key in done:
+            continue
+        there = any(
+            (r["data"], r["backbone"], int(r["n"]), int(r["seed"]), r["arm"]) == (*unit.key, "multi")
+            for r in rows_of(options.results / ARMS)
+        )
+        seen, arms = frozen_arms(unit, split(rows, unit.n, largest, unit.seed), found[unit.data], options.weights, not there)
+        for row in arms:
+            append(options.results / ARMS, COLUMNS, row)
+        append(options.results / UNITS, list(seen), seen)
+        reached = {str(r["arm"]): (r["hits_a"] + r["hits_b"]) / (r["test_a"] + r["test_b"]) for r in arms if r["arm"] != "at"}  # type: ignore[operator]
+        print(*unit.key, {k: round(v, 4) for k, v in reached.items()}, f"profile {seen['cpu_s']} CPU s", flush=True)
+
+
+def counted(unit: Unit, manifest: Manifest, right: npt.NDArray[np.bool_]) -> dict[str, object]:
+    """Return what every arm's row says: the unit, the sides, and the hits on the two halves of the test side."""
+    test = manifest.used(TEST)
+    first = np.array([rank(SEED, r.md5)[0] in "02468ace" for r in test])
+    return {
+        "data": unit.data, "backbone": unit.backbone, "n": unit.n, "seed": unit.seed, "classes": len(manifest.classes),
+        "train": len(manifest.used(TRAIN)), "val": len(manifest.used(VAL)), "test_a": int(first.sum()), "test_b": int((~first).sum()),
+        "hits_a": int(right[first].sum()), "hits_b": int(right[~first].sum()),
+    }  # fmt: skip
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Read a table of results, [] where there is none yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, columns: Sequence[str], row: dict[str, object]) -> None:
+    """Add a line to a table of results at once, so that nothing is lost when the run is stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def collect(options: argparse.Namespace) -> None:
+    """Run the arms that have no row yet."""
+    found = folders(options.data, options.work)
+    for arm in options.arms:
+        for unit, rows, largest in grid(options.grid, found, options.work, options.only):
+            path = options.results / ARMS
+            done = {(r["data"], r["backbone"], int(r["n"]), int(r["seed"]), r["arm"]) for r in rows_of(path)}
+            if (*unit.key, arm) in done or (arm == "scratch" and unit.n < SCRATCH_FROM):
+                continue
+            row = train_arm(unit, arm, split(rows, unit.n, largest, unit.seed), found[unit.data], options.weights)
+            append(path, COLUMNS, row)
+            accuracy = (row["hits_a"] + row["hits_b"]) / (row["test_a"] + row["test_b"])  # type: ignore[operator]
+            print(f"{unit.data} {unit.backbone} n={unit.n} seed={unit.seed} {arm}: {accuracy:.4f}, {row['cpu_s']} CPU s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("collect", "profile", "fit", "report"))
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
+    parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights files")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tlpipeline-regret", help="where archives are unpacked")
+    parser.add_argument("--grid", choices=GRIDS, default="core")
+    parser.add_argument("--arms", nargs="+", choices=TRAINED, default=TRAINED)
+    parser.add_argument("--only", nargs="*", default=(), help="only units whose data/backbone/n/seed has one of these in it")
+    parser.add_argument("--prefer", choices=choice.LENIENCE, default="balanced", help="choose.prefer of the replayed product")
+    parser.add_argument("--units", action="store_true", help="print a line for each unit, too")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.verb == "collect":
+        collect(options)
+    elif options.verb == "profile":
+        profiles(options)
+    else:
+        import replay
+
+        rule = params.load(HERE.parent / "params.yaml").choose
+        rule = dataclasses.replace(rule, prefer=options.prefer)
+        if options.verb == "fit":
+            replay.fit(options.results, rule)
+        else:
+            replay.report(options.results, rule, options.units)
+
+
+if __name__ == "__main__":
+    main()

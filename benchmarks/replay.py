@@ -1,0 +1,341 @@
+"""What every rule would have chosen on the units of `regret.py`, replayed on the same rows; and the fit of the prediction.
+
+Everything that is fitted is fitted on the other data sets. Nothing here trains a network, so it takes seconds.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from regret import ARMS, SEED, UNITS, Unit, rank, rows_of
+
+from tlpipeline import choice, outlook
+from tlpipeline.outlook import Evidence, Observed, Outlook
+from tlpipeline.params import ChooseParams
+from tlpipeline.probes import unpack
+
+LEFT_OUT = {"weather"}
+ORACLE = ("frozen", "cut", "tuned", "scratch")
+HEADS = {"last": "frozen", "cut": "cut", "multi": "multi"}
+PENALTY = 0.03
+BINS = 5
+DRAWS = 2000
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A unit with all that was measured of it."""
+
+    unit: Unit
+    evidence: Evidence
+    arms: dict[str, dict[str, str]]
+    slices: dict[str, dict[str, str]]
+    looked: int
+    judges: npt.NDArray[np.bool_]
+
+    def accuracy(self, arm: str, half: str = "") -> float:
+        """Return an arm's accuracy on the test side, or on one half of it."""
+        return accuracy_of(self.arms[arm], half)
+
+    def cost(self, arm: str) -> float:
+        """Return the forward passes of one image that training this arm costs; a backward pass counts two."""
+        return float(self.arms[arm]["forward"]) + 2 * float(self.arms[arm]["backward"])
+
+    @property
+    def rivals(self) -> list[str]:
+        """The arms of the oracle."""
+        return [arm for arm in ORACLE if arm in self.arms]
+
+    def regret(self, arm: str) -> float:
+        """Return points lost against the best rival, winner and score on the same test images: an upper bound."""
+        return 100 * (max(self.accuracy(a) for a in {*self.rivals, arm}) - self.accuracy(arm))
+
+    def half_regret(self, arm: str) -> float:
+        """Return the same with the winner picked on one half of the test side and scored on the other, halves swapped: a lower bound."""
+        lost = []
+        for pick, score in ("ab", "ba"):
+            best = max(self.rivals, key=lambda a: self.accuracy(a, pick))
+            lost.append(self.accuracy(best, score) - self.accuracy(arm, score))
+        return 100 * float(np.mean(lost))
+
+    def slice_regret(self) -> float:
+        """Return points that the head at the chosen slice point loses against the best one, picked on one half and scored on the other."""
+        lost = []
+        for pick, score in ("ab", "ba"):
+            best = max(self.slices.values(), key=lambda row: accuracy_of(row, pick))
+            lost.append(accuracy_of(best, score) - self.accuracy("cut", score))
+        return 100 * float(np.mean(lost))
+
+
+def accuracy_of(row: dict[str, str], half: str = "") -> float:
+    halves = half or "ab"
+    return sum(int(row[f"hits_{h}"]) for h in halves) / sum(int(row[f"test_{h}"]) for h in halves)
+
+
+def measured(results: Path, complete: Sequence[str] = ("frozen", "cut", "multi", "tuned")) -> list[Measured]:
+    """Return the units that have all these arms, weather left out: it is too small."""
+    arms: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    slices: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows_of(results / ARMS):
+        key = (row["data"], row["backbone"], row["n"], row["seed"])
+        if row["arm"] == "at":
+            slices.setdefault(key, {})[row["slice"]] = row
+        else:
+            arms.setdefault(key, {})[row["arm"]] = row
+    out = []
+    for row in rows_of(results / UNITS):
+        key = (row["data"], row["backbone"], row["n"], row["seed"])
+        there = arms.get(key, {})
+        if row["data"] in LEFT_OUT or not all(arm in there for arm in complete):
+            continue
+        values = {f.name: read(row[f.name], f.type) for f in dataclasses.fields(Evidence)}
+        judges = unpack(row["judges"], int(there["tuned"]["val"]))
+        unit = Unit(key[0], key[1], int(key[2]), int(key[3]))
+        out.append(Measured(unit, Evidence(**values), there, slices.get(key, {}), int(row["looked"]), judges))
+    return out
+
+
+def read(text: str, kind: object) -> Any:
+    """Read a cell of a table as a field of this type."""
+    if text == "":
+        return None
+    return text == "True" if kind is bool else int(text) if kind is int else float(text)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a rule chose for a unit: the arm, its cost with everything before it, P(within tolerance of the best), whether it raced."""
+
+    arm: str
+    cost: float
+    within: float = math.nan
+    raced: bool = False
+
+
+def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
+    """Choose as the product does: the profile, the prediction, and where it is open the race."""
+    weighed = choice.Weighed(one.evidence, rule, model)
+    frozen = HEADS[weighed.head]
+    before = float(one.looked)
+    if not weighed.open:
+        arm = "tuned" if weighed.large else frozen
+        within = float((-weighed.gains <= weighed.tolerance).mean()) if weighed.large else weighed.prediction.within
+        return Chosen(arm, before + one.cost(arm), within)
+    row = one.arms["tuned"]
+    epochs, images = int(row["epochs"]), len(one.judges)
+    before += one.cost(frozen)
+    solved = int(row["train"]) + images
+    for part, epoch in enumerate(choice.look_epochs(epochs), choice.LOOKS - len(choice.look_epochs(epochs))):
+        bits = [unpack(text, images)[one.judges] for text in (one.arms[frozen]["bits"], row["looks"].split()[part])]
+        seen = choice.look(weighed, part, epoch, epochs, *bits)
+        winner, _ = choice.verdict(weighed, part, seen)
+        if winner == "tuned":
+            return Chosen("tuned", before + one.cost("tuned"), seen.safe, raced=True)
+        if winner == "frozen":
+            return Chosen(frozen, before + solved + epoch * (images + 3 * int(row["train"])), 1 - seen.chance, raced=True)
+    raise AssertionError("the last look ends the race")
+
+
+def observed(one: Measured, rule: ChooseParams, heads: dict[str, Any]) -> Observed:
+    """Return a row of the fit."""
+    weighed = choice.Weighed(one.evidence, rule, dataclasses.replace(outlook.NEUTRAL, heads=heads))
+    frozen = HEADS[weighed.head]
+    row = one.arms["tuned"]
+    looks = [float(unpack(bits, len(one.judges)).mean()) for bits in row["looks"].split()] if len(one.judges) else []
+    return Observed(
+        one.unit.data, one.evidence, weighed.frozen, one.accuracy(frozen), one.accuracy("tuned"), int(row["test_a"]) + int(row["test_b"]),
+        one.accuracy("cut") - one.accuracy("frozen"), one.accuracy("multi") - one.accuracy("frozen"), tuple(looks), len(one.judges),
+    )  # fmt: skip
+
+
+def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> dict[str, Outlook]:
+    """Return for each data set the model that was fitted on all the others."""
+    return {
+        name: fitted_on([one for one in units if one.unit.data != name], rule, penalty) for name in sorted({one.unit.data for one in units})
+    }
+
+
+def fitted_on(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> Outlook:
+    """Fit in two steps: first which frozen head would be trained, then how far fine-tuning lies above it."""
+    heads = outlook.fit_heads([observed(one, rule, outlook.NEUTRAL.heads) for one in units])
+    return outlook.fit([observed(one, rule, heads) for one in units], penalty, rule.tolerance / 100)
+
+
+def rules(units: Sequence[Measured], rule: ChooseParams) -> dict[str, list[Chosen]]:
+    """Return what every rule chooses for every unit; everything fitted is fitted on the other data sets."""
+    models = held_out_models(units, rule, PENALTY)
+    quick = dataclasses.replace(rule, effort="quick")
+
+    def best(one: Measured) -> str:
+        return HEADS[choice.Weighed(one.evidence, rule, models[one.unit.data]).head]
+
+    def probed(arm: str, one: Measured) -> Chosen:
+        return Chosen(arm, one.looked + one.cost(arm))
+
+    def always(arm: str) -> Callable[[Measured], Chosen]:
+        return lambda one: Chosen(arm, one.cost(arm))
+
+    def headroom(one: Measured) -> Chosen:
+        most = max(one.evidence.last, one.evidence.cut, one.evidence.multi)
+        return probed(best(one) if most >= 0.88 else "tuned", one)
+
+    def textbook(one: Measured) -> Chosen:
+        if one.evidence.images >= rule.textbook_images:
+            return probed("tuned", one)
+        return probed("frozen" if (one.evidence.head_similarity or 0) >= rule.textbook_similarity else "cut", one)
+
+    def size(one: Measured) -> Chosen:
+        return always("tuned" if one.evidence.images >= rule.textbook_images else "frozen")(one)
+
+    def random(one: Measured) -> Chosen:
+        arms = ("frozen", "cut", "tuned")
+        return always(arms[int(rank(SEED, repr(one.unit.key)), 16) % len(arms)])(one)
+
+    every = {
+        "product (auto)": lambda one: product(models[one.unit.data], rule, one),
+        "product (quick)": lambda one: product(models[one.unit.data], quick, one),
+        "always frozen": always("frozen"),
+        "always cut": lambda one: probed("cut", one),
+        "always multi": lambda one: probed("multi", one),
+        "always plain FT": always("plain"),
+        "always LP-FT": always("tuned"),
+        f"size only (n >= {rule.textbook_images})": size,
+        "textbook 2x2": textbook,
+        "P_max >= .88": headroom,
+        "random": random,
+        "oracle": lambda one: always(max(one.rivals, key=one.accuracy))(one),
+    }
+    return {
+        name: [how(one) for one in units]
+        for name, how in every.items()
+        if name != "always plain FT" or all("plain" in u.arms for u in units)
+    }
+
+
+# --- figures --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a rule reaches: a value a unit."""
+
+    raw: Values
+    half: Values
+    cost: Values
+    seconds: Values
+    raced: Values
+    within: Values
+    good: npt.NDArray[np.bool_]
+
+
+def figures(units: Sequence[Measured], chosen: Sequence[Chosen], tolerance: float) -> Figures:
+    """Return regret in points (upper and lower bound), cost against always LP-FT, and whether the choice was within the tolerance."""
+    raw = np.array([one.regret(c.arm) for one, c in zip(units, chosen, strict=True)])
+    return Figures(
+        raw,
+        np.array([one.half_regret(c.arm) for one, c in zip(units, chosen, strict=True)]),
+        np.array([c.cost / one.cost("tuned") for one, c in zip(units, chosen, strict=True)]),
+        np.array([float(one.arms[c.arm]["cpu_s"]) / float(one.arms["tuned"]["cpu_s"]) for one, c in zip(units, chosen, strict=True)]),
+        np.array([c.raced for c in chosen], dtype=float),
+        np.array([c.within for c in chosen]),
+        raw <= tolerance + 1e-9,
+    )
+
+
+def paired_by_data(units: Sequence[Measured], difference: Values) -> tuple[float, float, float]:
+    """Return the mean of a difference over data sets, each counting alike, and its 90 % bootstrap interval over data sets."""
+    names = sorted({one.unit.data for one in units})
+    means = np.array([difference[[one.unit.data == name for one in units]].mean() for name in names])
+    draws = means[np.random.default_rng(0).integers(0, len(means), (DRAWS, len(means)))].mean(1)
+    return float(means.mean()), float(np.quantile(draws, 0.05)), float(np.quantile(draws, 0.95))
+
+
+def brier_skill(units: Sequence[Measured], found: Figures) -> tuple[float, float]:
+    """Return the Brier score of P(within) and its skill against the base rate of the other data sets."""
+    data = np.array([one.unit.data for one in units])
+    base = np.array([found.good[data != name].mean() for name in data])
+    score, reference = float(((found.within - found.good) ** 2).mean()), float(((base - found.good) ** 2).mean())
+    return score, 1 - score / reference
+
+
+def reliability(found: Figures) -> list[tuple[float, float, int]]:
+    """Return (mean probability, share within the tolerance, units) of five bins of equal mass."""
+    order = np.argsort(found.within, kind="stable")
+    return [(float(found.within[b].mean()), float(found.good[b].mean()), len(b)) for b in np.array_split(order, BINS)]
+
+
+def calibration_error(found: Figures) -> tuple[float, float]:
+    """Return the expected calibration error over these bins, and what a perfectly calibrated forecast would show on so many units."""
+
+    def error(good: npt.NDArray[np.bool_]) -> float:
+        bins = reliability(dataclasses.replace(found, good=good))
+        return sum(n * abs(p - share) for p, share, n in bins) / len(good)
+
+    rng = np.random.default_rng(0)
+    floor = np.mean([error(rng.random(len(found.within)) < found.within) for _ in range(500)])
+    return error(found.good), float(floor)
+
+
+def fit(results: Path, rule: ChooseParams) -> None:
+    """Refit the model that comes with the package on all units, and write it as readable data."""
+    units = measured(results)
+    model = fitted_on(units, rule, PENALTY)
+    outlook.FITTED.write_text(json.dumps(model.to_json(), indent=2) + "\n", encoding="utf-8")
+    print(f"{len(units)} units of {len(model.data)} data sets: {outlook.FITTED.name}")
+    for name, value in model.coefficients.items():
+        print(f"  {value:+.3f}  {name}")
+    print(
+        f"  {model.intercept:+.3f}  intercept; unexplained {model.deviation:.2f}; calibration {model.slant:.2f}, {model.offset:+.2f}; lag {model.lag}"
+    )
+
+
+def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
+    """Print the figures of every rule on the same units."""
+    units = measured(results)
+    tried = rules(units, rule)
+    found = {name: figures(units, chosen, rule.tolerance) for name, chosen in tried.items()}
+    full = np.array([one.cost("tuned") for one in units])
+    print(
+        f"{len(units)} units of {len({u.unit.data for u in units})} data sets; tolerance {rule.tolerance} points; regret: lower..upper bound"
+    )
+    print(
+        f"{'rule':22} {'mean regret':>12} {'median':>7} {'p90':>12} {'<=.5':>5} {'<=1':>5} {'cost':>5} {'total':>6} {'CPU':>5} {'raced':>6}  regret minus the product's, by data set"
+    )
+    for name, f in found.items():
+        total = sum(c.cost for c in tried[name]) / full.sum()
+        mean, low, high = paired_by_data(units, f.half - found["product (auto)"].half)
+        print(
+            f"{name:22} {f.half.mean():5.2f}..{f.raw.mean():5.2f} {np.median(f.raw):7.2f} {np.quantile(f.half, 0.9):5.2f}..{np.quantile(f.raw, 0.9):5.2f} "
+            f"{(f.raw <= 0.5).mean():5.0%} {(f.raw <= 1).mean():5.0%} {f.cost.mean():5.0%} {total:6.0%} {f.seconds.mean():5.0%} {f.raced.mean():6.0%}"
+            + ("" if name == "product (auto)" else f"  {mean:+.2f} ({low:+.2f} to {high:+.2f})")
+        )
+    for name in ("product (auto)", "product (quick)"):
+        f = found[name]
+        score, skill = brier_skill(units, f)
+        error, floor = calibration_error(f)
+        bins = ", ".join(f"{p:.2f}: {share:.2f} ({n})" for p, share, n in reliability(f))
+        print(
+            f"{name}: P(within tolerance): Brier {score:.3f}, skill {skill:+.2f}; calibration error {error:.3f} (floor {floor:.3f}); {bins}"
+        )
+    sliced = [one for one in units if one.slices]
+    if sliced:
+        lost = np.array([one.slice_regret() for one in sliced])
+        print(
+            f"slice regret on {len(sliced)} units: mean {lost.mean():.2f}, median {np.median(lost):.2f}, p90 {np.quantile(lost, 0.9):.2f}"
+        )
+    if per_unit:
+        for one, c, r, h in zip(units, tried["product (auto)"], found["product (auto)"].raw, found["product (auto)"].half, strict=True):
+            arms = " ".join(
+                f"{a} {100 * one.accuracy(a):.1f}" for a in ("frozen", "cut", "multi", "tuned", "plain", "scratch") if a in one.arms
+            )
+            print(
+                f"{one.unit.backbone:10} {one.unit.n:5} {one.unit.data:12} {one.unit.seed} {c.arm:6} {'raced' if c.raced else '     '} P {c.within:.2f} regret {h:5.2f}..{r:5.2f} cost {c.cost / one.cost('tuned'):4.0%} | {arms}"
+            )

@@ -1,0 +1,433 @@
+"""The explanation: every number is the decision's, in the terminal, as markdown, as JSON and on the report page, whatever the layout."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+from tlpipeline import acts, explain, report
+from tlpipeline.cases import CASES, Arm, Decision, Look, Race, find
+from tlpipeline.profiling import Head, Probe, Profile
+from tlpipeline.shift import BatchNormShift, TapShift
+
+NAMES = ("conv1", "conv2", "conv3", "fc1", "fc2")
+ACCURACIES = (0.61, 0.72, 0.93, 0.85, 0.81)
+LONG = "backbone.encoder.layers.encoder_layer_11.self_attention.out_projection.of.a.very.deep.network"
+
+
+def profile(names: tuple[str, ...] = NAMES, accuracies: tuple[float, ...] = ACCURACIES) -> Profile:
+    """A profile of 1,234 images whose third tap is the best."""
+    taps = tuple(
+        Probe(n, 8, 4, 4, 1000 * (i + 1), 50_000 * (i + 1), (1, 2), a, a - 0.03, a + 0.02, a, a - accuracies[-1], 0.01, 0.1, "ff", (n,))
+        for i, (n, a) in enumerate(zip(names, accuracies, strict=True))
+    )
+
+    def head(*read: str) -> Head:
+        best = max(t.accuracy for t in taps if t.name in read)
+        return Head(read, best, best - 0.03, best + 0.02, "ff", best, "ff")
+
+    cut = head(names[2], names[1]) if len(names) > 2 else None
+    hunger = ((128, 0.876), (256, 0.913), (512, 0.934))
+    return Profile(
+        "net", "w", 32, "batch", 1234, 7, 0.201, 90, 240, 137, 512, 130, 0.31, hunger, taps, head(names[-1]), head(*names[-3:][::-1]), cut
+    )
+
+
+def decision(case: str = "small_different", seen: Profile | None = None) -> Decision:
+    """A decision for a case, by a profile in whose middle it is cut; its two axes lie far in the case's quadrant."""
+    seen, row = seen or profile(), find(case)
+    large, similar = (0.83 if row.size == "large" else 0.17), (0.91 if row.likeness == "similar" else 0.09)
+    axes = {"large": large, "small": 1 - large, "similar": similar, "different": 1 - similar}
+    at = seen.taps[2] if row.keep == "slice" else seen.taps[-1]
+    arms = (
+        Arm("frozen", 0.812, 0.781, 0.839, 1508.0),
+        Arm("cut", 0.934, 0.911, 0.953, 904.8),
+        Arm("multi", 0.921, 0.898, 0.941, 1508.0),
+        Arm("tuned", 0.945, 0.902, 0.967, 40000.0),
+    )
+    return Decision(
+        case=case,
+        slice=at.name,
+        head="cut" if row.keep == "slice" else "last",
+        readings=(at.reading, seen.taps[1].reading) if row.keep == "slice" else (at.reading,),
+        size=32,
+        freeze=row.freeze,
+        init=row.init,
+        recipe=row.recipe,
+        probabilities={c.name: round(axes[c.size] * axes[c.likeness], 4) for c in CASES},
+        similar=similar,
+        large=large,
+        arms=arms,
+        regret=0.0123,
+        within=0.83,
+        race=None,
+        race_wanted=False,
+        saved_parameters=round(1 - at.parameters / seen.parameters, 4),
+        saved_ops=round(1 - at.forward_ops / seen.forward_ops, 4),
+        reason=f"{case}: planted for a test, with 42 numbers.",
+        changes=("With about 1,900 more images fine-tuning would win.",),
+        warnings=(),
+        forced=(),
+    )
+
+
+def raced(case: str = "large_different") -> Decision:
+    """A decision after two looks of a race that fine-tuning won."""
+    looks = (Look(3, 9, 134, 0.8134, 0.8061, 0.0141, 0.31, 0.62), Look(6, 9, 134, 0.8134, 0.9174, 0.0127, 0.97, 0.99))
+    return replace(decision(case), race=Race(looks, "tuned", "fine-tuning is ahead for good (P 0.97)", 31000.0))
+
+
+def flat(words: str) -> str:
+    """The words without their line breaks."""
+    return " ".join(words.split())
+
+
+def both(made: Decision, seen: Profile) -> list[str]:
+    """The explanation for a wide terminal and as markdown, without line breaks."""
+    return [flat(explain.text(made, seen, 110)), flat(explain.markdown(made, seen))]
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_says_what_it_saves_and_what_the_head_reads() -> None:
+    for words in both(decision(), profile()):
+        assert "small_different: cut behind conv3, everything frozen, a new head on conv3 + conv2" in words
+        assert "The cut saves 40.0% of the network's 5,000 parameters and 40.0% of the operations" in words
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("small_similar", "small_similar: everything frozen, a new head on fc2 Only the old head goes: all 5,000 parameters stay."),
+        ("large_similar", "large_similar: the whole network is fine-tuned Only the old head goes"),
+        ("large_different", "large_different: the whole network is fine-tuned, from random weights where that validates better"),
+    ],
+)
+def test_without_a_cut_nothing_is_said_to_be_saved(case: str, says: str) -> None:
+    for words in both(decision(case), profile()):
+        assert says in words
+        assert "cut off" not in words
+        assert "The cut saves" not in words
+
+
+def test_every_arm_stands_with_its_accuracy_interval_and_relative_cost_and_the_chosen_one_is_marked() -> None:
+    lines = explain.text(decision(), profile(), 80).splitlines()
+    found = [line.split() for line in lines if re.search(r"% +\d+\.\d to ", line)]
+    assert found == [
+        ["frozen", "81.2%", "78.1", "to", "83.9", "3.8%"],
+        ["→", "cut", "93.4%", "91.1", "to", "95.3", "2.3%"],
+        ["multi-tap", "92.1%", "89.8", "to", "94.1", "3.8%"],
+        ["fine-tuned", "94.5%", "90.2", "to", "96.7", "100.0%"],
+    ]
+    assert "against 40,000 of a fine-tuning run" in flat("\n".join(lines))
+    assert "| → | fine-tuned | 94.5% | 90.2 to 96.7 | 100.0% |" in explain.markdown(decision("large_similar"), profile())
+    assert "| → | frozen | 81.2% |" in explain.markdown(decision("small_similar"), profile())
+    assert "| → | multi-tap | 92.1% |" in explain.markdown(replace(decision("small_similar"), head="multi"), profile())
+
+
+def test_a_forced_cut_that_was_not_weighed_borrows_nobody_s_accuracy() -> None:
+    made = replace(decision(), slice="conv2", readings=(profile().taps[1].reading,), forced=("choose.slice",))
+    assert explain.chosen(made, profile()) is None
+    for words in both(made, profile()):
+        assert "a cut behind conv2, is none of these: its accuracy was not measured" in words
+        assert "→ cut" not in words
+
+
+def test_reason_changes_losses_and_probabilities_are_those_of_the_decision() -> None:
+    made = replace(decision(), warnings=("no signal: check the labels",))
+    for words in both(made, profile()):
+        assert made.reason in words
+        assert f"- {made.changes[0]}" in words
+        assert f"- {made.warnings[0]}" in words
+        assert "Expected loss against the best arm: 1.23 points; with P 0.83 it is within choose.tolerance." in words
+    table = explain.markdown(made, profile())
+    for name, chance in made.probabilities.items():
+        assert f"| {name} | {chance:.2f} |" in table
+    bars = [line.count("█") for line in table.splitlines() if "`█" in line or ("·`" in line and "├" not in line)]
+    assert bars == [round(chance * 40) for chance in made.probabilities.values()]
+
+
+def test_a_race_is_told_look_by_look_with_its_cost() -> None:
+    for words in both(raced(), profile()):
+        assert "Won by fine-tuning: fine-tuning is ahead for good (P 0.97)." in words
+        assert "It cost 31,000 forward passes of one image, 78% of a fine-tuning run" in words
+        assert "Accuracy on 134 validation images that selected nothing" in words
+        assert "There was none" not in words
+    table = explain.markdown(raced(), profile())
+    assert "| 3 of 9 | 81.3% | 80.6% | -0.7 ± 1.4 | 0.31 |\n| 6 of 9 | 81.3% | 91.7% | +10.4 ± 1.3 | 0.97 |" in table
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "There was none: the prediction was clear enough"),
+        ({"forced": ("choose.case",)}, "There was none: choose.case is forced."),
+        ({"race_wanted": True}, "There was none yet: the choice is open, and `tlpipeline run` or `dvc repro choose`"),
+        ({"warnings": ("no race: 12 validation images are left",)}, "There was none: 12 validation images are left."),
+    ],
+)
+def test_why_there_was_no_race(changes: dict[str, object], says: str) -> None:
+    for words in both(replace(decision(), **changes), profile()):  # type: ignore[arg-type]
+        assert says in words
+
+
+def test_a_race_without_a_look_has_no_table() -> None:
+    made = replace(raced(), race=Race((), "frozen", "out of memory", 2000.0))
+    for words in both(made, profile()):
+        assert "Won by the frozen head: out of memory. It cost 2,000" in words
+        assert "difference" not in words
+
+
+def test_what_else_was_measured_is_said_where_it_was_and_only_there() -> None:
+    layers = (BatchNormShift("bn1", 0.4, 0.3, 0.5, 0.2, 0.05), BatchNormShift("bn2", 0.8, 0.7, 0.9, None, None))
+    seen = replace(profile(), shift=layers, distances=(TapShift("conv1", 0.25, 0.2, 0.3),), affinity=0.21)
+    for words in both(decision(), seen):
+        assert "87.6% with 128 images, 91.3% with 256 images, 93.4% with 512 images; the last doubling brought +2.1 points" in words
+        assert "Head similarity S = 0.31" in words
+        assert "distance 0.60 from the source, the mean of 2 layers, where images like the source give 0.05; 0.20 once" in words
+        assert words.count("It explains, it does not decide.") == 2
+        assert "0.25 at conv1" in words
+        assert "Affinity 0.21" in words
+    bare = replace(profile(), hunger=((40, 0.5),), head_similarity=None)
+    for words in both(decision(), bare):
+        for absent in ("Learning curve", "Head similarity", "BatchNorm", "Affinity", "reference", "What else"):
+            assert absent not in words
+
+
+# --- drawings -------------------------------------------------------------------------------------------------------------------------
+
+
+def plane(made: Decision, width: int) -> list[str]:
+    """The lines of the drawn plane, its frame included."""
+    lines = explain.text(made, profile(), width).splitlines()
+    return lines[
+        next(i for i, line in enumerate(lines) if line.startswith("┌")) : next(i for i, line in enumerate(lines) if line[:1] == "└") + 1
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 57, 80, 200])
+@pytest.mark.parametrize("case", [c.name for c in CASES])
+@pytest.mark.parametrize("edge", [None, 0.0, 0.4999, 0.5, 1.0])
+def test_the_marker_lies_in_the_quadrant_of_its_probabilities(case: str, width: int, edge: float | None) -> None:
+    made, row = decision(case), find(case)
+    if edge is not None:  # the far or the near end of the same half, or the other half
+        made = replace(made, large=edge, similar=edge)
+    drawn = plane(made, width)
+    (y,) = [i for i, line in enumerate(drawn) if "●" in line]
+    x, middle = drawn[y].index("●"), len(drawn[0]) // 2
+    assert (x > middle, y < len(drawn) // 2) == (made.large >= 0.5, made.similar >= 0.5)
+    assert x != middle
+    assert len({len(line) for line in drawn}) == 1
+    for other in CASES:
+        assert sum(other.name in line for line in drawn) == 1
+    named = next(line for line in drawn if f"{case} *" in line)
+    assert (named.index(case) > middle) == (row.size == "large")
+
+
+def test_it_says_so_where_the_case_is_not_that_of_the_quadrant() -> None:
+    assert explain.off_the_plane(decision()) == ()
+    (said,) = explain.off_the_plane(replace(decision(), large=0.62))
+    assert said.startswith("It lies with large_different, but small_different is chosen: what decides about the size is the expected gain")
+    (said,) = explain.off_the_plane(replace(decision(), similar=0.62))
+    assert said.startswith("It lies with small_similar, but small_different is chosen: it is cut exactly where")
+    made = replace(decision(), similar=0.62, forced=("choose.case",))
+    assert explain.off_the_plane(made) == ("It lies with small_similar, but small_different is chosen: it was forced by choose.case.",)
+    assert all(explain.off_the_plane(made)[0] in words for words in both(made, profile()))
+
+
+def test_the_probe_curve_has_a_line_for_each_tap_on_one_scale_and_the_cut_below_its_tap() -> None:
+    lines = explain.text(decision(), profile(), 80).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["tap", "probe"])
+    rows = [line.split() for line in lines[start + 1 : start + 7]]
+    assert [row[0] for row in rows] == ["conv1", "conv2", "conv3", "╌" * len(rows[3][0]), "fc1", "fc2"]
+    assert [row[1] for row in rows] == ["61.0%", "72.0%", "93.0%", "cut", "85.0%", "81.0%"]
+    assert [" ".join(row[3:]) for row in rows if row[1] != "cut"] == ["kept", "read", "read", "cut off", "cut off"]
+    low, high = (float(end.rstrip("%")) / 100 for end in lines[start].split()[2:])
+    for row, accuracy in zip([r for r in rows if r[1] != "cut"], ACCURACIES, strict=True):
+        length = len(row[2])
+        for mark, value in (("├", accuracy - 0.03), ("●", accuracy), ("┤", accuracy + 0.02)):
+            assert abs(row[2].index(mark) / (length - 1) - (value - low) / (high - low)) <= 0.51 / (length - 1)
+
+
+def test_one_tap_only() -> None:
+    seen = profile(("conv1",), (0.8,))
+    made = replace(decision("small_similar", profile()), slice="conv1", readings=(seen.taps[0].reading,), arms=decision().arms[::3])
+    for words in both(made, seen):
+        assert "Only the old head goes: all 1,000 parameters stay." in words
+        assert "cut off" not in words
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_probes_that_are_all_equal_are_drawn(accuracy: float) -> None:
+    seen = profile(accuracies=(accuracy,) * 5)
+    seen = replace(seen, taps=tuple(replace(t, low=accuracy, high=accuracy) for t in seen.taps))
+    assert explain.text(decision(), seen, 60).count("●") == 5 + 2
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("made", [decision(), raced()], ids=["unraced", "raced"])
+def test_no_line_is_wider_than_the_terminal(made: Decision, width: int, long: bool) -> None:
+    seen = profile()
+    if long:
+        names = tuple(f"{LONG}.{name}" for name in NAMES)
+        seen = profile(names)
+        made = replace(made, slice=f"{LONG}.{made.slice}", readings=tuple(replace(r, tap=f"{LONG}.{r.tap}") for r in made.readings))
+        made = replace(made, reason=f"{made.reason} {LONG}", changes=(f"Without the slice at {LONG} {LONG}.",))
+    words = explain.text(made, seen, width)
+    assert max(map(len, words.splitlines())) <= width
+    assert "\x1b" not in words
+    for figure in ("93.4%", "100.0%", "40,000", "93.0%", "0.83"):
+        assert figure in words
+    for name in NAMES if long else ():
+        assert re.search(rf"…\S*{name} ", words), name
+
+
+def test_colour_changes_no_word() -> None:
+    coloured = explain.text(raced(), profile(), 80, colour=True)
+    assert "\x1b[1m" in coloured
+    plain = re.sub(r"\x1b\[[\d;]*m", "", coloured)
+    assert [line.rstrip() for line in plain.splitlines()] == explain.text(raced(), profile(), 80).splitlines()
+
+
+def test_the_tables_of_the_markdown_are_well_formed() -> None:
+    hostile = profile(("a|b", "c*d", "e`f", "<g>", "h"))
+    made = replace(decision(), slice="e`f", readings=(hostile.taps[2].reading,))
+    for words in (explain.markdown(made, hostile), explain.markdown(raced(), profile())):
+        tables = re.findall(r"(?:^\|.*\|\n)+", words, re.M)
+        assert len(tables) in (3, 4)
+        for table in tables:
+            header, rule, *rows = table.splitlines()
+            columns = {len(re.findall(r"(?<!\\)\|", line)) for line in (header, rule, *rows)}
+            assert len(columns) == 1
+            assert re.fullmatch(r"\|( -{3}:? \|)+", rule)
+            assert rows
+        assert words.count("```") == 2
+        assert re.findall(r"^#+ ", words, re.M)[0] == "## "
+    assert "&lt;g>" in explain.markdown(made, hostile)
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_for_plots() -> None:
+    rows = explain.plane_rows(decision())
+    assert rows[-1] == {"large": 0.17, "similar": 0.09, "name": "this data set"}
+    assert {r["name"]: (r["large"], r["similar"]) for r in rows[:-1]} == {
+        c.name: (float(c.size == "large"), float(c.likeness == "similar")) for c in CASES
+    }
+    probes = explain.probe_rows(profile(), decision())
+    assert [(r["tap"], r["use"]) for r in probes] == [
+        ("conv1", "kept"), ("conv2", "read"), ("conv3", "read"), ("fc1", "cut off"), ("fc2", "cut off"),
+    ]  # fmt: skip
+    assert probes[2] == {"tap": "conv3", "accuracy": 0.93, "low": 0.93 - 0.03, "high": 0.93 + 0.02, "use": "read"}
+
+
+def test_dvc_draws_the_plane_and_the_probes_by_columns_that_are_written() -> None:
+    stages = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+    (plot,) = stages["choose"]["plots"]
+    assert {plot["plots/plane.csv"][axis] for axis in "xy"} <= set(explain.plane_rows(decision())[0])
+    assert plot["plots/plane.csv"]["template"] == "scatter"
+    (plot,) = stages["profile"]["plots"]
+    # A curve over names is no curve: DVC's line templates draw nothing for them.
+    assert plot["plots/probe.csv"]["template"] == "bar_horizontal"
+
+
+# --- the command, the artifact, the page ----------------------------------------------------------------------------------------------
+
+
+def put(folder: Path, made: Decision, seen: Profile) -> Path:
+    """Write what `choose` and `profile` write."""
+    (folder / "case.json").write_text(json.dumps(made.to_json()))
+    (folder / "profile.json").write_text(json.dumps(seen.to_json()))
+    return folder
+
+
+def command(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `tlpipeline explain` in a process of its own, its output piped."""
+    line = [sys.executable, "-m", "tlpipeline", "explain", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_the_command_prints_text_as_wide_as_the_terminal(tmp_path: Path) -> None:
+    done = command("-w", put(tmp_path, decision(), profile()), COLUMNS="60")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == explain.text(decision(), profile(), 60)
+
+
+def test_the_command_prints_markdown_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tlpipeline import cli
+
+    put(tmp_path, raced(), profile())
+    cli.explain(tmp_path, markdown=True)
+    assert capsys.readouterr().out == explain.markdown(raced(), profile()) == acts.decision_markdown(tmp_path)
+    cli.explain(tmp_path, json=True)
+    content = json.loads(capsys.readouterr().out)
+    assert Decision.from_json(content["decision"]) == raced()
+    assert content["plane"] == explain.plane_rows(raced())
+    assert content["probes"] == explain.probe_rows(profile(), raced())
+
+
+def test_mistakes_of_the_command_are_one_sentence_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tlpipeline import cli
+
+    def refused(*words: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["tlpipeline", "explain", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        (line,) = said.err.splitlines()
+        return line
+
+    assert "found both. Leave one out" in refused("--json", "--markdown")
+    assert "found no such folder. Create one with `tlpipeline init DIR`" in refused("-w", tmp_path / "nowhere")
+    for name in (".git", ".dvc"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dvc.yaml").touch()
+    message = refused("-w", tmp_path)
+    assert (
+        f"expected a decision in {tmp_path / 'profile.json'}, found no such file. `tlpipeline run` or `dvc repro choose` makes" in message
+    )
+    put(tmp_path, decision(), profile())
+    (tmp_path / "case.json").unlink()
+    assert f"expected a decision in {tmp_path / 'case.json'}, found no such file" in refused("-w", tmp_path)
+    for damaged in ('{"case": "small_similar"}', "{", "[]"):
+        (tmp_path / "case.json").write_text(damaged)
+        assert "as this version writes them, found others" in refused("-w", tmp_path)
+    put(tmp_path, replace(decision(), slice="layer4"), profile())
+    assert "found one that keeps it up to layer4, which it does not have" in refused("-w", tmp_path)
+
+
+@pytest.mark.parametrize("made", [decision(), raced(), replace(decision(), large=0.62, changes=())], ids=["cut", "raced", "off the plane"])
+def test_the_report_tells_the_same(made: Decision) -> None:
+    template = (report.TEMPLATE / "report.html").read_text(encoding="utf-8")
+    start, end = template.index("{% macro body"), template.index("<section>\n<h2>Where the labels")
+    seen = profile()
+    told = {s.key: s for s in explain.sections(made, seen)}
+    page = report._environment().from_string("{% autoescape true %}" + template[start:end] + "{% endautoescape %}")
+    words = page.render(case=made, profile=seen, told=told, plane=report._plane(made))
+    shown = flat(re.sub(r"<[^>]*>", " ", words)).replace("&#39;", "'").replace("&gt;", ">")
+    for section in told.values():
+        assert section.key in ("cases", "plane", "probes") or section.title in shown or section.key in ("why", "warnings")
+        if section.key != "probes":
+            for part in section.parts:
+                for text in [part] if isinstance(part, str) else part.rows[0] if isinstance(part, explain.Table) else part.lines:
+                    drawn = not isinstance(part, str) and part.drawn
+                    assert drawn or flat(text) in shown, text
+    (x, y) = re.search(r'<circle cx="([\d.]+)" cy="([\d.]+)"', words).groups()  # type: ignore[union-attr]
+    quadrants = {name: (float(x), float(y)) for x, y, name in re.findall(r'<rect x="(\d+)" y="(\d+)".*?<text[^>]*>(\w+)<', words, re.S)}
+    left, top = quadrants["large_different" if made.large >= 0.5 else "small_different"]
+    assert left <= float(x) <= left + 130
+    assert top <= float(y) <= top + 130

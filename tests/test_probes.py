@@ -1,0 +1,155 @@
+"""The statistics of the profile: exact where a formula stands for a loop, and blind where there is nothing to see."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from tlpipeline.probes import PENALTIES, head_similarity, leave_one_out, one_hot, pack, paired, ridge, unpack, wilson
+
+
+def noise(seed: int, images: int, features: int) -> np.ndarray:
+    """Centred features that know nothing of any label."""
+    x = np.random.default_rng(seed).normal(size=(images, features))
+    return x - x.mean(0)
+
+
+# --- the probe ------------------------------------------------------------------------------------------------------------------------
+
+
+def refitted(x: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
+    """Ridge with an intercept, every image predicted by a fit on the others; the penalty weighs as for all of them."""
+    m, d = x.shape
+    out = np.zeros_like(y)
+    for i in range(m):
+        a, b = np.delete(x, i, axis=0), np.delete(y, i, axis=0)
+        centre, mean = a.mean(0), b.mean(0)
+        w = np.linalg.solve((a - centre).T @ (a - centre) + penalty * m * np.eye(d), (a - centre).T @ (b - mean))
+        out[i] = (x[i] - centre) @ w + mean
+    return out
+
+
+@pytest.mark.parametrize("penalty", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("features", [8, 60])
+def test_left_out_predictions_equal_explicit_refits(penalty: float, features: int) -> None:
+    x = noise(0, 40, features)
+    y = one_hot(np.random.default_rng(0).integers(0, 3, 40))
+    assert np.allclose(leave_one_out(x @ x.T, y, penalties=[penalty]).scores, refitted(x, y, penalty), atol=1e-8)
+
+
+def test_the_penalty_is_the_one_whose_refits_err_least() -> None:
+    rng = np.random.default_rng(3)
+    x = noise(3, 40, 12)
+    labels = (x[:, 0] + 0.5 * rng.normal(size=40) > 0).astype(np.int64)
+    y = one_hot(labels)
+    errors = {penalty: float(((refitted(x, y, penalty) - y) ** 2).mean()) for penalty in PENALTIES}
+    assert leave_one_out(x @ x.T, y).penalty == min(errors, key=lambda penalty: errors[penalty])
+
+
+def test_dual_coefficients_predict_other_images_as_the_primal_solution_does() -> None:
+    rng = np.random.default_rng(1)
+    x, z = rng.normal(size=(30, 8)), rng.normal(size=(5, 8))
+    z -= x.mean(0)
+    x -= x.mean(0)
+    y = rng.normal(size=(30, 2))
+    fit = leave_one_out(x @ x.T, y, penalties=[0.01])
+    w = np.linalg.solve(x.T @ x + 0.01 * 30 * np.eye(8), x.T @ (y - y.mean(0)))
+    assert np.allclose(z @ x.T @ fit.dual, z @ w)
+    assert np.allclose(ridge(x @ x.T, y, 0.01), fit.dual)
+
+
+def test_labels_that_the_features_hold_are_read() -> None:
+    x = noise(4, 200, 20)
+    labels = x[:, :3].argmax(1)
+    assert (leave_one_out(x @ x.T, one_hot(labels)).scores.argmax(1) == labels).mean() > 0.85
+
+
+def test_a_probe_on_noise_is_not_better_than_chance() -> None:
+    x = noise(2, 300, 500)
+    labels = np.random.default_rng(2).integers(0, 5, 300)
+    assert (leave_one_out(x @ x.T / 500, one_hot(labels)).scores.argmax(1) == labels).mean() < 0.3
+
+
+def test_a_target_is_one_for_the_class_and_the_targets_of_an_image_sum_to_zero() -> None:
+    y = one_hot(np.array([7, 3, 3, 9]))
+    assert y.tolist() == [[-0.5, 1.0, -0.5], [1.0, -0.5, -0.5], [1.0, -0.5, -0.5], [-0.5, -0.5, 1.0]]
+
+
+# --- head similarity ------------------------------------------------------------------------------------------------------------------
+
+
+def head(labels: np.ndarray, source: Sequence[int], sure: float, classes: int = 1000) -> np.ndarray:
+    """A source head that sees class source[label], with this probability, and nothing else."""
+    chances = np.full((len(labels), classes), (1 - sure) / classes)
+    chances[np.arange(len(labels)), np.array(source)[labels]] += sure
+    return chances
+
+
+def test_head_similarity_is_high_for_the_source_classes_and_zero_for_shuffled_labels() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 400)
+    chances = head(labels, range(0, 35, 7), 0.9)
+    assert head_similarity(chances, labels) > 0.8
+    assert head_similarity(chances, rng.permutation(labels)) < 0.05
+
+
+def test_head_similarity_orders_sets_by_how_well_the_source_classes_tell_them_apart() -> None:
+    labels = np.random.default_rng(1).integers(0, 6, 600)
+    own = head_similarity(head(labels, [10, 20, 30, 40, 50, 60], 0.9), labels)
+    doubtful = head_similarity(head(labels, [10, 20, 30, 40, 50, 60], 0.5), labels)
+    coarse = head_similarity(head(labels, [10, 10, 30, 30, 50, 50], 0.9), labels)
+    unknown = head_similarity(head(labels, [10] * 6, 0.9), labels)
+    assert own > max(doubtful, coarse) + 0.1
+    assert min(doubtful, coarse) > unknown + 0.1
+    assert unknown < 0.05
+
+
+def test_head_similarity_does_not_ask_for_the_names_of_classes() -> None:
+    labels = np.random.default_rng(2).integers(0, 4, 300)
+    chances = head(labels, [3, 1, 4, 15], 0.7)
+    renamed = np.array([40, 7, 99, 12])[labels]
+    assert head_similarity(chances, renamed) == pytest.approx(head_similarity(chances, labels), abs=1e-12)
+
+
+def test_a_thousand_source_classes_do_not_eat_the_score() -> None:
+    """The same answers, spread over ten or a thousand classes of which most hold next to nothing."""
+    labels = np.random.default_rng(3).integers(0, 5, 200)
+    few, many = (head_similarity(head(labels, range(5), 0.8, classes), labels) for classes in (10, 1000))
+    assert many > 0.8 * few
+
+
+def test_one_class_has_nothing_to_explain() -> None:
+    assert head_similarity(np.full((20, 10), 0.1), np.zeros(20, dtype=np.int64)) == 0.0
+
+
+# --- small things ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 8, 77])
+def test_bits_survive_packing(count: int) -> None:
+    bits = np.random.default_rng(0).random(count) < 0.4
+    assert (unpack(pack(bits), count) == bits).all()
+
+
+@pytest.mark.parametrize(("hits", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (50, 100, 0.4038, 0.5962), (10, 10, 0.7225, 1.0)])
+def test_wilson_interval(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson(hits, n) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_without_images_an_interval_is_everything() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_a_paired_difference_counts_only_the_discordant_images() -> None:
+    one, other = np.arange(200) < 150, (np.arange(200) >= 10) & (np.arange(200) < 140)
+    difference, error = paired(pack(one), pack(other), 200)
+    # Twenty are right once, none the other way round: Var = 0.1 - 0.01.
+    assert difference == pytest.approx(0.1)
+    assert error == pytest.approx((0.09 / 200) ** 0.5)
+
+
+def test_two_equal_records_are_no_certainty() -> None:
+    bits = pack(np.arange(100) < 90)
+    difference, error = paired(bits, bits, 100)
+    assert difference == 0
+    assert error > 0

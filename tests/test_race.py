@@ -1,0 +1,197 @@
+"""The race: fine-tuning against the best frozen head, ended by the evidence, and what the winner trained is gone on with."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tlpipeline import backbones, choice, dataset, distributed, outlook, profiling, race, train
+from tlpipeline.cases import Decision
+from tlpipeline.dataset import Manifest
+from tlpipeline.outlook import Outlook
+from tlpipeline.params import ChooseParams, ClusterParams, ProfileParams
+from tlpipeline.profiling import Profile
+from tlpipeline.progress import Event, silent
+from tlpipeline.train import Job
+
+RULE = ChooseParams(
+    case="auto", slice="auto", rule="fitted", prefer="balanced", tolerance=0.5, effort="full", race_above=0.25, race_below=0.75, gain=1.0,
+    alpha=0.1, draws=300, textbook_images=1000, textbook_similarity=0.5,
+)  # fmt: skip
+HERE = ClusterParams(workers=0, gpu=False, max_failures=0, storage="none")
+EPOCHS = 4
+
+
+def sure(shift: float) -> Outlook:
+    """A prediction that knows beforehand how fine-tuning ends, so that the pictures' own noise decides nothing."""
+    return dataclasses.replace(outlook.NEUTRAL, intercept=shift, deviation=0.05, lag=((0.0, 0.01),) * 3)
+
+
+OPEN = dataclasses.replace(outlook.NEUTRAL, lag=((0.0, 0.01),) * 3)
+
+
+@dataclasses.dataclass
+class Setting:
+    """Images with a profile, and a maker of jobs."""
+
+    folder: Path
+    place: Path
+    manifest: Manifest
+    profile: Profile
+
+    def job(self, decision: Decision) -> Job:
+        return Job(
+            workspace=str(self.place), images=str(self.folder), manifest=str(self.place / "manifest.parquet"), backbone="demonstration",
+            weights="DEFAULT", weights_md5="none", decision=json.loads(json.dumps(decision.to_json())), seed=0, epochs=EPOCHS, batch_size=16,
+            flip=False, precision="float32", history=str(self.place / f"{decision.freeze}.jsonl"),
+        )  # fmt: skip
+
+    def run(self, model: Outlook, patch: pytest.MonkeyPatch, name: str = "a", progress: Any = silent) -> tuple[Decision, Path]:
+        patch.setattr(train, "fitted", lambda: model)
+        kept = self.place / f"kept-{name}"
+        kept.mkdir()
+        weighed = choice.weigh(self.profile, RULE, model)
+        return race.run(self.profile, weighed, self.job, HERE, name, self.place / "runs", kept, progress), kept
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    from conftest import paint
+
+    place = tmp_path_factory.mktemp("race")
+    folder = place / "pictures"
+    for label in range(3):
+        (folder / f"class{label}").mkdir(parents=True)
+        for index in range(110):
+            # A fifth is mislabelled, so that no arm can be perfect.
+            paint(label if index % 5 else (label + 1) % 3, index + 500 * label).save(folder / f"class{label}" / f"{index:03d}.png")
+    manifest = dataset.ingest(folder, {}, lambda done, total: None)
+    dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
+    look = ProfileParams(images=128, images_max=128, shift=False, affinity=False, reference="none", seed=0)
+    net = backbones.load("demonstration", "DEFAULT")
+    profile = profiling.measure(net, folder, manifest, 32, look, lambda seen: False, silent, torch.device("cpu"))
+    return Setting(folder, place, manifest, profile)
+
+
+def lines_of(setting: Setting, freeze: str) -> list[str]:
+    return [json.loads(line)["text"] for line in (setting.place / f"{freeze}.jsonl").read_text().splitlines()]
+
+
+def test_a_race_that_is_decided_ends_at_its_first_look(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    decision, kept = setting.run(sure(-4.0), monkeypatch, "early")
+    assert decision.race is not None
+    assert (decision.race.winner, len(decision.race.looks), decision.freeze) == ("frozen", 1, "kept")
+    assert decision.race.looks[0].epoch == choice.look_epochs(EPOCHS)[0]
+    assert (kept / "model" / "weights.safetensors").exists()
+    assert not decision.race_wanted
+    assert "raced over 1 look" in decision.reason
+
+
+def test_an_undecided_race_runs_the_whole_schedule_and_goes_to_the_cheaper_arm(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both arms learn all that can be learnt from these pictures: nothing can be told apart, so fine-tuning is not worth it."""
+    told: list[Event] = []
+    decision, _ = setting.run(OPEN, monkeypatch, "open", told.append)
+    assert decision.race is not None
+    assert decision.race.winner == "frozen"
+    assert decision.race.looks[-1].epoch <= EPOCHS
+    assert {event.stage for event in told} == {"choose"}
+    assert any("look" in event.text for event in told)
+
+
+def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    decision, _ = setting.run(OPEN, monkeypatch, "judges")
+    assert decision.race is not None
+    judges = [row for row in setting.manifest.used(dataset.VAL) if not dataset.selects(row)]
+    assert {look.images for look in decision.race.looks} == {len(judges)}
+    assert setting.profile.held_out == len(setting.manifest.used(dataset.VAL)) - len(judges)
+
+
+def test_what_the_winner_trained_is_gone_on_with_and_ends_as_if_there_had_been_no_race(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    decision, kept = setting.run(sure(4.0), monkeypatch, "tuned")
+    assert decision.race is not None
+    assert (decision.race.winner, decision.freeze) == ("tuned", "nothing")
+    state = json.loads((kept / train.STATE).read_text())
+    assert state["epoch"] == decision.race.looks[-1].epoch < EPOCHS
+
+    def finish(start: str, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        job = dataclasses.replace(setting.job(decision), start=start, history=str(tmp_path / f"{name}.jsonl"))
+        done = distributed.run(job, HERE, name, tmp_path / "runs", silent)
+        return load_file(done / "model" / "weights.safetensors"), json.loads((done / "history.json").read_text())["history"]
+
+    continued, history = finish(str(kept), "continued")
+    whole, whole_history = finish("", "whole")
+    assert history == whole_history
+    assert all(torch.equal(continued[name], whole[name]) for name in whole)
+    epochs = [json.loads(line)["text"] for line in (tmp_path / "continued.jsonl").read_text().splitlines()]
+    assert not any(
+        f"epoch {epoch}/{EPOCHS}, loss" in text and "validation" in text for text in epochs for epoch in range(1, state["epoch"] + 1)
+    )
+
+
+def test_the_frozen_winner_is_not_trained_again(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    decision, kept = setting.run(sure(-4.0), monkeypatch, "again")
+    job = dataclasses.replace(setting.job(decision), start=str(kept), history=str(tmp_path / "again.jsonl"))
+    done = distributed.run(job, HERE, "again", tmp_path / "runs", silent)
+    assert not (tmp_path / "again.jsonl").exists()
+    raced, finished = (load_file(f / "model" / "weights.safetensors") for f in (kept, done))
+    assert all(torch.equal(raced[name], finished[name]) for name in raced)
+
+
+def test_an_interrupted_race_goes_on_where_it_stood(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    whole, _ = setting.run(OPEN, monkeypatch, "whole")
+    real = train.Checkpoints.write
+    written = []
+
+    def interrupted(self: train.Checkpoints, state: train.State, optimiser: Any = None) -> None:
+        real(self, state, optimiser)
+        written.append(state.epoch)
+        if len(written) == 4:  # the frozen head, the start of fine-tuning, epoch 1, epoch 2
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpoints, "write", interrupted)
+        with pytest.raises(Stop):
+            setting.run(OPEN, monkeypatch, "cut")
+    (setting.place / "kept-cut").rmdir()
+    again, _ = setting.run(OPEN, monkeypatch, "cut")
+    assert again == whole
+
+
+def test_the_cost_of_a_race_counts_what_was_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    decision, _ = setting.run(sure(-4.0), monkeypatch, "cost")
+    assert decision.race is not None
+    frozen, tuned = (next(arm.cost for arm in decision.arms if arm.name == name) for name in ("frozen", "tuned"))
+    train_images, others = setting.profile.images, 2 * setting.profile.validation
+    epoch = decision.race.looks[-1].epoch
+    assert decision.race.cost == pytest.approx(
+        train_images
+        + others
+        + (frozen if decision.head == "last" else race.cost_of(decision, train_images, others))
+        + epoch * (3 * train_images + others)
+    )
+    assert tuned > 0
+
+
+@pytest.mark.ray
+def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The workers look with the package's own model, so the prediction is what the package says of these images."""
+    weighed = choice.weigh(setting.profile, RULE)
+    found = []
+    for workers in (0, 2):
+        kept = tmp_path / f"kept{workers}"
+        kept.mkdir()
+        cluster = dataclasses.replace(HERE, workers=workers)
+        found.append(race.run(setting.profile, weighed, setting.job, cluster, f"w{workers}", tmp_path / f"runs{workers}", kept, silent))
+    distributed.shutdown()
+    one, two = found
+    assert (one.case, one.race.winner, len(one.race.looks)) == (two.case, two.race.winner, len(two.race.looks))  # type: ignore[union-attr]

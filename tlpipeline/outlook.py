@@ -1,0 +1,442 @@
+"""The outlook: what fine-tuning would reach on these data, before anything is fine-tuned. A small fitted model, readable as JSON.
+
+Frozen heads are measured by probes. Fine-tuning is predicted: how far it lies above the frozen head, on the scale of log odds, is a linear
+function of a few figures of the profile, fitted on the rows of `benchmarks/regret.py` (`python benchmarks/regret.py fit` refits it). On that
+scale a head at 98 % leaves little to win whatever the data are, which is what was measured: headroom is the strongest signal.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tlpipeline.probes import Matrix, paired
+from tlpipeline.profiling import Profile, SliceTest
+
+FITTED = Path(__file__).with_name("outlook.json")
+FORMAT = 1
+DRAWS = 400
+GROWING = ("log10 images", "log10 images per class")
+# Figures of which the fit must have seen the like.
+RANGES = ("log10 images", "log10 images per class", "log10 parameters", "head similarity")
+_NORMAL = NormalDist()
+# The middles of equal parts of the normal distribution: the same in every run, no seed needed.
+QUANTILES: Matrix = np.array([_NORMAL.inv_cdf((i + 0.5) / DRAWS) for i in range(DRAWS)])
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the choice looks at, as one flat row: the figures of a profile that decide.
+
+    Attributes:
+        images, classes, validation: training images, classes, images of the judging half of validation.
+        parameters, forward_ops: of the network without its old head; cut_ops: up to the slice point, 0 where there is none.
+        sampled: images of the probes.
+        head_similarity: S, None without a source head.
+        last, cut, multi: leave-one-out accuracy of the three heads (cut is that of `last` where there is no earlier tap).
+        cut_gain, cut_error, multi_gain, multi_error: paired differences to `last` (of multi: to the better of the two), and standard errors.
+        last_held, cut_held, multi_held: accuracy of the three on the half of validation that selects.
+        slope: accuracy that the last doubling of the sample brought to the multi-tap head.
+        gain, significance, similar, confirmed: of the slice test.
+        tangent_gain: log odds of the tangent probe minus those of the multi-tap head on the same images; tangent_error, both_error: log ratio
+            of the squared errors of the tangent kernel, and of both together, to the head's. All 0 where it was not measured.
+    """
+
+    images: int
+    classes: int
+    validation: int
+    parameters: int
+    forward_ops: int
+    cut_ops: int
+    sampled: int
+    head_similarity: float | None
+    last: float
+    cut: float
+    multi: float
+    cut_gain: float
+    cut_error: float
+    multi_gain: float
+    multi_error: float
+    last_held: float
+    cut_held: float
+    multi_held: float
+    slope: float
+    gain: float
+    significance: float
+    similar: float
+    confirmed: bool
+    tangent_gain: float = 0.0
+    tangent_error: float = 0.0
+    both_error: float = 0.0
+
+
+def evidence(profile: Profile, test: SliceTest) -> Evidence:
+    """Return the figures of a profile and of its slice test that decide."""
+    cut = profile.cut or profile.last
+    cut_gain, cut_error = paired(cut.correct, profile.last.correct, profile.sampled)
+    simple = max((profile.last, cut), key=lambda head: head.accuracy)
+    multi_gain, multi_error = paired(profile.multi.correct, simple.correct, profile.sampled)
+    ops = {tap.name: tap.forward_ops for tap in profile.taps}
+    return Evidence(
+        images=profile.images,
+        classes=profile.classes,
+        validation=profile.validation,
+        parameters=profile.parameters,
+        forward_ops=profile.forward_ops,
+        cut_ops=ops[profile.cut.taps[0]] if profile.cut else 0,
+        sampled=profile.sampled,
+        head_similarity=profile.head_similarity,
+        last=profile.last.accuracy,
+        cut=cut.accuracy,
+        multi=profile.multi.accuracy,
+        cut_gain=cut_gain,
+        cut_error=cut_error,
+        multi_gain=multi_gain,
+        multi_error=multi_error,
+        last_held=profile.last.held_out,
+        cut_held=cut.held_out,
+        multi_held=profile.multi.held_out,
+        slope=profile.slope,
+        gain=test.gain,
+        significance=test.significance,
+        similar=test.similar,
+        confirmed=test.confirmed,
+        **_tangent(profile),
+    )
+
+
+def _tangent(profile: Profile) -> dict[str, float]:
+    seen = profile.tangent
+    if seen is None:
+        return {}
+    return {
+        "tangent_gain": log_odds(seen.accuracy, seen.images) - log_odds(seen.frozen, seen.images),
+        "tangent_error": math.log(seen.error / seen.frozen_error),
+        "both_error": math.log(seen.both_error / seen.frozen_error),
+    }
+
+
+# --- the model ------------------------------------------------------------------------------------------------------------------------
+
+
+def log_odds(accuracy: float, images: float) -> float:
+    """Return the log odds of an accuracy that was seen on so many images, half an image added to either side so that it stays finite."""
+    hits = accuracy * images
+    return math.log((hits + 0.5) / (images - hits + 0.5))
+
+
+def figures(seen: Evidence, frozen: float) -> dict[str, float]:
+    """Return the inputs of the model; `frozen` is the leave-one-out accuracy of the frozen head that would be trained."""
+    return {
+        "log10 images": math.log10(max(seen.images, 1)),
+        "log10 images per class": math.log10(max(seen.images / seen.classes, 1)),
+        "log10 parameters": math.log10(max(seen.parameters, 1)),
+        "log odds of the frozen head": log_odds(frozen, seen.sampled),
+        "head similarity": seen.head_similarity or 0.0,
+        "slope": 10 * seen.slope,
+        "gain of earlier taps": 10 * max(seen.gain, 0.0),
+        "gain of the tangent probe": seen.tangent_gain,
+        "error of the tangent probe": seen.tangent_error,
+        "error of both": seen.both_error,
+    }
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What fine-tuning is expected to win against the frozen head, as shares (0 to 1).
+
+    Attributes:
+        frozen, tuned: expected accuracies.
+        gain, low, high: expected tuned minus frozen, with its central 80 % interval.
+        frozen_regret, tuned_regret: expected loss of choosing either.
+        within: calibrated probability that the frozen head is not worse by more than the tolerance.
+        outside: what lies outside the data that the model was fitted on, in words.
+    """
+
+    frozen: float
+    tuned: float
+    gain: float
+    low: float
+    high: float
+    frozen_regret: float
+    tuned_regret: float
+    within: float
+    outside: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The fitted model.
+
+    Attributes:
+        centre, spread, coefficients: of each figure; intercept.
+        deviation: standard deviation of what the figures leave unexplained, on data sets that the fit has not seen (log odds).
+        slant, offset: calibration of the probability: log odds of `within` are slant * raw + offset (Platt 1999).
+        heads: for the heads cut and multi what they win against the head on the last tap: (at S = 0, slope by S, spread), as shares.
+        lag: for each look of a race how far fine-tuning still is from its end, and the spread of that, as shares of the frozen head's errors.
+        lowest, highest: range of each figure in the rows of the fit.
+        rows, data: what it was fitted on.
+    """
+
+    centre: Mapping[str, float]
+    spread: Mapping[str, float]
+    coefficients: Mapping[str, float]
+    intercept: float
+    deviation: float
+    slant: float
+    offset: float
+    heads: Mapping[str, Sequence[float]]
+    lag: Sequence[Sequence[float]]
+    lowest: Mapping[str, float]
+    highest: Mapping[str, float]
+    rows: int
+    data: Sequence[str]
+
+    def head_gain(self, name: str, seen: Evidence) -> float:
+        """Return what the head cut or multi is expected to win against the one on the last tap, as a share.
+
+        What was measured on other data and what the probes say here, each weighted by its precision: with 80 images a paired difference of
+        8 points is within the noise, but it is also what is usual.
+        """
+        level, slope, spread = self.heads[name]
+        usual = level + slope * (seen.head_similarity or 0.0)
+        measured, error = (seen.cut_gain, seen.cut_error) if name == "cut" else (seen.multi - seen.last, seen.multi_error)
+        return (usual * error**2 + measured * spread**2) / (error**2 + spread**2)
+
+    def shift(self, seen: Evidence, frozen: float) -> float:
+        """Return the expected log odds of fine-tuning minus those of the frozen head."""
+        x = figures(seen, frozen)
+        return self.intercept + sum(self.coefficients[k] * (x[k] - self.centre[k]) / self.spread[k] for k in self.coefficients)
+
+    def gains(self, seen: Evidence, frozen: float) -> Matrix:
+        """Return equally likely gains of fine-tuning against the frozen head, as shares: (DRAWS,)."""
+        base = log_odds(frozen, seen.sampled)
+        return np.asarray(_share(base + self.shift(seen, frozen) + self.deviation * QUANTILES) - _share(base))
+
+    def predict(self, seen: Evidence, frozen: float, tolerance: float) -> Prediction:
+        """Predict.
+
+        Args:
+            seen: the evidence.
+            frozen: leave-one-out accuracy of the frozen head that would be trained.
+            tolerance: as a share (0 to 1).
+        """
+        base, gains = log_odds(frozen, seen.sampled), self.gains(seen, frozen)
+        raw = log_odds(float((gains <= tolerance).mean()), DRAWS)
+        return Prediction(
+            frozen=float(_share(base)),
+            tuned=float(_share(base) + gains.mean()),
+            gain=float(gains.mean()),
+            low=float(np.quantile(gains, 0.1)),
+            high=float(np.quantile(gains, 0.9)),
+            frozen_regret=float(gains.clip(min=0).mean()),
+            tuned_regret=float((-gains).clip(min=0).mean()),
+            within=float(_share(self.slant * raw + self.offset)),
+            outside=self.outside(seen, frozen),
+        )
+
+    def outside(self, seen: Evidence, frozen: float) -> tuple[str, ...]:
+        """Say which figures lie outside the rows of the fit, by more than a tenth of their range."""
+        words = []
+        for name, value in figures(seen, frozen).items():
+            if name not in RANGES or name not in self.lowest:
+                continue
+            low, high = self.lowest[name], self.highest[name]
+            if not low - 0.1 * (high - low) <= value <= high + 0.1 * (high - low):
+                plain = name.removeprefix("log10 ")
+                shown = [10**v if name != plain else v for v in (value, low, high)]
+                words.append(f"{plain} {shown[0]:.3g} lies outside the {shown[1]:.3g} to {shown[2]:.3g} that the choice was fitted on")
+        return tuple(words)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Outlook":
+        """Read what `to_json` gave."""
+        return cls(**{f.name: content[f.name] for f in fields(cls)})
+
+
+# Knows nothing: fine-tuning is as good as the frozen head, give or take. Where the fit starts from.
+NEUTRAL = Outlook(
+    {},
+    {},
+    {},
+    0.0,
+    1.0,
+    1.0,
+    0.0,
+    {"cut": (0.0, 0.0, 0.05), "multi": (0.0, 0.0, 0.05)},
+    ((0.5, 0.5), (0.2, 0.3), (0.0, 0.05)),
+    {},
+    {},
+    0,
+    (),
+)
+
+
+def _share(odds: Any) -> Any:
+    return 1 / (1 + np.exp(-np.asarray(odds)))
+
+
+@cache
+def fitted() -> Outlook:
+    """Return the model that comes with the package."""
+    return Outlook.from_json(json.loads(FITTED.read_text(encoding="utf-8")))
+
+
+# --- fitting --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A row of the fit.
+
+    Attributes:
+        data: which data set; evidence: of the profile.
+        frozen: leave-one-out accuracy of the frozen head that would be trained.
+        frozen_test, tuned_test: what that head and fine-tuning reached on so many test images.
+        cut_test, multi_test: what the heads of these names won there against the head on the last tap.
+        looks: fine-tuning's validation accuracy at the looks of a race, the last one at the end of its schedule, on so many images.
+    """
+
+    data: str
+    evidence: Evidence
+    frozen: float
+    frozen_test: float
+    tuned_test: float
+    test: int
+    cut_test: float
+    multi_test: float
+    looks: tuple[float, ...]
+    validation: int
+
+    @property
+    def shift(self) -> float:
+        """Log odds of fine-tuning minus those of the frozen head."""
+        return log_odds(self.tuned_test, self.test) - log_odds(self.frozen_test, self.test)
+
+
+def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
+    """Fit by ridge regression; what it leaves unexplained and the calibration are measured on data sets left out one after the other.
+
+    Every data set counts alike, however many rows it has. Outlying shifts are drawn in to three robust deviations.
+    """
+    model = _ridge(rows, penalty)
+    names = sorted({row.data for row in rows})
+    if len(names) < 3:
+        return model
+    errors, raw, truth = [], [], []
+    held = {name: _ridge([r for r in rows if r.data != name], penalty) for name in names}
+    for row in rows:
+        errors.append(row.shift - held[row.data].shift(row.evidence, row.frozen))
+    centred = np.array(errors)
+    deviation = float(1.4826 * np.median(np.abs(centred))) if len(centred) else 1.0
+    model = replace(model, deviation=max(deviation, 0.05))
+    for row in rows:
+        seen = replace(held[row.data], deviation=model.deviation).predict(row.evidence, row.frozen, tolerance)
+        raw.append(math.log(seen.within / (1 - seen.within)))
+        truth.append(row.tuned_test - row.frozen_test <= tolerance)
+    slant, offset = _platt(np.array(raw), np.array(truth))
+    return replace(model, slant=slant, offset=offset, heads=fit_heads(rows), lag=_lag(rows))
+
+
+def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]:
+    """Return what the heads cut and multi win against the one on the last tap: (level, slope by S, spread), data sets counting alike."""
+    counts = {r.data: sum(q.data == r.data for q in rows) for r in rows}
+    weight = np.array([1 / counts[r.data] for r in rows])
+    weight /= weight.sum()
+    s = np.array([r.evidence.head_similarity or 0.0 for r in rows])
+    out = {}
+    for name in ("cut", "multi"):
+        won = np.array([getattr(r, f"{name}_test") for r in rows])
+        centre = float(weight @ s)
+        slope = float(weight @ ((s - centre) * (won - weight @ won))) / (float(weight @ (s - centre) ** 2) + 0.01)
+        level = float(weight @ won) - slope * centre
+        spread = math.sqrt(float(weight @ (won - level - slope * s) ** 2))
+        out[name] = (round(level, 4), round(slope, 4), round(max(spread, 0.005), 4))
+    return out
+
+
+def _lag(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
+    """Return how far fine-tuning is behind its end at each look, as a share of the frozen head's errors, and the spread of that.
+
+    Only validations that are large enough to tell are used; what is left of their own noise makes the spread a little too wide.
+    """
+    told = [r for r in rows if r.validation >= 60]
+    if len(told) < 5:
+        return NEUTRAL.lag
+    out = []
+    for part in range(len(told[0].looks)):
+        behind = np.array([(r.looks[-1] - r.looks[part]) / max(1 - r.frozen, 0.02) for r in told])
+        middle = float(np.median(behind))
+        out.append((round(middle, 4), round(float(1.4826 * np.median(np.abs(behind - middle))), 4)))
+    return tuple(out)
+
+
+def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
+    names = list(figures(rows[0].evidence, rows[0].frozen))
+    x = np.array([[figures(r.evidence, r.frozen)[k] for k in names] for r in rows])
+    y = np.array([r.shift for r in rows])
+    middle = np.median(y)
+    reach = max(3 * 1.4826 * float(np.median(np.abs(y - middle))), 0.1)
+    y = y.clip(middle - reach, middle + reach)
+    counts = {r.data: sum(q.data == r.data for q in rows) for r in rows}
+    weight = np.array([1 / counts[r.data] for r in rows])
+    weight /= weight.sum()
+    centre = weight @ x
+    spread = np.sqrt(weight @ (x - centre) ** 2).clip(min=1e-3)
+    z = (x - centre) / spread
+    intercept = float(weight @ y)
+    # More images never speak against fine-tuning: a figure of the size whose coefficient comes out negative is left out.
+    used = np.ones(len(names), dtype=bool)
+    while True:
+        beta = np.zeros(len(names))
+        inner = z[:, used].T @ (weight[:, None] * z[:, used]) + penalty * np.eye(int(used.sum()))
+        beta[used] = np.linalg.solve(inner, z[:, used].T @ (weight * (y - intercept)))
+        against = used & (beta < 0) & np.array([name in GROWING for name in names])
+        if not against.any():
+            break
+        used &= ~against
+    return Outlook(
+        centre=_named(names, centre),
+        spread=_named(names, spread),
+        coefficients=_named(names, beta),
+        intercept=round(intercept, 4),
+        deviation=0.5,
+        slant=1.0,
+        offset=0.0,
+        heads=NEUTRAL.heads,
+        lag=NEUTRAL.lag,
+        lowest=_named(names, x.min(0)),
+        highest=_named(names, x.max(0)),
+        rows=len(rows),
+        data=sorted(counts),
+    )
+
+
+def _named(names: Sequence[str], values: npt.NDArray[np.float64]) -> dict[str, float]:
+    return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
+
+
+def _platt(raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    """Return slant and offset by logistic regression of the truth on raw log odds, drawn towards (1, 0)."""
+    slant, offset = 1.0, 0.0
+    for _ in range(50):  # Newton's method; the pull keeps the problem strictly convex, so that it always converges
+        p = _share(slant * raw + offset)
+        w = p * (1 - p)
+        gradient = np.array([((p - truth) * raw).sum() + (slant - 1), (p - truth).sum() + offset])
+        hessian = np.array([[(w * raw * raw).sum() + 1, (w * raw).sum()], [(w * raw).sum(), w.sum() + 1]])
+        step = np.linalg.solve(hessian, gradient)
+        slant, offset = slant - step[0], offset - step[1]
+        if np.abs(step).max() < 1e-9:
+            break
+    return round(float(max(slant, 0.0)), 4), round(float(offset), 4)
