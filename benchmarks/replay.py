@@ -125,7 +125,7 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     weighed = choice.Weighed(one.evidence, rule, model)
     frozen = HEADS[weighed.head]
     before = float(one.looked)
-    if not weighed.open:
+    if weighed.no_race:
         arm = "tuned" if weighed.large else frozen
         within = float((-weighed.gains <= weighed.tolerance).mean()) if weighed.large else weighed.prediction.within
         return Chosen(arm, before + one.cost(arm), within)

@@ -36,7 +36,9 @@ def test_a_row_is_found_by_its_name_and_an_unknown_one_suggests_the_nearest() ->
 def test_a_decision_survives_json() -> None:
     decision = decide(planted(DIFFERENT_SMALL))
     assert Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
-    race = Race((Look(2, 5, 100, 0.8, 0.82, 0.02, 0.6, 0.9), Look(5, 5, 100, 0.8, 0.9, 0.02, 0.99, 1.0)), "tuned", "ahead", 1e4)
+    race = Race(
+        (Look(2, 5, 100, 0.8, 0.82, 0.02, 0.6, 0.9, 0.01, 0.0), Look(5, 5, 100, 0.8, 0.9, 0.02, 0.99, 1.0, 0.1, 0.0)), "tuned", "ahead", 1e4
+    )
     raced = replace(decision, race=race)
     assert Decision.from_json(json.loads(json.dumps(raced.to_json()))) == raced
 

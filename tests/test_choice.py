@@ -16,7 +16,7 @@ from test_profiling import from_bits, known, planted, right  # noqa: F401  (know
 
 from tlpipeline import choice, outlook
 from tlpipeline.cases import CASES, Decision, Look
-from tlpipeline.choice import LEAST_TO_RACE, SPENT, Weighed, look, look_epochs, turning_point, undecided, verdict, weigh
+from tlpipeline.choice import SPENT, Weighed, look, look_epochs, turning_point, undecided, verdict, weigh
 from tlpipeline.errors import BackboneError, ParamsError
 from tlpipeline.outlook import Outlook
 from tlpipeline.params import ChooseParams, load
@@ -32,6 +32,7 @@ RULE = replace(
     effort="auto",
     race_above=0.25,
     race_below=0.75,
+    race_images=100,
     gain=1.0,
     alpha=0.10,
     draws=500,
@@ -299,7 +300,7 @@ def test_beyond_what_was_fitted_a_race_is_wanted_and_the_figure_is_named() -> No
     assert not decide(profile, model=sure).race_wanted
     decision = decide(profile, model=narrow)
     assert decision.race_wanted
-    assert any(w.startswith("out of range: images 1e+03 lies outside") for w in decision.warnings)
+    assert any(w.startswith("out of range: images 1,000 lies outside") for w in decision.warnings)
 
 
 # --- the textbook -----------------------------------------------------------------------------------------------------------------------
@@ -365,7 +366,10 @@ def test_at_the_turning_point_the_choice_turns(accuracies: list[float]) -> None:
 def test_where_images_do_not_count_no_number_of_them_turns_the_choice() -> None:
     for intercept in (-1.0, 1.0):
         assert turning_point(weigh(planted([0.5, 0.6, 0.8]), RULE, model(intercept=intercept))) is None
-    assert any("No number of images" in c for c in decide(planted([0.5, 0.6, 0.8]), model=model(intercept=-1.0)).changes)
+    assert any(
+        "more of them alone would not make fine-tuning win" in c
+        for c in decide(planted([0.5, 0.6, 0.8]), model=model(intercept=-1.0)).changes
+    )
 
 
 @pytest.mark.parametrize("prefer", ["accuracy", "balanced", "cost"])
@@ -376,7 +380,8 @@ def test_a_promised_change_of_the_tolerance_comes_true(prefer: str, gain: float)
     for said in decision.changes:
         if found := re.match(r"With choose\.tolerance (above|below) ([\d.]+) points", said):
             beyond = float(found[2]) + (0.1 if found[1] == "above" else -0.1)
-            other = decide(profile, replace(rule, tolerance=beyond), expected(gain))
+            asked = "balanced" if "choose.prefer: balanced" in said else prefer
+            other = decide(profile, replace(rule, tolerance=beyond, prefer=asked), expected(gain))
             assert other.case != decision.case, said
 
 
@@ -389,14 +394,21 @@ def test_a_promised_change_of_the_tolerance_comes_true(prefer: str, gain: float)
         ({"images": 12, "classes": 4}, "profile too weak: 3.0 training images per class, fewer than 5"),
         ({"classes": 400}, "profile too weak: 400 classes in a sample of 512 images"),
         ({"head_similarity": None}, "net comes without a source head, so the head similarity S is unknown and counts as 0"),
-        ({"validation": 19}, "no race: 19 validation images are left to judge it, and fewer than 20 can tell nothing"),
-        ({"validation": 0}, "no race: 0 validation images"),
     ],
 )
 def test_weak_evidence_is_said_in_a_sentence(change: dict[str, int | None], sentence: str) -> None:
     strong, weak = (decide(p).warnings for p in (planted(SIMILAR_SMALL), replace(planted(SIMILAR_SMALL), **change)))  # type: ignore[arg-type]
     assert strong == ()
     assert any(w.startswith(sentence) for w in weak)
+
+
+@pytest.mark.parametrize("validation", [0, 99])
+def test_a_race_that_is_wanted_but_cannot_be_judged_is_said_and_one_that_is_not_wanted_is_not(validation: int) -> None:
+    few = replace(planted(SIMILAR_SMALL), validation=validation)
+    wanted = f"no race: {validation} validation images are left to judge it, and fewer than 100"
+    assert any(w.startswith(wanted) for w in decide(few, replace(RULE, effort="full")).warnings)
+    assert decide(few).warnings == ()
+    assert "the prediction is clear" in decide(few).no_race
 
 
 def test_one_tap_is_said_and_decided() -> None:
@@ -412,7 +424,7 @@ def test_no_signal_is_said() -> None:
 
 def test_too_few_validation_images_are_never_raced() -> None:
     rule = replace(RULE, effort="full")
-    for validation, wanted in ((LEAST_TO_RACE - 1, False), (LEAST_TO_RACE, True)):
+    for validation, wanted in ((99, False), (100, True)):
         assert decide(replace(planted(SIMILAR_SMALL), validation=validation), rule).race_wanted == wanted
 
 
@@ -468,18 +480,18 @@ def test_a_clear_winner_ends_the_race_early_either_way(part: int) -> None:
 
 def test_a_close_race_goes_on_until_the_last_look() -> None:
     for part in (0, 1):
-        assert verdict(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5)) == ("", "")
-    assert verdict(RACED, 2, Look(3, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5))[0] == "frozen"
+        assert verdict(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0)) == ("", "")
+    assert verdict(RACED, 2, Look(3, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
 
 
 def test_undecided_at_the_end_the_cheaper_arm_wins_unless_the_expected_gain_exceeds_the_tolerance() -> None:
     for difference, winner in ((-0.02, "frozen"), (0.0, "frozen"), (0.03, "tuned")):
-        won, why = verdict(RACED, 2, Look(3, 3, 100, 0.8, 0.8 + difference, 0.02, 0.5, 0.5))
+        won, why = verdict(RACED, 2, Look(3, 3, 100, 0.8, 0.8 + difference, 0.02, 0.5, 0.5, 0.0, 0.0))
         assert won == winner
         assert why.startswith("undecided at the end")
     # A tolerance of five points makes the same difference too small.
     lenient = replace(RACED, rule=replace(RULE, tolerance=5.0))
-    assert verdict(lenient, 2, Look(3, 3, 100, 0.8, 0.83, 0.02, 0.5, 0.5))[0] == "frozen"
+    assert verdict(lenient, 2, Look(3, 3, 100, 0.8, 0.83, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
 
 
 def test_the_looks_spend_alpha_and_no_more() -> None:
@@ -488,7 +500,9 @@ def test_the_looks_spend_alpha_and_no_more() -> None:
     for part in range(3):
         # The largest error at which a look still calls fine-tuning the winner for good, found by trying.
         errors = [
-            e for e in np.arange(0.0005, 0.2, 0.0005) if "for good" in verdict(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 1 - e, 1))[1]
+            e
+            for e in np.arange(0.0005, 0.2, 0.0005)
+            if "for good" in verdict(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 1 - e, 1, 0.0, 0.0))[1]
         ]
         spent += max(errors)
     assert 0.09 < spent <= RULE.alpha + 1e-9

@@ -69,6 +69,7 @@ def decision(case: str = "small_different", seen: Profile | None = None) -> Deci
         within=0.83,
         race=None,
         race_wanted=False,
+        no_race="choose.effort is quick",
         saved_parameters=round(1 - at.parameters / seen.parameters, 4),
         saved_ops=round(1 - at.forward_ops / seen.forward_ops, 4),
         reason=f"{case}: planted for a test, with 42 numbers.",
@@ -80,7 +81,10 @@ def decision(case: str = "small_different", seen: Profile | None = None) -> Deci
 
 def raced(case: str = "large_different") -> Decision:
     """A decision after two looks of a race that fine-tuning won."""
-    looks = (Look(3, 9, 134, 0.8134, 0.8061, 0.0141, 0.31, 0.62), Look(6, 9, 134, 0.8134, 0.9174, 0.0127, 0.97, 0.99))
+    looks = (
+        Look(3, 9, 134, 0.8134, 0.8061, 0.0141, 0.31, 0.62, 0.01, 0.02),
+        Look(6, 9, 134, 0.8134, 0.9174, 0.0127, 0.97, 0.99, 0.03, 0.0),
+    )
     return replace(decision(case), race=Race(looks, "tuned", "fine-tuning is ahead for good (P 0.97)", 31000.0))
 
 
@@ -168,10 +172,9 @@ def test_a_race_is_told_look_by_look_with_its_cost() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({}, "There was none: the prediction was clear enough"),
-        ({"forced": ("choose.case",)}, "There was none: choose.case is forced."),
+        ({}, "There was none: choose.effort is quick."),
         ({"race_wanted": True}, "There was none yet: the choice is open, and `tlpipeline run` or `dvc repro choose`"),
-        ({"warnings": ("no race: 12 validation images are left",)}, "There was none: 12 validation images are left."),
+        ({"no_race": "12 validation images are left"}, "There was none: 12 validation images are left."),
     ],
 )
 def test_why_there_was_no_race(changes: dict[str, object], says: str) -> None:
@@ -361,6 +364,9 @@ def test_the_command_prints_text_as_wide_as_the_terminal(tmp_path: Path) -> None
     done = command("-w", put(tmp_path, decision(), profile()), COLUMNS="60")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == explain.text(decision(), profile(), 60)
+    done = command("-w", tmp_path, COLUMNS="60", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == explain.text(decision(), profile(), 60).encode("ascii", "replace").decode()
 
 
 def test_the_command_prints_markdown_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

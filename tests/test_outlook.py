@@ -32,6 +32,8 @@ SEEN = Evidence(
     cut_error=0.01,
     multi_gain=0.01,
     multi_error=0.01,
+    over_gain=0.0,
+    over_error=0.01,
     last_held=0.9,
     cut_held=0.88,
     multi_held=0.91,
@@ -129,7 +131,7 @@ def test_the_evidence_holds_the_figures_of_the_profile() -> None:
     assert (seen.last, seen.cut, seen.multi) == (profile.last.accuracy, profile.cut.accuracy, profile.multi.accuracy)
     assert (seen.cut_gain, seen.cut_error) == paired(profile.cut.correct, profile.last.correct, profile.sampled)
     # The multi-tap head has to beat the better of the two simple ones.
-    assert (seen.multi_gain, seen.multi_error) == paired(profile.multi.correct, profile.cut.correct, profile.sampled)
+    assert (seen.over_gain, seen.over_error) == paired(profile.multi.correct, profile.cut.correct, profile.sampled)
     assert (seen.gain, seen.significance, seen.similar, seen.confirmed) == (test.gain, test.significance, test.similar, test.confirmed)
     assert (seen.cut_ops, seen.forward_ops) == (2000, 3000)
 
@@ -188,7 +190,7 @@ def test_beyond_the_fitted_range_is_said_in_words() -> None:
     # A tenth of the range is forgiven.
     assert narrow.outside(replace(SEEN, images=15_000), 0.9) == ()
     said = narrow.predict(replace(SEEN, images=100_000), 0.9, 0.005).outside
-    assert said == ("images 1e+05 lies outside the 100 to 1e+04 that the choice was fitted on",)
+    assert said == ("images 100,000 lies outside the 100 to 10,000 that the choice was fitted on",)
     assert len(narrow.outside(replace(SEEN, images=20), 0.9)) == 1
 
 
@@ -199,7 +201,7 @@ def test_a_similarity_beyond_the_fitted_range_is_no_power_of_ten() -> None:
         highest=dict.fromkeys(NAMES, 10.0) | {"head similarity": 0.5},
     )
     assert narrow.outside(replace(SEEN, head_similarity=0.9), 0.9) == (
-        "head similarity 0.9 lies outside the 0 to 0.5 that the choice was fitted on",
+        "head similarity 0.90 lies outside the 0.00 to 0.50 that the choice was fitted on",
     )
 
 
@@ -396,15 +398,12 @@ def test_what_the_heads_win_is_recovered() -> None:
     assert spread < 0.03
 
 
-@pytest.mark.parametrize("name", ["cut", "multi"])
+@pytest.mark.parametrize("name", outlook.HEADS)
 def test_a_head_is_expected_between_what_is_usual_and_what_was_measured(name: str) -> None:
     """With few images it is what is usual, with many what was measured."""
-    known = replace(model(), heads={"cut": (0.03, -0.1, 0.05), "multi": (0.03, -0.1, 0.05)})
+    known = replace(model(), heads=dict.fromkeys(outlook.HEADS, (0.03, -0.1, 0.05)))
     # Usual at S = 0.3 is nothing; measured are ten points.
-    told = [
-        known.head_gain(name, replace(SEEN, last=0.8, cut=0.9, multi=0.9, cut_gain=0.1, cut_error=error, multi_error=error))
-        for error in (1.0, 0.05, 0.001)
-    ]
+    told = [known.head_gain(name, replace(SEEN, **{f"{name}_gain": 0.1, f"{name}_error": error})) for error in (1.0, 0.05, 0.001)]
     assert told == [pytest.approx(0, abs=0.001), pytest.approx(0.05), pytest.approx(0.1, abs=0.001)]
 
 

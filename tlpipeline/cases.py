@@ -96,7 +96,7 @@ CASES = (
     Case("small_similar",   SMALL, SIMILAR,   "end",   "kept",    "pretrained", Recipe()),                     # good features, little data: only a new head
     Case("small_different", SMALL, DIFFERENT, "slice", "kept",    "pretrained", Recipe()),                     # only the early, general features carry over
     Case("large_similar",   LARGE, SIMILAR,   "end",   "nothing", "pretrained", Recipe()),                     # enough data to adapt all of it, gently
-    Case("large_different", LARGE, DIFFERENT, "end",   "nothing", "auto",       Recipe(label_smoothing=0.1)),  # the same; from scratch where that is better
+    Case("large_different", LARGE, DIFFERENT, "end",   "nothing", "auto",       Recipe()),                     # the same; from scratch where that is better
 )
 # fmt: on
 
@@ -128,6 +128,7 @@ class Look:
         frozen, tuned: accuracy there; error: paired standard error of their difference.
         chance: probability that fine-tuning ends better by more than the tolerance, the prediction included; safe: that it does not end
             worse by more than the tolerance.
+        frozen_regret, tuned_regret: expected loss of choosing either.
     """
 
     epoch: int
@@ -138,6 +139,8 @@ class Look:
     error: float
     chance: float
     safe: float
+    frozen_regret: float
+    tuned_regret: float
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class Decision:
         probabilities: of each case; similar and large: of the two axes.
         arms: what was weighed; regret: points expected to be lost against the best of them (0 to 1).
         within: probability that the chosen arm is not worse than the best by more than the tolerance (0 to 1).
-        race: what was raced, if anything; race_wanted: the evidence leaves it open, and a race could tell.
+        race: what was raced, if anything; race_wanted: the evidence leaves it open, and a race could tell; no_race: why there was none.
         saved_parameters, saved_ops: shares of the network that the cut takes away.
         reason: one English sentence with the numbers.
         changes: what would change the decision, a sentence each.
@@ -188,6 +191,7 @@ class Decision:
     within: float
     race: Race | None
     race_wanted: bool
+    no_race: str
     saved_parameters: float
     saved_ops: float
     reason: str

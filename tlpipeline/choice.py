@@ -17,14 +17,13 @@ from tlpipeline.errors import BackboneError
 from tlpipeline.outlook import Evidence, Outlook, Prediction
 from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.probes import Bits, Matrix
-from tlpipeline.profiling import Head, Profile, SliceTest, slice_test
+from tlpipeline.profiling import Head, Probe, Profile, SliceTest, slice_test
 
 # What `choose.prefer` makes of the tolerance.
 LENIENCE = {"accuracy": 0.0, "balanced": 1.0, "cost": 4.0}
 TEXTBOOK = "textbook"
 LOOKS = 3
 SPENT = (1 / 6, 1 / 3, 1 / 2)  # shares of choose.alpha that the looks of a race may spend
-LEAST_TO_RACE = 100  # judging images below which a race tells less than the prediction (docs/log.md)
 LEAST_PER_CLASS = 5
 
 
@@ -52,7 +51,7 @@ class Weighed:
         """Which frozen head would be trained: cut where slicing pays, multi where it is expected to win more than the tolerance, else last."""
         seen = self.evidence
         simple = "cut" if self.slices else "last"
-        gain = self.model.head_gain("multi", seen) - (self.model.head_gain("cut", seen) if self.slices else 0.0)
+        gain = self.model.head_gain("over" if self.slices else "multi", seen)
         return "multi" if gain > self.tolerance else simple
 
     @property
@@ -95,29 +94,40 @@ class Weighed:
         # At a look fine-tuning stands `behind` its end, as a share of the frozen head's errors.
         missing = 1 - min(self.frozen, 1.0)
         width = math.hypot(error, spread * missing)
-        weights = np.exp(-0.5 * ((difference - (self.gains - behind * missing)) / width) ** 2) + 1e-12
+        odds = -0.5 * ((difference - (self.gains - behind * missing)) / width) ** 2
+        # Relative to the best: a difference far from every prediction must still pull all the way.
+        weights = np.exp(odds - odds.max())
         return np.asarray(weights / weights.sum())
 
     @property
-    def can_race(self) -> str:
-        """Why a race is impossible, "" if it is not."""
-        if self.rule.rule == TEXTBOOK:
-            return "the textbook rule does not race"
-        if self.evidence.validation < LEAST_TO_RACE:
-            return (
-                f"{self.evidence.validation} validation images are left to judge it, and fewer than {LEAST_TO_RACE} can tell nothing; "
-                "the prediction decides"
-            )
-        return ""
+    def unclear(self) -> bool:
+        """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway."""
+        seen = self.prediction
+        between = self.rule.race_above < 1 - seen.within < self.rule.race_below
+        return self.rule.effort == "full" or between or bool(seen.outside) or bool(weak_labels(self.evidence))
 
     @property
-    def open(self) -> bool:
-        """Whether the prediction leaves the choice between frozen and fine-tuned open, by `choose.effort`."""
-        if self.rule.effort == "quick" or self.rule.case != AUTO or self.can_race:
-            return False
-        seen = self.prediction
-        unclear = self.rule.race_above < 1 - seen.within < self.rule.race_below
-        return self.rule.effort == "full" or unclear or bool(seen.outside) or bool(weak_labels(self.evidence))
+    def no_race(self) -> str:
+        """Why there is no race, "" where there is to be one."""
+        if self.rule.rule == TEXTBOOK:
+            return "the textbook rule does not race"
+        if self.rule.case != AUTO:
+            return "the case is forced"
+        if self.rule.effort == "quick":
+            return "choose.effort is quick"
+        if not self.unclear:
+            return f"the prediction is clear: P(fine-tuning wins more than the tolerance) is {1 - self.prediction.within:.2f}"
+        return self.too_few_to_race
+
+    @property
+    def too_few_to_race(self) -> str:
+        """That there are too few images to judge a race, "" if there are enough."""
+        if self.evidence.validation >= self.rule.race_images:
+            return ""
+        return (
+            f"{self.evidence.validation} validation images are left to judge it, and fewer than {self.rule.race_images} "
+            "(choose.race_images) tell less than the prediction, which decides"
+        )
 
 
 def weigh(profile: Profile, rule: ChooseParams, model: Outlook | None = None) -> Weighed:
@@ -165,8 +175,7 @@ def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = 
     readings = profile.head_at(sliced) if sliced else profile.head_at(profile.taps[-1].name) if head == "multi" else profile.last_head
     kept = next(t for t in profile.taps if t.name == (sliced or profile.taps[-1].name))
     arms = arms_of(profile, weighed)
-    mine = "tuned" if case.freeze == "nothing" else {"last": "frozen", "cut": "cut", "multi": "multi"}[head]
-    seen = weighed.prediction
+    regret, within = _standing(profile, weighed, race, head if case.freeze == "kept" else "", kept)
     return Decision(
         case=case.name,
         slice=kept.name,
@@ -180,10 +189,11 @@ def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = 
         similar=round(weighed.similar, 4),
         large=round(chance, 4),
         arms=arms,
-        regret=round(seen.tuned_regret if mine == "tuned" else seen.frozen_regret, 4),
-        within=round(_safe(race, weighed) if mine == "tuned" else 1 - chance, 4),
+        regret=regret,
+        within=within,
         race=race,
-        race_wanted=race is None and weighed.open,
+        race_wanted=race is None and not weighed.no_race,
+        no_race="" if race else weighed.no_race,
         saved_parameters=round(1 - kept.parameters / max(profile.parameters, 1), 4),
         saved_ops=round(1 - kept.forward_ops / max(profile.forward_ops, 1), 4),
         reason=_reason(profile, weighed, case, test, head, sliced, race)
@@ -272,7 +282,19 @@ def look(weighed: Weighed, part: int, epoch: int, epochs: int, frozen: Bits, tun
     weights = weighed.posterior(part, float(difference.mean()), error)
     chance = float(weights @ (weighed.gains > weighed.tolerance))
     safe = float(weights @ (-weighed.gains <= weighed.tolerance))
-    return Look(epoch, epochs, images, float(frozen.mean()), float(tuned.mean()), round(error, 4), round(chance, 4), round(safe, 4))
+    lost = [round(float(weights @ (sign * weighed.gains).clip(min=0)), 4) for sign in (1, -1)]
+    return Look(
+        epoch,
+        epochs,
+        images,
+        float(frozen.mean()),
+        float(tuned.mean()),
+        round(error, 4),
+        round(chance, 4),
+        round(safe, 4),
+        lost[0],
+        lost[1],
+    )
 
 
 def look_epochs(epochs: int) -> list[int]:
@@ -304,9 +326,26 @@ def _after(race: Race | None, weighed: Weighed) -> float:
     return race.looks[-1].chance if race is not None and race.looks else weighed.chance_of_large
 
 
-def _safe(race: Race | None, weighed: Weighed) -> float:
-    """P(fine-tuning is not worse than the frozen head by more than the tolerance), after the race where there was one."""
-    return race.looks[-1].safe if race is not None and race.looks else float((-weighed.gains <= weighed.tolerance).mean())
+def _standing(profile: Profile, weighed: Weighed, race: Race | None, head: str, kept: Probe) -> tuple[float, float]:
+    """Return the expected regret of what was decided, and P(it is not worse than the best by more than the tolerance).
+
+    Args:
+        head: last, cut or multi; "" for fine-tuning.
+        kept: the last tap that is kept.
+    """
+    last = race.looks[-1] if race is not None and race.looks else None
+    seen, gains, tolerance = weighed.prediction, weighed.gains, weighed.tolerance
+    if not head:
+        safe = float((-gains <= tolerance).mean())
+        return (round(seen.tuned_regret, 4), round(safe, 4)) if last is None else (last.tuned_regret, last.safe)
+    own = heads_of(profile)[head].accuracy
+    if head == "cut" and profile.cut is not None and profile.cut.taps[0] != kept.name:
+        own = kept.accuracy  # a tap that the user chose: its own probe is what was measured of it
+    behind = weighed.frozen - own
+    if behind == 0:
+        return (round(seen.frozen_regret, 4), round(seen.within, 4)) if last is None else (last.frozen_regret, round(1 - last.chance, 4))
+    lost = np.maximum(gains + behind, behind)
+    return round(float(lost.clip(min=0).mean()), 4), round(float((lost <= tolerance).mean()), 4)
 
 
 def _reason(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None) -> str:
@@ -356,16 +395,20 @@ def _changes(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, la
         if not large and turn is not None:
             said.append(f"With about {_round(turn - profile.images):,} more images fine-tuning would win.")
         elif not large:
-            said.append("No number of images that the choice was fitted on would make fine-tuning win.")
+            most = 10 ** weighed.model.highest.get("log10 images", 5.0)
+            said.append(f"Up to the {most:,.0f} images that the choice was fitted on, more of them alone would not make fine-tuning win.")
         elif turn is not None:
             said.append(f"With fewer than about {_round(turn):,} images a frozen head would do.")
-    # The tolerance is what the user trades: it says directly what the other choice costs.
-    if large and seen.gain > 0:
+    # The tolerance is what the user trades: it says directly what the other choice costs. `prefer: accuracy` makes nothing of it.
+    lenience = LENIENCE[rule.prefer]
+    price = f"{seen.gain * 100 / (lenience or 1):.1f} points"
+    how = "" if lenience else " and choose.prefer: balanced"
+    if race is None and large and seen.gain > 0:
         said.append(
-            f"With choose.tolerance above {seen.gain * 100:.1f} points the frozen head would be chosen: it is expected to lose that much."
+            f"With choose.tolerance above {price}{how} a frozen head would be chosen; it is expected to lose {seen.gain * 100:.1f} points."
         )
-    elif not large and seen.gain > 0:
-        said.append(f"With choose.tolerance below {seen.gain * 100:.1f} points fine-tuning would be chosen.")
+    elif race is None and not large and seen.gain > 0:
+        said.append(f"With choose.tolerance below {price} fine-tuning would be chosen.")
     if case.size == SMALL and weighed.head == "cut":
         said.append(
             f"Without the slice at {test.tap} the head would be expected at {profile.last.accuracy:.1%} instead of {weighed.evidence.cut:.1%}."
@@ -420,7 +463,8 @@ def weaknesses(profile: Profile) -> tuple[str, ...]:
     weak = list(weak_labels(profile))
     if max(head.accuracy for head in profile.heads) <= profile.majority + 0.02:
         weak.append(
-            f"no signal: the best probe ({profile.best.accuracy:.1%}) is not better than the majority class ({profile.majority:.1%}); check the labels"
+            f"no signal: the best head ({max(head.accuracy for head in profile.heads):.1%}) is not better than the majority class "
+            f"({profile.majority:.1%}); check the labels"
         )
     if len(profile.taps) == 1:
         weak.append(f"{profile.backbone} has one tap only, so no slice could be looked for; say more in its class: taps = (...)")
@@ -430,9 +474,10 @@ def weaknesses(profile: Profile) -> tuple[str, ...]:
 
 
 def _doubts(weighed: Weighed) -> tuple[str, ...]:
+    """Say what makes the prediction weak, and that it could not be raced."""
     if weighed.rule.rule == TEXTBOOK:
         return ()
     doubts = [f"out of range: {text}" for text in weighed.prediction.outside]
-    if weighed.can_race and weighed.rule.effort != "quick" and weighed.rule.case == AUTO:
-        doubts.append(f"no race: {weighed.can_race}")
+    if weighed.no_race and weighed.no_race == weighed.too_few_to_race:
+        doubts.append(f"no race: {weighed.no_race}")
     return tuple(doubts)

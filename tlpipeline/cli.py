@@ -132,13 +132,16 @@ def explain(
 
         plots = {"plane": words.plane_rows(decision), "probes": words.probe_rows(profile, decision)}
         print(dumps({"decision": decision.to_json(), **plots}, indent=2))
-    elif markdown:
-        print(words.markdown(decision, profile), end="")
+        return
+    if markdown:
+        said = words.markdown(decision, profile)
     else:
         from shutil import get_terminal_size
 
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(words.text(decision, profile, get_terminal_size((100, 24)).columns, colour), end="")
+        said = words.text(decision, profile, get_terminal_size((100, 24)).columns, colour)
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal that cannot show a drawing shows question marks
+    print(said.encode(encoding, "replace").decode(encoding), end="")
 
 
 @app.command(hidden=True)

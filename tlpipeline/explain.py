@@ -193,14 +193,9 @@ def _cases(decision: Decision, width: int) -> tuple[str | Table, ...]:
 def _race(decision: Decision) -> tuple[str | Table, ...]:
     race = decision.race
     if race is None:
-        said = [w for w in decision.warnings if w.startswith("no race: ")]
-        why = (
-            f": {said[0].removeprefix('no race: ')}" if said
-            else ": choose.case is forced" if "choose.case" in decision.forced
-            else " yet: the choice is open, and `tlpipeline run` or `dvc repro choose` would race for it" if decision.race_wanted
-            else ": the prediction was clear enough, or choose.effort or choose.rule in params.yaml leave no room for one"
-        )  # fmt: skip
-        return (f"There was none{why}.",)
+        if decision.race_wanted:
+            return ("There was none yet: the choice is open, and `tlpipeline run` or `dvc repro choose` would race for it.",)
+        return (f"There was none: {decision.no_race}.",)
     words = (
         f"Won by {'fine-tuning' if race.winner == 'tuned' else 'the frozen head'}: {race.ended}. It cost {race.cost:,.0f} forward passes of "
         f"one image, {race.cost / _cost(decision):.0%} of a fine-tuning run; training goes on from what the winner trained."

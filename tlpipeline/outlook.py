@@ -23,6 +23,7 @@ from tlpipeline.profiling import Profile, SliceTest
 FITTED = Path(__file__).with_name("outlook.json")
 FORMAT = 1
 DRAWS = 400
+HEADS = ("cut", "multi", "over")
 GROWING = ("log10 images", "log10 images per class")
 # Figures of which the fit must have seen the like.
 RANGES = ("log10 images", "log10 images per class", "log10 parameters", "head similarity")
@@ -41,7 +42,7 @@ class Evidence:
         sampled: images of the probes.
         head_similarity: S, None without a source head.
         last, cut, multi: leave-one-out accuracy of the three heads (cut is that of `last` where there is no earlier tap).
-        cut_gain, cut_error, multi_gain, multi_error: paired differences to `last` (of multi: to the better of the two), and standard errors.
+        cut_gain, cut_error, multi_gain, multi_error: paired differences to `last`, and standard errors; over_gain, over_error: of multi to cut.
         last_held, cut_held, multi_held: accuracy of the three on the half of validation that selects.
         slope: accuracy that the last doubling of the sample brought to the multi-tap head.
         gain, significance, similar, confirmed: of the slice test.
@@ -64,6 +65,8 @@ class Evidence:
     cut_error: float
     multi_gain: float
     multi_error: float
+    over_gain: float
+    over_error: float
     last_held: float
     cut_held: float
     multi_held: float
@@ -81,8 +84,8 @@ def evidence(profile: Profile, test: SliceTest) -> Evidence:
     """Return the figures of a profile and of its slice test that decide."""
     cut = profile.cut or profile.last
     cut_gain, cut_error = paired(cut.correct, profile.last.correct, profile.sampled)
-    simple = max((profile.last, cut), key=lambda head: head.accuracy)
-    multi_gain, multi_error = paired(profile.multi.correct, simple.correct, profile.sampled)
+    multi_gain, multi_error = paired(profile.multi.correct, profile.last.correct, profile.sampled)
+    over_gain, over_error = paired(profile.multi.correct, cut.correct, profile.sampled)
     ops = {tap.name: tap.forward_ops for tap in profile.taps}
     return Evidence(
         images=profile.images,
@@ -100,6 +103,8 @@ def evidence(profile: Profile, test: SliceTest) -> Evidence:
         cut_error=cut_error,
         multi_gain=multi_gain,
         multi_error=multi_error,
+        over_gain=over_gain,
+        over_error=over_error,
         last_held=profile.last.held_out,
         cut_held=cut.held_out,
         multi_held=profile.multi.held_out,
@@ -179,7 +184,7 @@ class Outlook:
         centre, spread, coefficients: of each figure; intercept.
         deviation: standard deviation of what the figures leave unexplained, on data sets that the fit has not seen (log odds).
         slant, offset: calibration of the probability: log odds of `within` are slant * raw + offset (Platt 1999).
-        heads: for the heads cut and multi what they win against the head on the last tap: (at S = 0, slope by S, spread), as shares.
+        heads: what frozen heads win against each other (see head_gain): (at S = 0, slope by S, spread), as shares.
         lag: for each look of a race how far fine-tuning still is from its end, and the spread of that, as shares of the frozen head's errors.
         lowest, highest: range of each figure in the rows of the fit.
         rows, data: what it was fitted on.
@@ -200,14 +205,14 @@ class Outlook:
     data: Sequence[str]
 
     def head_gain(self, name: str, seen: Evidence) -> float:
-        """Return what the head cut or multi is expected to win against the one on the last tap, as a share.
+        """Return what a frozen head is expected to win against another, as a share: cut or multi against last, over: multi against cut.
 
         What was measured on other data and what the probes say here, each weighted by its precision: with 80 images a paired difference of
         8 points is within the noise, but it is also what is usual.
         """
         level, slope, spread = self.heads[name]
         usual = level + slope * (seen.head_similarity or 0.0)
-        measured, error = (seen.cut_gain, seen.cut_error) if name == "cut" else (seen.multi - seen.last, seen.multi_error)
+        measured, error = float(getattr(seen, f"{name}_gain")), float(getattr(seen, f"{name}_error"))
         return (usual * error**2 + measured * spread**2) / (error**2 + spread**2)
 
     def shift(self, seen: Evidence, frozen: float) -> float:
@@ -251,8 +256,8 @@ class Outlook:
             low, high = self.lowest[name], self.highest[name]
             if not low - 0.1 * (high - low) <= value <= high + 0.1 * (high - low):
                 plain = name.removeprefix("log10 ")
-                shown = [10**v if name != plain else v for v in (value, low, high)]
-                words.append(f"{plain} {shown[0]:.3g} lies outside the {shown[1]:.3g} to {shown[2]:.3g} that the choice was fitted on")
+                here, least, most = (f"{10**v:,.0f}" if name != plain else f"{v:.2f}" for v in (value, low, high))
+                words.append(f"{plain} {here} lies outside the {least} to {most} that the choice was fitted on")
         return tuple(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -274,7 +279,7 @@ NEUTRAL = Outlook(
     1.0,
     1.0,
     0.0,
-    {"cut": (0.0, 0.0, 0.05), "multi": (0.0, 0.0, 0.05)},
+    dict.fromkeys(HEADS, (0.0, 0.0, 0.05)),
     ((0.5, 0.5), (0.2, 0.3), (0.0, 0.05)),
     {},
     {},
@@ -356,8 +361,8 @@ def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]
     weight /= weight.sum()
     s = np.array([r.evidence.head_similarity or 0.0 for r in rows])
     out = {}
-    for name in ("cut", "multi"):
-        won = np.array([getattr(r, f"{name}_test") for r in rows])
+    for name in HEADS:
+        won = np.array([r.multi_test - r.cut_test if name == "over" else getattr(r, f"{name}_test") for r in rows])
         centre = float(weight @ s)
         slope = float(weight @ ((s - centre) * (won - weight @ won))) / (float(weight @ (s - centre) ** 2) + 0.01)
         level = float(weight @ won) - slope * centre
@@ -429,14 +434,11 @@ def _named(names: Sequence[str], values: npt.NDArray[np.float64]) -> dict[str, f
 
 def _platt(raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
     """Return slant and offset by logistic regression of the truth on raw log odds, drawn towards (1, 0)."""
-    slant, offset = 1.0, 0.0
-    for _ in range(50):  # Newton's method; the pull keeps the problem strictly convex, so that it always converges
-        p = _share(slant * raw + offset)
-        w = p * (1 - p)
-        gradient = np.array([((p - truth) * raw).sum() + (slant - 1), (p - truth).sum() + offset])
-        hessian = np.array([[(w * raw * raw).sum() + 1, (w * raw).sum()], [(w * raw).sum(), w.sum() + 1]])
-        step = np.linalg.solve(hessian, gradient)
-        slant, offset = slant - step[0], offset - step[1]
-        if np.abs(step).max() < 1e-9:
-            break
-    return round(float(max(slant, 0.0)), 4), round(float(offset), 4)
+    from scipy.optimize import minimize
+
+    def loss(at: npt.NDArray[np.float64]) -> float:
+        odds = at[0] * raw + at[1]
+        return float(np.logaddexp(0, np.where(truth, -odds, odds)).sum() + ((at[0] - 1) ** 2 + at[1] ** 2) / 2)
+
+    slant, offset = minimize(loss, (1.0, 0.0), bounds=((0.0, None), (None, None))).x
+    return round(float(slant), 4), round(float(offset), 4)

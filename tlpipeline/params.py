@@ -93,6 +93,7 @@ class ChooseParams:
     effort: str = field(metadata=_one_of("quick", "auto", "full"))
     race_above: float = field(metadata=_between(0, 1))
     race_below: float = field(metadata=_between(0, 1))
+    race_images: int = field(metadata=_at_least(1))
     gain: float = field(metadata=_between(0, 100))
     alpha: float = field(metadata=_between(0.001, 0.5))
     draws: int = field(metadata=_at_least(100))

@@ -25,7 +25,7 @@ from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
 from tlpipeline.features import BATCH, Images, Reading, extract, in_batches, normalise, reading, scaling
 from tlpipeline.params import ProfileParams
-from tlpipeline.probes import Bits, Fit, Matrix, head_similarity, leave_one_out, one_hot, pack, unpack, wilson
+from tlpipeline.probes import Bits, Fit, Matrix, guesses, head_similarity, leave_one_out, one_hot, pack, unpack, wilson
 from tlpipeline.progress import Event, Progress
 from tlpipeline.shift import FIRST_IMAGES, BatchNormShift, Reference, TapShift, Watcher, random_reference, sequential, tap_shift
 from tlpipeline.tangent import tangent_kernel
@@ -384,7 +384,7 @@ class _Kernels:
     def fit(self, taps: Sequence[int]) -> tuple[Fit, Bits]:
         """Return the leave-one-out fit on these taps together, and who was right."""
         fit = leave_one_out(_mean([self.own[i] for i in taps]), one_hot(self.labels))
-        return fit, np.asarray(np.unique(self.labels)[fit.scores.argmax(1)] == self.labels)
+        return fit, _right(fit, self.labels)
 
     def head(self, taps: Sequence[int], names: Sequence[str]) -> Head:
         """Return the head on these taps."""
@@ -400,8 +400,8 @@ class _Kernels:
         frozen = frozen / (frozen.trace() / len(y) or 1.0)
         reached: list[float] = []
         for kernel in (gradients, (gradients + frozen) / 2, frozen):
-            scores = leave_one_out(kernel, one_hot(y)).scores
-            reached += [float((np.unique(y)[scores.argmax(1)] == y).mean()), float(((scores - one_hot(y)) ** 2).mean())]
+            fit = leave_one_out(kernel, one_hot(y))
+            reached += [float(_right(fit, y).mean()), float(((fit.scores - one_hot(y)) ** 2).mean())]
         return Tangent(len(y), *reached)
 
     def hunger(self, taps: Sequence[int], whole: float, seed: int) -> tuple[tuple[int, float], ...]:
@@ -411,6 +411,9 @@ class _Kernels:
         """
         kernel = _mean([self.own[i] for i in taps])
         m, rng = len(kernel), np.random.default_rng(seed)
+        # Classes in the order in which they appear, which follows from the images: their names play no part.
+        _, first, inverse = np.unique(self.labels, return_index=True, return_inverse=True)
+        place = first[inverse]
         points = []
         for parts in (4, 2):
             if m // parts < 2 * len(np.unique(self.labels)):
@@ -418,12 +421,16 @@ class _Kernels:
             reached = []
             for _ in range(HUNGER_DRAWS):
                 order = rng.permutation(m)
-                drawn = np.sort(order[np.argsort(self.labels[order], kind="stable")][::parts])
+                drawn = np.sort(order[np.argsort(place[order], kind="stable")][::parts])
                 y = self.labels[drawn]
                 inside = _centred(kernel[np.ix_(drawn, drawn)])
-                reached.append(float((np.unique(y)[leave_one_out(inside, one_hot(y)).scores.argmax(1)] == y).mean()))
+                reached.append(float(_right(leave_one_out(inside, one_hot(y)), y).mean()))
             points.append((len(drawn), float(np.mean(reached))))
         return (*points, (m, whole))
+
+
+def _right(fit: Fit, labels: npt.NDArray[np.int64]) -> Bits:
+    return np.asarray(np.unique(labels)[guesses(fit.scores, one_hot(labels))] == labels)
 
 
 def _centred(kernel: Matrix) -> Matrix:
