@@ -28,6 +28,7 @@ fix: $(STAMP)
 
 bench: $(STAMP)
 	$(ACTIVATE) python benchmarks/cases.py
+	$(ACTIVATE) python benchmarks/regret.py report
 
 chaos: $(STAMP)
 	$(ACTIVATE) python benchmarks/chaos.py

@@ -5,13 +5,14 @@ tuned (LP-FT), plain (fine-tuning from a random head), scratch. Images of all si
 stratified and nested (100 in 500 in 2,000), a sixth of it is validation, and everything outside the largest subset is the test side.
 brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for weights that were trained on it.
 
-    python benchmarks/regret.py collect [--data DIR] [--grid core|full] [--arms ARM ...] [--only TEXT ...]
-    python benchmarks/regret.py profile [--data DIR]
+    python benchmarks/regret.py profile [--data DIR] [--grid core|full] [--only TEXT ...]
+    python benchmarks/regret.py collect [--data DIR] [--grid core|full] [--only TEXT ...] [--arms ARM ...]
     python benchmarks/regret.py fit
     python benchmarks/regret.py report
 
-`collect` runs the arms that have no row yet, in the order of the grid (small subsets first), so it can be interrupted at any moment.
-`profile` measures what the product would measure of each unit, `fit` refits tlpipeline/prior.json, `report` prints the figures.
+`profile` measures what the product would measure of each unit and trains the frozen heads; `collect` trains everything, arm by arm, small
+subsets first. Both run what has no row yet, so they can be interrupted at any moment. `fit` refits tlpipeline/outlook.json, `report` prints
+the figures and draws regret.svg.
 With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
 """
 
@@ -79,6 +80,7 @@ FROZEN = ("frozen", "cut", "multi")
 TRAINED = ("tuned", "plain", "scratch")
 SCRATCH_FROM = 2000
 SECOND_SEED_UNTIL = 500
+SLICES_AT = 500
 COLUMNS = ("data", "backbone", "n", "seed", "arm", "classes", "train", "val", "test_a", "test_b", "hits_a", "hits_b", "val_hits", "slice",
            "rate", "epochs", "forward", "backward", "cpu_s", "looks", "bits")  # fmt: skip
 
@@ -180,22 +182,23 @@ def grid(which: str, found: dict[str, Path], work: Path, only: Sequence[str]) ->
 # --- arms -----------------------------------------------------------------------------------------------------------------------------
 
 
-def row_of(arm: str) -> cases.Case:
-    """Return the row of the table whose recipe an arm that trains everything follows."""
-    return cases.find("large_different" if arm == "scratch" else "large_similar")
+def row_of(arm: str, similar: float) -> cases.Case:
+    """Return the row of the table whose recipe an arm that trains everything follows: as in the product, by P(similar)."""
+    return cases.find("large_different" if arm == "scratch" or similar < 0.5 else "large_similar")
 
 
-def train_arm(unit: Unit, arm: str, manifest: Manifest, folder: Path, data: Path) -> dict[str, object]:
+def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path) -> dict[str, object]:
     """Run an arm that trains the whole network, as the product runs it, and return its row."""
     net = unit.network
     weights, md5 = (backbones.NONE, backbones.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
     backbone = backbones.load(net.name, weights, md5=md5, size=net.size, seed=unit.seed)
     taps = backbones.describe(backbone, net.size)
-    row = row_of(arm)
+    row = row_of(arm, similar)
+    init = {"tuned": "pretrained", "plain": "plain", "scratch": "random"}[arm]
     decision = cases.Decision(
-        case=row.name, slice=taps[-1].name, readings=(reading(taps[-1]),), size=net.size, freeze="nothing",
-        init={"tuned": "pretrained", "plain": "plain", "scratch": "random"}[arm], recipe=row.recipe, probabilities={}, similar=0.0, large=1.0,
-        reason="", warnings=(), forced=(),
+        case=row.name, slice=taps[-1].name, head="last", readings=(reading(taps[-1]),), size=net.size, freeze="nothing", init=init,
+        recipe=row.recipe, probabilities={}, similar=0.0, large=1.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
+        saved_parameters=0.0, saved_ops=0.0, reason="", changes=(), warnings=(), forced=(),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="regret-") as place:
         here = Path(place)
@@ -233,7 +236,7 @@ def frozen_arms(
 ) -> tuple[dict[str, object], list[dict[str, object]]]:
     """Profile a unit as the product does, and train the heads that need no fine-tuning; return the evidence and the arms' rows.
 
-    Below 500 images the head at every earlier tap is trained as well (arm `at`), for the regret of the slice point.
+    With 500 images the head at every earlier tap is trained as well (arm `at`), for the regret of the slice point.
     """
     net = unit.network
     backbone = backbones.load(net.name, str(data / net.weights), md5=net.md5, size=net.size, seed=unit.seed)
@@ -270,18 +273,22 @@ def frozen_arms(
         )
         features[side] = dict(zip(readings, columns, strict=True))
     heads = {"frozen": profile.last.taps, "cut": (profile.cut or profile.last).taps, "multi": profile.multi.taps}
-    if unit.n <= SECOND_SEED_UNTIL:
+    if unit.n == SLICES_AT:
         heads |= {f"at:{tap.name}": tap.head for tap in profile.taps[:-1]}
     out = []
     for arm, names in heads.items():
         started = cpu_seconds()
         x = {side: torch.cat([features[side][name] for name in names], dim=1) for side in sides}
         blocks = [b for name in names for b in readings[name].blocks]
-        weight, bias, _ = train.solve_head(x[TRAIN], labels[TRAIN], blocks, len(manifest.classes), cases.Recipe().imbalance, unit.seed)
-        guessed = {side: (x[side] @ weight.T + bias).argmax(1).numpy() for side in (VAL, TEST)}
-        right = guessed[VAL] == labels[VAL]
+        classes, imbalance = len(manifest.classes), cases.Recipe().imbalance
+        weight, bias, penalty = train.solve_head(x[TRAIN], labels[TRAIN], blocks, classes, imbalance, unit.seed)
+        right = (x[VAL] @ weight.T + bias).argmax(1).numpy() == labels[VAL]
+        # As in training: judged on validation, then solved once more with it.
+        both = torch.cat([x[TRAIN], x[VAL]]), np.concatenate([labels[TRAIN], labels[VAL]])
+        weight, bias, _ = train.solve_head(*both, blocks, classes, imbalance, unit.seed, penalty)
+        guessed = (x[TEST] @ weight.T + bias).argmax(1).numpy()
         images = len(sides[TRAIN]) + len(sides[VAL])
-        out.append(counted(unit, manifest, guessed[TEST] == labels[TEST]) | {
+        out.append(counted(unit, manifest, guessed == labels[TEST]) | {
             "arm": arm.partition(":")[0], "val_hits": int(right.sum()), "slice": names[0], "rate": "", "epochs": 0,
             "forward": round(images * ops[names[0]], 1), "backward": 0, "cpu_s": round(cpu_seconds() - started, 2), "looks": "", "bits": pack(right),
         })  # fmt: skip
@@ -344,15 +351,21 @@ def append(path: Path, columns: Sequence[str], row: dict[str, object]) -> None:
 
 
 def collect(options: argparse.Namespace) -> None:
-    """Run the arms that have no row yet."""
+    """Run the arms that have no row yet, of the units that are profiled: the recipe follows from P(similar)."""
     found = folders(options.data, options.work)
+    path = options.results / ARMS
+    similar = {(r["data"], r["backbone"], int(r["n"]), int(r["seed"])): float(r["similar"]) for r in rows_of(options.results / UNITS)}
     for arm in options.arms:
         for unit, rows, largest in grid(options.grid, found, options.work, options.only):
-            path = options.results / ARMS
             done = {(r["data"], r["backbone"], int(r["n"]), int(r["seed"]), r["arm"]) for r in rows_of(path)}
             if (*unit.key, arm) in done or (arm == "scratch" and unit.n < SCRATCH_FROM):
                 continue
-            row = train_arm(unit, arm, split(rows, unit.n, largest, unit.seed), found[unit.data], options.weights)
+            if unit.key not in similar:
+                sys.exit(
+                    f"expected a profile of {'/'.join(map(str, unit.key))}, found none. Run `python benchmarks/regret.py profile` first."
+                )
+            manifest = split(rows, unit.n, largest, unit.seed)
+            row = train_arm(unit, arm, similar[unit.key], manifest, found[unit.data], options.weights)
             append(path, COLUMNS, row)
             accuracy = (row["hits_a"] + row["hits_b"]) / (row["test_a"] + row["test_b"])  # type: ignore[operator]
             print(f"{unit.data} {unit.backbone} n={unit.n} seed={unit.seed} {arm}: {accuracy:.4f}, {row['cpu_s']} CPU s", flush=True)

@@ -18,13 +18,14 @@ from regret import ARMS, SEED, UNITS, Unit, rank, rows_of
 from tlpipeline import choice, outlook
 from tlpipeline.outlook import Evidence, Observed, Outlook
 from tlpipeline.params import ChooseParams
-from tlpipeline.probes import unpack
+from tlpipeline.probes import unpack, wilson
 
 LEFT_OUT = {"weather"}
 ORACLE = ("frozen", "cut", "tuned", "scratch")
 HEADS = {"last": "frozen", "cut": "cut", "multi": "multi"}
 PENALTY = 0.03
 BINS = 5
+FAR = ("always frozen", "size only (n >= 1000)", "random")  # far off the picture
 DRAWS = 2000
 
 Values = npt.NDArray[np.float64]
@@ -39,6 +40,7 @@ class Measured:
     arms: dict[str, dict[str, str]]
     slices: dict[str, dict[str, str]]
     looked: int
+    profiled: float
     judges: npt.NDArray[np.bool_]
 
     def accuracy(self, arm: str, half: str = "") -> float:
@@ -48,6 +50,12 @@ class Measured:
     def cost(self, arm: str) -> float:
         """Return the forward passes of one image that training this arm costs; a backward pass counts two."""
         return float(self.arms[arm]["forward"]) + 2 * float(self.arms[arm]["backward"])
+
+    def seconds(self, arm: str) -> float:
+        """Return the CPU seconds of training this arm; the passes of a frozen one are taken at the profile's seconds a pass."""
+        row = self.arms[arm]
+        passes = 0.0 if float(row["backward"]) else float(row["forward"]) * self.profiled / self.looked
+        return float(row["cpu_s"]) + passes
 
     @property
     def rivals(self) -> list[str]:
@@ -99,7 +107,7 @@ def measured(results: Path, complete: Sequence[str] = ("frozen", "cut", "multi",
         values = {f.name: read(row[f.name], f.type) for f in dataclasses.fields(Evidence)}
         judges = unpack(row["judges"], int(there["tuned"]["val"]))
         unit = Unit(key[0], key[1], int(key[2]), int(key[3]))
-        out.append(Measured(unit, Evidence(**values), there, slices.get(key, {}), int(row["looked"]), judges))
+        out.append(Measured(unit, Evidence(**values), there, slices.get(key, {}), int(row["looked"]), float(row["cpu_s"]), judges))
     return out
 
 
@@ -112,10 +120,18 @@ def read(text: str, kind: object) -> Any:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a rule chose for a unit: the arm, its cost with everything before it, P(within tolerance of the best), whether it raced."""
+    """What a rule chose for a unit.
+
+    Attributes:
+        arm: which.
+        cost, seconds: forward passes and CPU seconds with everything before it.
+        within: P(within tolerance of the best).
+        raced: whether it raced.
+    """
 
     arm: str
     cost: float
+    seconds: float
     within: float = math.nan
     raced: bool = False
 
@@ -128,19 +144,21 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     if weighed.no_race:
         arm = "tuned" if weighed.large else frozen
         within = float((-weighed.gains <= weighed.tolerance).mean()) if weighed.large else weighed.prediction.within
-        return Chosen(arm, before + one.cost(arm), within)
+        return Chosen(arm, before + one.cost(arm), one.profiled + one.seconds(arm), within)
     row = one.arms["tuned"]
     epochs, images = int(row["epochs"]), len(one.judges)
     before += one.cost(frozen)
+    spent = one.profiled + one.seconds(frozen)
     solved = int(row["train"]) + images
     for part, epoch in enumerate(choice.look_epochs(epochs), choice.LOOKS - len(choice.look_epochs(epochs))):
         bits = [unpack(text, images)[one.judges] for text in (one.arms[frozen]["bits"], row["looks"].split()[part])]
         seen = choice.look(weighed, part, epoch, epochs, *bits)
         winner, _ = choice.verdict(weighed, part, seen)
         if winner == "tuned":
-            return Chosen("tuned", before + one.cost("tuned"), seen.safe, raced=True)
+            return Chosen("tuned", before + one.cost("tuned"), spent + one.seconds("tuned"), seen.safe, raced=True)
         if winner == "frozen":
-            return Chosen(frozen, before + solved + epoch * (images + 3 * int(row["train"])), 1 - seen.chance, raced=True)
+            raced = solved + epoch * (images + 3 * int(row["train"]))
+            return Chosen(frozen, before + raced, spent + one.seconds("tuned") * epoch / epochs, 1 - seen.chance, raced=True)
     raise AssertionError("the last look ends the race")
 
 
@@ -151,9 +169,18 @@ def observed(one: Measured, rule: ChooseParams, heads: dict[str, Any]) -> Observ
     row = one.arms["tuned"]
     looks = [float(unpack(bits, len(one.judges)).mean()) for bits in row["looks"].split()] if len(one.judges) else []
     return Observed(
-        one.unit.data, one.evidence, weighed.frozen, one.accuracy(frozen), one.accuracy("tuned"), int(row["test_a"]) + int(row["test_b"]),
-        one.accuracy("cut") - one.accuracy("frozen"), one.accuracy("multi") - one.accuracy("frozen"), tuple(looks), len(one.judges),
-    )  # fmt: skip
+        data=one.unit.data,
+        evidence=one.evidence,
+        frozen=weighed.frozen,
+        frozen_test=one.accuracy(frozen),
+        tuned_test=one.accuracy("tuned"),
+        test=int(row["test_a"]) + int(row["test_b"]),
+        cut_test=one.accuracy("cut") - one.accuracy("frozen"),
+        multi_test=one.accuracy("multi") - one.accuracy("frozen"),
+        looks=tuple(looks),
+        validated=float(unpack(one.arms[frozen]["bits"], len(one.judges)).mean()) if len(one.judges) else 0.0,
+        validation=len(one.judges),
+    )
 
 
 def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> dict[str, Outlook]:
@@ -178,10 +205,10 @@ def rules(units: Sequence[Measured], rule: ChooseParams) -> dict[str, list[Chose
         return HEADS[choice.Weighed(one.evidence, rule, models[one.unit.data]).head]
 
     def probed(arm: str, one: Measured) -> Chosen:
-        return Chosen(arm, one.looked + one.cost(arm))
+        return Chosen(arm, one.looked + one.cost(arm), one.profiled + one.seconds(arm))
 
     def always(arm: str) -> Callable[[Measured], Chosen]:
-        return lambda one: Chosen(arm, one.cost(arm))
+        return lambda one: Chosen(arm, one.cost(arm), one.seconds(arm))
 
     def headroom(one: Measured) -> Chosen:
         most = max(one.evidence.last, one.evidence.cut, one.evidence.multi)
@@ -243,7 +270,7 @@ def figures(units: Sequence[Measured], chosen: Sequence[Chosen], tolerance: floa
         raw,
         np.array([one.half_regret(c.arm) for one, c in zip(units, chosen, strict=True)]),
         np.array([c.cost / one.cost("tuned") for one, c in zip(units, chosen, strict=True)]),
-        np.array([float(one.arms[c.arm]["cpu_s"]) / float(one.arms["tuned"]["cpu_s"]) for one, c in zip(units, chosen, strict=True)]),
+        np.array([c.seconds / one.seconds("tuned") for one, c in zip(units, chosen, strict=True)]),
         np.array([c.raced for c in chosen], dtype=float),
         np.array([c.within for c in chosen]),
         raw <= tolerance + 1e-9,
@@ -284,6 +311,49 @@ def calibration_error(found: Figures) -> tuple[float, float]:
     return error(found.good), float(floor)
 
 
+def drawing(found: dict[str, Figures]) -> str:
+    """Return an SVG: regret against cost of every rule, and the reliability of the product's probability."""
+    left, top, width, height = 64, 36, 330, 250
+    most = 1.05 * max(f.raw.mean() for name, f in found.items() if name not in FAR)
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 340" font-family="sans-serif" font-size="12">',
+        '<rect width="920" height="340" fill="#ffffff"/>',
+        f'<text x="{left}" y="20" font-weight="bold">Mean regret (points) against cost (always LP-FT = 100 %)</text>',
+    ]
+    for k in range(6):
+        x, y = left + width * k / 5, top + height - height * k / 5
+        parts.append(f'<line x1="{x}" x2="{x}" y1="{top}" y2="{top + height}" stroke="#e3e7ec"/>')
+        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#e3e7ec"/>')
+        parts.append(f'<text x="{x}" y="{top + height + 18}" text-anchor="middle">{24 * k} %</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{most * k / 5:.1f}</text>')
+    for name, f in found.items():
+        if name in FAR:
+            continue
+        x = left + width * f.cost.mean() / 1.2
+        low, high = (top + height - height * max(v, 0) / most for v in (f.half.mean(), f.raw.mean()))
+        colour = "#b3372f" if name.startswith("product") else "#2563a8"
+        parts.append(f'<line x1="{x}" x2="{x}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour}" stroke-width="3"/>')
+        parts.append(
+            f'<text x="{x + 5:.1f}" y="{(low + high) / 2 + 4:.1f}" fill="{colour}">{name.replace("<", "&lt;").replace(">", "&gt;")}</text>'
+        )
+    left = 540
+    parts.append(f'<text x="{left}" y="20" font-weight="bold">P(within the tolerance of the best), said and seen</text>')
+    parts.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#c4ccd6"/>')
+    parts.append(f'<line x1="{left}" y1="{top + height}" x2="{left + width}" y2="{top}" stroke="#c4ccd6" stroke-dasharray="4 4"/>')
+    for k in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<text x="{left + width * k}" y="{top + height + 18}" text-anchor="middle">{k:g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{top + height - height * k + 4}" text-anchor="end">{k:g}</text>')
+    for said, seen, units in reliability(found["product (auto)"]):
+        low, high = wilson(round(seen * units), units, 0.9)
+        x = left + width * said
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top + height * (1 - low):.1f}" y2="{top + height * (1 - high):.1f}" stroke="#b3372f"/>'
+        )
+        parts.append(f'<circle cx="{x:.1f}" cy="{top + height * (1 - seen):.1f}" r="5" fill="#b3372f"/>')
+    parts.append(f'<text x="{left}" y="{top + height + 38}">five bins of equal mass, 90 % intervals</text></svg>')
+    return "\n".join(parts) + "\n"
+
+
 def fit(results: Path, rule: ChooseParams) -> None:
     """Refit the model that comes with the package on all units, and write it as readable data."""
     units = measured(results)
@@ -317,6 +387,7 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
             f"{(f.raw <= 0.5).mean():5.0%} {(f.raw <= 1).mean():5.0%} {f.cost.mean():5.0%} {total:6.0%} {f.seconds.mean():5.0%} {f.raced.mean():6.0%}"
             + ("" if name == "product (auto)" else f"  {mean:+.2f} ({low:+.2f} to {high:+.2f})")
         )
+    (results / "regret.svg").write_text(drawing(found), encoding="utf-8")
     for name in ("product (auto)", "product (quick)"):
         f = found[name]
         score, skill = brier_skill(units, f)

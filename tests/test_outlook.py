@@ -102,6 +102,7 @@ def observed(
                 cut_test=float(0.05 - 0.2 * (seen.head_similarity or 0) + rng.normal(0, 0.01)),
                 multi_test=float(0.02 + rng.normal(0, 0.01)),
                 looks=looks,
+                validated=frozen,
                 validation=200,
             )
         )
@@ -383,6 +384,9 @@ def test_the_lag_is_measured_as_a_share_of_the_frozen_errors() -> None:
     for (behind, spread), wanted in zip(found.lag, (0.6, 0.1, 0.0), strict=True):
         assert behind == pytest.approx(wanted, abs=0.001)
         assert spread == pytest.approx(0, abs=0.001)
+    # The frozen head is solved once more with validation: what a look sees of it is too low by what that brings.
+    again = fit([replace(r, validated=r.frozen - 0.05 * (1 - r.frozen)) for r in rows], penalty=0.01, tolerance=0.005)
+    assert [behind for behind, _ in again.lag] == [pytest.approx(wanted, abs=0.001) for wanted in (0.55, 0.05, -0.05)]
     # Validations too small to tell say nothing.
     assert fit([replace(r, validation=59) for r in rows], penalty=0.01, tolerance=0.005).lag == NEUTRAL.lag
 

@@ -37,6 +37,18 @@ def test_left_out_predictions_equal_explicit_refits(penalty: float, features: in
     assert np.allclose(leave_one_out(x @ x.T, y, penalties=[penalty]).scores, refitted(x, y, penalty), atol=1e-8)
 
 
+def test_decomposing_the_features_instead_of_the_kernel_changes_nothing_but_the_cost() -> None:
+    x = noise(4, 50, 12)
+    x[:, 11] = x[:, 0]  # a direction that is not there twice
+    others = noise(5, 7, 12)
+    others[:, 11] = others[:, 0]
+    y = one_hot(np.random.default_rng(4).integers(0, 3, 50))
+    whole, thin = leave_one_out(x @ x.T, y), leave_one_out(x @ x.T, y, features=x)
+    assert thin.penalty == whole.penalty
+    assert np.allclose(thin.scores, whole.scores, atol=1e-9)
+    assert np.allclose(others @ x.T @ thin.dual, others @ x.T @ whole.dual, atol=1e-9)
+
+
 def test_the_penalty_is_the_one_whose_refits_err_least() -> None:
     rng = np.random.default_rng(3)
     x = noise(3, 40, 12)

@@ -38,10 +38,9 @@ def test_the_sketched_kernel_is_the_one_of_the_gradients() -> None:
     net, x = Small(), images(12)
     found = kernel(net, x, seed=3)
     generator = torch.Generator().manual_seed(3)
-    for p in net.parameters():  # the sketch's own draws come first
-        torch.randint(0, 1 << 14, (p.numel(),), generator=generator)
-    for p in net.parameters():
-        torch.randint(0, 2, (p.numel(),), generator=generator)
+    count = sum(p.numel() for p in net.parameters())
+    for most in (1 << 14, 2):  # the sketch's own draws come first
+        torch.randint(0, most, (count,), generator=generator)
     direction = torch.randn(5, generator=generator)
     rows = []
     net.eval()

@@ -19,7 +19,7 @@ from test_profiling import planted
 from tlpipeline import backbones, dataset
 from tlpipeline.cases import CASES, Case, Decision, Recipe
 from tlpipeline.choice import choose
-from tlpipeline.features import Reading, scaling
+from tlpipeline.features import Images, Reading, extract, scaling
 from tlpipeline.model import Classifier
 from tlpipeline.probes import pack
 from tlpipeline.train import Alone, Job, State, augmentation, run, schedule, score, solve_head
@@ -222,6 +222,27 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_model(job: 
     assert a == b
     assert history(tmp_path / "a") != history(tmp_path / "c")
     assert c
+
+
+def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_a_fine_tuned_one_starts_without_it(
+    job: Callable[..., Job], tmp_path: Path
+) -> None:
+    def head_of(decision: Decision, name: str) -> torch.Tensor:
+        return trained(job(decision, epochs=1), tmp_path / name)["head.weight"]
+
+    frozen, tuned = decided(CASES[0]), decided(CASES[2], rate_none=1e-12)
+    both, train_only = head_of(frozen, "a"), head_of(tuned, "b")
+    assert history(tmp_path / "a")[0] == history(tmp_path / "b")[0]  # the same head was judged
+    assert not torch.allclose(both, train_only, atol=1e-4)
+    net = backbones.load("demonstration", "DEFAULT")
+    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
+    rows = [*manifest.used("train"), *manifest.used("val")]
+    images = Images(tmp_path / "pictures", rows, net.transforms)
+    (features,) = extract(backbones.cut(net, ["fc2"]), [(1,)], images, torch.device("cpu"), lambda done: None)
+    labels = np.array([manifest.classes.index(r.label) for r in rows])
+    penalty = json.loads((tmp_path / "a" / "scratch" / "finished" / "history.json").read_text())["validation"]["head_penalty"]
+    wanted, _, _ = solve_head(features, labels, [128], 3, Recipe().imbalance, 0, penalty)
+    assert torch.allclose(both, wanted, atol=1e-3)
 
 
 # --- interruption ---------------------------------------------------------------------------------------------------------------------

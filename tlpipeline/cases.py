@@ -24,7 +24,8 @@ class Recipe:
 
     Attributes:
         rates: learning rate by kind of normalisation (batch, layer, none) at a batch of 64; layer normalisation uses AdamW, the others
-            SGD with Nesterov momentum .9. Batch normalisation below 64 pixels has a rate of its own (docs/log.md).
+            SGD with Nesterov momentum .9. Batch normalisation below 64 pixels has a rate of its own (docs/log.md). Without normalisation
+            data that differ from the source want a much higher one (Li et al. 2020 find the same).
         batch, batch_large: images per step below and from `large` training images on: with few images more steps were worth up to 3 points.
         epochs_at_500: epochs for 500 training images; for n images times sqrt(500 / n), between least and most.
         scratch_times: random weights get this many times the epochs and this many times the rate (up to .1); scratch_from: training images
@@ -96,7 +97,7 @@ CASES = (
     Case("small_similar",   SMALL, SIMILAR,   "end",   "kept",    "pretrained", Recipe()),                     # good features, little data: only a new head
     Case("small_different", SMALL, DIFFERENT, "slice", "kept",    "pretrained", Recipe()),                     # only the early, general features carry over
     Case("large_similar",   LARGE, SIMILAR,   "end",   "nothing", "pretrained", Recipe()),                     # enough data to adapt all of it, gently
-    Case("large_different", LARGE, DIFFERENT, "end",   "nothing", "auto",       Recipe()),                     # the same; from scratch where that is better
+    Case("large_different", LARGE, DIFFERENT, "end",   "nothing", "auto",       Recipe(rate_none=0.03)),       # the same, less gently; from scratch where that is better
 )
 # fmt: on
 

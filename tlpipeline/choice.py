@@ -252,7 +252,7 @@ def arms_of(profile: Profile, weighed: Weighed) -> tuple[Arm, ...]:
     every = profile.images + 2 * profile.validation
     ops = {t.name: t.forward_ops / max(profile.forward_ops, 1) for t in profile.taps}
     frozen = [
-        Arm({"last": "frozen"}.get(name, name), head.accuracy, head.low, head.high, round(every * ops[head.taps[0]], 1))
+        Arm("frozen" if name == "last" else name, head.accuracy, head.low, head.high, round(every * ops[head.taps[0]], 1))
         for name, head in (("last", profile.last), ("cut", profile.cut), ("multi", profile.multi))
         if head is not None
     ]

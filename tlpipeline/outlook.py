@@ -185,7 +185,7 @@ class Outlook:
         deviation: standard deviation of what the figures leave unexplained, on data sets that the fit has not seen (log odds).
         slant, offset: calibration of the probability: log odds of `within` are slant * raw + offset (Platt 1999).
         heads: what frozen heads win against each other (see head_gain): (at S = 0, slope by S, spread), as shares.
-        lag: for each look of a race how far fine-tuning still is from its end, and the spread of that, as shares of the frozen head's errors.
+        lag: for each look of a race how far what it sees is behind the end, and the spread of that, as shares of the frozen head's errors.
         lowest, highest: range of each figure in the rows of the fit.
         rows, data: what it was fitted on.
     """
@@ -310,7 +310,8 @@ class Observed:
         frozen: leave-one-out accuracy of the frozen head that would be trained.
         frozen_test, tuned_test: what that head and fine-tuning reached on so many test images.
         cut_test, multi_test: what the heads of these names won there against the head on the last tap.
-        looks: fine-tuning's validation accuracy at the looks of a race, the last one at the end of its schedule, on so many images.
+        looks: fine-tuning's validation accuracy at the looks of a race, the last one at the end of its schedule; validated: the frozen
+            head's; on so many images.
     """
 
     data: str
@@ -322,6 +323,7 @@ class Observed:
     cut_test: float
     multi_test: float
     looks: tuple[float, ...]
+    validated: float
     validation: int
 
     @property
@@ -352,6 +354,44 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
         truth.append(row.tuned_test - row.frozen_test <= tolerance)
     slant, offset = _platt(np.array(raw), np.array(truth))
     return replace(model, slant=slant, offset=offset, heads=fit_heads(rows), lag=_lag(rows))
+
+
+def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]:
+    """Return what the heads cut and multi win against the one on the last tap: (level, slope by S, spread), data sets counting alike."""
+    counts = {r.data: sum(q.data == r.data for q in rows) for r in rows}
+    weight = np.array([1 / counts[r.data] for r in rows])
+    weight /= weight.sum()
+    s = np.array([r.evidence.head_similarity or 0.0 for r in rows])
+    out = {}
+    for name in HEADS:
+        won = np.array([r.multi_test - r.cut_test if name == "over" else getattr(r, f"{name}_test") for r in rows])
+        centre = float(weight @ s)
+        slope = float(weight @ ((s - centre) * (won - weight @ won))) / (float(weight @ (s - centre) ** 2) + 0.01)
+        level = float(weight @ won) - slope * centre
+        spread = math.sqrt(float(weight @ (won - level - slope * s) ** 2))
+        out[name] = (round(level, 4), round(slope, 4), round(max(spread, 0.005), 4))
+    return out
+
+
+def _lag(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
+    """Return how far what a look sees is behind the gain in the end, as a share of the frozen head's errors, and the spread of that.
+
+    The middle is that of the gain on the test side minus the difference on validation: it holds what fine-tuning still learns, and that the
+    frozen head is solved once more with validation. The spread is that of fine-tuning's own way from the look to its end. Only validations
+    that are large enough to tell are used.
+    """
+    told = [r for r in rows if r.validation >= 60]
+    if len(told) < 5:
+        return NEUTRAL.lag
+    missing = np.array([max(1 - r.frozen, 0.02) for r in told])
+    gain = np.array([r.tuned_test - r.frozen_test for r in told])
+    out = []
+    for part in range(len(told[0].looks)):
+        seen = np.array([r.looks[part] - r.validated for r in told])
+        way = np.array([r.looks[-1] - r.looks[part] for r in told]) / missing
+        middle, spread = float(np.median((gain - seen) / missing)), 1.4826 * float(np.median(np.abs(way - np.median(way))))
+        out.append((round(middle, 4), round(spread, 4)))
+    return tuple(out)
 
 
 def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]:

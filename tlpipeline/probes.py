@@ -33,7 +33,7 @@ class Fit:
     penalty: float
 
 
-def leave_one_out(kernel: Matrix, targets: Matrix, penalties: Sequence[float] = PENALTIES) -> Fit:
+def leave_one_out(kernel: Matrix, targets: Matrix, penalties: Sequence[float] = PENALTIES, features: Matrix | None = None) -> Fit:
     """Ridge regression on a kernel of centred features, every image predicted from all the others, exactly and from one decomposition.
 
     With X X' = U diag(s) U', f = s / (s + lambda m), h_i = sum_j U_ij^2 f_j + 1/m and fitted values y: y_i(left out) = (y_i - h_i Y_i) /
@@ -42,10 +42,18 @@ def leave_one_out(kernel: Matrix, targets: Matrix, penalties: Sequence[float] = 
     Args:
         kernel: X X', (m, m), of features centred over these m images.
         targets: (m, K).
+        features: X, where it is at hand: with fewer columns than rows it is cheaper to decompose, and the dual coefficients then lie in its
+            span, which is all that other images see.
     """
     m = len(kernel)
-    values, vectors = np.linalg.eigh(kernel)
-    values = values.clip(min=0)
+    if features is not None and features.shape[1] < m:
+        values, right = np.linalg.eigh(features.T @ features)
+        kept = values > values.max(initial=0) * 1e-12
+        values = values[kept]
+        vectors = features @ (right[:, kept] / np.sqrt(values))
+    else:
+        values, vectors = np.linalg.eigh(kernel)
+        values = values.clip(min=0)
     mean = targets.mean(0)
     rotated = vectors.T @ (targets - mean)
     best: Fit | None = None

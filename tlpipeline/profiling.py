@@ -374,8 +374,9 @@ def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Kernels:
-    """Inner products of scaled features: of the sample with itself at each tap, and of the held-out images with the sample."""
+    """Scaled features of the sample at each tap, their inner products, and those of the held-out images with the sample."""
 
+    read: Sequence[Matrix]
     own: Sequence[Matrix]
     across: Sequence[Matrix]
     labels: npt.NDArray[np.int64]
@@ -383,7 +384,8 @@ class _Kernels:
 
     def fit(self, taps: Sequence[int]) -> tuple[Fit, Bits]:
         """Return the leave-one-out fit on these taps together, and who was right."""
-        fit = leave_one_out(_mean([self.own[i] for i in taps]), one_hot(self.labels))
+        together = np.concatenate([self.read[i] for i in taps], axis=1) / math.sqrt(len(taps))
+        fit = leave_one_out(_mean([self.own[i] for i in taps]), one_hot(self.labels), features=together)
         return fit, _right(fit, self.labels)
 
     def head(self, taps: Sequence[int], names: Sequence[str]) -> Head:
@@ -448,15 +450,15 @@ def _kernels(
     held_features: Sequence[Tensor],
     held_labels: npt.NDArray[np.int64],
 ) -> _Kernels:
-    own, across = [], []
+    scaled, own, across = [], [], []
     for read, x, z in zip(readings, features, held_features, strict=False):
         scale = scaling(x, read.blocks)
         a, b = scale(x).numpy(), scale(z).numpy()
-        kernel = a @ a.T
-        norm = kernel.trace() / len(a) or 1.0
-        own.append(kernel / norm)
-        across.append(b @ a.T / norm)
-    return _Kernels(own, across, labels, held_labels)
+        norm = math.sqrt((a**2).sum() / len(a)) or 1.0
+        scaled.append(a / norm)
+        own.append(scaled[-1] @ scaled[-1].T)
+        across.append(b @ scaled[-1].T / norm)
+    return _Kernels(scaled, own, across, labels, held_labels)
 
 
 def _probe(taps: Sequence[backbones.Tap], readings: Sequence[Reading], kernels: _Kernels, seed: int) -> dict[str, Any]:

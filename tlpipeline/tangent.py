@@ -34,8 +34,9 @@ def tangent_kernel(trunk: nn.Module, batches: Iterable[Tensor], device: torch.de
     generator = torch.Generator().manual_seed(seed)
     parameters = list(trunk.parameters())
     required = [p.requires_grad for p in parameters]
-    buckets = [torch.randint(0, BUCKETS, (p.numel(),), generator=generator).to(device) for p in parameters]
-    signs = [(torch.randint(0, 2, (p.numel(),), generator=generator) * 2 - 1).float().to(device) for p in parameters]
+    count = sum(p.numel() for p in parameters)
+    buckets = torch.randint(0, BUCKETS, (count,), generator=generator).to(device)
+    signs = (torch.randint(0, 2, (count,), generator=generator) * 2 - 1).float().to(device)
     projection: Tensor | None = None
     sketches: list[Tensor] = []
     trunk.eval()
@@ -48,11 +49,9 @@ def tangent_kernel(trunk: nn.Module, batches: Iterable[Tensor], device: torch.de
                 read = pool(maps, AVERAGE)[0]
                 if projection is None:
                     projection = torch.randn(len(read), generator=generator).to(device)
-                gradients = torch.autograd.grad(read @ projection, parameters, allow_unused=True)
-                sketch = torch.zeros(BUCKETS, device=device)
-                for gradient, bucket, sign in zip(gradients, buckets, signs, strict=True):
-                    if gradient is not None:
-                        sketch.index_add_(0, bucket, gradient.reshape(-1) * sign)
+                gradients = torch.autograd.grad(read @ projection, parameters, materialize_grads=True)
+                flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+                sketch = torch.zeros(BUCKETS, device=device).index_add_(0, buckets, flat * signs)
                 sketches.append((sketch / sketch.norm().clamp(min=1e-12)).cpu())
             progress(len(sketches))
     finally:

@@ -384,20 +384,29 @@ def _solve(model: Classifier, sides: Sides, recipe: Recipe, seed: int, world: Wo
     (part,) = extract(_Pooled(model), [], Images(sides.root, mine, sides.transforms), world.device, told)
     features = gather(part, len(rows), world)
     train, val = features[: len(sides.train)], features[len(sides.train) :]
+    blocks, classes = model.blocks, model.head.out_features
+
+    def put(found: tuple[Tensor, Tensor, float]) -> None:
+        model.head.weight.data.copy_(found[0])
+        model.head.bias.data.copy_(found[1])
+        state.head_penalty = found[2]
+
     if world.rank == 0:
-        weight, bias, state.head_penalty = solve_head(
-            train, sides.train_labels, model.blocks, model.head.out_features, recipe.imbalance, seed
-        )
-        model.head.weight.data.copy_(weight)
-        model.head.bias.data.copy_(bias)
+        put(solve_head(train, sides.train_labels, blocks, classes, recipe.imbalance, seed))
     _from_first([model.head.weight, model.head.bias], world)
-    head = nn.Linear(model.head.in_features, model.head.out_features)
+    head = nn.Linear(model.head.in_features, classes)
     head.load_state_dict({k: v.cpu() for k, v in model.head.state_dict().items()})
     with torch.inference_mode():
         chances = head(val).softmax(1)
     accuracy, loss, correct = validated(chances, sides.val_labels)
     state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct})
     state.better(accuracy, loss)
+    if model.frozen and len(val):
+        # Nothing is left to select: the head is solved once more, on the validation images as well. Fine-tuning must start without them.
+        if world.rank == 0:
+            both = np.concatenate([sides.train_labels, sides.val_labels])
+            put(solve_head(features, both, blocks, classes, recipe.imbalance, seed, state.head_penalty))
+        _from_first([model.head.weight, model.head.bias], world)
     tell(len(rows), len(rows), f"head solved, validation accuracy {accuracy:.1%}", important=True)
 
 
@@ -413,7 +422,13 @@ class _Pooled(nn.Module):
 
 
 def solve_head(
-    features: Tensor, labels: npt.NDArray[np.int64], blocks: Sequence[int], classes: int, imbalance: float, seed: int
+    features: Tensor,
+    labels: npt.NDArray[np.int64],
+    blocks: Sequence[int],
+    classes: int,
+    imbalance: float,
+    seed: int,
+    penalty: float | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """Multinomial logistic regression by L-BFGS, its L2 penalty by cross-validation, standardisation folded into the result.
 
@@ -425,6 +440,7 @@ def solve_head(
         labels: (n,) class indices.
         classes: K; classes without a training image keep zero weights and a strongly negative bias.
         imbalance: classes are weighted alike where the largest has more than this many times the images of the smallest.
+        penalty: per image, where it is known.
 
     Returns:
         weight (K, d), bias (K,) on raw features, and the penalty per image.
@@ -442,7 +458,7 @@ def solve_head(
     counts = np.bincount(labels, minlength=classes)
     there = counts[counts > 0]
     weights = "balanced" if there.max() > imbalance * there.min() else None
-    penalty = _cross_validated(x, labels, weights, seed)
+    penalty = penalty or _cross_validated(x, labels, weights, seed)
     fit = _logistic(x, labels, penalty, weights, None)
     present, coefficients, intercept = fit
     w = coefficients if basis is None else coefficients @ basis.T

@@ -1,0 +1,134 @@
+"""The regret benchmark: its subsets, its arithmetic, and what the committed rows say of the choice as it is now."""
+
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tlpipeline import outlook, params
+from tlpipeline.dataset import TEST, TRAIN, VAL, Row
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import regret  # noqa: E402
+import replay  # noqa: E402
+
+RULE = params.load(ROOT / "params.yaml").choose
+ROWS = [Row(f"{i}.png", f"{i * 7919:032x}", f"class{i % 3 if i % 10 else 3}", "", 8, 8, "RGB", "") for i in range(3000)]
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_subsets_are_nested_stratified_and_apart_from_the_test_side() -> None:
+    sides = {n: regret.split(ROWS, n, 2000, seed=0) for n in (100, 500, 2000)}
+    inside = {n: {r.md5 for r in m.used(TRAIN, VAL)} for n, m in sides.items()}
+    assert [len(inside[n]) for n in (100, 500, 2000)] == [100, 500, 2000]
+    assert inside[100] < inside[500] < inside[2000]
+    assert {frozenset(r.md5 for r in m.used(TEST)) for m in sides.values()} == {frozenset(r.md5 for r in ROWS) - inside[2000]}
+    whole = Counter(r.label for r in ROWS)
+    for n, manifest in sides.items():
+        drawn = Counter(r.label for r in manifest.used(TRAIN, VAL))
+        assert all(abs(drawn[label] - n * whole[label] / 3000) <= 1 for label in whole)
+        assert 0.13 < len(manifest.used(VAL)) / n < 0.21
+
+
+def test_an_image_keeps_its_side_while_the_subset_grows_and_the_seed_draws_another() -> None:
+    small, large = ({r.md5: r.split for r in regret.split(ROWS, n, 2000, 0).rows} for n in (100, 500))
+    assert all(large[md5] == side for md5, side in small.items() if side != TEST)
+    other = {r.md5 for r in regret.split(ROWS, 100, 2000, 1).used(TRAIN, VAL)}
+    assert other != {md5 for md5, side in small.items() if side != TEST}
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"), [(161, []), (1800, [100, 500, 1300]), (2062, [100, 500, 1562]), (12000, [100, 500, 2000, 4000]), (610, [100])]
+)
+def test_the_largest_subset_leaves_five_hundred_test_images(images: int, sizes: list[int]) -> None:
+    assert regret.sizes(images, (100, 500, 2000, 4000)) == sizes
+
+
+# --- the arithmetic -------------------------------------------------------------------------------------------------------------------
+
+
+def unit(**hits: tuple[int, int]) -> replay.Measured:
+    arms = {
+        arm: {"test_a": "100", "test_b": "100", "hits_a": str(a), "hits_b": str(b), "forward": "100", "backward": "50", "cpu_s": "1"}
+        for arm, (a, b) in hits.items()
+    }
+    return replay.Measured(regret.Unit("d", "b", 100, 0), None, arms, {}, 10, 1.0, np.ones(4, dtype=bool))  # type: ignore[arg-type]
+
+
+def test_the_oracle_of_one_half_is_scored_on_the_other() -> None:
+    """Two equal arms, each lucky on one half: the raw regret sees a loss where there is none, the halves a gain."""
+    one = unit(frozen=(90, 80), cut=(80, 90), tuned=(70, 70))
+    assert one.regret("frozen") == 0
+    assert one.half_regret("frozen") == pytest.approx(100 * ((0.8 - 0.8) + (0.8 - 0.9)) / 2)
+    assert one.half_regret("tuned") == pytest.approx(10)
+    assert one.regret("tuned") == pytest.approx(15)
+
+
+def test_multi_is_no_rival_but_is_never_better_than_nothing() -> None:
+    one = unit(frozen=(80, 80), cut=(80, 80), multi=(90, 90), tuned=(85, 85))
+    assert one.rivals == ["frozen", "cut", "tuned"]
+    assert one.regret("multi") == 0
+    assert one.cost("tuned") == 200
+
+
+def test_perfect_forecasts_have_full_skill_and_no_calibration_error() -> None:
+    units = [replace(unit(frozen=(80, 80), cut=(80, 80), tuned=(80, 80)), unit=regret.Unit(f"d{i % 4}", "b", i, 0)) for i in range(20)]
+    good = np.arange(20) % 2 == 0
+    nothing = np.zeros(20)
+    found = replay.Figures(nothing, nothing, nothing, nothing, nothing, good.astype(float), good)
+    assert replay.brier_skill(units, found) == (0, 1)
+    assert replay.calibration_error(found)[0] == 0
+
+
+def test_differences_are_paired_by_data_set() -> None:
+    units = [replace(unit(frozen=(1, 1), cut=(1, 1), tuned=(1, 1)), unit=regret.Unit("ab"[i > 0], "b", i, 0)) for i in range(4)]
+    mean, low, high = replay.paired_by_data(units, np.array([4.0, 1.0, 1.0, 1.0]))
+    assert (mean, low, high) == (2.5, 1.0, 4.0)
+
+
+# --- the committed rows ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def units() -> list[replay.Measured]:
+    return replay.measured(ROOT / "benchmarks" / "results")
+
+
+@pytest.fixture(scope="module")
+def found(units: list[replay.Measured]) -> dict[str, replay.Figures]:
+    return {name: replay.figures(units, chosen, RULE.tolerance) for name, chosen in replay.rules(units, RULE).items()}
+
+
+def test_every_row_stands_once_with_a_test_side_that_can_tell() -> None:
+    rows = regret.rows_of(ROOT / "benchmarks" / "results" / regret.ARMS)
+    keys = Counter((r["data"], r["backbone"], r["n"], r["seed"], r["arm"], r["slice"] if r["arm"] == "at" else "") for r in rows)
+    assert max(keys.values()) == 1
+    assert all(int(r["test_a"]) + int(r["test_b"]) >= 490 for r in rows)  # classes without a training image are left out
+    assert not any(r["data"] == "cifar10" and r["backbone"].startswith("resnet") for r in rows)
+
+
+def test_the_shipped_model_is_the_one_that_these_rows_give(units: list[replay.Measured]) -> None:
+    assert replay.fitted_on(units, RULE, replay.PENALTY).to_json() == outlook.fitted().to_json() | {"data": outlook.fitted().data}
+
+
+def test_the_choice_loses_less_and_costs_less_than_always_fine_tuning(found: dict[str, replay.Figures]) -> None:
+    """Left one data set out. The figures stand in docs/choice.md; a change of the choice that loses them must be seen."""
+    mine, always = found["product (auto)"], found["always LP-FT"]
+    assert mine.half.mean() < always.half.mean()
+    assert mine.half.mean() <= 0.5
+    assert mine.cost.mean() <= 0.60
+
+
+def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]) -> None:
+    mine = found["product (auto)"]
+    for name, other in found.items():
+        if not name.startswith("product") and name != "oracle":
+            assert mine.half.mean() < other.half.mean() or mine.cost.mean() < other.cost.mean(), name
+            assert not (other.half.mean() <= mine.half.mean() and other.cost.mean() <= mine.cost.mean()), name
