@@ -23,7 +23,7 @@ from tlpipeline.probes import unpack, wilson
 LEFT_OUT = {"weather"}
 ORACLE = ("frozen", "cut", "tuned", "scratch")
 HEADS = {"last": "frozen", "cut": "cut", "multi": "multi"}
-PENALTY = 0.03
+PENALTY = 0.1
 BINS = 5
 FAR = ("always frozen", "size only (n >= 1000)", "random")  # far off the picture
 DRAWS = 2000
@@ -140,10 +140,9 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     """Choose as the product does: the profile, the prediction, and where it is open the race."""
     weighed = choice.Weighed(one.evidence, rule, model)
     frozen = HEADS[weighed.head]
-    before = float(one.looked)
+    before, within = float(one.looked), model.settled(weighed.prediction)
     if weighed.no_race:
         arm = "tuned" if weighed.large else frozen
-        within = float((-weighed.gains <= weighed.tolerance).mean()) if weighed.large else weighed.prediction.within
         return Chosen(arm, before + one.cost(arm), one.profiled + one.seconds(arm), within)
     row = one.arms["tuned"]
     epochs, images = int(row["epochs"]), len(one.judges)
@@ -155,10 +154,10 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
         seen = choice.look(weighed, part, epoch, epochs, *bits)
         winner, _ = choice.verdict(weighed, part, seen)
         if winner == "tuned":
-            return Chosen("tuned", before + one.cost("tuned"), spent + one.seconds("tuned"), seen.safe, raced=True)
+            return Chosen("tuned", before + one.cost("tuned"), spent + one.seconds("tuned"), within, raced=True)
         if winner == "frozen":
             raced = solved + epoch * (images + 3 * int(row["train"]))
-            return Chosen(frozen, before + raced, spent + one.seconds("tuned") * epoch / epochs, 1 - seen.chance, raced=True)
+            return Chosen(frozen, before + raced, spent + one.seconds("tuned") * epoch / epochs, within, raced=True)
     raise AssertionError("the last look ends the race")
 
 
@@ -175,6 +174,7 @@ def observed(one: Measured, rule: ChooseParams, heads: dict[str, Any]) -> Observ
         frozen_test=one.accuracy(frozen),
         tuned_test=one.accuracy("tuned"),
         test=int(row["test_a"]) + int(row["test_b"]),
+        best_test=max(one.accuracy(arm) for arm in {*one.rivals, frozen}),
         cut_test=one.accuracy("cut") - one.accuracy("frozen"),
         multi_test=one.accuracy("multi") - one.accuracy("frozen"),
         looks=tuple(looks),
@@ -396,6 +396,11 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         print(
             f"{name}: P(within tolerance): Brier {score:.3f}, skill {skill:+.2f}; calibration error {error:.3f} (floor {floor:.3f}); {bins}"
         )
+    for arm in ("plain", "scratch"):
+        part = [one for one in units if arm in one.arms]
+        if part:
+            means = " ".join(f"{a} {np.mean([one.half_regret(a) for one in part]):.2f}" for a in (arm, "tuned"))
+            print(f"{arm} on the {len(part)} units that have it: mean regret {means}")
     sliced = [one for one in units if one.slices]
     if sliced:
         lost = np.array([one.slice_regret() for one in sliced])

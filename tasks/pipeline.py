@@ -2,6 +2,7 @@
 
 from contextvars import ContextVar
 from pathlib import Path
+from uuid import UUID
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
@@ -15,19 +16,28 @@ listener: ContextVar[Progress] = ContextVar("listener", default=silent)
 
 
 class _Bar:
-    """A progress artifact in the Prefect UI that follows the events of a stage, updated only when its percentage moves."""
+    """A progress artifact in the Prefect UI that follows the events of a stage, made by the first and updated when its percentage moves."""
 
     def __init__(self, key: str) -> None:
-        self.id = create_progress_artifact(progress=0.0, key=key, description="waiting")
+        self.key = key
+        self.id: UUID | None = None
         self.told = listener.get()  # events come from another thread, which has a context of its own
-        self.shown = 0
+        self.shown = -1
 
     def __call__(self, event: Event) -> None:
         self.told(event)
-        percent = int(100 * event.done / event.total) if event.total else 0
-        if percent != self.shown:
-            self.shown = percent
-            update_progress_artifact(self.id, progress=float(percent), description=event.text)
+        if self.id is not None or event.done < event.total:  # what is done at once needs no bar
+            self.show(int(100 * event.done / event.total) if event.total else 0, event.text)
+
+    def show(self, percent: int, text: str) -> None:
+        """Set the bar."""
+        if percent == self.shown:
+            return
+        self.shown = percent
+        if self.id is None:
+            self.id = create_progress_artifact(progress=float(percent), key=self.key, description=text)
+        else:
+            update_progress_artifact(self.id, progress=float(percent), description=text)
 
 
 def _broken(task, run, state) -> bool:  # type: ignore[no-untyped-def]
@@ -54,8 +64,8 @@ def stage(workspace: Path, name: str) -> bool:
 
 @task(task_run_name="choose")
 def choose(workspace: Path) -> str:
-    """Decide the case; return its name."""
-    stages.bring_up_to_date(workspace, "choose", listener.get())
+    """Decide the case, by a race where the evidence leaves it open; return its name."""
+    stages.bring_up_to_date(workspace, "choose", _Bar("race"))
     create_markdown_artifact(acts.decision_markdown(workspace), key="decision", description="Which case, and why")
     return str(stages.read_case(workspace).case)
 
@@ -65,8 +75,7 @@ def train(workspace: Path, case: str) -> bool:
     """Train the case as one Ray Train job; return whether it had to."""
     bar = _Bar("training")
     ran = stages.bring_up_to_date(workspace, "train", bar)
-    if not ran:
-        update_progress_artifact(bar.id, progress=100.0, description="up to date")
+    bar.show(100, "trained" if ran else "up to date")
     return ran
 
 

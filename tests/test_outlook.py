@@ -99,6 +99,7 @@ def observed(
                 frozen_test=frozen,
                 tuned_test=tuned,
                 test=100_000,
+                best_test=max(tuned, frozen),
                 cut_test=float(0.05 - 0.2 * (seen.head_similarity or 0) + rng.normal(0, 0.01)),
                 multi_test=float(0.02 + rng.normal(0, 0.01)),
                 looks=looks,

@@ -335,17 +335,14 @@ def _standing(profile: Profile, weighed: Weighed, race: Race | None, head: str, 
     """
     last = race.looks[-1] if race is not None and race.looks else None
     seen, gains, tolerance = weighed.prediction, weighed.gains, weighed.tolerance
-    if not head:
-        safe = float((-gains <= tolerance).mean())
-        return (round(seen.tuned_regret, 4), round(safe, 4)) if last is None else (last.tuned_regret, last.safe)
-    own = heads_of(profile)[head].accuracy
+    own = heads_of(profile)[head].accuracy if head else weighed.frozen
     if head == "cut" and profile.cut is not None and profile.cut.taps[0] != kept.name:
         own = kept.accuracy  # a tap that the user chose: its own probe is what was measured of it
-    behind = weighed.frozen - own
-    if behind == 0:
-        return (round(seen.frozen_regret, 4), round(seen.within, 4)) if last is None else (last.frozen_regret, round(1 - last.chance, 4))
-    lost = np.maximum(gains + behind, behind)
-    return round(float(lost.clip(min=0).mean()), 4), round(float((lost <= tolerance).mean()), 4)
+    if head and own != weighed.frozen:  # forced: what the user chose against what would have been chosen
+        lost = np.maximum(gains, 0.0) + weighed.frozen - own
+        return round(float(lost.clip(min=0).mean()), 4), round(float((lost <= tolerance).mean()), 4)
+    told = seen if last is None else last
+    return round(told.frozen_regret if head else told.tuned_regret, 4), round(weighed.model.settled(seen), 4)
 
 
 def _reason(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None) -> str:

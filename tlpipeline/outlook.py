@@ -161,7 +161,7 @@ class Prediction:
         frozen, tuned: expected accuracies.
         gain, low, high: expected tuned minus frozen, with its central 80 % interval.
         frozen_regret, tuned_regret: expected loss of choosing either.
-        within: calibrated probability that the frozen head is not worse by more than the tolerance.
+        within: calibrated probability that the frozen head is not worse by more than the tolerance; safe: that fine-tuning is not.
         outside: what lies outside the data that the model was fitted on, in words.
     """
 
@@ -173,6 +173,7 @@ class Prediction:
     frozen_regret: float
     tuned_regret: float
     within: float
+    safe: float
     outside: tuple[str, ...]
 
 
@@ -184,6 +185,8 @@ class Outlook:
         centre, spread, coefficients: of each figure; intercept.
         deviation: standard deviation of what the figures leave unexplained, on data sets that the fit has not seen (log odds).
         slant, offset: calibration of the probability: log odds of `within` are slant * raw + offset (Platt 1999).
+        settled_slant, settled_offset: log odds that what is chosen is within the tolerance of the best of all arms, by the width of the
+            predicted interval of the gain.
         heads: what frozen heads win against each other (see head_gain): (at S = 0, slope by S, spread), as shares.
         lag: for each look of a race how far what it sees is behind the end, and the spread of that, as shares of the frozen head's errors.
         lowest, highest: range of each figure in the rows of the fit.
@@ -197,6 +200,8 @@ class Outlook:
     deviation: float
     slant: float
     offset: float
+    settled_slant: float
+    settled_offset: float
     heads: Mapping[str, Sequence[float]]
     lag: Sequence[Sequence[float]]
     lowest: Mapping[str, float]
@@ -244,8 +249,16 @@ class Outlook:
             frozen_regret=float(gains.clip(min=0).mean()),
             tuned_regret=float((-gains).clip(min=0).mean()),
             within=float(_share(self.slant * raw + self.offset)),
+            safe=float((-gains <= tolerance).mean()),
             outside=self.outside(seen, frozen),
         )
+
+    def settled(self, seen: Prediction) -> float:
+        """Return P(what is chosen is not worse than the best of all arms by more than the tolerance).
+
+        Measured on left-out data sets, the width of the predicted interval tells this; what the prediction says of the two arms does not.
+        """
+        return float(_share(self.settled_slant * 10 * (seen.high - seen.low) + self.settled_offset))
 
     def outside(self, seen: Evidence, frozen: float) -> tuple[str, ...]:
         """Say which figures lie outside the rows of the fit, by more than a tenth of their range."""
@@ -272,19 +285,21 @@ class Outlook:
 
 # Knows nothing: fine-tuning is as good as the frozen head, give or take. Where the fit starts from.
 NEUTRAL = Outlook(
-    {},
-    {},
-    {},
-    0.0,
-    1.0,
-    1.0,
-    0.0,
-    dict.fromkeys(HEADS, (0.0, 0.0, 0.05)),
-    ((0.5, 0.5), (0.2, 0.3), (0.0, 0.05)),
-    {},
-    {},
-    0,
-    (),
+    centre={},
+    spread={},
+    coefficients={},
+    intercept=0.0,
+    deviation=1.0,
+    slant=1.0,
+    offset=0.0,
+    settled_slant=1.0,
+    settled_offset=0.0,
+    heads=dict.fromkeys(HEADS, (0.0, 0.0, 0.05)),
+    lag=((0.5, 0.5), (0.2, 0.3), (0.0, 0.05)),
+    lowest={},
+    highest={},
+    rows=0,
+    data=(),
 )
 
 
@@ -309,6 +324,7 @@ class Observed:
         data: which data set; evidence: of the profile.
         frozen: leave-one-out accuracy of the frozen head that would be trained.
         frozen_test, tuned_test: what that head and fine-tuning reached on so many test images.
+        best_test: what the best of all arms reached there.
         cut_test, multi_test: what the heads of these names won there against the head on the last tap.
         looks: fine-tuning's validation accuracy at the looks of a race, the last one at the end of its schedule; validated: the frozen
             head's; on so many images.
@@ -320,6 +336,7 @@ class Observed:
     frozen_test: float
     tuned_test: float
     test: int
+    best_test: float
     cut_test: float
     multi_test: float
     looks: tuple[float, ...]
@@ -341,19 +358,29 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
     names = sorted({row.data for row in rows})
     if len(names) < 3:
         return model
-    errors, raw, truth = [], [], []
     held = {name: _ridge([r for r in rows if r.data != name], penalty) for name in names}
-    for row in rows:
-        errors.append(row.shift - held[row.data].shift(row.evidence, row.frozen))
-    centred = np.array(errors)
-    deviation = float(1.4826 * np.median(np.abs(centred))) if len(centred) else 1.0
-    model = replace(model, deviation=max(deviation, 0.05))
+    errors = np.array([row.shift - held[row.data].shift(row.evidence, row.frozen) for row in rows])
+    model = replace(model, deviation=max(1.4826 * float(np.median(np.abs(errors))), 0.05))
+    raw, truth, settled, good = [], [], [], []
     for row in rows:
         seen = replace(held[row.data], deviation=model.deviation).predict(row.evidence, row.frozen, tolerance)
-        raw.append(math.log(seen.within / (1 - seen.within)))
+        raw.append(log_odds(seen.within, DRAWS))
         truth.append(row.tuned_test - row.frozen_test <= tolerance)
+        tuned = seen.gain > tolerance
+        settled.append(10 * (seen.high - seen.low))
+        good.append((row.tuned_test if tuned else row.frozen_test) >= row.best_test - tolerance)
     slant, offset = _platt(np.array(raw), np.array(truth))
-    return replace(model, slant=slant, offset=offset, heads=fit_heads(rows), lag=_lag(rows))
+    widths = np.array(settled)
+    settled_slant, settled_offset = _platt(widths, np.array(good), 0.0, (5 * float(widths.var()), 0.01))
+    return replace(
+        model,
+        slant=slant,
+        offset=offset,
+        settled_slant=settled_slant,
+        settled_offset=settled_offset,
+        heads=fit_heads(rows),
+        lag=_lag(rows),
+    )
 
 
 def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]:
@@ -394,39 +421,6 @@ def _lag(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
     return tuple(out)
 
 
-def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]:
-    """Return what the heads cut and multi win against the one on the last tap: (level, slope by S, spread), data sets counting alike."""
-    counts = {r.data: sum(q.data == r.data for q in rows) for r in rows}
-    weight = np.array([1 / counts[r.data] for r in rows])
-    weight /= weight.sum()
-    s = np.array([r.evidence.head_similarity or 0.0 for r in rows])
-    out = {}
-    for name in HEADS:
-        won = np.array([r.multi_test - r.cut_test if name == "over" else getattr(r, f"{name}_test") for r in rows])
-        centre = float(weight @ s)
-        slope = float(weight @ ((s - centre) * (won - weight @ won))) / (float(weight @ (s - centre) ** 2) + 0.01)
-        level = float(weight @ won) - slope * centre
-        spread = math.sqrt(float(weight @ (won - level - slope * s) ** 2))
-        out[name] = (round(level, 4), round(slope, 4), round(max(spread, 0.005), 4))
-    return out
-
-
-def _lag(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
-    """Return how far fine-tuning is behind its end at each look, as a share of the frozen head's errors, and the spread of that.
-
-    Only validations that are large enough to tell are used; what is left of their own noise makes the spread a little too wide.
-    """
-    told = [r for r in rows if r.validation >= 60]
-    if len(told) < 5:
-        return NEUTRAL.lag
-    out = []
-    for part in range(len(told[0].looks)):
-        behind = np.array([(r.looks[-1] - r.looks[part]) / max(1 - r.frozen, 0.02) for r in told])
-        middle = float(np.median(behind))
-        out.append((round(middle, 4), round(float(1.4826 * np.median(np.abs(behind - middle))), 4)))
-    return tuple(out)
-
-
 def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
     names = list(figures(rows[0].evidence, rows[0].frozen))
     x = np.array([[figures(r.evidence, r.frozen)[k] for k in names] for r in rows])
@@ -459,6 +453,8 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
         deviation=0.5,
         slant=1.0,
         offset=0.0,
+        settled_slant=1.0,
+        settled_offset=0.0,
         heads=NEUTRAL.heads,
         lag=NEUTRAL.lag,
         lowest=_named(names, x.min(0)),
@@ -472,13 +468,19 @@ def _named(names: Sequence[str], values: npt.NDArray[np.float64]) -> dict[str, f
     return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
 
 
-def _platt(raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Return slant and offset by logistic regression of the truth on raw log odds, drawn towards (1, 0)."""
+def _platt(
+    raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_], expected: float = 1.0, pulls: tuple[float, float] = (1.0, 1.0)
+) -> tuple[float, float]:
+    """Return slant and offset by logistic regression of the truth on raw values, drawn towards (expected, 0) by these pulls.
+
+    A slant that is expected to be positive cannot become negative.
+    """
     from scipy.optimize import minimize
 
     def loss(at: npt.NDArray[np.float64]) -> float:
         odds = at[0] * raw + at[1]
-        return float(np.logaddexp(0, np.where(truth, -odds, odds)).sum() + ((at[0] - 1) ** 2 + at[1] ** 2) / 2)
+        pulled = pulls[0] * (at[0] - expected) ** 2 + pulls[1] * at[1] ** 2
+        return float(np.logaddexp(0, np.where(truth, -odds, odds)).sum() + pulled / 2)
 
-    slant, offset = minimize(loss, (1.0, 0.0), bounds=((0.0, None), (None, None))).x
+    slant, offset = minimize(loss, (expected, 0.0), bounds=((0.0 if expected > 0 else None, None), (None, None))).x
     return round(float(slant), 4), round(float(offset), 4)
