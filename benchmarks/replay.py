@@ -396,6 +396,10 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         print(
             f"{name}: P(within tolerance): Brier {score:.3f}, skill {skill:+.2f}; calibration error {error:.3f} (floor {floor:.3f}); {bins}"
         )
+    mine = tried["product (auto)"]
+    five = [100 * (max(one.accuracy(a) for a in (*one.rivals, "multi")) - one.accuracy(c.arm)) for one, c in zip(units, mine, strict=True)]
+    always = [100 * (max(one.accuracy(a) for a in (*one.rivals, "multi")) - one.accuracy("tuned")) for one in units]
+    print(f"with multi among the rivals, upper bound: product (auto) {np.mean(five):.2f}, always LP-FT {np.mean(always):.2f}")
     for arm in ("plain", "scratch"):
         part = [one for one in units if arm in one.arms]
         if part:
