@@ -320,12 +320,14 @@ def drawing(found: dict[str, Figures]) -> str:
         '<rect width="920" height="340" fill="#ffffff"/>',
         f'<text x="{left}" y="20" font-weight="bold">Mean regret (points) against cost (always LP-FT = 100 %)</text>',
     ]
-    for k in range(6):
-        x, y = left + width * k / 5, top + height - height * k / 5
+    for k in range(7):
+        x = left + width * k / 6
         parts.append(f'<line x1="{x}" x2="{x}" y1="{top}" y2="{top + height}" stroke="#e3e7ec"/>')
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#e3e7ec"/>')
-        parts.append(f'<text x="{x}" y="{top + height + 18}" text-anchor="middle">{24 * k} %</text>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{most * k / 5:.1f}</text>')
+        parts.append(f'<text x="{x}" y="{top + height + 18}" text-anchor="middle">{20 * k} %</text>')
+    for k in range(int(most / 0.5) + 1):
+        y = top + height - height * 0.5 * k / most
+        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e7ec"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{0.5 * k:.1f}</text>')
     for name, f in found.items():
         if name in FAR:
             continue
@@ -333,9 +335,10 @@ def drawing(found: dict[str, Figures]) -> str:
         low, high = (top + height - height * max(v, 0) / most for v in (f.half.mean(), f.raw.mean()))
         colour = "#b3372f" if name.startswith("product") else "#2563a8"
         parts.append(f'<line x1="{x}" x2="{x}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour}" stroke-width="3"/>')
-        parts.append(
-            f'<text x="{x + 5:.1f}" y="{(low + high) / 2 + 4:.1f}" fill="{colour}">{name.replace("<", "&lt;").replace(">", "&gt;")}</text>'
-        )
+        early = name.endswith("(quick)")
+        at, anchor = (high - 6, "end") if early else ((low + high) / 2 + 4, "start")
+        words = name.replace("<", "&lt;").replace(">", "&gt;")
+        parts.append(f'<text x="{x + 5:.1f}" y="{at:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>')
     left = 540
     parts.append(f'<text x="{left}" y="20" font-weight="bold">P(within the tolerance of the best), said and seen</text>')
     parts.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#c4ccd6"/>')

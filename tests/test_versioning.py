@@ -25,7 +25,7 @@ from tlpipeline.progress import silent
 CHEAP = {"profile.images": "16", "profile.images_max": "16", "choose.draws": "100", "train.epochs": "1", "cluster.workers": "0"}
 OUTPUTS = [
     stages.MANIFEST, stages.QUARANTINE, stages.PROFILE, stages.PROBE, stages.CASE, stages.MODEL, stages.HISTORY, stages.METRICS,
-    stages.CLASSES, stages.PREDICTIONS, stages.CONFUSION,
+    stages.CLASSES, stages.PREDICTIONS, stages.CONFUSION, stages.RACE, stages.PLANE,
 ]  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def test_a_pipeline_that_cannot_be_read_is_refused(workspace: Path) -> None:
 
 
 def test_a_stage_before_its_dependencies_is_refused_with_what_is_missing(workspace: Path) -> None:
-    with pytest.raises(WorkspaceError, match=r"expected profile.json before the stage choose, found nothing there.*dvc repro"):
+    with pytest.raises(WorkspaceError, match=r"expected manifest.parquet, profile.json before the stage choose, found nothing there.*dvc repro"):
         versioning.run_stage(workspace, "choose", never)
 
 
@@ -629,7 +629,7 @@ def test_a_changed_parameter_makes_exactly_the_stages_stale_that_name_it(entranc
     for key, value, stale in (
         ("choose.case", "small_similar", ["choose"]),
         ("choose.gain", "2.5", ["profile", "choose"]),
-        ("train.seed", "1", ["train"]),
+        ("train.seed", "1", ["choose", "train"]),
         ("evaluate.confidence", "0.9", ["evaluate"]),
         ("gate.margin", "2.0", []),
         ("cluster.max_failures", "5", []),
