@@ -589,3 +589,14 @@ def test_a_real_difference_is_found_and_a_loss_is_not_bought() -> None:
     won, lost = (np.mean([winner == "tuned" for _, winner in simulated(gain, 200)]) for gain in (0.08, -0.08))
     assert won > 0.9
     assert lost < 0.1
+
+
+def test_where_nothing_is_at_stake_there_is_no_race_however_even_the_odds() -> None:
+    """At 99 % fine-tuning may well win half a point more or not; neither choice can lose much."""
+    models = [model(intercept=0.02 * i, deviation=0.15) for i in range(60)]
+    even = min(models, key=lambda m: abs(weigh(planted([0.6, 0.8, 0.99]), RULE, m).chance_of_large - 0.45))
+    assert RULE.race_above < weigh(planted([0.6, 0.8, 0.99]), RULE, even).chance_of_large < 0.5
+    decision = decide(planted([0.6, 0.8, 0.99]), model=even)
+    assert not decision.race_wanted
+    assert "the prediction is clear" in decision.no_race
+    assert decide(planted([0.6, 0.8, 0.99]), replace(RULE, effort="full"), even).race_wanted

@@ -101,9 +101,13 @@ class Weighed:
 
     @property
     def unclear(self) -> bool:
-        """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway."""
+        """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway.
+
+        Open: P(fine-tuning wins more than the tolerance) lies between the bounds, and what would be chosen may well lose more than that.
+        """
         seen = self.prediction
-        between = self.rule.race_above < 1 - seen.within < self.rule.race_below
+        at_stake = (seen.tuned_regret if self.large else seen.frozen_regret) > self.tolerance
+        between = at_stake and self.rule.race_above < 1 - seen.within < self.rule.race_below
         return self.rule.effort == "full" or between or bool(seen.outside) or bool(weak_labels(self.evidence))
 
     @property
@@ -116,7 +120,11 @@ class Weighed:
         if self.rule.effort == "quick":
             return "choose.effort is quick"
         if not self.unclear:
-            return f"the prediction is clear: P(fine-tuning wins more than the tolerance) is {1 - self.prediction.within:.2f}"
+            seen = self.prediction
+            return (
+                f"the prediction is clear: P(fine-tuning wins more than the tolerance) is {1 - seen.within:.2f}, and what is chosen is expected "
+                f"to lose {100 * (seen.tuned_regret if self.large else seen.frozen_regret):.1f} points"
+            )
         return self.too_few_to_race
 
     @property
