@@ -194,3 +194,37 @@ def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch
     distributed.shutdown()
     one, two = found
     assert (one.case, one.race.winner, len(one.race.looks)) == (two.case, two.race.winner, len(two.race.looks))  # type: ignore[union-attr]
+
+
+def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it(tmp_path: Path) -> None:
+    """Through the stages and DVC's lock: choose writes race/, train starts from it, a second look finds nothing to do."""
+    from tests.conftest import paint, set_param
+    from tlpipeline import acts, stages
+
+    pictures = tmp_path / "pictures"
+    for label in range(3):
+        (pictures / f"class{label}").mkdir(parents=True)
+        for index in range(80):
+            paint(label if index % 5 else (label + 1) % 3, index + 500 * label).save(pictures / f"class{label}" / f"{index:03d}.png")
+    root = tmp_path / "workspace"
+    acts.init(root, pictures, "demonstration", "DEFAULT", None)
+    for key, value in {
+        "cluster.workers": "0", "choose.effort": "full", "choose.race_images": "5", "train.epochs": "2", "train.override": "{rate_none: 0.0001}",
+    }.items():  # fmt: skip
+        set_param(root, key, value)
+    told: list[Event] = []
+    for name in stages.STAGES:
+        assert stages.bring_up_to_date(root, name, told.append)
+    case = stages.read_case(root)
+    assert case.race is not None
+    assert case.race.winner in ("frozen", "tuned")
+    assert (root / stages.RACE / train.STATE).exists()
+    assert any("look" in event.text for event in told if event.stage == "choose")
+    state = json.loads((root / stages.RACE / train.STATE).read_text())
+    model = load_file(root / "model" / "weights.safetensors")
+    if case.race.winner == "frozen":
+        raced = load_file(root / stages.RACE / "model" / "weights.safetensors")
+        assert all(torch.equal(model[name], raced[name]) for name in raced)
+    else:
+        assert state["epoch"] >= 1
+    assert not any(stages.bring_up_to_date(root, name, silent) for name in stages.STAGES)

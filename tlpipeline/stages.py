@@ -123,17 +123,21 @@ def profile(root: Path, progress: Progress) -> None:
 
 def choose(root: Path, progress: Progress) -> None:
     """Decide the case: case.json, its plane, and in race/ what was trained to decide it, for the train stage to go on with."""
-    from tlpipeline import choice, explain, profiling, race
+    from tlpipeline import cases, choice, explain, profiling, race
 
     params = params_of(root)
     found = profiling.Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
     decision = choice.choose(found, params.choose)
     with _output(root, CASE, RACE, PLANE) as (written, raced, plane):
         raced.mkdir()
-        if decision.race_wanted:
+        # Whoever starts from other weights compares something else than what the prediction knows.
+        if decision.race_wanted and "init" not in params.train.override:
             runs = (root / RUNS).resolve()
             name = _code_key(versioning.stage_key(root, "choose"), params)
-            start = lambda arm: _job(root, params, arm, runs / f"{name}-{arm.freeze}.jsonl")  # noqa: E731
+
+            def start(arm: cases.Decision) -> Any:
+                return _job(root, params, cases.override(arm, params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
+
             decision = race.run(found, choice.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
         progress(Event("choose", 1, 1, decision.reason))
         written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
