@@ -2,11 +2,12 @@
 
 Frozen heads are measured by probes. Fine-tuning is predicted: how far it lies above the frozen head, on the scale of log odds, is a linear
 function of a few figures of the profile, fitted on the rows of `benchmarks/regret.py` (`python benchmarks/regret.py fit` refits it). On that
-scale a head at 98 % leaves little to win whatever the data are, which is what was measured: headroom is the strongest signal.
+scale a head at 98 % leaves little to win whatever the data are: headroom is built in.
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -384,10 +385,8 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
 
 
 def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]:
-    """Return what the heads cut and multi win against the one on the last tap: (level, slope by S, spread), data sets counting alike."""
-    counts = {r.data: sum(q.data == r.data for q in rows) for r in rows}
-    weight = np.array([1 / counts[r.data] for r in rows])
-    weight /= weight.sum()
+    """Return what frozen heads win against each other (see `Outlook.head_gain`): (level, slope by S, spread), data sets counting alike."""
+    weight = _alike(rows)
     s = np.array([r.evidence.head_similarity or 0.0 for r in rows])
     out = {}
     for name in HEADS:
@@ -428,9 +427,7 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
     middle = np.median(y)
     reach = max(3 * 1.4826 * float(np.median(np.abs(y - middle))), 0.1)
     y = y.clip(middle - reach, middle + reach)
-    counts = {r.data: sum(q.data == r.data for q in rows) for r in rows}
-    weight = np.array([1 / counts[r.data] for r in rows])
-    weight /= weight.sum()
+    weight = _alike(rows)
     centre = weight @ x
     spread = np.sqrt(weight @ (x - centre) ** 2).clip(min=1e-3)
     z = (x - centre) / spread
@@ -460,8 +457,15 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
         lowest=_named(names, x.min(0)),
         highest=_named(names, x.max(0)),
         rows=len(rows),
-        data=sorted(counts),
+        data=sorted({r.data for r in rows}),
     )
+
+
+def _alike(rows: Sequence[Observed]) -> npt.NDArray[np.float64]:
+    """Return weights of sum one by which every data set counts alike."""
+    counts = Counter(r.data for r in rows)
+    weight = np.array([1 / counts[r.data] for r in rows])
+    return np.asarray(weight / weight.sum())
 
 
 def _named(names: Sequence[str], values: npt.NDArray[np.float64]) -> dict[str, float]:
