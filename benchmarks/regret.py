@@ -41,6 +41,7 @@ from tlpipeline import backbones, cases, choice, dataset, outlook, params, profi
 from tlpipeline import model as models  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
 from tlpipeline.features import Images, extract, reading  # noqa: E402
+from tlpipeline.heads import solve_head  # noqa: E402
 from tlpipeline.probes import pack  # noqa: E402
 from tlpipeline.progress import silent  # noqa: E402
 
@@ -281,11 +282,11 @@ def frozen_arms(
         x = {side: torch.cat([features[side][name] for name in names], dim=1) for side in sides}
         blocks = [b for name in names for b in readings[name].blocks]
         classes, imbalance = len(manifest.classes), cases.Recipe().imbalance
-        weight, bias, penalty = train.solve_head(x[TRAIN], labels[TRAIN], blocks, classes, imbalance, unit.seed)
+        weight, bias, penalty = solve_head(x[TRAIN], labels[TRAIN], blocks, classes, imbalance, unit.seed)
         right = (x[VAL] @ weight.T + bias).argmax(1).numpy() == labels[VAL]
         # As in training: judged on validation, then solved once more with it.
         both = torch.cat([x[TRAIN], x[VAL]]), np.concatenate([labels[TRAIN], labels[VAL]])
-        weight, bias, _ = train.solve_head(*both, blocks, classes, imbalance, unit.seed, penalty)
+        weight, bias, _ = solve_head(*both, blocks, classes, imbalance, unit.seed, penalty)
         guessed = (x[TEST] @ weight.T + bias).argmax(1).numpy()
         images = len(sides[TRAIN]) + len(sides[VAL])
         out.append(counted(unit, manifest, guessed == labels[TEST]) | {

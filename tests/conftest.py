@@ -1,9 +1,11 @@
 """Shared fixtures: small images with a known truth, a workspace, the real data, one Prefect server for the whole session."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,3 +124,24 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture
+def job(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
+    """Makes training jobs on three painted classes, ninety images."""
+    from tlpipeline import dataset
+    from tlpipeline.job import Job
+
+    folder = make_images(classes=3, each=30)
+    manifest = dataset.ingest(folder, {}, lambda done, total: None)
+    dataset.write_manifest(manifest, tmp_path / "manifest.parquet", tmp_path / "quarantine.csv")
+
+    def make(decision: Any, name: str = "run", **changes: Any) -> Job:
+        plain = {
+            "workspace": str(tmp_path), "images": str(folder), "manifest": str(tmp_path / "manifest.parquet"), "backbone": "demonstration",
+            "weights": "DEFAULT", "weights_md5": "none", "decision": json.loads(json.dumps(decision.to_json())), "seed": 0, "epochs": 3,
+            "batch_size": 16, "flip": False, "precision": "float32", "history": str(tmp_path / f"{name}.jsonl"),
+        }  # fmt: skip
+        return Job(**{**plain, **changes})
+
+    return make

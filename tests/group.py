@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def main(rank: int, size: int, port: int, spec: Path) -> None:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("GROUP_THREADS", "1")))
     from tlpipeline.train import Alone, Job, run
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

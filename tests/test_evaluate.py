@@ -174,7 +174,7 @@ def test_each_image_is_counted_once(make_images: Callable[..., Path]) -> None:
     rows = manifest.used(*SIDES)
     net = backbones.load("demonstration", "none")
     model = Classifier(net, [Reading("conv1", 32, (1,))], 3, frozen=True)
-    chances = probabilities(model, Images(folder, rows, net.transforms), torch.device("cpu"), lambda _: None, batch_size=5)
+    chances = probabilities(model, Images(folder, rows, net.transforms), torch.device("cpu"), lambda _: None)
     found = predictions(rows, manifest.classes, chances.numpy())
     assert len(manifest.rows) == 24 + 12
     assert len(set(found.md5)) == len(found.md5) == plain(found)["images"] == confusion(found).sum() == 24

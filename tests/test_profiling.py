@@ -194,7 +194,7 @@ def test_the_profile_reads_only_training_and_validation_images(make_images: Call
     folder = make_images(classes=3, each=30)
     seen: list[Row] = []
     real = dataset.read
-    monkeypatch.setattr(dataset, "read", lambda root, row: (seen.append(row), real(root, row))[1])
+    monkeypatch.setattr(dataset, "read", lambda root, row, *rest: (seen.append(row), real(root, row, *rest))[1])
     measured(folder, images=64)
     assert seen
     assert {row.split for row in seen} <= {"train", "val"}
@@ -206,7 +206,7 @@ def test_the_half_of_validation_that_judges_is_never_looked_at(make_images: Call
     judging = {row.md5 for row in manifest.used("val") if not dataset.selects(row)}
     seen: list[Row] = []
     real = dataset.read
-    monkeypatch.setattr(dataset, "read", lambda root, row: (seen.append(row), real(root, row))[1])
+    monkeypatch.setattr(dataset, "read", lambda root, row, *rest: (seen.append(row), real(root, row, *rest))[1])
     found = measured(folder, manifest)
     assert judging
     assert not judging & {row.md5 for row in seen}

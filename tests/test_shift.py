@@ -28,10 +28,17 @@ CHANNELS = 32
 
 def watched(net: nn.Module, batches: Sequence[Tensor], seed: int = 0) -> tuple[BatchNormShift, ...]:
     """The raw curve of one pass."""
+    return Watcher(net).curve(rows(net, batches), seed=seed)
+
+
+def rows(net: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    """What a watcher takes of each image."""
+    taken = []
     with Watcher(net) as watcher, torch.inference_mode():
         for batch in batches:
             net(batch)
-    return watcher.curve(seed=seed)
+            taken.append(watcher.taken())
+    return torch.cat(taken)
 
 
 @contextmanager
@@ -191,10 +198,7 @@ def smoothing() -> nn.Module:
 
 
 def both(net: nn.Module, batches: Sequence[Tensor]) -> list[tuple[float, float]]:
-    with Watcher(net) as watcher, torch.inference_mode():
-        for batch in batches:
-            net(batch)
-    curve = watcher.curve(shift.sequential(net, batches))
+    curve = Watcher(net).curve(rows(net, batches), shift.sequential(net, batches))
     assert all(layer.sequential is not None for layer in curve)
     return [(layer.raw, layer.sequential or 0.0) for layer in curve]
 
@@ -273,12 +277,14 @@ def test_layers_that_run_twice_never_or_on_patches() -> None:
 def test_a_watcher_can_be_entered_again_and_watches_only_then(smoothing: nn.Module) -> None:
     batches = painted(96)
     watcher = Watcher(smoothing)
+    taken = []
     with torch.inference_mode():
         for batch in batches:
             with watcher:
                 smoothing(batch)
             smoothing(batch + 100)
-    assert watcher.curve() == watched(smoothing, batches)
+            taken.append(watcher.taken())
+    assert watcher.curve(torch.cat(taken)) == watched(smoothing, batches)
 
 
 def test_networks_without_batchnorm_have_no_curve() -> None:
@@ -333,7 +339,7 @@ def reference_of(net: Backbone, root: Path, rows: Sequence[Row]) -> Reference:
 
 
 def pooled(net: Backbone, root: Path, rows: Sequence[Row], invert: bool = False) -> dict[str, Tensor]:
-    turned = (lambda image, _: Image.fromarray(255 - np.asarray(image))) if invert else None
+    turned = (lambda image, *_: Image.fromarray(255 - np.asarray(image))) if invert else None
     trunk = backbones.cut(net, net.tap_names)
     out = extract(trunk, [(1, 2)] * len(net.tap_names), Images(root, rows, net.transforms, turned), CPU, lambda done: None)
     return dict(zip(net.tap_names, out, strict=True))
@@ -368,8 +374,9 @@ def test_other_images_of_the_source_lie_near_the_reference_and_inverted_ones_far
     if reference.layers:
         trunk = backbones.cut(net, net.tap_names)
         with Watcher(trunk) as watcher:
-            extract(trunk, [(1,)] * len(net.tap_names), Images(root, rows[:150], net.transforms), CPU, lambda done: None)
-        assert [layer.floor for layer in watcher.curve(reference=reference)] == [layer.raw for layer in reference.layers]
+            images = Images(root, rows[:150], net.transforms)
+            *_, seen = extract(trunk, [(1,)] * len(net.tap_names), images, CPU, lambda done: None, watcher.taken)
+        assert [layer.floor for layer in watcher.curve(seen, reference=reference)] == [layer.raw for layer in reference.layers]
 
 
 def test_a_reference_is_read_as_it_was_written(listed: tuple[Path, list[Row]], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tlpipeline import backbones
 from tlpipeline.probes import guesses, leave_one_out, one_hot
-from tlpipeline.tangent import tangent_kernel
+from tlpipeline.tangent import Sketcher, tangent_kernel
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,8 @@ def images(count: int, size: int = 10, seed: int = 1) -> Tensor:
 
 
 def kernel(net: nn.Module, x: Tensor, seed: int = 0, batch: int = 4) -> np.ndarray:
-    return tangent_kernel(net, x.split(batch), CPU, seed, lambda done: None)
+    sketcher = Sketcher(net, CPU, seed)
+    return tangent_kernel(torch.cat([sketcher.sketch(part) for part in x.split(batch)]))
 
 
 def test_the_sketched_kernel_is_the_one_of_the_gradients() -> None:
@@ -79,12 +80,6 @@ def test_batches_and_order_of_the_images_do_not_matter_and_the_seed_does() -> No
     order = torch.tensor([5, 2, 7, 0, 1, 3, 6, 4])
     assert np.allclose(kernel(net, x[order]), found[np.ix_(order, order)], atol=1e-5)
     assert not np.allclose(kernel(net, x, seed=1), found, atol=1e-3)
-
-
-def test_progress_counts_images() -> None:
-    told: list[int] = []
-    tangent_kernel(Small(), images(7).split(3), CPU, 0, told.append)
-    assert told == [3, 6, 7]
 
 
 def test_gradients_read_what_the_last_layer_threw_away() -> None:

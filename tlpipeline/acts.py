@@ -532,3 +532,31 @@ def take_over(root: Path, images: Path) -> None:
         raise
     versioning.unlink(target)
     draft.rename(target)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------------------------
+
+
+def cached(root: Path) -> tuple[list[tuple[str, str, str, str]], str]:
+    """Return what the cache of a workspace holds, a row each (what, files, MB, last used), and a sentence about all of it."""
+    from datetime import datetime
+
+    from tlpipeline import cache
+
+    limit = stages.params_of(root).cache.max_gb
+    found = cache.info(root / stages.CACHE)
+    rows = [
+        (k.label, str(k.files), f"{k.bytes / 1e6:.1f}", datetime.fromtimestamp(k.used).isoformat(sep=" ", timespec="minutes"))
+        for k in found
+    ]
+    return rows, f"{sum(k.bytes for k in found) / 1e9:.3f} of {limit:g} GB (cache.max_gb) in {root / stages.CACHE}"
+
+
+def clear_cache(root: Path) -> str:
+    """Delete the cache of a workspace; return a sentence about it."""
+    from tlpipeline import cache
+
+    stages.params_of(root)
+    size = sum(k.bytes for k in cache.info(root / stages.CACHE))
+    cache.clear(root / stages.CACHE)
+    return f"{size / 1e6:.1f} MB deleted; the next run computes what it needs again"

@@ -33,6 +33,7 @@ from torch import Tensor, fx, nn
 from tlpipeline.errors import BackboneError, nearest
 
 NONE, DEFAULT = "none", "DEFAULT"
+LOGITS = "logits"
 MAX_TAPS = 16
 _PACKAGED = Path(__file__).with_name("weights")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -108,10 +109,15 @@ class Backbone:
     @property
     def normalisation(self) -> str:
         """Return batch, layer or none: which kind of normalisation layers the network has."""
-        modules = list(self.module.modules())
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
-            return "batch"
-        return "layer" if any(isinstance(m, nn.LayerNorm) or type(m).__name__ == "LayerNorm2d" for m in modules) else "none"
+        return normalisation(self.module)
+
+
+def normalisation(module: nn.Module) -> str:
+    """Return batch, layer or none: which kind of normalisation layers a network has."""
+    modules = list(module.modules())
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+        return "batch"
+    return "layer" if any(isinstance(m, nn.LayerNorm) or type(m).__name__ == "LayerNorm2d" for m in modules) else "none"
 
 
 # --- the textbook network -------------------------------------------------------------------------------------------------------------
@@ -556,6 +562,52 @@ def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.
     module = fx.GraphModule(backbone.module, graph)
     module.delete_all_unused_submodules()
     return module.eval()
+
+
+def _code(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # typed into a prompt or compiled: there is no source to compare
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def identities(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> dict[str, str]:
+    """Return what tells the computation of each tap from every other: a hash of its tensors, its graph, and the code of its own modules.
+
+    Two networks that are the same up to a tap have the same identity there, whatever comes behind it: a sliced and exported model is known
+    again. PyTorch's version is part of it, because kernels differ in their last digits.
+
+    Args:
+        logits: also return that of the whole network, as LOGITS.
+    """
+    digests: dict[int, str] = {}
+
+    def digest(tensor: Tensor) -> str:
+        if id(tensor) not in digests:
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digests[id(tensor)] = hashlib.md5(content.data, usedforsecurity=False).hexdigest() + str((tensor.dtype, tuple(tensor.shape)))
+        return digests[id(tensor)]
+
+    def identity(trunk: fx.GraphModule) -> str:
+        tensors = [*trunk.named_parameters(), *trunk.named_buffers()]
+        parts = [f"{name}={digest(tensor)}" for name, tensor in tensors if not name.endswith("num_batches_tracked")]
+        code = {_code(type(m)) for m in trunk.modules() if not type(m).__module__.startswith(("torch.", "torchvision."))}
+        text = "\n".join([torch.__version__, trunk.code, repr(trunk), *sorted(parts), *sorted(code)])
+        return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+    found = {tap: identity(cut(backbone, [tap])) for tap in taps}
+    return found | ({LOGITS: identity(cut(backbone, [], logits=True))} if logits else {})
+
+
+def blocks(backbone: Backbone, last: str) -> list[list[str]]:
+    """Return the names of the parameters that each tap adds to the one before, up to the tap `last`: the blocks that a network is made of."""
+    found: list[list[str]] = []
+    seen: set[str] = set()
+    for tap in backbone.tap_names[: backbone.tap_names.index(last) + 1]:
+        new = [name for name, _ in cut(backbone, [tap]).named_parameters() if name not in seen]
+        seen.update(new)
+        found.append(new)
+    return found
 
 
 def _channels_first(maps: Tensor) -> Tensor:

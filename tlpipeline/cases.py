@@ -16,6 +16,10 @@ from tlpipeline.features import Reading
 SMALL, LARGE = "small", "large"
 SIMILAR, DIFFERENT = "similar", "different"
 INITS = ("pretrained", "plain", "random", "auto")
+AUTO, SGD, ADAMW = "auto", "sgd", "adamw"
+OPTIMISERS = (AUTO, SGD, ADAMW)
+LOSS, SAMPLER, NONE = "loss", "sampler", "none"
+BALANCES = (LOSS, SAMPLER, NONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,20 @@ class Recipe:
             from which they are tried at all.
         patience: epochs without a better validation before training stops and goes back to the best one; 0 runs the schedule to its end and
             keeps its last epoch, which was better in our measurements: at the end of a cosine there is less noise than in a small validation.
+        optimiser: auto (AdamW for networks with layer normalisation, else SGD), sgd or adamw; weight_decay of SGD, weight_decay_adam.
+        layer_decay_norm: with layer normalisation each block nearer to the images gets this share of the rate of the next one (METHOD: .75
+            for ViT and ConvNeXt); layer_decay_other: the same for the other networks.
         crop: smallest share of the area that random crops keep.
+        randaugment: operations of RandAugment an image, 0 for none; randaugment_magnitude: 0 to 30.
+        mixup, cutmix: alpha of their Beta distributions, 0 for none.
+        average: decay of the moving average of weights, which is then what is validated and kept; 0 for none.
+        warm_up: share of the steps; clip: largest norm of the gradient.
+        accumulate: parts into which a worker's share of a batch is cut, one after the other, to save memory; more are made where a GPU's
+            memory does not do.
+        balance: what is done where the largest class has more than `imbalance` times the images of the smallest: loss (classes weigh alike),
+            sampler (classes are drawn alike), or none.
+        sync_below: images of a worker's share of a batch below which BatchNorm takes its statistics from all workers; on GPUs.
+        compile: let torch.compile make a faster network of it; needs a C++ compiler, and does not pay for few images.
     """
 
     rate_batch: float = 0.01
@@ -48,12 +65,35 @@ class Recipe:
     scratch_times: float = 3.0
     scratch_from: int = 2000
     patience: int = 0
+    optimiser: str = AUTO
     weight_decay: float = 5e-4
+    weight_decay_adam: float = 0.05
+    layer_decay_norm: float = 0.75
+    layer_decay_other: float = 1.0
     label_smoothing: float = 0.0
     crop: float = 0.5
+    randaugment: int = 0
+    randaugment_magnitude: int = 9
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    average: float = 0.0
     warm_up: float = 0.05
     clip: float = 1.0
+    accumulate: int = 1
     imbalance: float = 10.0
+    balance: str = LOSS
+    sync_below: int = 16
+    compile: bool = False
+
+    def optimiser_for(self, normalisation: str) -> str:
+        """Return sgd or adamw."""
+        if self.optimiser != AUTO:
+            return self.optimiser
+        return ADAMW if normalisation == "layer" else SGD
+
+    def layer_decay(self, normalisation: str) -> float:
+        """Return the share of the rate that each block has of the next one nearer to the head."""
+        return self.layer_decay_norm if normalisation == "layer" else self.layer_decay_other
 
     def batch_size(self, images: int) -> int:
         """Return the images per step for this many training images."""
@@ -242,16 +282,36 @@ def override(case: Decision, changes: Mapping[str, Any]) -> Decision:
     recipe: dict[str, Any] = {}
     init = case.init
     for name, value in changes.items():
+        where = f"params.yaml: train.override.{name}"
         if name == "init":
             if value not in INITS:
-                raise ParamsError(f"params.yaml: train.override.init: expected {' or '.join(INITS)}, found {value!r}.")
+                raise ParamsError(f"{where}: expected {' or '.join(INITS)}, found {value!r}.")
+            if case.freeze == "kept" and value != "pretrained":
+                raise ParamsError(
+                    f"{where}: expected pretrained for {case.case}, whose backbone is frozen, found {value!r}. "
+                    "Set choose.case to a case that trains everything, or remove init."
+                )
             init = value
         elif name not in known:
             raise ParamsError(f"params.yaml: train.override: unknown recipe value {name!r}; {nearest(name, [*known, 'init'])}")
-        elif isinstance(value, bool) or not isinstance(value, int if known[name] is int else (int, float)):
-            raise ParamsError(
-                f"params.yaml: train.override.{name}: expected {getattr(known[name], '__name__', known[name])}, found {value!r}."
-            )
+        elif name in _CHOICES:
+            if value not in _CHOICES[name]:
+                raise ParamsError(f"{where}: expected {' or '.join(_CHOICES[name])}, found {value!r}.")
+            recipe[name] = value
+        elif isinstance(value, bool) != (known[name] is bool) or not isinstance(value, int if known[name] in (int, bool) else (int, float)):
+            raise ParamsError(f"{where}: expected {getattr(known[name], '__name__', known[name])}, found {value!r}.")
+        elif not isinstance(value, bool) and not _RANGES.get(name, (0.0, math.inf))[0] <= value <= _RANGES.get(name, (0.0, math.inf))[1]:
+            low, high = _RANGES.get(name, (0.0, math.inf))
+            raise ParamsError(f"{where}: expected {f'at least {low:g}' if high == math.inf else f'{low:g} to {high:g}'}, found {value!r}.")
         else:
             recipe[name] = value
     return dataclasses.replace(case, init=init, recipe=dataclasses.replace(case.recipe, **recipe))
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {"optimiser": OPTIMISERS, "balance": BALANCES}
+_RANGES = {
+    "batch": (2, math.inf), "batch_large": (2, math.inf), "least_epochs": (1, math.inf), "most_epochs": (1, math.inf),
+    "epochs_at_500": (1, math.inf), "accumulate": (1, math.inf), "crop": (0.01, 1), "label_smoothing": (0, 0.99), "average": (0, 0.99999),
+    "warm_up": (0, 1), "layer_decay_norm": (0.01, 1), "layer_decay_other": (0.01, 1), "randaugment_magnitude": (0, 30), "clip": (1e-6, math.inf),
+    "scratch_times": (0.01, math.inf), "imbalance": (1, math.inf),
+}  # fmt: skip

@@ -17,8 +17,10 @@ from tlpipeline.progress import Event
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Version the images.")
 registry = typer.Typer(no_args_is_help=True, help="List, show, promote and roll back registered models.")
+cache = typer.Typer(no_args_is_help=True, help="See and empty the cache of features and decoded images.")
 app.add_typer(data, name="data")
 app.add_typer(registry, name="registry")
+app.add_typer(cache, name="cache")
 
 _INTERRUPTED = 130
 
@@ -194,7 +196,14 @@ def predict(
     from tlpipeline.predict import find
     from tlpipeline.predict import predict as classify
 
-    found = classify(find(model, workspace), images)
+    folder = find(model, workspace)
+    if (workspace / "params.yaml").is_file():
+        from tlpipeline import stages
+
+        with stages.store(workspace) as kept:
+            found = classify(folder, images, kept)
+    else:
+        found = classify(folder, images)
     if json:
         import dataclasses
         from json import dumps
@@ -286,6 +295,28 @@ def registry_rollback(
     versioning.require(workspace)
     before, now = models.rollback(workspace, name, stage)
     print(f"{now} is in {stage} again, instead of {before}")
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------------------------
+
+
+@cache.command("info")
+def cache_info(workspace: Workspace = Path()) -> None:
+    """Say what is kept, what was used last first, and how much of cache.max_gb it takes."""
+    from tlpipeline import acts
+
+    rows, summary = acts.cached(workspace)
+    if rows:
+        _table(("what", "files", "MB", "last used"), rows)
+    print(summary)
+
+
+@cache.command("clear")
+def cache_clear(workspace: Workspace = Path()) -> None:
+    """Delete all of it; the next run computes it again."""
+    from tlpipeline import acts
+
+    print(acts.clear_cache(workspace))
 
 
 # --- printing -------------------------------------------------------------------------------------------------------------------------

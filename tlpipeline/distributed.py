@@ -20,9 +20,10 @@ import torch
 
 from tlpipeline import train
 from tlpipeline.errors import ClusterError, PipelineError
+from tlpipeline.job import Job, Tail
 from tlpipeline.params import AUTO, ClusterParams
 from tlpipeline.progress import Progress
-from tlpipeline.train import Alone, Job, Tail
+from tlpipeline.workers import Alone
 
 _OBJECT_STORE = 256 * 2**20  # images never pass through Ray
 # Read when Ray Train is first used. A short poll ends each fit up to two seconds earlier; the preemption watcher has no use on one machine.

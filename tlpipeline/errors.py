@@ -6,6 +6,7 @@
     │   └── DataChanged   an image is no longer the one that the manifest lists
     ├── BackboneError     an unknown backbone or weights name, weights that do not fit, a tap that does not exist
     ├── ClusterError      more workers than the machine or cluster has, or a training job that failed for good
+    ├── TrainingError     training that diverges, or does not fit into a GPU's memory
     ├── WorkspaceError    not a git + DVC repository, a busy workspace, a stage that cannot be recorded
     │   └── Unreachable   a remote that could not be reached: a second try may succeed
     └── RegistryError     a version or stage name that does not exist, a publication that was refused
@@ -44,6 +45,10 @@ class BackboneError(PipelineError):
 
 class ClusterError(PipelineError):
     """The workers that were asked for are not there, or training failed for good."""
+
+
+class TrainingError(PipelineError):
+    """Training diverged again and again, or its smallest part does not fit into memory."""
 
 
 class WorkspaceError(PipelineError):

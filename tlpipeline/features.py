@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,22 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tlpipeline import dataset
-from tlpipeline.backbones import Tap, Transforms
+from tlpipeline import backbones, dataset
+from tlpipeline.backbones import Backbone, Tap, Transforms
+from tlpipeline.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
 from tlpipeline.dataset import Pixels, Row
 
+FORMAT = 1
 GRIDS = (1, 2, 4)
 MAX_WIDTH = 3072
-BATCH = 64
+# A network's answer for an image depends in its last digits on how many images are asked about together. Always the same number makes it a
+# function of the image alone, so that what was kept and what is computed anew are the same bits. 16 is as fast as any on CPUs.
+STEP = {"cpu": 16, "cuda": 128}
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_KEEP_DECODED_BYTES = 1 << 30
 
-Augment = Callable[[Image.Image, int], Image.Image]
+Augment = Callable[[Image.Image, Row, int], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -85,31 +90,34 @@ def normalise(pixels: Tensor, transforms: Transforms) -> Tensor:
 
 
 class Images:
-    """The images of some manifest rows as inputs, decoded by threads a few batches ahead; decoded ones are kept while they are small."""
+    """The images of some manifest rows as inputs, decoded by threads a few batches ahead.
 
-    def __init__(self, root: Path, rows: Sequence[Row], transforms: Transforms, augment: Augment | None = None) -> None:
-        self.root, self.rows, self.transforms, self.augment = root, rows, transforms, augment
-        self._decoded: dict[int, Image.Image] = {}
-        self._bytes = 0
+    Args:
+        root: folder that the rows' paths start from.
+        augment: makes a random square view of an image; it is given the image (maybe squeezed), its row, and the side of the square.
+        decoded: where the decoded images are kept: squeezed ones for `augment`, else prepared ones; None decodes each time.
+    """
+
+    def __init__(
+        self, root: Path, rows: Sequence[Row], transforms: Transforms, augment: Augment | None = None, decoded: "Decoded | None" = None
+    ) -> None:
+        self.root, self.rows, self.transforms, self.augment, self.decoded = root, rows, transforms, augment, decoded
+        self.waited = 0.0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def _input(self, index: int) -> Pixels:
-        image = self._decoded.get(index)
-        if image is None:
-            image = dataset.read(self.root, self.rows[index])
-            size = image.width * image.height * 3
-            # Only training comes back to an image; threads may overshoot the bound by an image each.
-            if self.augment is not None and self._bytes + size <= _KEEP_DECODED_BYTES:
-                self._decoded[index] = image
-                self._bytes += size
-        if self.augment is not None:
-            image = self.augment(image, index)
-        return prepare(image, self.transforms)
+        row = self.rows[index]
+        pixels = None if self.decoded is None else self.decoded.pixels(row)
+        if self.augment is None:
+            # Twice the side, so that what is thrown away while decoding cannot be told from a full decoding.
+            return prepare(dataset.read(self.root, row, 2 * self.transforms.resize), self.transforms) if pixels is None else pixels
+        image = dataset.read(self.root, row, 4 * self.transforms.resize) if pixels is None else Image.fromarray(pixels)
+        return prepare(self.augment(image, row, self.transforms.resize), self.transforms)
 
     def batches(self, batches: Sequence[Sequence[int]], ahead: int = 3) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Yield (indices, 8-bit tensor (batch, size, size, 3)) for each batch of indices, in order."""
+        """Yield (indices, 8-bit tensor (batch, size, size, 3)) for each batch of indices, in order; `waited` counts the seconds idle."""
         with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
             waiting: deque[tuple[Sequence[int], list[Future[Pixels]]]] = deque()
             rest = iter(batches)
@@ -118,12 +126,74 @@ class Images:
                     waiting.append((batch, [pool.submit(self._input, i) for i in batch]))
                 while waiting:
                     batch, futures = waiting.popleft()
+                    started = time.monotonic()
                     pixels = np.stack([f.result() for f in futures])
+                    self.waited += time.monotonic() - started
                     for following in itertools.islice(rest, 1):
                         waiting.append((following, [pool.submit(self._input, i) for i in following]))
                     yield batch, torch.from_numpy(pixels)
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+class Decoded:
+    """Decoded images, kept in a store by content for training, which comes back to them every epoch: 8-bit RGB, all of one size.
+
+    Args:
+        make: turns an image file into what is kept, (side, side, 3).
+        key: tells what `make` does from everything else; label: says it to people.
+    """
+
+    def __init__(self, store: Store, side: int, make: Callable[[Row], Pixels], key: str, label: str) -> None:
+        self.side, self.make = side, make
+        self.column = store.column(f"{key}|{FORMAT}", label)
+        self._place: dict[str, int] = {}
+        self._rows: Rows | None = None
+
+    def fill(self, rows: Sequence[Row], progress: Callable[[int], None]) -> None:
+        """Decode the images that are not kept yet, a shard at a time."""
+        self.column.refresh()
+        wanted = [row for row, there in zip(rows, self.column.has([r.md5 for r in rows]), strict=True) if not there]
+        done = 0
+        with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+            for part in in_batches(len(wanted), min(SHARD_ROWS, max(1, SHARD_BYTES // (3 * self.side**2)))):
+                made = list(pool.map(self.make, [wanted[i] for i in part]))
+                self.column.add([wanted[i].md5 for i in part], torch.from_numpy(np.stack(made)))
+                done += len(part)
+                progress(done)
+
+    def open(self, rows: Sequence[Row]) -> None:
+        """Map the images of these rows, all of which must be kept."""
+        self._place = {row.md5: i for i, row in enumerate(rows)}
+        self._rows = self.column.rows([row.md5 for row in rows])
+
+    def pixels(self, row: Row) -> Pixels:
+        """Return what is kept of an image."""
+        assert self._rows is not None
+        return np.asarray(self._rows.take([self._place[row.md5]])[0].numpy())
+
+
+def squeezed(store: Store, root: Path, side: int) -> Decoded:
+    """Return whole images squeezed into squares.
+
+    That loses nothing: a random crop is stretched to the network's square input anyway, and its shape is drawn by the image's own proportions.
+    """
+
+    def make(row: Row) -> Pixels:
+        image = dataset.read(root, row, 2 * side)
+        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), dtype=np.uint8)
+
+    return Decoded(store, side, make, f"squeezed|{side}", f"decoded images at {side} pixels")
+
+
+def prepared(store: Store, root: Path, transforms: Transforms) -> Decoded:
+    """Return images as `prepare` makes them."""
+
+    def make(row: Row) -> Pixels:
+        return prepare(dataset.read(root, row, 2 * transforms.resize), transforms)
+
+    key = f"prepared|{transforms.resize}|{transforms.size}|{transforms.interpolation}"
+    return Decoded(store, transforms.size, make, key, f"prepared images at {transforms.size} pixels")
 
 
 def in_batches(count: int, size: int) -> list[range]:
@@ -134,41 +204,154 @@ def in_batches(count: int, size: int) -> list[range]:
 # --- features -------------------------------------------------------------------------------------------------------------------------
 
 
+def step(device: torch.device) -> int:
+    """Return how many images a network is asked about together on this device, whatever their number in all."""
+    return STEP.get(device.type, 64)
+
+
+def passes(
+    network: Callable[[Tensor], Sequence[Tensor]],
+    images: Images,
+    indices: Sequence[int],
+    device: torch.device,
+    beside: Callable[[], Tensor] | None = None,
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Pass images through a network in steps of one size, the last one filled up with black: yield (indices, outputs without the filling).
+
+    Args:
+        network: in eval mode; maps (step, 3, size, size) to tensors (step, ...).
+        beside: called after each step for one more output.
+    """
+    size = step(device)
+    with torch.inference_mode():
+        for batch, pixels in images.batches([[indices[i] for i in part] for part in in_batches(len(indices), size)]):
+            inputs = normalise(pixels.to(device), images.transforms)
+            if len(batch) < size:
+                inputs = torch.cat([inputs, inputs.new_zeros(size - len(batch), *inputs.shape[1:])]).to(memory_format=torch.channels_last)
+            outputs = [*network(inputs), *([beside()] if beside else [])]
+            yield list(batch), [out[: len(batch)] for out in outputs]
+
+
+def pooled(trunk: nn.Module, grids: Sequence[Sequence[int]]) -> Callable[[Tensor], list[Tensor]]:
+    """Return the trunk with its outputs pooled; outputs behind the last entry of grids, such as logits, stay as they are."""
+
+    def read(inputs: Tensor) -> list[Tensor]:
+        return [(pool(out, grids[i]) if i < len(grids) else out).float() for i, out in enumerate(trunk(inputs))]
+
+    return read
+
+
 def extract(
     trunk: nn.Module,
     grids: Sequence[Sequence[int]],
     images: Images,
     device: torch.device,
     progress: Callable[[int], None],
-    batch_size: int = BATCH,
+    beside: Callable[[], Tensor] | None = None,
 ) -> list[Tensor]:
-    """Pass each image once through a frozen network and return what each output gives, pooled.
+    """Pass each image once through a frozen network and return what each output gives, pooled, without keeping anything.
 
     Args:
         trunk: gives one tensor for each entry of grids (more outputs, such as logits, are returned unpooled behind them).
         grids: pyramid for each tap.
         images: n of them.
         progress: called with the number of images done so far.
+        beside: called after each step for one more output.
 
     Returns:
         One float32 tensor (n, features) an output, on the CPU, in the order of the images.
     """
-    done = 0
     trunk.eval()
-
-    def read(inputs: Tensor) -> list[Tensor]:
-        pooled = (pool(out, grids[i]) if i < len(grids) else out for i, out in enumerate(trunk(inputs)))
-        return [p.float().cpu() for p in pooled]
-
-    with torch.inference_mode():
+    network = pooled(trunk, grids)
+    done, parts = 0, []
+    for batch, outputs in passes(network, images, range(len(images)), device, beside):
+        parts.append([out.cpu() for out in outputs])
+        done += len(batch)
+        progress(done)
+    if not parts:
+        # The widths of an empty answer are those of any answer.
         size = images.transforms.size
-        # The widths of an empty answer (a worker without a share) are those of any answer.
-        parts = [[p[:0] for p in read(torch.zeros(1, 3, size, size, device=device))]] if not len(images) else []
-        for batch, pixels in images.batches(in_batches(len(images), batch_size)):
-            parts.append(read(normalise(pixels.to(device), images.transforms)))
-            done += len(batch)
-            progress(done)
+        with torch.inference_mode():
+            parts.append([out[:0].cpu() for out in network(torch.zeros(1, 3, size, size, device=device))])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+class Reader:
+    """What a frozen network reads in images, each image passed through it once: the rest comes from a store, by content.
+
+    Args:
+        backbone: that the trunk was cut from; its tensors say which columns of the store are meant.
+        trunk: gives one tensor for each reading, and the source head's logits behind them where `logits` is true.
+        view: names the random view that `images.augment` makes, "" for the plain image.
+        beside: gives one more row an image after each step, kept under `beside_key`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        backbone: Backbone,
+        trunk: nn.Module,
+        readings: Sequence["Reading"],
+        transforms: Transforms,
+        device: torch.device,
+        *,
+        logits: bool = False,
+        view: str = "",
+        beside: Callable[[], Tensor] | None = None,
+        beside_key: str = "",
+    ) -> None:
+        self.trunk, self.device, self.beside = trunk, device, beside
+        self.network = pooled(trunk, [r.grids for r in readings])
+        known = backbones.identities(backbone, [r.tap for r in readings], logits=logits or beside is not None)
+        outputs = [(known[r.tap], r.tap, str(r.grids)) for r in readings]
+        outputs += [(known[backbones.LOGITS], "logits", "")] if logits else []
+        outputs += [(known[backbones.LOGITS], beside_key, "")] if beside else []
+        how = f"{transforms}|{device.type}|{view}|{FORMAT}"
+        seen = f" at {transforms.size} pixels{', ' + view if view else ''}"
+        self.widths = [sum(r.blocks) for r in readings]
+        self.columns: list[Column] = [store.column("|".join((*out, how)), f"{backbone.name} {out[1]}{seen}") for out in outputs]
+
+    def missing(self, rows: Sequence[Row]) -> npt.NDArray[np.bool_]:
+        """Say of each image whether it must be passed through the network."""
+        md5s = [row.md5 for row in rows]
+        return np.asarray(~np.logical_and.reduce([column.has(md5s) for column in self.columns]))
+
+    def compute(self, images: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
+        """Pass these images through the network and keep what it gives, a shard at a time: what is done is safe."""
+        self.trunk.eval()
+        kept: list[list[Tensor]] = []
+        names: list[str] = []
+        done = 0
+        for batch, outputs in passes(self.network, images, indices, self.device, self.beside):
+            kept.append([out.cpu() for out in outputs])
+            names += [images.rows[i].md5 for i in batch]
+            done += len(batch)
+            widest = max(out.shape[1] for out in kept[-1]) * 4
+            if len(names) + self.step > min(SHARD_ROWS, max(SHARD_BYTES // widest, self.step)):
+                self._keep(names, kept)
+                names, kept = [], []
+            progress(done)
+        self._keep(names, kept)
+
+    @property
+    def step(self) -> int:
+        """Images in a pass."""
+        return step(self.device)
+
+    def _keep(self, names: Sequence[str], kept: Sequence[Sequence[Tensor]]) -> None:
+        if names:
+            for column, parts in zip(self.columns, zip(*kept, strict=True), strict=True):
+                column.add(names, torch.cat(parts))
+
+    def read(self, images: Images, progress: Callable[[int], None]) -> list[Rows]:
+        """Return the features of all images at each output, mapped; those that are not kept yet are computed."""
+        self.compute(images, [int(i) for i in np.flatnonzero(self.missing(images.rows))], progress)
+        return self.rows(images.rows)
+
+    def rows(self, rows: Sequence[Row]) -> list[Rows]:
+        """Return the features of these images, all of which must be kept."""
+        md5s = [row.md5 for row in rows]
+        return [column.rows(md5s) for column in self.columns]
 
 
 def shard(count: int, rank: int, size: int) -> range:

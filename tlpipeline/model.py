@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tlpipeline import backbones
 from tlpipeline.backbones import Backbone, Transforms
+from tlpipeline.cache import Store
 from tlpipeline.errors import BackboneError, RegistryError
-from tlpipeline.features import BATCH, Images, Reading, in_batches, normalise, pool
+from tlpipeline.features import Images, Reader, Reading, in_batches, passes, pool, step
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 FORMAT = 1
@@ -63,6 +64,7 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: Backbone, readings: Sequence[Reading], classes: int, frozen: bool) -> None:
         super().__init__()
+        self.readings, self.backbone = tuple(readings), [backbone]  # in a list: what was cut off is no part of this module
         self.trunk = backbones.cut(backbone, [r.tap for r in readings])
         self.grids = [r.grids for r in readings]
         self.blocks = [block for r in readings for block in r.blocks]
@@ -172,17 +174,40 @@ def _settle(draft: Path, path: Path) -> None:
 
 
 def probabilities(
-    model: nn.Module, images: Images, device: torch.device, progress: Callable[[int], None], batch_size: int = BATCH
+    model: nn.Module, images: Images, device: torch.device, progress: Callable[[int], None], store: Store | None = None
 ) -> Tensor:
-    """Return each image's class probabilities (n, classes), float32 on the CPU, in the order of the images."""
+    """Return each image's class probabilities (n, classes), float32 on the CPU, in the order of the images.
+
+    With a store, what the classifier's backbone reads in an image is computed once and kept; the answer is the same to the bit.
+    """
     model.eval()
-    done = 0
-    with torch.inference_mode():
-        size = images.transforms.size
+    if store is not None and isinstance(model, Classifier):
+        reader = reader_of(model, store, images.transforms, device)
+        features = reader.read(images, progress)
+        parts = []
+        for part in in_batches(len(images), step(device)):
+            x = torch.cat([rows.take(slice(part.start, part.stop)) for rows in features], dim=1).to(device)
+            with torch.inference_mode():
+                parts.append(model.head(_filled(x, step(device)))[: len(x)].float().softmax(1).cpu())
+        if parts:
+            return torch.cat(parts)
+    done, parts = 0, []
+    for batch, (logits,) in passes(lambda inputs: [model(inputs)], images, range(len(images)), device):
+        parts.append(logits.float().softmax(1).cpu())
+        done += len(batch)
+        progress(done)
+    if not parts:
         # The width of an empty answer (a worker without a share) is that of any answer.
-        parts = [model(torch.zeros(1, 3, size, size, device=device)).float().cpu()[:0]] if not len(images) else []
-        for batch, pixels in images.batches(in_batches(len(images), batch_size)):
-            parts.append(model(normalise(pixels.to(device), images.transforms)).float().softmax(1).cpu())
-            done += len(batch)
-            progress(done)
+        size = images.transforms.size
+        with torch.inference_mode():
+            parts = [model(torch.zeros(1, 3, size, size, device=device)).float().cpu()[:0]]
     return torch.cat(parts)
+
+
+def reader_of(model: Classifier, store: Store, transforms: Transforms, device: torch.device, view: str = "") -> Reader:
+    """Return what reads images with the classifier's backbone as it is now."""
+    return Reader(store, model.backbone[0], model.trunk, model.readings, transforms, device, view=view)
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    return x if len(x) == size else torch.cat([x, x.new_zeros(size - len(x), x.shape[1])])

@@ -110,6 +110,8 @@ class TrainParams:
     batch_size: int | str = field(metadata=_auto_or_at_least(2))
     flip: bool
     precision: str = field(metadata=_one_of("auto", "float32"))
+    views: int = field(metadata=_between(0, 64))
+    budget_minutes: float = field(metadata=_at_least(0))
     override: Mapping[str, Any]
 
 
@@ -129,6 +131,13 @@ class GateParams:
     alpha: float = field(metadata=_between(0.0001, 0.5))
     margin: float = field(metadata=_between(0, 100))
     promote: str = field(metadata=_one_of("manual", "auto"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheParams:
+    """Features and decoded images by content, in .tlpipeline/cache. Nothing here changes what is trained."""
+
+    max_gb: float = field(metadata=_at_least(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +161,7 @@ class Params:
     train: TrainParams
     evaluate: EvaluateParams
     gate: GateParams
+    cache: CacheParams
     cluster: ClusterParams
 
 

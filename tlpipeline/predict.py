@@ -1,17 +1,17 @@
 """Prediction: the transforms travel inside the model, so what is predicted is what was evaluated."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from tlpipeline import dataset, model, registry
+from tlpipeline.cache import Store
+from tlpipeline.dataset import Row
 from tlpipeline.errors import DataError
-from tlpipeline.features import normalise, prepare
-
-BATCH = 64
+from tlpipeline.features import Images
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,37 @@ def find(text: str, root: Path) -> Path:
     return registry.folder(root, registry.resolve(root, text))
 
 
-def predict(folder: Path, images: Sequence[Path]) -> list[Prediction]:
+def predict(folder: Path, images: Sequence[Path], store: Store | None = None) -> list[Prediction]:
     """Predict image files.
+
+    Args:
+        store: where the features of images that were seen before are, and those of the others go.
 
     Raises:
         DataError: a file is missing or no image. RegistryError: there is no model in the folder.
     """
     classifier, description = model.load(folder)
-    inputs = []
-    for path in images:
-        try:
-            inputs.append(prepare(dataset.decode(path.read_bytes()), description.transforms))
-        except FileNotFoundError as error:
-            raise DataError(f"expected an image at {path}, found nothing.") from error
-        except dataset.UNREADABLE as error:
-            raise DataError(f"expected an image at {path}, but it cannot be read: {error}.") from error
-    found = []
-    with torch.inference_mode():
-        for start in range(0, len(inputs), BATCH):
-            pixels = torch.from_numpy(np.stack(inputs[start : start + BATCH]))
-            for row in classifier(normalise(pixels, description.transforms)).softmax(1).tolist():
-                found.append(row)
+    rows = [_row(path) for path in images]
+    pictures = Images(Path(), rows, description.transforms)
+    chances = model.probabilities(classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
     return [
-        Prediction(str(path), description.classes[int(np.argmax(row))], max(row), dict(zip(description.classes, row, strict=True)))
-        for path, row in zip(images, found, strict=True)
+        Prediction(
+            str(path),
+            description.classes[max(range(len(row)), key=row.__getitem__)],
+            max(row),
+            dict(zip(description.classes, row, strict=True)),
+        )
+        for path, row in zip(images, chances, strict=True)
     ]
+
+
+def _row(path: Path) -> Row:
+    """Return an image file as the manifest would list it; it is decoded once to see that it can be."""
+    try:
+        content = path.read_bytes()
+        dataset.decode(content)
+    except FileNotFoundError as error:
+        raise DataError(f"expected an image at {path}, found nothing.") from error
+    except dataset.UNREADABLE as error:
+        raise DataError(f"expected an image at {path}, but it cannot be read: {error}.") from error
+    return Row(str(path), hashlib.md5(content, usedforsecurity=False).hexdigest(), "", "", 0, 0, "", "")

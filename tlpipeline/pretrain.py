@@ -13,17 +13,22 @@ import torch
 from torch import nn
 
 from tlpipeline import backbones, dataset
-from tlpipeline.backbones import Transforms
+from tlpipeline.backbones import Transforms, normalisation
+from tlpipeline.cache import Store
 from tlpipeline.cases import Recipe
+from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import BackboneError
 from tlpipeline.features import Images
+from tlpipeline.finetune import Deadline, Fit, Sides
+from tlpipeline.heads import score
+from tlpipeline.job import Job, Tail, Teller
 from tlpipeline.model import probabilities, write_json, write_tensors
 from tlpipeline.probes import wilson
 from tlpipeline.progress import Event, Progress
-from tlpipeline.train import Alone, Checkpoints, Fit, Job, Sides, State, Tail, score
+from tlpipeline.workers import Alone
 
-RECIPE = Recipe(crop=0.4, patience=1000, label_smoothing=0.05)
+RECIPE = Recipe(crop=0.4, patience=1000, label_smoothing=0.05, layer_decay_norm=1.0)
 BATCH_SIZE = 128
 
 
@@ -59,17 +64,11 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     module.to(world.device)
     checkpoint = Checkpoints(world, history, module)
     tail = Tail(history / "history.jsonl", "pretrain", progress)
-    adam = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()) and any(
-        isinstance(m, nn.LayerNorm) for m in module.modules()
-    )
     state = State(arm="start")
-
-    def tell(done: int, total: int, text: str, important: bool = False) -> None:
-        progress(Event("pretrain", done, total, text))
-
-    Fit(module, sides, RECIPE, job, world, checkpoint, tell, adam).arm("scratch", epochs, rate, state)
+    tell = _Passed(history / "history.jsonl", tail)
+    fit = Fit(module, sides, RECIPE, job, world, checkpoint, tell, normalisation(module), Store(), Deadline(0, world, 0))
+    fit.arm("scratch", epochs, rate, state)
     checkpoint.load_best()
-    tail()
     test = manifest.used(TEST)
     labels = _indices(manifest, test)
     chances = probabilities(module, Images(images, test, transforms), world.device, lambda done: None)
@@ -108,6 +107,18 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     )
     shutil.rmtree(history)
     return Pretrained(accuracy, low, high, output / f"{file}.safetensors")
+
+
+class _Passed(Teller):
+    """Passes on what is told at once: there is one process."""
+
+    def __init__(self, path: Path, tail: Tail) -> None:
+        super().__init__(path, 0)
+        self.tail = tail
+
+    def __call__(self, done: int, total: int, text: str, important: bool = False) -> None:
+        super().__call__(done, total, text, important)
+        self.tail()
 
 
 def _network(name: str, classes: int, seed: int) -> tuple[nn.Module, Transforms]:

@@ -21,19 +21,21 @@ from torch import Tensor, nn
 
 from tlpipeline import backbones, dataset
 from tlpipeline.backbones import Backbone
+from tlpipeline.cache import Store
 from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
-from tlpipeline.features import BATCH, Images, Reading, extract, in_batches, normalise, reading, scaling
+from tlpipeline.features import Images, Reader, Reading, extract, in_batches, normalise, reading, scaling
 from tlpipeline.params import ProfileParams
 from tlpipeline.probes import Bits, Fit, Matrix, guesses, head_similarity, leave_one_out, one_hot, pack, unpack, wilson
 from tlpipeline.progress import Event, Progress
 from tlpipeline.shift import FIRST_IMAGES, BatchNormShift, Reference, TapShift, Watcher, random_reference, sequential, tap_shift
-from tlpipeline.tangent import tangent_kernel
+from tlpipeline.tangent import BUCKETS, Sketcher, tangent_kernel
 
 HELD_OUT = 512
 FEW_CLASSES = 50
 HUNGER_DRAWS = 3
 TANGENT_IMAGES = 512
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ def measure(
     progress: Progress,
     device: torch.device,
     reference: Reference | None = None,
+    store: Store | None = None,
 ) -> Profile:
     """Profile the training side of a data set; the sample is doubled while the choice is open.
 
@@ -236,6 +239,7 @@ def measure(
         size: input side, pixels.
         undecided: says of a profile whether more images could still change the choice.
         reference: statistics of images like the weights' own, at the same input size.
+        store: keeps what is computed of each image, for later stages and runs.
 
     Raises:
         DataError: there are no training images.
@@ -244,7 +248,7 @@ def measure(
     if not rows:
         raise DataError("expected training images to profile, found none. Check the quarantine list of ingest.")
     labels = {label: i for i, label in enumerate(manifest.classes)}
-    sight = _Sight(backbone, root, size, device, progress)
+    sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift)
     aside = sample([r for r in manifest.used(VAL) if dataset.selects(r)], HELD_OUT, params.seed)
     counts = Counter(r.label for r in rows)
     wanted = params.images
@@ -252,8 +256,7 @@ def measure(
         drawn = sample(rows, wanted, params.seed)
         there = {r.label for r in drawn}
         held = [r for r in aside if r.label in there] or drawn[:1]
-        with sight.watcher if params.shift else nullcontext():
-            read = sight.features(drawn)
+        read = sight.features(drawn)
         indices = np.array([labels[r.label] for r in drawn])
         kernels = _kernels(sight.readings, read, indices, sight.features(held), np.array([labels[r.label] for r in held]))
         profile = Profile(
@@ -269,7 +272,9 @@ def measure(
             validation=sum(not dataset.selects(r) for r in manifest.used(VAL)),
             sampled=len(drawn),
             held_out=len(held),
-            head_similarity=head_similarity(read[-1].softmax(1).double().numpy(), indices) if backbone.source_classes else None,
+            head_similarity=(
+                head_similarity(read[len(sight.taps)].softmax(1).double().numpy(), indices) if backbone.source_classes else None
+            ),
             **_probe(sight.taps, sight.readings, kernels, params.seed),
         )
         wanted *= 2
@@ -277,9 +282,9 @@ def measure(
             break
     if params.tangent:
         profile = replace(profile, tangent=sight.tangent(kernels, drawn, profile.multi.taps, params.seed))
-    if params.shift and profile.normalisation == "batch":
+    if sight.watched:
         batches = (batch.to(device) for batch in sight.inputs(drawn[:FIRST_IMAGES]))
-        profile = replace(profile, shift=sight.watcher.curve(sequential(sight.trunk, batches), reference, params.seed))
+        profile = replace(profile, shift=sight.watcher.curve(read[-1], sequential(sight.trunk, batches), reference, params.seed))
     if reference is not None:
         pooled = {r.tap: column for r, column in zip(sight.readings, read, strict=False)}
         profile = replace(profile, distances=tap_shift(pooled, reference, params.seed))
@@ -289,29 +294,36 @@ def measure(
 
 
 class _Sight:
-    """How a network sees images: features at all its taps, kept by content, and what else is asked of single passes."""
+    """How a network sees images: features at all its taps, and what else is asked of single passes. What was seen is kept by content."""
 
-    def __init__(self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress) -> None:
-        self.backbone, self.root, self.device, self.progress = backbone, root, device, progress
+    def __init__(
+        self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress, store: Store, shift: bool
+    ) -> None:
+        self.backbone, self.root, self.device, self.progress, self.store = backbone, root, device, progress, store
         self.transforms = backbone.transforms.at(size)
         self.taps = backbones.describe(backbone, size)
         self.readings = [reading(tap) for tap in self.taps]
-        self.trunk = self._cut(backbone, [t.name for t in self.taps], backbone.source_classes > 0)
+        logits = backbone.source_classes > 0
+        self.trunk = self._cut(backbone, [t.name for t in self.taps], logits)
         self.watcher = Watcher(self.trunk)
-        self.cache: dict[str, list[Tensor]] = {}
+        self.watched = shift and self.watcher.channels > 0
+        beside = self.watcher.taken if self.watched else None
+        self.reader = Reader(
+            store, backbone, self.trunk, self.readings, self.transforms, device, logits=logits, beside=beside, beside_key="batchnorm"
+        )
 
     def _cut(self, backbone: Backbone, taps: Sequence[str], logits: bool = False) -> nn.Module:
         return backbones.cut(backbone, taps, logits=logits).to(self.device).to(memory_format=torch.channels_last)
 
     def features(self, wanted: Sequence[Row]) -> list[Tensor]:
-        """Return the features at each tap, and the source head's logits behind them where it has one: (images, features) each."""
-        new = [r for r in wanted if r.md5 not in self.cache]
-        if new:
-            told = self._told("features", len(new))
-            grids = [r.grids for r in self.readings]
-            out = extract(self.trunk, grids, Images(self.root, new, self.transforms), self.device, told)
-            self.cache.update({row.md5: [column[i] for column in out] for i, row in enumerate(new)})
-        return [torch.stack([self.cache[r.md5][k] for r in wanted]) for k in range(len(self.cache[wanted[0].md5]))]
+        """Return the features at each tap: (images, features) each.
+
+        Behind them come the source head's logits where it has one, and what the watcher saw where it was asked to look.
+        """
+        images = Images(self.root, wanted, self.transforms)
+        told = self._told("features", int(self.reader.missing(wanted).sum()))
+        with self.watcher if self.watched else nullcontext():
+            return [rows.all() for rows in self.reader.read(images, told)]
 
     def inputs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """Yield inputs (batch, 3, size, size) on the CPU."""
@@ -322,11 +334,25 @@ class _Sight:
         """Return what the gradients of at most TANGENT_IMAGES of the drawn images say, beside a head on these taps."""
         few = {r.md5 for r in sample(drawn, TANGENT_IMAGES, seed)}
         at = [i for i, r in enumerate(drawn) if r.md5 in few]
-        last = self._cut(self.backbone, [self.taps[-1].name])
-        told = self._told("gradients", len(at))
-        gradients = tangent_kernel(last, self.inputs([drawn[i] for i in at]), self.device, seed, told)
+        chosen = [drawn[i] for i in at]
+        name = self.taps[-1].name
+        known = backbones.identities(self.backbone, [name])[name]
+        column = self.store.column(
+            f"{known}|gradients|{seed}|{BUCKETS}|{self.transforms}|{self.device.type}", f"{self.backbone.name} gradients at {name}"
+        )
+        new = [row for row, there in zip(chosen, column.has([r.md5 for r in chosen]), strict=True) if not there]
+        told = self._told("gradients", len(new))
+        sketcher = Sketcher(self._cut(self.backbone, [name]), self.device, seed) if new else None
+        done = 0
+        for batch in self.inputs(new):
+            assert sketcher is not None
+            part = new[done : done + len(batch)]
+            column.add([row.md5 for row in part], sketcher.sketch(batch))
+            done += len(batch)
+            told(done)
+        gradients = tangent_kernel(column.rows([r.md5 for r in chosen]).all())
         names = [t.name for t in self.taps]
-        return kernels.tangent([names.index(name) for name in taps], gradients, at)
+        return kernels.tangent([names.index(tap) for tap in taps], gradients, at)
 
     def affinity(self, profile: Profile, drawn: Sequence[Row], labels: npt.NDArray[np.int64]) -> float:
         """Return the best skill of the pretrained probes minus that of the same network with random weights, the mean of two seeds.

@@ -28,13 +28,14 @@ from tlpipeline import backbones
 from tlpipeline.backbones import Backbone
 from tlpipeline.dataset import Row
 from tlpipeline.errors import BackboneError, DataError
-from tlpipeline.features import BATCH, Images, extract, in_batches, normalise
+from tlpipeline.features import Images, extract, in_batches, normalise
 
 FORMAT = 1
 SUFFIX = ".refstats.json"
 CAP = 25.0
 DRAWS = 200
 FIRST_IMAGES = 128
+BATCH = 64
 _NUMBERS = 1 << 20
 
 Matrix = npt.NDArray[np.float64]
@@ -129,15 +130,17 @@ def _distance(means: Matrix, variances: Matrix, known: _Known, seed: int) -> tup
 
 
 class Watcher:
-    """Collects, while it is entered, what the BatchNorm layers of a network see in the passes that are made anyway.
+    """Looks, while it is entered, at what the BatchNorm layers of a network see in the passes that are made anyway.
 
-        with Watcher(trunk) as watcher:
-            extract(trunk, ...)
-        curve = watcher.curve()
+        watcher = Watcher(trunk)
+        with watcher:
+            *_, seen = extract(trunk, ..., beside=watcher.taken)
+        curve = watcher.curve(seen)
 
-    The network must be in eval mode and take (batch, ...) as its first argument. Kept are two numbers an image and channel; entering again
-    goes on collecting. A layer that runs several times in a pass is averaged over its calls. Left out are layers that never run, layers
-    without running statistics, and calls whose batch is not the network's (patches folded into it: no telling whose they are).
+    The network must be in eval mode and take (batch, ...) as its first argument. A row for each image holds mean and variance of each channel
+    of each layer. A layer that runs several times in a pass is averaged over its calls. NaN, and left out of the curve, are layers that
+    never run, and calls whose batch is not the network's (patches folded into it: no telling whose they are); layers without running
+    statistics have no place in a row.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -146,8 +149,13 @@ class Watcher:
         self._known = {name: _running_statistics(layer) for name, layer in self._layers.items()}
         self._images = 0
         self._calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._seen: dict[str, list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]] = {}
+        self._row = torch.zeros(0, 0)
         self._hooks: list[RemovableHandle] = []
+
+    @property
+    def channels(self) -> int:
+        """Channels of all layers together: half the numbers of a row."""
+        return sum(len(known.mean) for known in self._known.values())
 
     def __enter__(self) -> "Watcher":
         # The network's own hook first: where the network is a single BatchNorm layer, both are hooks of one module.
@@ -173,30 +181,43 @@ class Watcher:
             self._calls.setdefault(name, []).append((mean, variance))
 
     def _end(self, *_: object) -> None:
-        for name, calls in self._calls.items():
+        row = torch.full((self._images, 2 * self.channels), math.nan)
+        place = 0
+        for name, known in self._known.items():
+            width = len(known.mean)
             # Moved only here: a wait for the device in each layer would slow the pass.
-            pairs = [(m.cpu().double().numpy(), v.cpu().double().numpy()) for m, v in calls]
-            mean = np.mean([m for m, _ in pairs], axis=0)
-            variance = np.mean([v + (m - mean) ** 2 for m, v in pairs], axis=0)
-            self._seen.setdefault(name, []).append((mean.astype(np.float32), variance.astype(np.float32)))
+            pairs = [(m.cpu().double(), v.cpu().double()) for m, v in self._calls.get(name, [])]
+            if pairs:
+                mean = torch.stack([m for m, _ in pairs]).mean(0)
+                row[:, place : place + width] = mean.float()
+                row[:, place + width : place + 2 * width] = torch.stack([v + (m - mean) ** 2 for m, v in pairs]).mean(0).float()
+            place += 2 * width
+        self._row = row
         self._calls.clear()
 
+    def taken(self) -> Tensor:
+        """Return the rows of the last pass: (images, 2 * channels)."""
+        return self._row
+
     def curve(
-        self, sequential: Mapping[str, float] | None = None, reference: "Reference | None" = None, seed: int = 0
+        self, rows: Tensor, sequential: Mapping[str, float] | None = None, reference: "Reference | None" = None, seed: int = 0
     ) -> tuple[BatchNormShift, ...]:
-        """Return the shift of each layer in the order in which they ran; none for layers that saw fewer than two images.
+        """Return the shift of each layer in the network's order; none where there are fewer than two images.
 
         Args:
+            rows: what `taken` gave, one a row and image, in any number of passes.
             sequential: what the function of this name gave.
             reference: gives the floors, where it was measured on this network at the same input size.
             seed: of the halves and the bootstrap.
         """
         floors = {layer.name: layer.raw for layer in reference.layers} if reference else {}
-        found = []
-        for name, parts in self._seen.items():
-            means, variances = (np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True))
-            if len(means) > 1:
-                raw = _distance(means, variances, self._known[name], seed)
+        found, place = [], 0
+        for name, known in self._known.items():
+            width = len(known.mean)
+            means, variances = (rows[:, place + k * width : place + (k + 1) * width].double().numpy() for k in (0, 1))
+            place += 2 * width
+            if len(means) > 1 and not np.isnan(means).any():
+                raw = _distance(means, variances, known, seed)
                 found.append(BatchNormShift(name, *raw, (sequential or {}).get(name), floors.get(name)))
         return tuple(found)
 
@@ -214,10 +235,12 @@ def sequential(module: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> d
     """
     parts = _first_images(batches) if _layers(module) else []
     watcher = Watcher(module)
+    rows = []
     with _in_eval(module), watcher, _own_statistics(module), torch.inference_mode():
         for part in parts:
             module(part)
-    return {layer.name: layer.raw for layer in watcher.curve(seed=seed)}
+            rows.append(watcher.taken())
+    return {layer.name: layer.raw for layer in watcher.curve(torch.cat(rows), seed=seed)} if rows else {}
 
 
 def random_reference(backbone: Backbone, batches: Iterable[Tensor], seed: int) -> Backbone:
@@ -363,9 +386,9 @@ def measure_reference(
         trunk.to(memory_format=torch.channels_last)
         images, first = (Images(root, part, backbone.transforms.at(size)) for part in (rows, rows[:FIRST_IMAGES]))
         with Watcher(trunk) as watcher:
-            features = extract(trunk, [(1,)] * len(backbone.tap_names), images, device, progress)
+            *features, seen = extract(trunk, [(1,)] * len(backbone.tap_names), images, device, progress, watcher.taken)
         batches = (normalise(pixels.to(device), first.transforms) for _, pixels in first.batches(in_batches(len(first), BATCH)))
-        curve = watcher.curve(sequential(trunk, batches))
+        curve = watcher.curve(seen, sequential(trunk, batches))
     pooled = [(name, x.double()) for name, x in zip(backbone.tap_names, features, strict=True)]
     taps = tuple(TapStatistics(name, _rounded(x.mean(0)), _rounded(x.var(0))) for name, x in pooled)
     return Reference(backbone.name, backbone.fingerprint, size, len(rows), taps, curve)

@@ -32,7 +32,14 @@ METRICS, CLASSES = "metrics.json", "classes.json"
 PREDICTIONS, CONFUSION = "predictions.parquet", "plots/confusion.csv"
 RUN = "run.json"
 OWN = Path(".tlpipeline")
+GIGABYTE = 1e9
+# The code that decides what a training run does: an interrupted run is resumed only by the same.
+TRAINING = (
+    "augment", "backbones", "cache", "cases", "checkpoint", "choice", "features", "finetune", "heads", "model", "optimise", "outlook", "race",
+    "train", "workers",
+)  # fmt: skip
 RUNS = OWN / "runs"
+CACHE = OWN / "cache"
 
 
 def params_of(root: Path) -> Params:
@@ -105,9 +112,10 @@ def profile(root: Path, progress: Progress) -> None:
         raise ParamsError(
             f"expected profile.reference to be measured at {size} pixels, found {reference.size}. Run `tlpipeline refstats IMAGES` again."
         )
-    found = profiling.measure(
-        backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, _device(params), reference
-    )
+    with store(root) as kept:
+        found = profiling.measure(
+            backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, _device(params), reference, kept
+        )
     with _output(root, PROFILE, PROBE) as (written, curve):
         written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
         _write_csv(
@@ -155,7 +163,8 @@ def train(root: Path, progress: Progress) -> None:
     name = f"{decision.case}-{_code_key(versioning.stage_key(root, 'train'), params)}"
     start = str((root / RACE).resolve()) if decision.race is not None else ""
     job = dataclasses.replace(_job(root, params, decision, runs / f"{name}.jsonl"), start=start)
-    finished = distributed.run(job, params.cluster, name, runs, progress)
+    with store(root):
+        finished = distributed.run(job, params.cluster, name, runs, progress)
     lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
     with _output(root, MODEL, HISTORY) as (model, curve):
         shutil.copytree(finished / "model", model)
@@ -183,6 +192,10 @@ def _job(root: Path, params: Params, decision: Any, history: Path) -> Any:
         flip=params.train.flip,
         precision=params.train.precision,
         history=str(history),
+        views=params.train.views,
+        budget_minutes=params.train.budget_minutes,
+        cache=str((root / CACHE).resolve()) if params.cache.max_gb else "",
+        cache_bytes=params.cache.max_gb * GIGABYTE,
     )
 
 
@@ -282,6 +295,16 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
+@contextmanager
+def store(root: Path) -> Iterator[Any]:
+    """Give the workspace's cache of features and decoded images; afterwards it is cut down to cache.max_gb."""
+    from tlpipeline import cache
+
+    limit = params_of(root).cache.max_gb * GIGABYTE
+    yield cache.Store(root / CACHE if limit else None)
+    cache.prune(root / CACHE, limit)
+
+
 def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callable[[int], None]) -> Any:
     """Return what a model says of these rows of the manifest."""
     from tlpipeline import evaluate as measuring
@@ -292,7 +315,8 @@ def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callab
     device = _device(params)
     classifier, description = models.load(folder)
     images = Images(root / params.data.images, rows, description.transforms)
-    chances = models.probabilities(classifier.to(device), images, device, progress)
+    with store(root) as kept:
+        chances = models.probabilities(classifier.to(device), images, device, progress, kept)
     return measuring.predictions(rows, description.classes, chances.numpy())
 
 
@@ -346,7 +370,7 @@ def _device(params: Params) -> Any:
 def _code_key(key: str, params: Params) -> str:
     """Mix the key of data and params with the code that trains and the number of workers: the name of a run that may be resumed."""
     digest = hashlib.md5(f"{key}:{params.cluster.workers}".encode(), usedforsecurity=False)
-    for module in ("backbones", "choice", "features", "model", "outlook", "race", "train"):
+    for module in TRAINING:
         digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     return digest.hexdigest()[:16]
 

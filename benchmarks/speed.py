@@ -1,0 +1,392 @@
+"""What does training cost, beside the least that it could cost? Every figure stands next to its reference, measured in turns in one run.
+
+    python benchmarks/speed.py cache    a frozen case with a cold and a warm cache, and with 1 % new images, beside one bare pass
+    python benchmarks/speed.py memory   peak memory of a frozen case at 1,000, 10,000 and 100,000 images, beside the bare pass
+    python benchmarks/speed.py loop     images/s of fine-tuning beside a bare torch loop over the same loader
+    python benchmarks/speed.py workers  two workers with a thread each beside one with two threads
+    python benchmarks/speed.py ray      what a two-worker Ray fit costs beyond its compute
+    python benchmarks/speed.py views    what random views bring a frozen head, and what they cost
+    python benchmarks/speed.py half     what half precision in the cache would change in a head's answers
+
+Real images and weights come from --data (see benchmarks/regret.py); SqueezeNet at 96 pixels, the smallest network that is of any use, so
+that everything beside the network weighs most. Printed are medians over --times runs, reference and product in turns.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+
+import regret  # noqa: E402
+
+from tlpipeline import backbones, cases, dataset, finetune, train  # noqa: E402
+from tlpipeline.augment import augmentation  # noqa: E402
+from tlpipeline.cache import Store  # noqa: E402
+from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
+from tlpipeline.features import STEP, Images, in_batches, normalise, prepare, reading  # noqa: E402
+from tlpipeline.heads import solve_head  # noqa: E402
+from tlpipeline.job import Job  # noqa: E402
+from tlpipeline.model import Classifier, reader_of  # noqa: E402
+from tlpipeline.workers import Alone  # noqa: E402
+
+CPU = torch.device("cpu")
+NET = regret.NETWORKS["squeezenet"]
+
+
+def load(options: argparse.Namespace) -> backbones.Backbone:
+    return backbones.load(NET.name, str(options.weights / NET.weights), md5=NET.md5, size=NET.size)
+
+
+def listed(options: argparse.Namespace, name: str, n: int) -> tuple[Path, Manifest]:
+    """Return a data set's folder and a manifest with n images for training and validation."""
+    folder = regret.folders(options.data, options.work)[name]
+    rows = regret.pool(name, folder, options.work)
+    return folder, regret.split(rows, n, n, 0)
+
+
+def decision(backbone: backbones.Backbone, case: str, size: int) -> cases.Decision:
+    last = backbones.describe(backbone, size)[-1]
+    row = cases.find(case)
+    return cases.Decision(
+        case=case, slice=last.name, head="last", readings=(reading(last),), size=size, freeze=row.freeze, init=row.init, recipe=row.recipe,
+        probabilities={}, similar=1.0, large=0.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
+        saved_parameters=0.0, saved_ops=0.0, reason="", changes=(), warnings=(), forced=(),
+    )  # fmt: skip
+
+
+def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: cases.Decision, **changes: object) -> Job:
+    dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
+    values: dict[str, object] = {
+        "workspace": str(place), "images": str(folder), "manifest": str(place / "manifest.parquet"), "backbone": NET.name,
+        "weights": str(options.weights / NET.weights), "weights_md5": NET.md5, "decision": decided.to_json(), "seed": 0, "epochs": "auto",
+        "batch_size": "auto", "flip": True, "precision": "auto", "history": str(place / "history.jsonl"), "cache": str(place / "cache"),
+        "cache_bytes": 1e10,
+    }  # fmt: skip
+    return Job(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def bare_pass(network: Callable[[torch.Tensor], object], images: Images) -> None:
+    """Decode, resize, forward: what nobody can do without. The decoding is one line of Pillow, in as many threads as the product has."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    transforms = images.transforms
+
+    def one(row: Row) -> np.ndarray:
+        return prepare(Image.open(images.root / row.path).convert("RGB"), transforms)
+
+    with torch.inference_mode(), ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+        parts = in_batches(len(images), STEP["cpu"])
+        coming = pool.map(one, images.rows)
+        for part in parts:
+            network(normalise(torch.from_numpy(np.stack([next(coming) for _ in part])), transforms))
+
+
+def spent(work: Callable[[], object]) -> tuple[float, float]:
+    """Return CPU and wall seconds."""
+    cpu, wall = regret.cpu_seconds(), time.perf_counter()
+    work()
+    return regret.cpu_seconds() - cpu, time.perf_counter() - wall
+
+
+def run_job(made: Job, place: Path) -> Path:
+    scratch = place / "scratch"
+    scratch.mkdir()
+    finished = train.run(made, Alone(place / "kept"), scratch)
+    assert finished is not None
+    return finished
+
+
+def cache(options: argparse.Namespace) -> None:
+    folder, manifest = listed(options, "caltech24", options.images)
+    rows = manifest.used(TRAIN, VAL)
+    backbone = load(options)
+    decided = decision(backbone, "small_similar", NET.size)
+    network = backbones.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
+    images = Images(folder, rows, backbone.transforms.at(NET.size))
+    few = {row.md5 for row in rows[:: max(len(rows) // (len(rows) // 100), 1)]}
+    before = replace(manifest, rows=tuple(r for r in manifest.rows if r.md5 not in few))
+    seen: dict[str, list[float]] = {}
+    bare_pass(network, images)
+    for _ in range(options.times):
+        for name in ("bare pass", "cold", "warm", "1 % new"):
+            with tempfile.TemporaryDirectory(prefix="speed-") as made:
+                place = Path(made)
+                if name == "bare pass":
+                    used = spent(lambda: bare_pass(network, images))
+                else:
+                    if name != "cold":
+                        (place / "first").mkdir()
+                        first = job(options, place, folder, manifest if name == "warm" else before, decided)
+                        run_job(first, place / "first")
+                    used = spent(lambda: run_job(job(options, place, folder, manifest, decided), place))  # noqa: B023
+            seen.setdefault(name, []).append(used[0])
+    reference = statistics.median(seen["bare pass"])
+    print(
+        f"{len(rows)} images of caltech24, {len(few)} of them new in the last line; CPU s of the train stage's compute, median of {options.times}"
+    )
+    for name, values in seen.items():
+        print(
+            f"{name:10} {statistics.median(values):7.2f} s  {statistics.median(values) / reference:6.3f} x  ({min(values):.2f} to {max(values):.2f})"
+        )
+
+
+def peak(work: Callable[[], object]) -> float:
+    """Return the largest own memory (resident, without what is mapped from files) in MB while something runs."""
+    import psutil
+
+    process, most, done = psutil.Process(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            now = process.memory_info()
+            most[0] = max(most[0], (now.rss - now.shared) / 1e6)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return most[0]
+
+
+def one_peak(options: argparse.Namespace) -> None:
+    """Measure in a process of its own: memory that was once taken is seldom given back."""
+    folder, n = Path(options.only[0]), int(options.only[1])
+    manifest = dataset.read_manifest(folder.parent / f"{n}.parquet")
+    backbone = backbones.load("demonstration", "DEFAULT")
+    decided = decision(backbone, "small_similar", 32)
+    if options.only[2] == "bare":
+        network = backbones.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
+        images = Images(folder, manifest.used(TRAIN, VAL), backbone.transforms)
+        print(peak(lambda: bare_pass(network, images)))
+        return
+    with tempfile.TemporaryDirectory(prefix="speed-") as made:
+        place = Path(made)
+        ours = job(options, place, folder, manifest, decided, backbone="demonstration", weights="DEFAULT", weights_md5="none")
+        print(peak(lambda: run_job(ours, place)))
+
+
+def memory(options: argparse.Namespace) -> None:
+    place = options.work / "many"
+    rng = np.random.default_rng(0)
+    largest = max(options.sizes)
+    if not (place / f"{largest}.parquet").exists():
+        for label in range(10):
+            (place / "images" / f"class{label}").mkdir(parents=True, exist_ok=True)
+        for i in range(largest):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((32, 32)).save(
+                place / "images" / f"class{i % 10}" / f"{i}.png"
+            )
+        whole = dataset.ingest(place / "images", {}, lambda done, total: None)
+        for n in options.sizes:
+            part = replace(whole, rows=tuple(r for r in whole.rows if int(Path(r.path).stem) < n))
+            dataset.write_manifest(part, place / f"{n}.parquet", place / "left.csv")
+    print("images  bare pass  frozen case  (MB of own memory at its peak; what is mapped from files not counted)")
+    for n in options.sizes:
+        found = []
+        for kind in ("bare", "ours"):
+            told = subprocess.run(
+                [sys.executable, __file__, "peak", "--only", str(place / "images"), str(n), kind, "--weights", str(options.weights)],
+                check=True, capture_output=True, text=True,
+            ).stdout  # fmt: skip
+            found.append(float(told))
+        print(f"{n:6}  {found[0]:9.0f}  {found[1]:11.0f}  {found[1] / found[0]:.2f} x", flush=True)
+
+
+def bare_loop(model: Classifier, images: Images, labels: np.ndarray, recipe: cases.Recipe, epoch: int, half: bool) -> None:
+    """A plain torch loop over the same loader: no checkpoints, no progress, no schedule, no workers."""
+    moving = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+    model.train()
+    order = np.random.default_rng([0, epoch]).permutation(len(images))
+    size = recipe.batch_size(len(images))
+    images.augment = augmentation(recipe.crop, True, 0, epoch)
+    for indices, pixels in images.batches([[int(i) for i in order[s : s + size]] for s in range(0, len(order), size)]):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            logits = model(normalise(pixels, images.transforms))
+        loss = torch.nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[list(indices)]))
+        moving.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        moving.step()
+
+
+def loop(options: argparse.Namespace) -> None:
+    folder, manifest = listed(options, "caltech24", options.images)
+    rows = manifest.used(TRAIN)
+    labels = np.array([manifest.classes.index(r.label) for r in rows])
+    backbone = load(options)
+    decided = decision(backbone, "large_similar", NET.size)
+    half = finetune.computes_in_bfloat16(CPU)
+    rates: dict[str, list[float]] = {"bare loop": [], "product": []}
+    speeds: list[float] = []
+    plain = finetune.Fit._epoch
+
+    def timed(self: finetune.Fit, *args: object) -> object:
+        cpu = regret.cpu_seconds()
+        answer = plain(self, *args)  # type: ignore[arg-type]
+        speeds.append(len(self.sides.train) / (regret.cpu_seconds() - cpu))
+        return answer
+
+    finetune.Fit._epoch = timed  # type: ignore[method-assign, assignment]
+    for turn in range(options.times):
+        model = Classifier(load(options), decided.readings, len(manifest.classes), frozen=False)
+        images = Images(folder, rows, backbone.transforms.at(NET.size))
+        cpu, _ = spent(lambda: bare_loop(model, images, labels, decided.recipe, turn, half))  # noqa: B023
+        rates["bare loop"].append(len(rows) / cpu)
+        with tempfile.TemporaryDirectory(prefix="speed-") as made:
+            run_job(job(options, Path(made), folder, replace(manifest), decided, epochs=1, cache=""), Path(made))
+        rates["product"].append(speeds[-1])
+        print({k: round(v[-1], 1) for k, v in rates.items()}, flush=True)
+    reference = statistics.median(rates["bare loop"])
+    print(f"images per CPU second of an epoch of {len(rows)} images, median of {options.times}")
+    for name, values in rates.items():
+        print(f"{name:10} {statistics.median(values):7.1f}  {statistics.median(values) / reference:5.3f} x")
+
+
+def workers(options: argparse.Namespace) -> None:
+    folder, manifest = listed(options, "caltech24", options.images)
+    decided = decision(load(options), "large_similar", NET.size)
+    walls: dict[str, list[float]] = {}
+    for turn in range(options.times):
+        for size in (1, 2):
+            with tempfile.TemporaryDirectory(prefix="speed-") as made:
+                place = Path(made)
+                ours = job(options, place, folder, manifest, decided, epochs=1)
+                spec = place / "spec.json"
+                spec.write_text(json.dumps([{"job": asdict(ours), "folder": str(place / "run")}]))
+                group = [
+                    subprocess.Popen(
+                        [sys.executable, str(HERE.parent / "tests" / "group.py"), str(rank), str(size), str(29511 + turn), str(spec)],
+                        env=os.environ | {"GROUP_THREADS": str(2 // size)},
+                    )
+                    for rank in range(size)
+                ]
+                if any(member.wait() for member in group):
+                    sys.exit("a worker failed: see above")
+                lines = [json.loads(line)["text"] for line in (place / "history.jsonl").read_text().splitlines()]
+            (told,) = (line for line in lines if "validation accuracy" in line and "epoch 1/1" in line)
+            walls.setdefault(f"{size} worker{'s' if size > 1 else ''} x {2 // size}", []).append(
+                float(told.split(" images/s")[0].split()[-1])
+            )
+    reference = statistics.median(walls["1 worker x 2"])
+    for name, values in walls.items():
+        print(f"{name:12} {statistics.median(values):6.1f} images/s  {statistics.median(values) / reference:5.3f} x  {values}")
+
+
+def ray(options: argparse.Namespace) -> None:
+    from tlpipeline import distributed
+    from tlpipeline.params import ClusterParams
+    from tlpipeline.progress import silent
+
+    folder, manifest = listed(options, "caltech24", 100)
+    decided = decision(load(options), "small_similar", NET.size)
+    print("seconds of a two-worker fit on 100 images; the first one starts Ray")
+    for turn in range(options.times):
+        with tempfile.TemporaryDirectory(prefix="speed-") as made:
+            place = Path(made)
+            _, alone = spent(lambda: run_job(job(options, place, folder, manifest, decided, cache=""), place))  # noqa: B023
+            started = time.perf_counter()
+            distributed.runtime(2)
+            runtime = time.perf_counter() - started
+            cluster = ClusterParams(workers=2, gpu=False, max_failures=0, storage="none")
+            ours = job(options, place, folder, manifest, decided, cache="")
+            _, fit = spent(lambda: distributed.run(ours, cluster, f"run{turn}", place / "runs", silent))  # noqa: B023
+        print(f"Ray's runtime {runtime:5.2f}  fit {fit:5.2f}  the same job in one process {alone:5.2f}", flush=True)
+    distributed.shutdown()
+
+
+def views(options: argparse.Namespace) -> None:
+    print("accuracy on the test side of a head with so many random views of each image; CPU s of passes and solver")
+    for name in options.only or ("caltech24", "eurosat", "pacs_sketch"):
+        for n in (100, 500):
+            folder, manifest = listed(options, name, n)
+            manifest = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != TEST or int(r.md5[:4], 16) % 3 == 0))
+            line = []
+            for count in (0, 2, 4, 8):
+                with tempfile.TemporaryDirectory(prefix="speed-") as made:
+                    place = Path(made)
+                    ours = job(options, place, folder, manifest, decision(load(options), "small_similar", NET.size), views=count)
+                    found: list[Path] = []
+                    cpu, _ = spent(lambda: found.append(run_job(ours, place)))  # noqa: B023
+                    line.append(f"{count}: {accuracy(found[0] / 'model', folder, manifest, options):.4f} in {cpu:.1f} s")
+            print(f"{name:12} n={n:4}  {'   '.join(line)}", flush=True)
+
+
+TESTED: dict[str, Store] = {}
+
+
+def accuracy(model_folder: Path, folder: Path, manifest: Manifest, options: argparse.Namespace) -> float:
+    """Return test accuracy; the frozen features of the test side are kept from one call to the next."""
+    from tlpipeline import model as models
+
+    model, description = models.load(model_folder)
+    test = manifest.used(TEST)
+    store = TESTED.setdefault(str(folder), Store())
+    chances = models.probabilities(model, Images(folder, test, description.transforms), CPU, lambda done: None, store)
+    return float((chances.argmax(1).numpy() == np.array([description.classes.index(r.label) for r in test])).mean())
+
+
+def half(options: argparse.Namespace) -> None:
+    print("a head solved on features kept in float32, float16 and bfloat16: test accuracy, and answers that differ from float32's")
+    for name in options.only or ("caltech24", "eurosat", "pacs_sketch", "neu_steel"):
+        folder, manifest = listed(options, name, 500)
+        manifest = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != TEST or int(r.md5[:4], 16) % 3 == 0))
+        backbone = load(options)
+        decided = decision(backbone, "small_similar", NET.size)
+        model = Classifier(backbone, decided.readings, len(manifest.classes), frozen=True)
+        sides = {side: manifest.used(side) for side in (TRAIN, TEST)}
+        reader = reader_of(model, Store(), backbone.transforms.at(NET.size), CPU)
+        features = {
+            side: reader.read(Images(folder, rows, backbone.transforms.at(NET.size)), lambda done: None)[0].all()
+            for side, rows in sides.items()
+        }
+        labels = {side: np.array([manifest.classes.index(r.label) for r in rows]) for side, rows in sides.items()}
+        guesses = []
+        for kind in (torch.float32, torch.float16, torch.bfloat16):
+            x = {side: f.to(kind).float() for side, f in features.items()}
+            weight, bias, _ = solve_head(x[TRAIN], labels[TRAIN], model.blocks, len(manifest.classes), 10, 0, 1e-4)
+            guesses.append((x[TEST] @ weight.T + bias).argmax(1).numpy())
+        told = [f"{(g == labels[TEST]).mean():.4f} ({int((g != guesses[0]).sum())} differ)" for g in guesses]
+        print(f"{name:12} {len(labels[TEST])} test images   {'   '.join(told)}", flush=True)
+
+
+VERBS = {"cache": cache, "memory": memory, "peak": one_peak, "loop": loop, "workers": workers, "ray": ray, "views": views, "half": half}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=[verb for verb in VERBS if verb != "peak"] + ["peak"])
+    parser.add_argument("--data", type=Path, default=regret.DATA)
+    parser.add_argument("--weights", type=Path, default=regret.DATA)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tlpipeline-regret")
+    parser.add_argument("--images", type=int, default=2000, help="training and validation images")
+    parser.add_argument("--sizes", type=int, nargs="+", default=(1000, 10_000, 100_000), help="of `memory`")
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=())
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    print(f"{torch.get_num_threads()} threads; peak resident memory of this process so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB"
+          if options.verb == "loop" else f"{torch.get_num_threads()} threads" if options.verb != "peak" else "", end="" if options.verb == "peak" else "\n")  # fmt: skip
+    VERBS[options.verb](options)
+
+
+if __name__ == "__main__":
+    main()

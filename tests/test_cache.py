@@ -1,0 +1,322 @@
+"""The cache: an image's features are computed once, by content; nothing half-written is ever used; it keeps to its bound."""
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tlpipeline import backbones, cache, dataset
+from tlpipeline.backbones import Backbone
+from tlpipeline.cache import Column, Store, Table
+from tlpipeline.dataset import Row
+from tlpipeline.features import Images, Reader, Reading, extract
+from tlpipeline.model import Classifier, Description, load, probabilities, save
+
+CPU = torch.device("cpu")
+FIRST, LAST = Reading("conv1", 32, (1, 2)), Reading("fc2", 128, (1,))
+
+
+def md5(text: object) -> str:
+    return hashlib.md5(str(text).encode()).hexdigest()
+
+
+def numbers(count: int, width: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+class Counting:
+    """Counts the steps of a network and the images in them."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.steps, self.network = 0, reader.network
+        reader.network = self
+
+    def __call__(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        self.steps += 1
+        return self.network(inputs)
+
+
+def reader(store: Store, net: Backbone, *readings: Reading, size: int | None = None, view: str = "") -> Reader:
+    transforms = net.transforms if size is None else net.transforms.at(size)
+    trunk = backbones.cut(net, [r.tap for r in readings]).to(memory_format=torch.channels_last)
+    return Reader(store, net, trunk, readings, transforms, CPU, view=view)
+
+
+def steps(store: Store, net: Backbone, folder: Path, rows: list[Row], *readings: Reading, view: str = "") -> int:
+    """How many steps of the network reading these images takes."""
+    asked = reader(store, net, *readings, view=view)
+    counting = Counting(asked)
+    found = asked.read(Images(folder, rows, net.transforms), lambda done: None)
+    assert [len(rows_) for rows_ in found] == [len(rows)] * len(readings)
+    return counting.steps
+
+
+@pytest.fixture
+def net() -> Backbone:
+    return backbones.load("demonstration", "DEFAULT")
+
+
+@pytest.fixture
+def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
+    folder = make_images(classes=4, each=40)
+    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*dataset.SIDES)
+
+
+# --- by content -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_new_images_cost_passes_and_known_ones_none(listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
+    folder, rows = listed
+    assert len(rows) == 160
+    known, new = rows[:144], rows[144:]
+    assert steps(Store(tmp_path / "cache"), net, folder, known, FIRST, LAST) == 9
+    # Another process, later: the tenth that is new costs a tenth of the passes.
+    assert steps(Store(tmp_path / "cache"), net, folder, rows, FIRST, LAST) == 1
+    assert steps(Store(tmp_path / "cache"), net, folder, [*new, *known], LAST) == 0
+
+
+def test_what_is_kept_is_what_is_computed_to_the_bit(listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
+    folder, rows = listed
+    for part in (rows[:7], rows[100:113], rows):
+        steps(Store(tmp_path / "cache"), net, folder, part, FIRST, LAST)
+    kept = [r.all() for r in reader(Store(tmp_path / "cache"), net, FIRST, LAST).rows(rows)]
+    images = Images(folder, rows, net.transforms)
+    anew = extract(reader(Store(), net, FIRST, LAST).trunk, [FIRST.grids, LAST.grids], images, CPU, lambda done: None)
+    assert all(torch.equal(one, other) for one, other in zip(kept, anew, strict=True))
+
+
+def test_renamed_images_are_known_and_replaced_ones_are_not(listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
+    folder, rows = listed
+    steps(Store(tmp_path / "cache"), net, folder, rows, LAST)
+    (folder / rows[3].path).rename(folder / "other.png")
+    renamed = [dataclasses.replace(rows[3], path="other.png", label="else"), *rows[:3], *rows[4:]]
+    assert steps(Store(tmp_path / "cache"), net, folder, renamed, LAST) == 0
+    (folder / rows[5].path).write_bytes((folder / rows[6].path).read_bytes() + b"\0")
+    replaced = [dataclasses.replace(rows[5], md5=hashlib.md5((folder / rows[5].path).read_bytes()).hexdigest()), *rows[6:]]
+    assert steps(Store(tmp_path / "cache"), net, folder, replaced, LAST) == 1
+
+
+def test_other_weights_taps_pyramids_sizes_and_views_are_computed_anew(
+    listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path
+) -> None:
+    folder, rows = listed[0], listed[1][:16]
+    store = Store(tmp_path / "cache")
+    assert steps(store, net, folder, rows, LAST) == 1
+    assert steps(store, net, folder, rows, Reading("conv3", 128, (1, 2))) == 1
+    assert steps(store, net, folder, rows, Reading("conv3", 128, (1,))) == 1
+    assert steps(store, net, folder, rows, LAST, view="view 1") == 1
+    assert steps(store, backbones.load("demonstration", "none", seed=1), folder, rows, LAST) == 1
+    assert steps(store, backbones.load("demonstration", "none", seed=2), folder, rows, LAST) == 1
+    square = backbones.load("nets:resnet20", "none")
+    taps = [Reading("layer1.0", 16, (1,))]
+    counts = []
+    for size in (32, 48, 32):
+        asked = reader(store, square, *taps, size=size)
+        counting = Counting(asked)
+        asked.read(Images(folder, rows, square.transforms.at(size)), lambda done: None)
+        counts.append(counting.steps)
+    assert counts == [1, 1, 0]
+    assert steps(store, net, folder, rows, LAST) == 0
+
+
+def test_a_weight_behind_the_tap_plays_no_part_and_one_before_it_does(net: Backbone) -> None:
+    before = backbones.identities(net, ["conv2", "fc2"], logits=True)
+    with torch.no_grad():
+        net.module.get_parameter("conv3.0.weight")[0, 0, 0, 0] += 1
+    after = backbones.identities(net, ["conv2", "fc2"], logits=True)
+    assert before["conv2"] == after["conv2"]
+    assert before["fc2"] != after["fc2"]
+    assert before["logits"] != after["logits"]
+
+
+def test_an_exported_model_knows_the_features_of_the_network_it_was_cut_from(
+    listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path
+) -> None:
+    folder, rows = listed
+    store = Store(tmp_path / "cache")
+    steps(store, net, folder, rows, Reading("conv2", 64, (1, 2)), FIRST)
+    model = Classifier(net, (Reading("conv2", 64, (1, 2)), FIRST), 4, frozen=True)
+    torch.nn.init.normal_(model.head.weight)
+    save(model, Description("demonstration", "conv2", model.readings, tuple("abcd"), net.transforms), tmp_path / "model")
+    exported, description = load(tmp_path / "model")
+    for row in rows:  # nothing is decoded again
+        (folder / row.path).unlink()
+    from_cache = probabilities(exported, Images(folder, rows, description.transforms), CPU, lambda done: None, store)
+    assert from_cache.shape == (160, 4)
+
+
+def test_predictions_with_and_without_a_cache_are_the_same_bits(listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
+    folder, rows = listed
+    model = Classifier(net, (LAST,), 4, frozen=True)
+    torch.nn.init.normal_(model.head.weight)
+    images = Images(folder, rows[:45], net.transforms)
+    plain = probabilities(model, images, CPU, lambda done: None)
+    for _ in range(2):
+        assert torch.equal(plain, probabilities(model, images, CPU, lambda done: None, Store(tmp_path / "cache")))
+
+
+# --- crashes and company --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "foreign"])
+def test_a_damaged_shard_is_thrown_away_and_built_again(damage: str, listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
+    folder, rows = listed[0], listed[1][:32]
+    wanted = [r.all() for r in reader_after(tmp_path, net, folder, rows).rows(rows)]
+    (shard,) = (tmp_path / "cache").glob("*/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    if damage == "cut":
+        shard.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        shard.write_bytes(b"")
+    elif damage == "flipped":
+        content[-100] ^= 1
+        shard.write_bytes(content)
+    else:
+        save_file({"something": torch.zeros(3)}, shard)
+    assert steps(Store(tmp_path / "cache"), net, folder, rows, LAST) == 2
+    again = [r.all() for r in reader(Store(tmp_path / "cache"), net, LAST).rows(rows)]
+    assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
+
+
+def reader_after(tmp_path: Path, net: Backbone, folder: Path, rows: list[Row]) -> Reader:
+    asked = reader(Store(tmp_path / "cache"), net, LAST)
+    asked.read(Images(folder, rows, net.transforms), lambda done: None)
+    return asked
+
+
+def test_what_was_done_before_a_crash_is_kept(
+    listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlpipeline.features.SHARD_ROWS", 32)
+    folder, rows = listed
+    asked = reader(Store(tmp_path / "cache"), net, LAST)
+
+    class Stop(Exception):
+        pass
+
+    def told(done: int) -> None:
+        if done > 100:
+            raise Stop
+
+    with pytest.raises(Stop):
+        asked.read(Images(folder, rows, net.transforms), told)
+    assert steps(Store(tmp_path / "cache"), net, folder, rows, LAST) == 4  # 96 of 160 images were safe
+
+
+def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = Column(tmp_path / "column")
+
+    def full(*_: object, **__: object) -> None:
+        (tmp_path / "column" / ".half.draft").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        column.add([md5(0)], numbers(1))
+    assert not column.has([md5(0)])[0]
+    monkeypatch.undo()
+    assert not Column(tmp_path / "column").has([md5(0)])[0]
+
+
+WRITER = """
+import hashlib, sys, torch
+from pathlib import Path
+from tlpipeline.cache import Store
+names = [hashlib.md5(str(i).encode()).hexdigest() for i in range(200)]
+rows = torch.arange(200.0)[:, None].repeat(1, 3)
+for round in range(10):
+    column = Store(Path(sys.argv[1])).column("key", "label")
+    new = [i for i in range(200) if not column.has([names[i]])[0]][round * 5 : round * 5 + 20]
+    column.add([names[i] for i in new], rows[new])
+"""
+
+
+def test_two_processes_at_once_agree(tmp_path: Path) -> None:
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)]) for _ in range(2)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    column = Store(tmp_path).column("key", "label")
+    there = np.flatnonzero(column.has([md5(i) for i in range(200)]))
+    assert len(there) >= 100
+    assert torch.equal(column.rows([md5(i) for i in there]).all()[:, 0], torch.from_numpy(there).float())
+
+
+def test_a_reader_sees_what_another_wrote_meanwhile(tmp_path: Path) -> None:
+    mine, other = Column(tmp_path), Column(tmp_path)
+    other.add([md5(1), md5(2)], numbers(2))
+    assert not mine.has([md5(1)])[0]
+    mine.refresh()
+    assert mine.has([md5(2), md5(1), md5(3)]).tolist() == [True, True, False]
+
+
+# --- its size -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_goes_first_and_mapped_rows_stay_readable(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(4):
+        store.column(f"column {number}", f"label {number}").add([md5(number)], numbers(1, 1000, number))
+        (path,) = (p for p in tmp_path.glob("*/*.safetensors") if p.stat().st_mtime > 10_000)
+        os.utime(path, (number + 1, number + 1))
+    fresh = Store(tmp_path)
+    first = fresh.column("column 0", "label 0").rows([md5(0)])  # used now: the newest
+    kept = cache.info(tmp_path)
+    assert [k.label for k in kept] == ["label 0", "label 3", "label 2", "label 1"]
+    size = kept[0].bytes
+    assert cache.prune(tmp_path, 2.5 * size) == 2 * size
+    assert [k.label for k in cache.info(tmp_path)] == ["label 0", "label 3"]
+    assert cache.prune(tmp_path, 2.5 * size) == 0
+    cache.prune(tmp_path, 0)
+    assert cache.info(tmp_path) == []
+    assert torch.equal(first.all(), numbers(1, 1000, 0))
+    cache.clear(tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_rows_are_mapped_not_read(tmp_path: Path) -> None:
+    """Memory must not grow with the data set; pages that the system may drop at any time do not count."""
+    import psutil
+
+    column = Column(tmp_path)
+    for part in range(8):
+        column.add([md5((part, i)) for i in range(1024)], torch.zeros(1024, 4096) + part)
+    again = Column(tmp_path)
+    rows = again.rows([md5((part, i)) for part in range(8) for i in range(1024)])
+    table = Table([rows])
+    process = psutil.Process()
+    before = process.memory_info()
+    total = 0.0
+    for start in range(0, len(table), 256):
+        total += float(table.take(slice(start, start + 256)).sum())
+    after = process.memory_info()
+    assert total == sum(range(8)) * 1024 * 4096
+    own = (after.rss - after.shared) - (before.rss - before.shared)
+    assert own < 20 << 20  # of 128 MiB
+
+
+def test_tables_put_columns_side_by_side_and_views_below() -> None:
+    store = Store()
+    names = [md5(i) for i in range(6)]
+    a, b = store.column("a", ""), store.column("b", "")
+    a.add(names[:4], numbers(4, 2, 1))
+    a.add(names[4:], numbers(2, 2, 2))
+    b.add(names, numbers(6, 3, 3))
+    wanted = torch.cat([torch.cat([numbers(4, 2, 1), numbers(2, 2, 2)]), numbers(6, 3, 3)], 1)
+    table = Table([a.rows(names), b.rows(names)])
+    assert table.width == 5
+    assert torch.equal(table.all(), wanted)
+    order = [5, 0, 5, 2]
+    picked = Table([a.rows([names[i] for i in order]), b.rows([names[i] for i in order])])
+    assert torch.equal(picked.all(), wanted[order])
+    both = table.below(picked)
+    assert len(both) == 10
+    assert torch.equal(both.take(slice(4, 8)), torch.cat([wanted[4:], wanted[order[:2]]]))
+    assert torch.equal(both.take(np.array([9, 1])), wanted[[2, 1]])
+    assert both.take(np.array([], dtype=int)).shape == (0, 5)

@@ -1,0 +1,329 @@
+"""Fine-tuning: every recipe value does what it says, a bad step is taken back, memory and time that run out lose nothing."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_train import decided, history, trained
+from torch import nn
+
+from tlpipeline import backbones, finetune
+from tlpipeline.augment import mix, rand_augment
+from tlpipeline.cases import CASES, Decision, Recipe, override
+from tlpipeline.checkpoint import State
+from tlpipeline.dataset import Row
+from tlpipeline.errors import ParamsError, TrainingError
+from tlpipeline.finetune import Fit
+from tlpipeline.job import Job
+from tlpipeline.optimise import Average, flat, optimiser, shares, unflat
+from tlpipeline.workers import Alone
+
+Make = Callable[..., Job]
+TUNED = CASES[2]
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "scratch" / "finished" / "state.json").read_text())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0.0) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=atol, rtol=0) for k in a)
+
+
+# --- rates and decay ------------------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_nearer_to_the_images_get_smaller_rates() -> None:
+    net = backbones.load("demonstration", "DEFAULT")
+    blocks = backbones.blocks(net, "fc2")
+    assert [len(block) for block in blocks] == [2] * 5
+    found = shares(blocks, 0.5)
+    assert found["conv1.0.weight"] == 0.5**5
+    assert found["fc2.1.bias"] == 0.5
+    assert shares(blocks, 1.0)["conv1.0.weight"] == 1.0
+
+
+def test_the_optimiser_decays_neither_norms_nor_biases_and_follows_depth() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    net[2].weight.requires_grad_(False)
+    made = optimiser(net, Recipe(), "batch", 0.1, [["0.weight", "0.bias"]], fused=False)
+    assert isinstance(made, torch.optim.SGD)
+    by_size = {p.numel(): g for g in made.param_groups for p in g["params"]}
+    assert by_size[108]["weight_decay"] == 5e-4
+    assert all(g["weight_decay"] == 0 for g in made.param_groups if g["params"][0].dim() == 1)
+    assert sum(p.numel() for g in made.param_groups for p in g["params"]) == 108 + 4 + 8 + 4  # what is frozen is not there
+    layered = optimiser(net, Recipe(), "layer", 0.1, [["0.weight", "0.bias"]], fused=False)
+    assert isinstance(layered, torch.optim.AdamW)
+    assert {round(g["lr"], 6) for g in layered.param_groups} == {0.1, 0.075}
+    forced = optimiser(net, Recipe(optimiser="adamw"), "batch", 0.1, [], fused=False)
+    assert isinstance(forced, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_an_optimiser_goes_on_from_its_tensors(kind: str) -> None:
+    def step(net: nn.Module, made: torch.optim.Optimizer) -> None:
+        made.zero_grad()
+        net(torch.ones(2, 3)).square().sum().backward()
+        made.step()
+
+    nets = [nn.Linear(3, 2) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    made = [optimiser(net, Recipe(optimiser=kind), "batch", 0.01, [], fused=False) for net in nets]
+    step(nets[0], made[0])
+    nets[1].load_state_dict(nets[0].state_dict())
+    unflat(flat(made[0]), made[1])
+    for net, each in zip(nets, made, strict=True):
+        step(net, each)
+    assert same(nets[0].state_dict(), nets[1].state_dict())
+
+
+def test_the_moving_average_follows_the_weights_and_can_be_exchanged_with_them() -> None:
+    net = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        net.weight.fill_(0.0)
+        average = Average(net, 0.9)
+        net.weight.fill_(1.0)
+    seen = []
+    for _ in range(200):
+        average.update()
+        seen.append(float(average.weights["weight"]))
+    assert seen == sorted(seen)
+    assert seen[0] == pytest.approx(1 - 2 / 11)  # early on it must not remember the start
+    assert seen[-1] == pytest.approx(1.0, abs=1e-4)
+    before = float(average.weights["weight"])
+    average.swap()
+    assert net.weight.item() == before
+    average.swap()
+    assert net.weight.item() == 1.0
+
+
+# --- images ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_mixup_and_cutmix_mix_images_and_labels_alike() -> None:
+    torch.manual_seed(0)
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8)
+    for kinds in ((0.4, 0.0), (0.0, 1.0), (0.4, 1.0)):
+        inputs, labels = mix(images, torch.arange(4), 4, *kinds)
+        assert torch.allclose(labels.sum(1), torch.ones(4))
+        # Pixels are class numbers here: the mean pixel is the mean label.
+        assert torch.allclose(inputs.mean((1, 2, 3)), labels @ torch.arange(4.0), atol=0.02)
+
+
+def test_randaugment_follows_seed_epoch_and_content_and_leaves_the_random_state_alone() -> None:
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows = [Row(str(i), f"{i + 1:032x}", "", "", 32, 32, "RGB", "") for i in range(3)]
+    rows = [replace(r, md5=f"{i + 1:x}".ljust(32, "0")) for i, r in enumerate(rows)]
+    torch.manual_seed(5)
+    one = rand_augment(pixels, rows, 2, 9, seed=0, epoch=1)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    order = [2, 0, 1]
+    assert torch.equal(rand_augment(pixels[order], [rows[i] for i in order], 2, 9, 0, 1), one[order])
+    assert not torch.equal(rand_augment(pixels, rows, 2, 9, 0, 2), one)
+    assert one.dtype == torch.uint8
+    assert not torch.equal(one, pixels)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"mixup": 0.2}, {"cutmix": 1.0}, {"randaugment": 2}, {"average": 0.9}, {"label_smoothing": 0.1}, {"optimiser": "adamw", "rate_none": 1e-3},
+        {"layer_decay_other": 0.7}, {"balance": "sampler", "imbalance": 1.0}, {"patience": 1},
+    ],
+    ids=lambda r: next(iter(r)),
+)  # fmt: skip
+def test_each_recipe_value_trains_and_gives_another_model(recipe: dict[str, Any], job: Make, tmp_path: Path) -> None:
+    plain = trained(job(decided(TUNED), epochs=2), tmp_path / "plain")
+    with_it = trained(job(decided(TUNED, **recipe), epochs=2), tmp_path / "with")
+    assert all(v.isfinite().all() for v in with_it.values())
+    assert recipe == {"patience": 1} or not same(plain, with_it)
+    assert history(tmp_path / "with")[-1]["accuracy"] > 0.5
+
+
+def test_parts_of_a_batch_make_the_step_of_the_whole(job: Make, tmp_path: Path) -> None:
+    quiet = decided(TUNED)
+    quiet = replace(
+        quiet, slice="conv3", readings=(*quiet.readings[:0], replace(quiet.readings[0], tap="conv3", channels=128, grids=(1, 2)))
+    )
+    whole = trained(job(quiet, epochs=1), tmp_path / "whole")
+    parts = trained(job(replace(quiet, recipe=replace(quiet.recipe, accumulate=3)), epochs=1), tmp_path / "parts")
+    assert same(whole, parts, atol=1e-5)
+
+
+def test_the_balanced_sampler_draws_classes_alike(job: Make) -> None:
+    labels = np.array([0] * 90 + [1] * 10)
+    fit = Fit.__new__(Fit)
+    fit.job, fit.drawn = job(decided(TUNED)), True
+    fit.sides = type("Sides", (), {"train": labels})()
+    fit.shares = finetune.image_weights(labels, imbalance=2)
+    drawn = np.concatenate([labels[fit._order(epoch)] for epoch in range(20)])
+    assert 0.45 < drawn.mean() < 0.55
+    fit.drawn = False
+    assert sorted(fit._order(3)) == list(range(100))
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------------------------
+
+
+def exploding(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> list[int]:
+    """Let the gradient be no number at these steps (counted over the whole run)."""
+    steps = [0]
+    plain = finetune.nn.utils.clip_grad_norm_
+
+    def clip(parameters: Any, most: float) -> torch.Tensor:
+        steps[0] += 1
+        return torch.tensor(math.nan) if steps[0] in at else plain(parameters, most)
+
+    monkeypatch.setattr(finetune.nn.utils, "clip_grad_norm_", clip)
+    return steps
+
+
+def test_a_run_that_diverges_goes_back_with_half_the_rate(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exploding(monkeypatch, {6})
+    weights = trained(job(decided(TUNED)), tmp_path / "run")
+    assert finished(tmp_path / "run")["slower"] == 1
+    assert all(v.isfinite().all() for v in weights.values())
+    assert [h["epoch"] for h in history(tmp_path / "run") if h["arm"] == "fine-tune"] == [1, 2, 3]
+    assert "diverged: back to epoch 1 with half the rate" in (tmp_path / "run.jsonl").read_text()
+
+
+def test_a_run_that_goes_on_diverging_is_given_up_with_the_way_out(
+    job: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exploding(monkeypatch, set(range(1000)))
+    with pytest.raises(TrainingError, match=r"expected fine-tune to converge.*train\.override"):
+        trained(job(decided(TUNED)), tmp_path / "run")
+
+
+def test_memory_that_runs_out_halves_the_parts_and_keeps_the_batch(
+    job: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    plain = finetune.normalise
+
+    def small(pixels: torch.Tensor, transforms: Any) -> torch.Tensor:
+        if len(pixels) > 5:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        seen.append(len(pixels))
+        return plain(pixels, transforms)
+
+    monkeypatch.setattr(finetune, "normalise", small)
+    quiet = replace(decided(TUNED), slice="conv3")
+    quiet = replace(quiet, readings=(replace(quiet.readings[0], tap="conv3", channels=128, grids=(1, 2)),))
+    tight = trained(job(quiet, epochs=1), tmp_path / "tight")
+    state = finished(tmp_path / "tight")
+    assert state["accumulate"] == 4
+    assert state["remarks"] == [
+        "the GPU's memory ran out: each batch was taken in 2 parts",
+        "the GPU's memory ran out: each batch was taken in 4 parts",
+    ]
+    assert max(seen) == 4
+    monkeypatch.setattr(finetune, "normalise", plain)
+    assert same(trained(job(quiet, epochs=1), tmp_path / "roomy"), tight, atol=1e-5)
+
+
+def test_memory_for_not_even_one_image_is_a_clear_error(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(finetune, "normalise", none)
+    with pytest.raises(TrainingError, match=r"expected room in the GPU's memory for 1 images.*data\.size"):
+        trained(job(decided(TUNED)), tmp_path / "run")
+
+
+def test_a_time_budget_ends_a_run_with_the_best_model_so_far(job: Make, tmp_path: Path) -> None:
+    weights = trained(job(decided(TUNED), epochs=500, budget_minutes=0.03), tmp_path / "run")
+    state = finished(tmp_path / "run")
+    assert len(state["remarks"]) == 1
+    assert state["remarks"][0].startswith("train.budget_minutes ended fine-tune in epoch")
+    tuned = [h["accuracy"] for h in state["history"] if h["arm"] == "fine-tune"]
+    assert len(tuned) < 500
+    assert state["best_accuracy"] >= max(state["history"][0]["accuracy"], tuned[-1])
+    assert all(v.isfinite().all() for v in weights.values())
+
+
+def test_a_time_budget_ends_the_features_of_a_frozen_case(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlpipeline.train.AT_ONCE", 16)
+    trained(job(decided(CASES[0]), budget_minutes=1e-9), tmp_path / "run")
+    (remark,) = finished(tmp_path / "run")["remarks"]
+    assert remark.startswith("train.budget_minutes ended the features after 16 of ")
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("checkpoint", range(2, 7))
+def test_a_long_epoch_is_kept_in_parts_and_gone_on_with(
+    checkpoint: int,
+    job: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Averages, schedule, sampler, dropout and the summed loss stand where they stood."""
+    monkeypatch.setattr(finetune, "CHECKPOINT_IMAGES", 32)
+    decision = decided(TUNED, average=0.8, mixup=0.2, balance="sampler", imbalance=1.0, optimiser="adamw", rate_none=1e-3)
+    wanted = trained(job(decision, epochs=2), tmp_path / "calm")
+    world = Alone(tmp_path / "run")
+    written, plain = [0], Alone.report
+
+    def stop(self: Alone, metrics: Any, folder: Path | None) -> None:
+        plain(self, metrics, folder)
+        written[0] += 1
+        if written[0] == checkpoint:
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Alone, "report", stop)
+        with pytest.raises(Stopped):
+            trained(job(decision, epochs=2), tmp_path / "run")
+    with world.restore() as folder:
+        assert (folder / "state.json").exists()
+    assert same(trained(job(decision, epochs=2), tmp_path / "run"), wanted)
+    assert history(tmp_path / "run") == history(tmp_path / "calm")
+
+
+# --- overrides ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimiser": "lion"}, "expected auto or sgd or adamw, found 'lion'"),
+        ({"compile": 1}, "expected bool, found 1"),
+        ({"mixup": True}, "expected float, found True"),
+        ({"crop": 0}, "expected 0.01 to 1, found 0"),
+        ({"accumulate": 0}, "expected at least 1, found 0"),
+        ({"average": 1.5}, "expected 0 to 0.99999, found 1.5"),
+        ({"mixap": 0.2}, "did you mean mixup"),
+    ],
+)
+def test_a_recipe_value_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        override(decided(TUNED), changes)
+
+
+def test_a_frozen_case_cannot_start_from_random_weights() -> None:
+    frozen: Decision = decided(CASES[0])
+    with pytest.raises(ParamsError, match="whose backbone is frozen"):
+        override(frozen, {"init": "random"})
+    assert override(frozen, {"init": "pretrained"}) == frozen
+
+
+def test_a_state_from_before_a_field_was_added_can_be_read() -> None:
+    assert State(arm="head").remarks == []

@@ -1,0 +1,121 @@
+"""The head solver: the same optimum whether features are in memory, mapped, or rotated; the penalty is found where it should be."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tlpipeline import heads
+from tlpipeline.cache import Column, Table
+from tlpipeline.features import scaling
+from tlpipeline.heads import PENALTIES, Features, Problem, image_weights, solve_head
+
+BLOCKS = [7, 5]
+
+
+def drawn(n: int, classes: int, separation: float = 1.0, seed: int = 0, width: int = 12) -> tuple[torch.Tensor, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    x = rng.normal(size=(n, width)) * np.linspace(0.1, 5, width) + separation * rng.normal(size=(classes, width))[labels] + 3
+    return torch.from_numpy(x).float(), labels
+
+
+def mapped(x: torch.Tensor, folder: Path) -> Table:
+    names = [hashlib.md5(str(i).encode()).hexdigest() for i in range(len(x))]
+    columns = [Column(folder / "a"), Column(folder / "b")]
+    for column, part in zip(columns, x.split(BLOCKS, 1), strict=True):
+        for start in range(0, len(x), 100):
+            column.add(names[start : start + 100], part[start : start + 100])
+    return Table([column.rows(names) for column in columns])
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_mapped_features_give_the_head_that_features_in_memory_give(classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = drawn(300, classes)
+    wanted = solve_head(x, labels, BLOCKS, classes, 10, 0)
+    monkeypatch.setattr(heads, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(heads, "CHUNK", 128)
+    table = mapped(x, tmp_path)
+    assert not isinstance(Features(table).source, torch.Tensor)
+    weight, bias, penalty = solve_head(table, labels, BLOCKS, classes, 10, 0)
+    assert penalty == wanted[2]
+    assert torch.allclose((x @ weight.T + bias).softmax(1), (x @ wanted[0].T + wanted[1]).softmax(1), atol=0.02)
+
+
+def test_the_scaling_of_mapped_features_is_that_of_the_same_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "IN_MEMORY_BYTES", 0)
+    x, _ = drawn(300, 3)
+    x[:, 3] = 2.0  # a dead channel
+    found, wanted = Features(mapped(x, tmp_path)).scaling(BLOCKS), scaling(x, BLOCKS)
+    assert torch.allclose(found.mean, wanted.mean)
+    assert torch.allclose(found.scale, wanted.scale)
+
+
+def test_the_gradient_is_that_of_the_loss() -> None:
+    x, labels = drawn(80, 3)
+    scale = scaling(x, BLOCKS)
+    shares = image_weights(labels, imbalance=1.01)
+    assert len(set(shares)) > 1
+    problem = Problem(Features(x), labels, 3, shares, scale)
+    at = np.random.default_rng(0).normal(size=3 * 13)
+    loss, gradient = problem(at, 0.1)
+    both = torch.from_numpy(at).view(3, 13).requires_grad_(True)
+    logits = scale(x) @ both[:, :-1].T + both[:, -1]
+    each = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels), reduction="none")
+    wanted = (each * torch.from_numpy(shares)).sum() + 0.05 * both[:, :-1].square().sum()
+    wanted.backward()
+    assert both.grad is not None
+    assert loss == pytest.approx(float(wanted), rel=1e-5)
+    assert np.allclose(gradient, both.grad.reshape(-1).numpy(), atol=1e-5)
+
+
+def test_two_classes_are_penalised_as_any_number_is() -> None:
+    """Softmax with two rows, whichever solver: weights of opposite sign."""
+    x, labels = drawn(200, 2)
+    weight, bias, _ = solve_head(x, labels, BLOCKS, 2, 10, 0, 1e-3)
+    assert torch.allclose(weight[0], -weight[1], atol=1e-3)
+    assert float((x @ weight.T + bias).argmax(1).numpy().astype(int).__eq__(labels).mean()) > 0.6
+
+
+def test_noise_wants_a_strong_penalty_and_clean_classes_a_weak_one() -> None:
+    noise, labels = drawn(400, 3, separation=0.0, width=200)
+    assert solve_head(noise, labels, [200], 3, 10, 0)[2] >= 1e-2
+    clean, labels = drawn(400, 3, separation=6.0)
+    assert solve_head(clean, labels, BLOCKS, 3, 10, 0)[2] <= 1e-4
+
+
+def test_a_known_start_ends_at_the_same_head_in_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = drawn(600, 4)
+    calls = 0
+    plain = Problem.__call__
+
+    def counted(self: Problem, flat: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
+        nonlocal calls
+        calls += 1
+        return plain(self, flat, penalty)
+
+    monkeypatch.setattr(Problem, "__call__", counted)
+    cold = solve_head(x, labels, BLOCKS, 4, 10, 0, 1e-3)
+    first, calls = calls, 0
+    warm = solve_head(x, labels, BLOCKS, 4, 10, 0, 1e-3, cold[:2])
+    assert calls < first / 2
+    assert torch.allclose((x @ cold[0].T + cold[1]).softmax(1), (x @ warm[0].T + warm[1]).softmax(1), atol=5e-3)
+
+
+def test_views_do_not_make_a_weak_penalty_look_good() -> None:
+    """Copies of an image on both sides of a fold would be recognised; the penalty is found without them."""
+    noise, labels = drawn(300, 3, separation=0.0, width=200)
+    views = torch.cat([noise, noise, noise])
+    assert solve_head(views, np.tile(labels, 3), [200], 3, 10, 0, views=2)[2] == max(PENALTIES)
+    assert solve_head(views, np.tile(labels, 3), [200], 3, 10, 0)[2] < max(PENALTIES)
+
+
+def test_a_class_with_a_single_image_is_survived() -> None:
+    x, labels = drawn(60, 3)
+    labels[labels == 2] = 0
+    labels[7] = 2
+    weight, bias, _ = solve_head(x, labels, BLOCKS, 3, 10, 0)
+    assert weight.isfinite().all()
+    assert bias.isfinite().all()

@@ -1,0 +1,159 @@
+"""Where a run stands, and the folder that it is kept in: all that a resumed run needs to end as the uninterrupted one would have."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlpipeline.model import write_json, write_tensors
+from tlpipeline.optimise import Average, flat
+from tlpipeline.probes import paired
+from tlpipeline.workers import World
+
+STATE, CURRENT, BEST, OPTIMISER, AVERAGE, MODEL = (
+    "state.json", "current.safetensors", "best.safetensors", "optimiser.safetensors", "average.safetensors", "model",
+)  # fmt: skip
+
+
+@dataclass
+class State:
+    """Where a run stands; with the tensors beside it, all that a resumed run needs.
+
+    Attributes:
+        arm: head, fine-tune or scratch: what runs; epoch: epochs of it that are done; step: steps of the next one, loss: their summed loss.
+        best_*: the best validation so far, and which arm reached it in which epoch.
+        history: a line for each epoch.
+        looks, winner, ended: of a race (see cases.Look and cases.Race).
+        slower: times that the rate was halved because training diverged; accumulate: parts of a batch, 0 for the recipe's.
+        averaged: steps in the moving average of weights.
+        seconds: that the run took before it was interrupted, counted only where they are bounded.
+        remarks: what bounded the run: no equality is promised where there are any.
+    """
+
+    arm: str
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    best_arm: str = ""
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    best_loss: float = math.inf
+    head_penalty: float = 0.0
+    history: list[dict[str, float | str]] = field(default_factory=list)
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    winner: str = ""
+    ended: str = ""
+    slower: int = 0
+    accumulate: int = 0
+    averaged: int = 0
+    seconds: float = 0.0
+    remarks: list[str] = field(default_factory=list)
+    finished: bool = False
+
+    def remark(self, text: str) -> None:
+        """Note what bounded the run, once."""
+        if text not in self.remarks:
+            self.remarks.append(text)
+
+    def better(self, accuracy: float, loss: float) -> bool:
+        """Note a validation; say whether it is the best so far (by accuracy, equals by loss)."""
+        if (accuracy, -loss) > (self.best_accuracy, -self.best_loss):
+            self.best_arm, self.best_epoch, self.best_accuracy, self.best_loss = self.arm, self.epoch, accuracy, loss
+            return True
+        return False
+
+    def replaced(self, accuracy: float, loss: float, correct: str, images: int) -> bool:
+        """Note the end of an arm; say whether it takes the place of what there was.
+
+        Fine-tuning takes the place of the head that it started from unless it is clearly worse (two paired standard errors): a validation
+        of 20 images must not undo it. Scratch must be better.
+        """
+        line = next((line for line in self.history if line["arm"] == "head"), None)
+        if self.arm == "fine-tune" and line is not None and images:
+            difference, error = paired(correct, str(line["correct"]), images)
+            if difference < -2 * error:
+                return False
+            self.best_accuracy, self.best_loss = -1.0, math.inf
+        return self.better(accuracy, loss)
+
+    @property
+    def gained(self) -> bool:
+        """Whether fine-tuning ended better on validation than the frozen probe that it started from."""
+        last = {str(line["arm"]): float(line["accuracy"]) for line in self.history}
+        return last.get("fine-tune", 0.0) > last.get("head", -1.0)
+
+    def best_epoch_of(self, arm: str) -> int:
+        """Return the epoch of an arm's own best validation, 0 before its first: an arm that starts behind may still catch up."""
+        lines = [line for line in self.history if line["arm"] == arm]
+        best = max(lines, key=lambda line: (line["accuracy"], -float(line["log_loss"])), default=None)
+        return int(best["epoch"]) if best else 0
+
+    def summary(self) -> dict[str, float]:
+        """Return the best validation."""
+        return {"accuracy": self.best_accuracy, "log_loss": self.best_loss, "epoch": self.best_epoch, "head_penalty": self.head_penalty}
+
+
+class Checkpoints:
+    """Writes and restores State, current, averaged and best weights, and the optimiser, as safetensors and JSON."""
+
+    def __init__(self, world: World, folder: Path, model: nn.Module) -> None:
+        self.world, self.folder, self.model = world, folder, model
+        self.current: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}
+        self.optimiser: dict[str, Tensor] = {}
+        self.average: dict[str, Tensor] = {}
+        self.written = folder / "checkpoint"
+
+    def keep_best(self) -> None:
+        """Remember the weights as the best so far."""
+        self.best = _copied(self.model)
+
+    def load_best(self) -> None:
+        """Go back to the best weights."""
+        self.model.load_state_dict(self.best)
+
+    def write(self, state: State, optimiser: torch.optim.Optimizer | None = None, average: Average | None = None) -> None:
+        """Keep everything; a barrier. Without an optimiser the state of the one that was written or restored last is kept."""
+        self.current = _copied(self.model)
+        if optimiser is not None:
+            self.optimiser = flat(optimiser)
+        if average is not None:
+            self.average, state.averaged = {k: v.cpu().clone() for k, v in average.weights.items()}, average.steps
+        metrics = {"accuracy": state.best_accuracy, "epoch": float(state.epoch)}
+        if self.world.rank:
+            self.world.report(metrics, None)
+            return
+        folder = self.written
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for tensors, name in ((self.current, CURRENT), (self.best, BEST), (self.optimiser, OPTIMISER), (self.average, AVERAGE)):
+            write_tensors(tensors, folder / name)
+        write_json(asdict(state), folder / STATE)
+        self.world.report(metrics, folder)
+
+    def restore(self, start: Path | None) -> State | None:
+        """Load the newest checkpoint into the model, or the one to start from; None where there is none."""
+        from safetensors.torch import load_file
+
+        with self.world.restore() as kept:
+            folder = kept or start
+            if folder is None:
+                return None
+            state = State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+            if state.finished:
+                self.model.load_state_dict(load_file(folder / MODEL / "weights.safetensors"))
+                self.keep_best()
+                return state
+            self.current, self.best = load_file(folder / CURRENT), load_file(folder / BEST)
+            self.optimiser, self.average = load_file(folder / OPTIMISER), load_file(folder / AVERAGE)
+            self.model.load_state_dict(self.current)
+            return state
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}

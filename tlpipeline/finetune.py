@@ -1,0 +1,366 @@
+"""Fine-tuning: epochs over the training side with all weights trained.
+
+The steps are those of one process whatever the number of workers: each global batch is dealt out, and gradients are averaged weighted by
+each worker's share. Order, crops and dropout follow from (seed, epoch, step, image), so that a run which was interrupted anywhere ends
+where the uninterrupted one ends.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tlpipeline import choice, dataset
+from tlpipeline.augment import augmentation, mix, rand_augment, seed_of
+from tlpipeline.backbones import Transforms
+from tlpipeline.cache import Store
+from tlpipeline.cases import LOSS, SAMPLER, Recipe
+from tlpipeline.checkpoint import Checkpoints, State
+from tlpipeline.dataset import Row
+from tlpipeline.errors import TrainingError
+from tlpipeline.features import Decoded, Images, normalise, prepared, shard, squeezed
+from tlpipeline.heads import image_weights, validated
+from tlpipeline.job import Job, Tell, clock
+from tlpipeline.model import probabilities
+from tlpipeline.optimise import Average, optimiser, schedule, unflat
+from tlpipeline.outlook import Evidence, fitted
+from tlpipeline.params import AUTO, ChooseParams
+from tlpipeline.probes import unpack
+from tlpipeline.workers import World, from_first, gather, reduced
+
+CHECKPOINT_IMAGES = 100_000  # a longer epoch is kept in parts, so that an interruption never costs more than this
+SLOWER_AT_MOST = 2
+IN_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Training and validation images with their class indices."""
+
+    root: Path
+    train: Sequence[Row]
+    val: Sequence[Row]
+    train_labels: npt.NDArray[np.int64]
+    val_labels: npt.NDArray[np.int64]
+    transforms: Transforms
+
+
+class Diverged(Exception):
+    """The gradient is no number any more; never leaves this file."""
+
+
+class Deadline:
+    """A bound on the seconds of a run, those before an interruption included. All workers ask together, and the first one's clock counts."""
+
+    def __init__(self, minutes: float, world: World, before: float) -> None:
+        self.seconds, self.world, self.before, self.started = minutes * 60, world, before, time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the run so far."""
+        return self.before + time.monotonic() - self.started
+
+    def passed(self) -> bool:
+        """Say whether the time is up; every worker must call it."""
+        if not self.seconds:
+            return False
+        answer = torch.tensor([float(self.spent > self.seconds)])
+        from_first([answer], self.world)
+        return bool(answer.item())
+
+
+class Fit:
+    """Trains a model by a recipe, and keeps the epoch that counts.
+
+    Args:
+        model: on the world's device; blocks: names of its parameters for rates by depth, the backbone's blocks first to last.
+        store: keeps decoded images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sides: Sides,
+        recipe: Recipe,
+        job: Job,
+        world: World,
+        checkpoint: Checkpoints,
+        tell: Tell,
+        normalisation: str,
+        store: Store,
+        deadline: Deadline,
+        blocks: Sequence[Sequence[str]] = (),
+    ) -> None:
+        self.model, self.sides, self.recipe, self.job, self.world = model, sides, recipe, job, world
+        self.checkpoint, self.tell, self.normalisation, self.blocks = checkpoint, tell, normalisation, blocks
+        self.store, self.deadline = store, deadline
+        self.batch = job.batch_size if isinstance(job.batch_size, int) else recipe.batch_size(len(sides.train))
+        self.half = job.precision == AUTO and computes_in_bfloat16(world.device)
+        self.classes = int(max(sides.train_labels.max(), sides.val_labels.max(initial=0))) + 1
+        self.shares = image_weights(sides.train_labels, recipe.imbalance)
+        uneven = float(self.shares.max()) > float(self.shares.min())
+        self.drawn = uneven and recipe.balance == SAMPLER
+        self.weights: Tensor | None = None
+        if uneven and recipe.balance == LOSS:
+            weights = np.zeros(self.classes)
+            weights[sides.train_labels] = self.shares * len(sides.train)
+            self.weights = torch.from_numpy(weights).float().to(world.device)
+
+    # --- an arm -----------------------------------------------------------------------------------------------------------------------
+
+    def arm(self, name: str, epochs: int, rate: float, state: State) -> None:
+        """Train for these epochs, or go on where the state stands; with `patience`, stop after so many epochs without a better validation.
+
+        Raises:
+            TrainingError: the loss is no number at a quarter of the rate, too; or a GPU has no room for two images.
+        """
+        if state.arm != name:
+            state.arm, state.epoch, state.step, state.slower = name, 0, 0, 0
+            self.checkpoint.optimiser, self.checkpoint.average = {}, {}
+        elif state.finished:
+            return
+        if not self.checkpoint.best:
+            self.checkpoint.keep_best()
+        rate *= self.batch / 64
+        if self._few_images_a_worker():
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
+        network = self._parallel()
+        moving, average = self._start(rate, state)
+        images, val = self._images(epochs)
+        patience = self.recipe.patience or epochs
+        while state.epoch < epochs and state.epoch - state.best_epoch_of(name) < patience and not (self.job.race and state.winner):
+            try:
+                loss, speed, waited, whole = self._epoch(network, images, moving, average, rate, state, epochs)
+            except Diverged as stopped:
+                moving, average = self._go_back(rate, state, stopped)
+                continue
+            state.epoch, state.step, state.loss = state.epoch + 1, 0, 0.0
+            average.swap()
+            chances = gather(probabilities(self.model, val, self.world.device, lambda _: None), len(self.sides.val), self.world)
+            accuracy, log_loss, correct = validated(chances, self.sides.val_labels)
+            line: dict[str, float | str] = {"arm": name, "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "log_loss": log_loss}
+            state.history.append(line | {"correct": correct})
+            if self.recipe.patience or not whole:
+                keep = state.better(accuracy, log_loss)
+            else:
+                # The schedule runs to its end, and its last epoch is the one that counts.
+                keep = state.epoch == epochs and state.replaced(accuracy, log_loss, correct, len(self.sides.val))
+            if keep:
+                self.checkpoint.keep_best()
+            average.swap()
+            self._look(state, epochs, correct)
+            state.seconds = self.deadline.spent if self.deadline.seconds else 0.0
+            self.checkpoint.write(state, moving, average)
+            left = (epochs - state.epoch) * len(self.sides.train) / max(speed, 1e-6)
+            self.tell(
+                state.epoch,
+                epochs,
+                f"{name} epoch {state.epoch}/{epochs}, loss {loss:.3f}, validation accuracy {accuracy:.1%}, "
+                f"{speed:.0f} images/s, waited {waited:.0%} for data, {clock(left)} left",
+                important=True,
+            )
+            if not whole:
+                state.remark(f"train.budget_minutes ended {name} in epoch {state.epoch} of {epochs}")
+                self.tell(state.epoch, epochs, f"{state.remarks[-1]}; the best model so far is kept", important=True)
+                return
+
+    def _start(self, rate: float, state: State) -> tuple[torch.optim.Optimizer, Average]:
+        """Return optimiser and moving average as the last checkpoint left them."""
+        fused = self.world.device.type == "cuda"
+        moving = optimiser(self.model, self.recipe, self.normalisation, rate, self.blocks, fused)
+        average = Average(self.model, self.recipe.average)
+        if self.checkpoint.optimiser:
+            unflat(self.checkpoint.optimiser, moving)
+        if self.checkpoint.average:
+            average.weights = {k: v.to(self.world.device) for k, v in self.checkpoint.average.items()}
+            average.steps = state.averaged
+        return moving, average
+
+    def _go_back(self, rate: float, state: State, why: Diverged) -> tuple[torch.optim.Optimizer, Average]:
+        """Return to the last checkpoint with half the rate; every worker sees the same gradient, and comes here."""
+        state.slower += 1
+        if state.slower > SLOWER_AT_MOST:
+            raise TrainingError(
+                f"expected {state.arm} to converge, but its gradient was no number in epoch {state.epoch + 1}, at a quarter of the rate "
+                f"({rate / 4:g}), too. Set a lower rate in train.override (such as rate_batch), or look for images that are damaged."
+            ) from why
+        self.model.load_state_dict(self.checkpoint.current)
+        self.tell(state.epoch, 0, f"{state.arm} diverged: back to epoch {state.epoch} with half the rate", important=True)
+        return self._start(rate, state)
+
+    def _images(self, epochs: int) -> tuple[Images, Images]:
+        """Return training images and this worker's validation images; decoded ones are kept where they come back and there is room."""
+        sides, world = self.sides, self.world
+        mine = [sides.val[i] for i in shard(len(sides.val), world.rank, world.size)]
+        size, short = sides.transforms.resize, statistics.median(min(row.width, row.height) for row in sides.train)
+        # As large as crops of the training size need, but no larger than the images are.
+        side = max(size, min(math.ceil(size / math.sqrt(self.recipe.crop)), 32 * math.ceil(short / 32)))
+        room = self.job.cache_bytes if self.store.folder else IN_MEMORY_BYTES
+        if epochs < 2 or 3 * (len(sides.train) * side**2 + len(sides.val) * sides.transforms.size**2) > room:
+            return Images(sides.root, sides.train, sides.transforms), Images(sides.root, mine, sides.transforms)
+        kept = squeezed(self.store, sides.root, side), prepared(self.store, sides.root, sides.transforms)
+        for decoded, rows, needed in ((kept[0], list(sides.train), list(sides.train)), (kept[1], list(sides.val), mine)):
+            self._fill(decoded, [rows[i] for i in shard(len(rows), world.rank, world.size)])
+            if world.size > 1:
+                torch.distributed.barrier()
+                self._fill(decoded, needed)  # from a disk that is not shared the others' part cannot be read
+            decoded.open(needed)
+        return (
+            Images(sides.root, sides.train, sides.transforms, None, kept[0]),
+            Images(sides.root, mine, sides.transforms, None, kept[1]),
+        )
+
+    def _fill(self, decoded: Decoded, rows: Sequence[Row]) -> None:
+        decoded.fill(rows, lambda done: self.tell(done, len(rows), f"{done} of {len(rows)} images decoded"))
+
+    def _few_images_a_worker(self) -> bool:
+        few = self.batch // self.world.size < self.recipe.sync_below
+        return self.world.size > 1 and self.world.device.type == "cuda" and self.normalisation == "batch" and few
+
+    def _parallel(self) -> nn.Module:
+        network = torch.compile(self.model) if self.recipe.compile else self.model
+        if self.world.size == 1:
+            return network  # type: ignore[return-value]
+        ids = [self.world.device.index or 0] if self.world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+
+    def _look(self, state: State, epochs: int, correct: str) -> None:
+        """At a planned look of a race, say who is ahead; every worker comes to the same answer from the same predictions."""
+        race, at = self.job.race, choice.look_epochs(epochs)
+        if race is None or state.epoch not in at:
+            return
+        weighed = choice.Weighed(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), fitted())
+        judges = np.array([not dataset.selects(row) for row in self.sides.val])
+        frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (str(race["frozen"]), correct))
+        part = choice.LOOKS - len(at) + at.index(state.epoch)
+        seen = choice.look(weighed, part, state.epoch, epochs, frozen, tuned)
+        state.looks.append(asdict(seen))
+        state.winner, state.ended = choice.verdict(weighed, part, seen)
+        self.tell(
+            state.epoch,
+            epochs,
+            f"look {part + 1}: fine-tuned {seen.tuned:.1%}, frozen {seen.frozen:.1%}, {state.ended or 'still open'}",
+            important=True,
+        )
+
+    # --- an epoch ---------------------------------------------------------------------------------------------------------------------
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the images of an epoch: each once, or drawn so that classes come alike."""
+        rng, images = np.random.default_rng([self.job.seed, epoch]), len(self.sides.train)
+        return rng.choice(images, images, p=self.shares) if self.drawn else rng.permutation(images)
+
+    def _epoch(
+        self, network: nn.Module, images: Images, moving: torch.optim.Optimizer, average: Average, rate: float, state: State, epochs: int
+    ) -> tuple[float, float, float, bool]:
+        """Train for an epoch; return the mean loss, images/s, the share of time that waited for data, and whether it came to its end."""
+        world, order = self.world, self._order(state.epoch)
+        batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
+        # Each worker needs two images for BatchNorm; the few left over by a short last batch come back in another epoch's order.
+        batches = [b for b in batches if len(b) >= 2 * world.size] or batches[:1]
+        steps, each = max(math.ceil(len(order) / self.batch), 1), max(CHECKPOINT_IMAGES // self.batch, 1)
+        images.augment = augmentation(self.recipe.crop, self.job.flip, self.job.seed, state.epoch)
+        images.waited = 0.0
+        self.model.train()
+        total, seen, started = torch.zeros((), dtype=torch.float64, device=world.device), 0, time.monotonic()
+        trained, whole = sum(len(b) for b in batches[: state.step]), True
+        mine = [[int(i) for i in batch[world.rank :: world.size]] for batch in batches[state.step :]]
+        for step, (indices, pixels) in enumerate(images.batches(mine), state.step):
+            now = rate * schedule(state.epoch * steps + step, epochs * steps, self.recipe.warm_up) * 0.5**state.slower
+            for group in moving.param_groups:
+                group["lr"] = now * group["share"]
+            # Dropout and mixing: the same wherever the run was interrupted, different on each worker.
+            torch.manual_seed(seed_of(self.job.seed, state.epoch, step, world.rank))
+            losses = self._step(network, list(indices), pixels, images, len(batches[step]), state)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+            if not torch.isfinite(norm):
+                raise Diverged(f"gradient norm {norm}")
+            moving.step()
+            average.update()
+            total += losses
+            seen, trained = seen + len(batches[step]), trained + len(batches[step])
+            if self.tell.due():
+                speed = seen / max(time.monotonic() - started, 1e-6)
+                left = ((epochs - state.epoch) * len(order) - trained) / max(speed, 1e-6)
+                self.tell(
+                    state.epoch,
+                    epochs,
+                    f"{state.arm} epoch {state.epoch + 1}/{epochs}, loss {float(losses) / len(indices):.3f}, {speed:.0f} images/s, "
+                    f"waited {images.waited / max(time.monotonic() - started, 1e-6):.0%} for data, {clock(left)} left",
+                )
+            if step + 1 == len(batches):
+                break
+            if self.deadline.passed():
+                whole = False
+                break
+            if (step + 1) % each == 0:
+                state.step, state.loss = step + 1, state.loss + float(reduced(total.cpu(), world, torch.distributed.ReduceOp.SUM))
+                total.zero_()
+                self.checkpoint.write(state, moving, average)
+        summed = state.loss + float(reduced(total.cpu(), world, torch.distributed.ReduceOp.SUM))
+        seconds = max(time.monotonic() - started, 1e-6)
+        return summed / max(trained, 1), seen / seconds, images.waited / seconds, whole
+
+    def _step(self, network: nn.Module, indices: list[int], pixels: Tensor, images: Images, batch: int, state: State) -> Tensor:
+        """Leave the gradient of a batch in the weights; return the summed loss of this worker's share. Memory that runs out halves the parts."""
+        parts = max(state.accumulate, self.recipe.accumulate)
+        while True:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            try:
+                return self._parts(network, indices, pixels, images, batch, min(parts, len(indices)), state.epoch)
+            except torch.cuda.OutOfMemoryError as error:
+                # Other workers wait in the middle of this step: only a new start brings all to the same number of parts.
+                if self.world.size > 1 or 2 * parts > len(indices):
+                    raise TrainingError(
+                        f"expected room in the GPU's memory for {math.ceil(len(indices) / parts)} images at a time, found none. "
+                        f"Set train.override.accumulate to {2 * parts} (the batch stays as large), or data.size or train.batch_size lower."
+                    ) from error
+                parts *= 2
+                state.accumulate = parts
+                state.remark(f"the GPU's memory ran out: each batch was taken in {parts} parts")
+                torch.cuda.empty_cache()
+
+    def _parts(self, network: nn.Module, indices: list[int], pixels: Tensor, images: Images, batch: int, parts: int, epoch: int) -> Tensor:
+        recipe, world, device = self.recipe, self.world, self.world.device
+        if recipe.randaugment:
+            rows = [images.rows[i] for i in indices]
+            pixels = rand_augment(pixels, rows, recipe.randaugment, recipe.randaugment_magnitude, self.job.seed, epoch)
+        labels = torch.from_numpy(self.sides.train_labels[indices])
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        pieces = list(zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True))
+        for number, (piece, truth) in enumerate(pieces, 1):
+            inputs, wanted = normalise(piece.to(device, non_blocking=True), images.transforms), truth.to(device, non_blocking=True)
+            if recipe.mixup or recipe.cutmix:
+                inputs, wanted = mix(inputs, wanted, self.classes, recipe.mixup, recipe.cutmix)
+            quiet: AbstractContextManager[None] = nullcontext()
+            if isinstance(network, nn.parallel.DistributedDataParallel) and number < len(pieces):
+                quiet = network.no_sync()
+            with quiet:
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.half):
+                    logits = network(inputs)
+                losses = functional.cross_entropy(
+                    logits.float(), wanted, weight=self.weights, label_smoothing=recipe.label_smoothing, reduction="sum"
+                )
+                # DDP averages over workers; weighted like this the average is the mean over the whole batch, uneven shares included.
+                (losses * world.size / batch).backward()  # type: ignore[no-untyped-call]
+            total += losses.detach().double()
+        return total
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Say whether this device multiplies in bfloat16 natively; where it only imitates it, it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported())

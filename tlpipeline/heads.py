@@ -1,0 +1,270 @@
+"""The new head on frozen features: multinomial logistic regression, solved to its optimum instead of trained for a while.
+
+The loss is convex, so there is nothing to tune but the L2 penalty, which is found on held-out images (Kornblith, Shlens and Le 2019, arXiv
+1805.08974, solve their probes alike). Features may be mapped from disk: what is in memory is bounded whatever the number of images is.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tlpipeline.cache import Table
+from tlpipeline.features import Scaling, scaling
+from tlpipeline.probes import pack
+
+PENALTIES = tuple(10.0**e for e in (-1, -2, -3, -4, -5, -6, -7))
+START = 3  # in the middle of them
+FOLDS = 3
+ONE_FOLD_FROM = 1000
+CV_IMAGES = 2000
+CV_TOLERANCE = 1e-4  # at ten times as much it ends where it began
+ROTATE_BELOW = 1000
+IN_MEMORY_BYTES = 128 << 20
+CHUNK = 1024
+
+Labels = npt.NDArray[np.int64]
+Matrix = npt.NDArray[np.float64]
+
+
+class Features:
+    """Features (n, d) as the solver walks through them: in memory where they are few, mapped and taken in parts where they are many."""
+
+    def __init__(self, source: Tensor | Table) -> None:
+        self.source = source
+        if isinstance(source, Table) and len(source) * source.width * 4 <= IN_MEMORY_BYTES:
+            self.source = source.all()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (where, features) for consecutive images."""
+        if isinstance(self.source, Tensor):
+            yield slice(0, len(self.source)), self.source
+            return
+        for start in range(0, len(self.source), CHUNK):
+            part = slice(start, min(start + CHUNK, len(self.source)))
+            yield part, self.source.take(part)
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Tensor:
+        """Copy the features of some images."""
+        return self.source[torch.from_numpy(indices)] if isinstance(self.source, Tensor) else self.source.take(indices)
+
+    def scaling(self, blocks: Sequence[int]) -> Scaling:
+        """Measure mean and scale, as `features.scaling` does."""
+        if isinstance(self.source, Tensor):
+            return scaling(self.source, blocks)
+        n, total = len(self), torch.zeros(self.source.width, dtype=torch.float64)
+        for _, x in self.parts():
+            total += x.double().sum(0)
+        mean, square = total / n, torch.zeros_like(total)
+        for _, x in self.parts():
+            square += (x.double() - mean).square().sum(0)
+        # Two images that have this mean and deviation: the floor of dead channels is set in one place.
+        deviation = (square / n).sqrt()
+        return scaling(torch.stack([mean - deviation, mean + deviation]), blocks)
+
+
+class Problem:
+    """The penalised loss of a linear head on scaled features: mean cross-entropy (weighted by class) + penalty / 2 * |weights|^2.
+
+    Parameters are on scaled features; the scaling is folded into them for each walk, so that the features are never copied.
+
+    Args:
+        features: n images.
+        labels: (n,) indices into the classes that are there.
+        classes: how many; shares: (n,) weight of each image, its sum 1.
+    """
+
+    def __init__(self, features: Features, labels: Labels, classes: int, shares: Matrix, scale: Scaling | None) -> None:
+        self.features, self.labels, self.classes = features, torch.from_numpy(labels), classes
+        self.shares, self.scale = torch.from_numpy(shares), scale
+
+    def logits(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the head with its scaling folded in, in the features' precision: (images, d) to (classes, images).
+
+        The classes come first because they are few: the product is twice as fast that way round.
+        """
+        if self.scale is not None:
+            weight = weight * self.scale.scale
+            bias = bias - weight @ self.scale.mean
+        w, b = weight.float(), bias.float()
+        return lambda x: torch.addmm(b[:, None], w, x.float().T)
+
+    def __call__(self, flat: Matrix, penalty: float) -> tuple[float, Matrix]:
+        """Return loss and gradient at flat parameters (classes * (d + 1),)."""
+        both = torch.from_numpy(flat).view(self.classes, -1)
+        weight, bias = both[:, :-1], both[:, -1]
+        head = self.logits(weight, bias)
+        loss = 0.0
+        gradient, residues = torch.zeros_like(weight), torch.zeros_like(bias)
+        for where, x in self.features.parts():
+            log_chances = head(x).log_softmax(0)
+            y, share = self.labels[where], self.shares[where]
+            index = torch.arange(len(y))
+            loss -= float(log_chances[y, index].double() @ share)
+            residue = log_chances.exp()
+            residue[y, index] -= 1
+            residue *= share.float()
+            gradient += (residue @ x.float()).double()
+            residues += residue.double().sum(1)
+        if self.scale is not None:
+            gradient = (gradient - residues[:, None] * self.scale.mean) * self.scale.scale
+        gradient += penalty * weight
+        loss += penalty / 2 * float(weight.square().sum())
+        return loss, torch.cat([gradient, residues[:, None]], 1).reshape(-1).numpy()
+
+    def minimise(self, start: Matrix, penalty: float, steps: int, tolerance: float) -> Matrix:
+        """Return the parameters at the optimum by L-BFGS, from a start; at the weakest penalties separable data have none, and steps end it."""
+        from scipy.optimize import minimize
+
+        options: dict[str, Any] = {"maxiter": steps, "maxfun": 2 * steps, "gtol": tolerance, "ftol": 1e-9}
+        return np.asarray(minimize(self, start, args=(penalty,), jac=True, method="L-BFGS-B", options=options).x)
+
+
+def solve_head(
+    features: Tensor | Table,
+    labels: Labels,
+    blocks: Sequence[int],
+    classes: int,
+    imbalance: float,
+    seed: int,
+    penalty: float | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
+    views: int = 0,
+    tolerance: float = 1e-5,
+) -> tuple[Tensor, Tensor, float]:
+    """Solve multinomial logistic regression by L-BFGS, its L2 penalty found on held-out images, standardisation folded into the result.
+
+    Where there are fewer images than features the problem is rotated into the span of the images, which changes nothing but the cost: the
+    penalty is rotation invariant.
+
+    Args:
+        features: (n, d) in consecutive blocks (see Scaling).
+        labels: (n,) class indices.
+        classes: K; classes without a training image keep zero weights and a strongly negative bias.
+        imbalance: classes are weighted alike where the largest has more than this many times the images of the smallest.
+        penalty: per image, where it is known.
+        start: weight and bias near the optimum, where they are known: of the same head on most of these images.
+        views: the last `views` times n / (views + 1) rows are random views of the first; the penalty is found without them, because views
+            of one image on both sides would look like a good fit.
+        tolerance: largest entry of the gradient at which the solver ends; at 1e-5 two starts agree within a point of probability.
+
+    Returns:
+        weight (K, d), bias (K,) on raw features, and the penalty per image.
+    """
+    whole = Features(features)
+    scale = whole.scaling(blocks)
+    present, own = np.unique(labels, return_inverse=True)
+    own = own.astype(np.int64)
+    n, d = len(labels), len(scale.mean)
+    basis: Tensor | None = None
+    folded: Scaling | None = scale
+    if n < d and n <= ROTATE_BELOW and isinstance(whole.source, Tensor):
+        x = scale(whole.source)
+        values, vectors = torch.linalg.eigh(x @ x.T)
+        kept = values > values.max() * 1e-10
+        roots = values[kept].sqrt()
+        basis = x.T @ (vectors[:, kept] / roots)
+        whole, folded = Features((vectors[:, kept] * roots).float()), None
+    shares = image_weights(own, imbalance)
+    if penalty is None:
+        plain = n // (views + 1)
+        penalty, first = _held_out_penalty(whole, own[:plain], shares[:plain], folded, seed)
+    else:
+        first = np.zeros(len(present) * ((d if basis is None else basis.shape[1]) + 1))
+    if start is not None:
+        w, b = (t.double()[torch.from_numpy(present)] for t in start)
+        b = b + w @ scale.mean
+        w = w / scale.scale
+        first = torch.cat([w if basis is None else w @ basis, b[:, None]], 1).reshape(-1).numpy()
+    problem = Problem(whole, own, len(present), shares, folded)
+    both = torch.from_numpy(problem.minimise(first, penalty, 500, tolerance)).view(len(present), -1)
+    w, b = both[:, :-1], both[:, -1]
+    weight = torch.zeros(classes, d, dtype=torch.float64)
+    bias = torch.full((classes,), -1e4, dtype=torch.float64)
+    weight[present] = (w if basis is None else w @ basis.T) * scale.scale
+    bias[present] = b - weight[present] @ scale.mean
+    return weight.float(), bias.float(), penalty
+
+
+def image_weights(labels: Labels, imbalance: float) -> Matrix:
+    """Return each image's share of the loss (n,), their sum 1: alike, or classes alike where the largest has `imbalance` times the smallest."""
+    counts = np.bincount(labels)
+    there = counts[counts > 0]
+    if there.max() > imbalance * there.min():
+        return np.asarray(1 / (len(there) * counts[labels]))
+    return np.full(len(labels), 1 / len(labels))
+
+
+def _held_out_penalty(features: Features, labels: Labels, shares: Matrix, scale: Scaling | None, seed: int) -> tuple[float, Matrix]:
+    """Return the penalty with the smallest log loss on held-out images, by walking downhill from the middle of the grid.
+
+    The parameters that one part of the images has at that penalty come with it: a start near the optimum of all.
+
+    At most 2,000 images: a third of them is held out, in turn while there are few. The loss has one valley along the grid, so neighbours
+    are tried only as long as they are better.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))[:CV_IMAGES]
+    x, y = features.take(order), labels[order]
+    fold = np.zeros(len(y), dtype=int)
+    for c in np.unique(y):
+        members = np.flatnonzero(y == c)
+        fold[members] = np.arange(len(members)) % FOLDS
+    folds = [k for k in range(FOLDS) if (fold == k).any() and len(np.unique(y[fold != k])) > 1]
+    classes = int(labels.max()) + 1
+    if not folds:
+        return PENALTIES[START], np.zeros(classes * (x.shape[1] + 1))
+    folds = folds[:1] if len(y) >= ONE_FOLD_FROM else folds
+    sides = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in folds]
+    problems = []
+    for a, _ in sides:
+        weights = shares[order][a]
+        problems.append(Problem(Features(x[torch.from_numpy(a)]), y[a], classes, weights / weights.sum(), scale))
+    at = [np.zeros(classes * (x.shape[1] + 1)) for _ in sides]
+    losses: dict[int, float] = {}
+    reached: dict[int, Matrix] = {}
+
+    def loss(i: int) -> float:
+        if i not in losses:
+            total = 0.0
+            for k, ((_, b), problem) in enumerate(zip(sides, problems, strict=True)):
+                at[k] = problem.minimise(at[k], PENALTIES[i], 200, CV_TOLERANCE)
+                both = torch.from_numpy(at[k]).view(classes, -1)
+                head = problem.logits(both[:, :-1], both[:, -1])
+                # Classes that the other folds lack have no images to be right about.
+                chances = head(x[torch.from_numpy(b)]).T.double().softmax(1)
+                total += score(chances, y[b])[1] * len(b)
+            losses[i], reached[i] = total, at[0]
+        return losses[i]
+
+    best = START
+    for direction in (-1, 1):
+        while 0 <= best + direction < len(PENALTIES) and loss(best + direction) < loss(best):
+            best += direction
+        if best != START:
+            break
+    return PENALTIES[best], reached[best]
+
+
+# --- judging --------------------------------------------------------------------------------------------------------------------------
+
+
+def score(chances: Tensor, labels: Labels) -> tuple[float, float]:
+    """Return accuracy and mean log loss of probabilities (n, K); (0, infinity) of no images."""
+    if not len(labels):
+        return 0.0, math.inf
+    y = torch.from_numpy(np.asarray(labels)).long()
+    accuracy = float((chances.argmax(1) == y).double().mean())
+    return accuracy, float(-chances.double()[torch.arange(len(y)), y].clamp(min=1e-12).log().mean())
+
+
+def validated(chances: Tensor, labels: Labels) -> tuple[float, float, str]:
+    """Return accuracy, mean log loss, and who was right as packed bits."""
+    return *score(chances, labels), pack(chances.argmax(1).numpy() == labels)
