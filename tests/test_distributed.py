@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import decided, job  # noqa: F401 (a fixture)
+from test_train import decided
 
 from tlpipeline import distributed
 from tlpipeline.cases import CASES
@@ -46,7 +46,7 @@ def curve(finished: Path) -> list[dict[str, float]]:
     return json.loads((finished / "history.json").read_text())["history"]
 
 
-def test_more_workers_than_cpus_fail_at_once(job: Callable[..., Job], tmp_path: Path) -> None:  # noqa: F811
+def test_more_workers_than_cpus_fail_at_once(job: Callable[..., Job], tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"expected a CPU for each of 999 workers, found \d+\. Set cluster\.workers"):
         distributed.run(job(decided(CASES[0])), replace(TWO, workers=999), "many", tmp_path / "runs", silent)
@@ -59,7 +59,7 @@ def test_gpus_that_are_not_there_fail_at_once() -> None:
         distributed.preflight(replace(TWO, gpu=True))
 
 
-def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job], tmp_path: Path) -> None:  # noqa: F811
+def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job], tmp_path: Path) -> None:
     events: list[Event] = []
     finished = distributed.run(job(decided(CASES[0])), HERE, "here", tmp_path / "runs", events.append)
     assert (finished / "model" / "model.json").is_file()
@@ -69,7 +69,7 @@ def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job],
 @pytest.mark.ray
 def test_two_ray_workers_give_the_model_that_one_process_gives(
     ray_runtime: None,
-    job: Callable[..., Job],  # noqa: F811
+    job: Callable[..., Job],
     tmp_path: Path,
 ) -> None:
     events: list[Event] = []
@@ -84,7 +84,7 @@ def test_two_ray_workers_give_the_model_that_one_process_gives(
 @pytest.mark.ray
 def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
     ray_runtime: None,
-    job: Callable[..., Job],  # noqa: F811
+    job: Callable[..., Job],
     tmp_path: Path,
 ) -> None:
     decision = decided(CASES[2], patience=100)
@@ -106,7 +106,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened
 @pytest.mark.ray
 def test_a_mistake_in_a_worker_reaches_the_user_as_what_it_is(
     ray_runtime: None,
-    job: Callable[..., Job],  # noqa: F811
+    job: Callable[..., Job],
     tmp_path: Path,
 ) -> None:
     broken = job(decided(CASES[0]), "broken", weights="gone.safetensors")
@@ -129,7 +129,7 @@ distributed.shutdown()
 
 
 @pytest.mark.ray
-def test_a_killed_driver_loses_nothing(job: Callable[..., Job], tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_driver_loses_nothing(job: Callable[..., Job], tmp_path: Path) -> None:
     """Killed after the second epoch and started again, the run ends as the uninterrupted one, and goes on where it was."""
     decision = decided(CASES[2], patience=100)
     script = tmp_path / "driver.py"

@@ -249,6 +249,7 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
     return {
         "name": params.data.name,
         "case": stages.read_case(root),
+        "bounded": bounded(root),
         "metrics": stages.read_metrics(root),
         "verdict": verdict,
         "data": versioning.data_hash(root, params.data.images),
@@ -259,6 +260,11 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
         "parent": versioning.head(root),
         "environment": versioning.environment(["tlpipeline", "torch", "torchvision", "numpy", "scikit-learn", "pillow", "ray", "dvc"]),
     }
+
+
+def bounded(root: Path) -> tuple[str, ...]:
+    """Return what bounded the training of the workspace's model: time or memory that ran out."""
+    return tuple(stages.read_json(root, f"{stages.MODEL}/model.json").get("remarks", ()))
 
 
 # --- report ---------------------------------------------------------------------------------------------------------------------------
@@ -292,8 +298,9 @@ def write_report(root: Path, registration: Registration) -> Path:
         manifest=manifest,
         history=(root / stages.HISTORY).read_text(encoding="utf-8"),
         mistakes=errors,
-        remarks=manifest.remarks + shift(root),
+        remarks=manifest.remarks + shift(root) + bounded(root),
         seconds=stages.read_json(root, stages.RUN).get("seconds", {}),
+        training=stages.read_json(root, stages.RUN).get("training", {}),
         data_hash=versioning.data_hash(root, params.data.images),
         commit=versioning.head(root),
     )
@@ -356,7 +363,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         images=len([r for r in manifest.rows if not r.duplicate_of]),
         classes=len(manifest.classes),
         rejected=len(manifest.rejected),
-        remarks=manifest.remarks + shift(root),
+        remarks=manifest.remarks + shift(root) + bounded(root),
         case=case.case,
         reason=case.reason,
         accuracy=metrics["accuracy"],

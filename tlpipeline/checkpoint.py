@@ -31,6 +31,7 @@ class State:
         looks, winner, ended: of a race (see cases.Look and cases.Race).
         slower: times that the rate was halved because training diverged; accumulate: parts of a batch, 0 for the recipe's.
         averaged: steps in the moving average of weights.
+        speed, waited: of the first worker lately: images/s, and the share of time that it waited for data.
         seconds: that the run took before it was interrupted, counted only where they are bounded.
         remarks: what bounded the run: no equality is promised where there are any.
     """
@@ -51,6 +52,8 @@ class State:
     slower: int = 0
     accumulate: int = 0
     averaged: int = 0
+    speed: float = 0.0
+    waited: float = 0.0
     seconds: float = 0.0
     remarks: list[str] = field(default_factory=list)
     finished: bool = False

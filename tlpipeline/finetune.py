@@ -158,6 +158,7 @@ class Fit:
                 self.checkpoint.keep_best()
             average.swap()
             self._look(state, epochs, correct)
+            state.speed, state.waited = round(speed, 1), round(waited, 4)
             state.seconds = self.deadline.spent if self.deadline.seconds else 0.0
             self.checkpoint.write(state, moving, average)
             left = (epochs - state.epoch) * len(self.sides.train) / max(speed, 1e-6)

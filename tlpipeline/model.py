@@ -30,6 +30,7 @@ class Description:
         cut: the deepest tap that is kept; readings: what the head reads, deepest first.
         classes: names in the order of the outputs.
         transforms: from an image to an input.
+        remarks: what bounded its training (time, memory), so that no second run need be equal.
     """
 
     architecture: str
@@ -37,6 +38,7 @@ class Description:
     readings: tuple[Reading, ...]
     classes: tuple[str, ...]
     transforms: Transforms
+    remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -52,6 +54,7 @@ class Description:
             tuple(Reading(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
             tuple(content["classes"]),
             Transforms(t["size"], t["resize"], tuple(t["mean"]), tuple(t["std"]), t["interpolation"]),
+            tuple(content.get("remarks", ())),
         )
 
 

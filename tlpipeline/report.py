@@ -52,6 +52,7 @@ def page(
     mistakes: Sequence[Mistake],
     remarks: Sequence[str],
     seconds: Mapping[str, float | None],
+    training: Mapping[str, float],
     data_hash: str,
     commit: str,
 ) -> str:
@@ -83,6 +84,7 @@ def page(
             epochs=[line for line in csv.DictReader(io.StringIO(history)) if line["arm"] != "head"],
             mistakes=mistakes,
             seconds=seconds,
+            training=training,
             total=sum(s for s in seconds.values() if s),
             data_hash=data_hash,
             commit=commit,

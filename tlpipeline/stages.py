@@ -167,6 +167,7 @@ def train(root: Path, progress: Progress) -> None:
         finished = distributed.run(job, params.cluster, name, runs, progress)
     lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
     with _output(root, MODEL, HISTORY) as (model, curve):
+        _note(root, "training", lines["speed"])
         shutil.copytree(finished / "model", model)
         _write_csv(
             curve,
@@ -264,14 +265,20 @@ def timed(root: Path, name: str) -> Iterator[None]:
     _note(root, name, round(time.monotonic() - started, 2))
 
 
-def _note(root: Path, name: str, seconds: float | None) -> None:
+def _note(root: Path, name: str, found: Any) -> None:
+    """Write what differs from run to run to run.json: a stage's seconds, or the speed of its training."""
     path = root / RUN
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if name == "ingest":
         content = {}
-    content.setdefault("seconds", {})[name] = seconds
-    with _output(root, RUN) as (written,):
-        written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if isinstance(found, dict):
+        content[name] = found
+    else:
+        content.setdefault("seconds", {})[name] = found
+    draft = root / OWN / f"{RUN}.draft"
+    draft.parent.mkdir(exist_ok=True)
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 # --- what others read -----------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ processes and Ray workers each bring their own.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -97,8 +97,9 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
         world.report({"accuracy": state.best_accuracy}, None)
         return None
     finished = scratch_folder / "finished"
-    save(model, description, finished / MODEL)
-    told = {"arm": state.best_arm, "validation": state.summary(), "remarks": state.remarks, "history": state.history}
+    save(model, replace(description, remarks=tuple(state.remarks)), finished / MODEL)
+    speed = {"images_per_second": state.speed, "waited_for_data": state.waited}
+    told = {"arm": state.best_arm, "validation": state.summary(), "remarks": state.remarks, "speed": speed, "history": state.history}
     write_json(told, finished / "history.json")
     write_json(asdict(state) | {"finished": True}, finished / STATE)
     world.report({"accuracy": state.best_accuracy}, finished)
@@ -118,7 +119,10 @@ def _solve(
     reader = reader_of(model, store, sides.transforms, world.device)
     # Validation first: where the time is up, some of the training images are missing, which come in the order of their hashes: at random.
     frozen_features(reader, Images(sides.root, sides.val, sides.transforms), world, tell)
-    there = frozen_features(reader, Images(sides.root, sides.train, sides.transforms), world, tell, deadline)
+    images, lacking, started = Images(sides.root, sides.train, sides.transforms), reader.missing(sides.train).sum(), time.monotonic()
+    there = frozen_features(reader, images, world, tell, deadline)
+    took = max(time.monotonic() - started, 1e-6)
+    state.speed, state.waited = round(float(lacking) / took, 1), round(images.waited / took, 4)
     if len(there) < len(sides.train):
         state.remark(f"train.budget_minutes ended the features after {len(there)} of {len(sides.train)} training images")
     train, labels = [sides.train[i] for i in there], sides.train_labels[there]
@@ -153,8 +157,8 @@ def _solve(
         model.head.bias.data.copy_(found[1])
         state.head_penalty = found[2]
     from_first([model.head.weight, model.head.bias], world)
-    images = len(train) + len(sides.val)
-    tell(images, images, f"head solved, validation accuracy {accuracy:.1%}", important=True)
+    count = len(train) + len(sides.val)
+    tell(count, count, f"head solved, validation accuracy {accuracy:.1%}", important=True)
 
 
 def frozen_features(reader: Reader, images: Images, world: World, tell: Tell, deadline: Deadline | None = None) -> Labels:
