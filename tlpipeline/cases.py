@@ -12,6 +12,7 @@ from typing import Any
 
 from tlpipeline.errors import ParamsError, nearest
 from tlpipeline.features import Reading
+from tlpipeline.heads import IMBALANCE
 
 SMALL, LARGE = "small", "large"
 SIMILAR, DIFFERENT = "similar", "different"
@@ -80,7 +81,7 @@ class Recipe:
     warm_up: float = 0.05
     clip: float = 1.0
     accumulate: int = 1
-    imbalance: float = 10.0
+    imbalance: float = IMBALANCE
     balance: str = LOSS
     sync_below: int = 16
     compile: bool = False

@@ -26,6 +26,7 @@ CV_TOLERANCE = 1e-4  # at ten times as much it ends where it began
 ROTATE_BELOW = 1000
 IN_MEMORY_BYTES = 128 << 20
 CHUNK = 1024
+IMBALANCE = 10.0  # times the images of the smallest class that the largest may have before classes are weighted alike
 
 Labels = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float64]

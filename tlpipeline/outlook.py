@@ -44,7 +44,6 @@ class Evidence:
         head_similarity: S, None without a source head.
         last, cut, multi: leave-one-out accuracy of the three heads (cut is that of `last` where there is no earlier tap).
         cut_gain, cut_error, multi_gain, multi_error: paired differences to `last`, and standard errors; over_gain, over_error: of multi to cut.
-        last_held, cut_held, multi_held: accuracy of the three on the half of validation that selects.
         slope: accuracy that the last doubling of the sample brought to the multi-tap head.
         gain, significance, similar, confirmed: of the slice test.
         tangent_gain: log odds of the tangent probe minus those of the multi-tap head on the same images; tangent_error, both_error: log ratio
@@ -68,9 +67,6 @@ class Evidence:
     multi_error: float
     over_gain: float
     over_error: float
-    last_held: float
-    cut_held: float
-    multi_held: float
     slope: float
     gain: float
     significance: float
@@ -106,9 +102,6 @@ def evidence(profile: Profile, test: SliceTest) -> Evidence:
         multi_error=multi_error,
         over_gain=over_gain,
         over_error=over_error,
-        last_held=profile.last.held_out,
-        cut_held=cut.held_out,
-        multi_held=profile.multi.held_out,
         slope=profile.slope,
         gain=test.gain,
         significance=test.significance,

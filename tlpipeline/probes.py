@@ -26,10 +26,9 @@ def one_hot(labels: npt.NDArray[np.int64]) -> Matrix:
 
 @dataclass(frozen=True)
 class Fit:
-    """A ridge fit: left-out scores (n, K), the dual coefficients (n, K) for other images, and the penalty that was chosen."""
+    """A ridge fit: left-out scores (n, K), and the penalty that was chosen."""
 
     scores: Matrix
-    dual: Matrix
     penalty: float
 
 
@@ -42,8 +41,7 @@ def leave_one_out(kernel: Matrix, targets: Matrix, penalties: Sequence[float] = 
     Args:
         kernel: X X', (m, m), of features centred over these m images.
         targets: (m, K).
-        features: X, where it is at hand: with fewer columns than rows it is cheaper to decompose, and the dual coefficients then lie in its
-            span, which is all that other images see.
+        features: X, where it is at hand: with fewer columns than rows it is cheaper to decompose.
     """
     m = len(kernel)
     if features is not None and features.shape[1] < m:
@@ -66,7 +64,7 @@ def leave_one_out(kernel: Matrix, targets: Matrix, penalties: Sequence[float] = 
         error = float(((left_out - targets) ** 2).mean())
         if error < least:
             least = error
-            best = Fit(left_out, vectors @ (rotated / (values + penalty * m)[:, None]), penalty)
+            best = Fit(left_out, penalty)
     assert best is not None
     return best
 
@@ -78,15 +76,6 @@ def guesses(scores: Matrix, targets: Matrix) -> npt.NDArray[np.int64]:
     largest score would be right less often than chance. The class means of all images are put back.
     """
     return np.asarray((scores + (targets - targets.mean(0)) / max(len(targets) - 1, 1)).argmax(1))
-
-
-def ridge(kernel: Matrix, targets: Matrix, penalty: float) -> Matrix:
-    """Return the dual coefficients (m, K) of ridge regression at one penalty."""
-    from scipy.linalg import solve
-
-    m = len(kernel)
-    coefficients: Matrix = solve(kernel + penalty * m * np.eye(m), targets - targets.mean(0), assume_a="pos", check_finite=False)
-    return coefficients
 
 
 def head_similarity(probabilities: Matrix, labels: npt.NDArray[np.int64], folds: int = 5) -> float:

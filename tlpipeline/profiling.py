@@ -25,6 +25,7 @@ from tlpipeline.cache import Store
 from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
 from tlpipeline.features import Images, Reader, Reading, extract, in_batches, normalise, reading, scaling
+from tlpipeline.heads import IMBALANCE, solve_head
 from tlpipeline.params import ProfileParams
 from tlpipeline.probes import Bits, Fit, Matrix, guesses, head_similarity, leave_one_out, one_hot, pack, unpack, wilson
 from tlpipeline.progress import Event, Progress
@@ -82,7 +83,8 @@ class Head:
     Attributes:
         taps: what it reads, deepest first.
         accuracy, low, high, correct: leave-one-out on the sample, as in Probe, for all its taps together.
-        held_out, held_out_correct: on the half of validation that may select; judging is left to the other half.
+        held_out, held_out_correct: of the head itself, solved on the sample, on the half of validation that may select; judging is left to
+            the other half.
     """
 
     taps: tuple[str, ...]
@@ -400,11 +402,12 @@ def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Kernels:
-    """Scaled features of the sample at each tap, their inner products, and those of the held-out images with the sample."""
+    """Scaled features of the sample and of the held-out images at each tap, and inner products of the sample's."""
 
     read: Sequence[Matrix]
     own: Sequence[Matrix]
-    across: Sequence[Matrix]
+    held: Sequence[Tensor]
+    blocks: Sequence[tuple[int, ...]]
     labels: npt.NDArray[np.int64]
     held_labels: npt.NDArray[np.int64]
 
@@ -415,10 +418,14 @@ class _Kernels:
         return fit, _right(fit, self.labels)
 
     def head(self, taps: Sequence[int], names: Sequence[str]) -> Head:
-        """Return the head on these taps."""
-        fit, right = self.fit(taps)
-        scores = _mean([self.across[i] for i in taps]) @ fit.dual + one_hot(self.labels).mean(0)
-        held = np.unique(self.labels)[scores.argmax(1)] == self.held_labels
+        """Return the head on these taps: probed on the sample, and on the held-out images solved as in training."""
+        _, right = self.fit(taps)
+        classes = int(max(self.labels.max(), self.held_labels.max())) + 1
+        x = torch.cat([torch.from_numpy(self.read[i]).float() for i in taps], dim=1)
+        blocks = [block for i in taps for block in self.blocks[i]]
+        weight, bias, _ = solve_head(x, self.labels, blocks, classes, IMBALANCE, 0, tolerance=1e-4)
+        logits = torch.cat([self.held[i] for i in taps], dim=1) @ weight.T + bias
+        held = np.asarray(logits.argmax(1).numpy() == self.held_labels)
         return Head(tuple(names), float(right.mean()), *wilson(int(right.sum()), len(right)), pack(right), float(held.mean()), pack(held))
 
     def tangent(self, taps: Sequence[int], gradients: Matrix, first: Sequence[int]) -> Tangent:
@@ -476,15 +483,15 @@ def _kernels(
     held_features: Sequence[Tensor],
     held_labels: npt.NDArray[np.int64],
 ) -> _Kernels:
-    scaled, own, across = [], [], []
+    scaled, own, held = [], [], []
     for read, x, z in zip(readings, features, held_features, strict=False):
         scale = scaling(x, read.blocks)
         a, b = scale(x).numpy(), scale(z).numpy()
         norm = math.sqrt((a**2).sum() / len(a)) or 1.0
         scaled.append(a / norm)
         own.append(scaled[-1] @ scaled[-1].T)
-        across.append(b @ scaled[-1].T / norm)
-    return _Kernels(scaled, own, across, labels, held_labels)
+        held.append(torch.from_numpy(b / norm).float())
+    return _Kernels(scaled, own, held, [r.blocks for r in readings], labels, held_labels)
 
 
 def _probe(taps: Sequence[backbones.Tap], readings: Sequence[Reading], kernels: _Kernels, seed: int) -> dict[str, Any]:
