@@ -29,6 +29,11 @@ fix: $(STAMP)
 bench: $(STAMP)
 	$(ACTIVATE) python benchmarks/cases.py
 	$(ACTIVATE) python benchmarks/regret.py report
+	$(ACTIVATE) python benchmarks/speed.py cache
+	$(ACTIVATE) python benchmarks/speed.py memory
+	$(ACTIVATE) python benchmarks/speed.py loop
+	$(ACTIVATE) python benchmarks/speed.py workers
+	$(ACTIVATE) python benchmarks/speed.py ray
 
 chaos: $(STAMP)
 	$(ACTIVATE) python benchmarks/chaos.py

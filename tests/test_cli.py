@@ -19,6 +19,8 @@ from tlpipeline import cli
 
 HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
 VERBS = {
+    "cache clear",
+    "cache info",
     "data commit",
     "explain",
     "init",
@@ -439,6 +441,24 @@ def test_predict_refuses(
 
 
 # --- registry -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_shown_bounded_and_emptied(call: Callable[..., Said], registered: Path, tmp_path: Path) -> None:
+    shown = call("cache", "info", "-w", registered)
+    assert "demonstration fc2 at 32 pixels" in shown.out
+    assert "demonstration gradients at fc2" in shown.out
+    assert re.search(r"0\.\d+ of 10 GB \(cache\.max_gb\)", shown.out)
+    place = tmp_path / "copy"
+    shutil.copytree(registered, place, symlinks=True)
+    picture = next((place / "images").rglob("*.png"))
+    before = call("predict", place / "model", picture, "-w", place)
+    assert re.search(r"\d\.\d MB deleted", call("cache", "clear", "-w", place).out)
+    assert not (place / ".tlpipeline" / "cache").exists()
+    assert call("predict", place / "model", picture, "-w", place) == before  # the same digits, computed anew
+    assert "1 " in call("cache", "info", "-w", place).out
+    set_param(place, "cache.max_gb", "0")
+    call("predict", place / "model", picture, "-w", place)
+    assert "0.000 of 0 GB" in call("cache", "info", "-w", place).out
 
 
 def test_registry_lists_shows_promotes_and_refuses_to_roll_back_to_nothing(

@@ -112,6 +112,10 @@ class Checkpoints:
         self.average: dict[str, Tensor] = {}
         self.written = folder / "checkpoint"
 
+    def keep_current(self) -> None:
+        """Remember the weights as what a step that fails goes back to."""
+        self.current = _copied(self.model)
+
     def keep_best(self) -> None:
         """Remember the weights as the best so far."""
         self.best = _copied(self.model)
@@ -122,7 +126,7 @@ class Checkpoints:
 
     def write(self, state: State, optimiser: torch.optim.Optimizer | None = None, average: Average | None = None) -> None:
         """Keep everything; a barrier. Without an optimiser the state of the one that was written or restored last is kept."""
-        self.current = _copied(self.model)
+        self.keep_current()
         if optimiser is not None:
             self.optimiser = flat(optimiser)
         if average is not None:

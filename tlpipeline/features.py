@@ -216,7 +216,7 @@ def passes(
     device: torch.device,
     beside: Callable[[], Tensor] | None = None,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Pass images through a network in steps of one size, the last one filled up with black: yield (indices, outputs without the filling).
+    """Pass images through a network in steps of one size, the last one filled up with zeros: yield (indices, outputs without the filling).
 
     Args:
         network: in eval mode; maps (step, 3, size, size) to tensors (step, ...).

@@ -126,6 +126,7 @@ class Fit:
         if state.arm != name:
             state.arm, state.epoch, state.step, state.slower = name, 0, 0, 0
             self.checkpoint.optimiser, self.checkpoint.average = {}, {}
+            self.checkpoint.keep_current()
         elif state.finished:
             return
         if not self.checkpoint.best:

@@ -144,7 +144,8 @@ def choose(root: Path, progress: Progress) -> None:
             name = _code_key(versioning.stage_key(root, "choose"), params)
 
             def start(arm: cases.Decision) -> Any:
-                return _job(root, params, cases.override(arm, params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
+                made = _job(root, params, cases.override(arm, params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
+                return dataclasses.replace(made, budget_minutes=0.0)  # the bound is the train stage's
 
             decision = race.run(found, choice.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
         progress(Event("choose", 1, 1, decision.reason))

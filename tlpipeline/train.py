@@ -87,7 +87,7 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
             checkpoint.write(state)
             return checkpoint.written if world.rank == 0 else None
         again = decision.init == "auto" and len(train) >= recipe.scratch_from and not state.gained
-        if decision.init == "random" or state.arm == "scratch" or again:
+        if decision.init == "random" or state.arm == "scratch" or (again and not deadline.passed()):
             if state.arm != "scratch":
                 fresh = backbones.load(job.backbone, backbones.NONE, size=decision.size, seed=job.seed)
                 model.load_state_dict(Classifier(fresh, decision.readings, len(classes), frozen=False).state_dict())
