@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tlpipeline import backbones, choice, dataset, distributed, outlook, profiling, race, train
+from tlpipeline import backbones, choice, dataset, distributed, finetune, outlook, profiling, race, train
 from tlpipeline.cases import Decision
 from tlpipeline.dataset import Manifest
 from tlpipeline.outlook import Outlook
@@ -51,7 +51,7 @@ class Setting:
         )  # fmt: skip
 
     def run(self, model: Outlook, patch: pytest.MonkeyPatch, name: str = "a", progress: Any = silent) -> tuple[Decision, Path]:
-        patch.setattr(train, "fitted", lambda: model)
+        patch.setattr(finetune, "fitted", lambda: model)
         kept = self.place / f"kept-{name}"
         kept.mkdir()
         weighed = choice.weigh(self.profile, RULE, model)

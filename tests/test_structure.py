@@ -36,7 +36,7 @@ def test_no_stage_is_without_outputs_and_none_depends_on_the_cluster() -> None:
         assert not any(p.startswith("cluster") for p in stage["params"])
 
 
-def test_each_param_that_a_stage_names_exists_and_each_key_but_acts_and_cluster_is_named() -> None:
+def test_each_param_that_a_stage_names_exists_and_each_key_but_those_of_acts_cache_and_cluster_is_named() -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     named = {p for stage in PIPELINE["stages"].values() for p in stage["params"]}
     for name in named:
@@ -44,7 +44,7 @@ def test_each_param_that_a_stage_names_exists_and_each_key_but_acts_and_cluster_
         assert key in params[section] if key else section in params
     everything = {f"{section}.{key}" for section, keys in params.items() for key in keys}
     covered = {full for full in everything if full in named or full.split(".")[0] in named}
-    assert everything - covered - {"data.name"} == {k for k in everything if k.split(".")[0] in ("gate", "cluster")}
+    assert everything - covered - {"data.name"} == {k for k in everything if k.split(".")[0] in ("gate", "cache", "cluster")}
 
 
 @pytest.mark.parametrize("name", ["dvc.yaml", "prefect.yaml"])

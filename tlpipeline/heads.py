@@ -20,8 +20,8 @@ from tlpipeline.probes import pack
 PENALTIES = tuple(10.0**e for e in (-1, -2, -3, -4, -5, -6, -7))
 START = 3  # in the middle of them
 FOLDS = 3
-ONE_FOLD_FROM = 1000
-CV_IMAGES = 2000
+ONE_FOLD_FROM = 600
+CV_IMAGES = 1000
 CV_TOLERANCE = 1e-4  # at ten times as much it ends where it began
 ROTATE_BELOW = 1000
 IN_MEMORY_BYTES = 128 << 20
@@ -208,7 +208,7 @@ def _held_out_penalty(features: Features, labels: Labels, shares: Matrix, scale:
 
     The parameters that one part of the images has at that penalty come with it: a start near the optimum of all.
 
-    At most 2,000 images: a third of them is held out, in turn while there are few. The loss has one valley along the grid, so neighbours
+    At most 1,000 images: a third of them is held out, in turn while there are few. The loss has one valley along the grid, so neighbours
     are tried only as long as they are better.
     """
     rng = np.random.default_rng(seed)
