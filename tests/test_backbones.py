@@ -46,8 +46,16 @@ FAMILIES = {
     "vit_b_16": (64, "layer", " ".join(f"encoder.layers.encoder_layer_{i}" for i in range(12)) + " encoder.ln"),
     "swin_t": (64, "layer", "features.0 features.1.0 features.1.1 features.3.0 features.3.1 features.5.0 features.5.1 features.5.2 "
                             "features.5.3 features.5.4 features.5.5 features.7.0 features.7.1 permute"),
-    # Without a table of its own: blocks are discovered, and ReLUs write into their inputs.
-    "mnasnet0_5": (32, "batch", " ".join(f"layers.{i}" for i in (0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))),
+    "mnasnet0_5": (32, "batch", "layers.2 layers.7 layers.8.0 layers.8.2 layers.9.0 layers.9.1 layers.9.2 layers.10.0 layers.10.2 layers.11.0 "
+                                "layers.11.1 layers.12.0 layers.12.1 layers.12.3 layers.13.0 layers.16"),
+    "mobilenet_v2": (32, "batch", " ".join(f"features.{i}" for i in (0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18))),
+    "shufflenet_v2_x0_5": (32, "batch", "maxpool stage2.0 stage2.1 stage2.2 " + " ".join(f"stage3.{i}" for i in range(8)) +
+                                        " stage4.1 stage4.2 stage4.3 conv5"),
+    "regnet_y_400mf": (32, "batch", "stem " + " ".join(f"trunk_output.block{stage}.block{stage}-{i}" for stage, i in (
+                                    (1, 0), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2), (3, 4), (3, 5), *((4, i) for i in range(6))))),
+    "alexnet": (63, "none", "features.2 features.5 features.7 features.9 features.12 classifier.2 classifier.5"),
+    "googlenet": (32, "batch", "maxpool1 maxpool2 " + " ".join(f"inception{i}" for i in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b"))),
+    "inception_v3": (75, "batch", "maxpool1 maxpool2 Mixed_5b Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e Mixed_7a Mixed_7b Mixed_7c"),
 }
 # fmt: on
 

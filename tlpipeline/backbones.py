@@ -20,7 +20,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -93,6 +93,8 @@ class Backbone:
         transforms: the weights' own.
         minimum: smallest input side in pixels; `fixed` where no other size is possible.
         source_classes: outputs of the source head, 0 where there is none worth reading (random weights).
+        positional: it learnt where things are at the weights' own size, so that `auto` keeps it; another is taken where a number asks for it.
+        multiple: sides must be multiples of this: the patches of a vision transformer.
     """
 
     name: str
@@ -105,6 +107,8 @@ class Backbone:
     minimum: int
     fixed: bool
     source_classes: int
+    positional: bool = False
+    multiple: int = 1
 
     @property
     def normalisation(self) -> str:
@@ -164,15 +168,23 @@ class Family:
 # fmt: off
 FAMILIES = (
     #      names                            blocks                                          first            last                             layout
+    Family(r"alexnet",                      (),                                             ("features.2", "features.5", "features.7", "features.9", "features.12"), ("classifier.2", "classifier.5")),
     Family(r"(wide_)?resn(e|ex)t\d.*",      ("BasicBlock", "Bottleneck"),                   ("maxpool",),    ()),
+    Family(r"regnet.*",                     ("ResBottleneckBlock",),                        ("stem",),       ()),
     Family(r"squeezenet.*",                 ("Fire",),                                      ("features.2",), ()),
+    Family(r"googlenet",                    ("Inception",),                                 ("maxpool1", "maxpool2"), ()),
+    Family(r"inception.*",                  ("InceptionA", "InceptionB", "InceptionC", "InceptionD", "InceptionE"), ("maxpool1", "maxpool2"), ()),
+    Family(r"mnasnet.*",                    ("_InvertedResidual",),                         ("layers.2", "layers.7"), ("layers.16",)),
+    Family(r"mobilenet_v2.*",               ("InvertedResidual",),                          ("features.0",), ("features.-1",)),
     Family(r"mobilenet_v3.*",               ("InvertedResidual",),                          ("features.0",), ("features.-1", "classifier.1")),
+    Family(r"shufflenet.*",                 ("InvertedResidual",),                          ("maxpool",),    ("conv5",)),
     Family(r"efficientnet.*",               ("MBConv", "FusedMBConv"),                      ("features.0",), ("features.-1",)),
     Family(r"convnext.*",                   ("CNBlock",),                                   ("features.0",), ()),
     Family(r"densenet.*",                   ("_DenseBlock", "_Transition"),                 ("features.pool0",), ("features.relu5",)),
     Family(r"vgg.*",                        ("MaxPool2d",),                                 (),              ("classifier.1", "classifier.4")),
     Family(r"vit.*",                        ("EncoderBlock",),                              (),              ("encoder.ln",),                 "tokens"),
     Family(r"swin.*",                       ("SwinTransformerBlock", "SwinTransformerBlockV2"), ("features.0",), ("permute",),                "nhwc"),
+    Family(r"maxvit.*",                     ("MaxVitLayer",),                               ("stem",),       ("classifier.4",)),
 )
 # fmt: on
 
@@ -296,8 +308,9 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
         preset.crop_size[0], preset.resize_size[0], tuple(preset.mean), tuple(preset.std), preset.interpolation.value.lower()
     )
     options: dict[str, Any] = {}
-    if name.startswith("vit"):
-        patch, size = int(name.rsplit("_", 1)[1]), size or transforms.size
+    patch = int(name.rsplit("_", 1)[1]) if name.startswith("vit") else 0
+    if patch:
+        size = size or transforms.size
         if size % patch:
             raise BackboneError(f"expected data.size a multiple of {patch} for {name}, found {size}. Set data.size to auto.")
         options["image_size"] = size
@@ -307,15 +320,22 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
         # torchvision's files name the layers norm.1, its modules norm1.
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value for key, value in state.items()}
     if name in ("googlenet", "inception_v3"):
-        options |= {"init_weights": False, "transform_input": True}
+        # Their auxiliary heads helped training from scratch; no cut reads them, and a file may come with or without theirs.
+        options |= {"init_weights": False, "transform_input": True, "aux_logits": False}
+        state = state and {key: value for key, value in state.items() if not key.lower().startswith("aux")}
     module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
     head = list(module.state_dict())[-1]
     if state and head in state and len(state[head]) != len(module.state_dict()[head]):
         options["num_classes"] = len(state[head])  # trained on other classes than ImageNet's
         module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
-    minimum = max(like.meta.get("min_size", (32, 32)))
+    positional = name.startswith(("vit", "swin"))
+    # Of these torchvision says the weights' own size; what they can take is two patches a side, or one position in the last stage.
+    minimum = (2 * patch if patch else 32) if positional else max(like.meta.get("min_size", (32, 32)))
     fixed = name.startswith("maxvit")  # its windows are laid out for one size when it is built
-    return _assemble(name, weights, fingerprint, module, state, transforms, minimum=minimum, fixed=fixed, size=options.get("image_size"))
+    # The number of classes is read off the last layer: a pass at the weights' own size costs seconds in a large network.
+    classes = len(module.state_dict()[head]) if state is not None else 0
+    backbone = _assemble(name, weights, fingerprint, module, state, transforms, minimum=minimum, fixed=fixed, classes=classes)
+    return replace(backbone, positional=positional, multiple=patch or 1)
 
 
 def _downloaded(name: str, entry: Any) -> Mapping[str, Tensor]:
@@ -390,7 +410,7 @@ def _assemble(
     transforms: Transforms | None = None,
     minimum: int = 0,
     fixed: bool = False,
-    size: int | None = None,
+    classes: int | None = None,
 ) -> Backbone:
     if state is not None:
         _fit(name, module, state)
@@ -398,8 +418,9 @@ def _assemble(
     found = _family_taps(name, module) if ":" not in name else None
     taps, layouts = found or (_own_taps(name, module, transforms.size), {})
     module.eval()
-    output = _run(name, module, size or transforms.size) if state is not None else None
-    classes = output.shape[1] if output is not None and output.dim() == 2 else 0
+    if classes is None:
+        output = _run(name, module, transforms.size) if state is not None else None
+        classes = output.shape[1] if output is not None and output.dim() == 2 else 0
     if fixed:
         minimum = transforms.size
     return Backbone(name, weights, fingerprint, module, taps, layouts, transforms, minimum or 1, fixed, classes)
@@ -671,15 +692,18 @@ def input_size(backbone: Backbone, wanted: int | str, median_short_side: float) 
     """Return the side in pixels at which images enter the network.
 
     `auto` is the smaller of the weights' own size and the images' median short side rounded up to a multiple of 32, at least the network's
-    minimum.
+    minimum; for a network that learnt positions it is the weights' own size.
 
     Raises:
-        BackboneError: a number below the network's minimum, or any other than the one size that a network of fixed size takes.
+        BackboneError: a number that the network cannot take: below its minimum, not a multiple of its patches, or another than its one size.
     """
     own = backbone.transforms.size
     if isinstance(wanted, int):
-        if wanted < backbone.minimum or (backbone.fixed and wanted != own):
+        if wanted < backbone.minimum or wanted % backbone.multiple or (backbone.fixed and wanted != own):
             allowed = f"{own}" if backbone.fixed else f"at least {backbone.minimum}"
-            raise BackboneError(f"expected data.size {allowed} for {backbone.name}, found {wanted}. Set data.size to auto.")
+            patches = f" and a multiple of {backbone.multiple}" if backbone.multiple > 1 else ""
+            raise BackboneError(f"expected data.size {allowed}{patches} for {backbone.name}, found {wanted}. Set data.size to auto.")
         return wanted
+    if backbone.positional:
+        return own
     return max(min(own, 32 * max(1, -(-round(median_short_side) // 32))), backbone.minimum)
