@@ -27,6 +27,8 @@ fix: $(STAMP)
 	$(ACTIVATE) ruff format .
 
 bench: $(STAMP)
+	$(ACTIVATE) python benchmarks/architectures.py run
+	$(ACTIVATE) python benchmarks/architectures.py table
 	$(ACTIVATE) python benchmarks/cases.py
 	$(ACTIVATE) python benchmarks/regret.py report
 	$(ACTIVATE) python benchmarks/speed.py cache

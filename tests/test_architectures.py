@@ -1,0 +1,168 @@
+"""A small network of each torchvision family, under each of the four cases: cut, frozen or trained, exported, reloaded, the same predictions.
+
+All of torchvision's classifiers, trained by two workers: `python benchmarks/architectures.py run`.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import CLASSES, check, decide, only_read, outline, paint_images, smallest, step
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision import models
+
+from tlpipeline import dataset
+from tlpipeline.backbones import FAMILIES, Backbone, Tap, cut, describe, input_size, load
+from tlpipeline.cases import CASES, Case
+from tlpipeline.errors import BackboneError
+from tlpipeline.features import Images
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORKS = (
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2",
+    "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t",
+    "vgg11", "vit_b_16",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("architectures")
+    paint_images(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network at its smallest size, the taps that some case reads, and a copy of its tensors."""
+
+    backbone: Backbone
+    taps: tuple[Tap, ...]
+    size: int
+    start: Mapping[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def net(request: pytest.FixtureRequest) -> Net:
+    size = smallest(outline(request.param))
+    backbone = load(request.param, "none", size=size)
+    return Net(backbone, describe(only_read(backbone), size), size, copy.deepcopy(backbone.module.state_dict()))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_family_goes_through_each_case(net: Net, case: Case, painted: Path, tmp_path: Path) -> None:
+    net.backbone.module.load_state_dict(net.start)
+    rows = sorted(dataset.read_manifest(painted / "manifest.parquet").used("train"), key=lambda row: row.path.split("/")[::-1])
+    # Two of each class, so that BatchNorm has something to average; a network of one large size averages over its maps.
+    rows = rows[: 2 if net.backbone.fixed else 4]
+    images, shown = (Images(painted / "images", part, net.backbone.transforms.at(net.size)) for part in (rows, rows[:1]))
+    decision = decide(net.backbone.tap_names, net.taps, net.size, case)
+    trained = step(net.backbone, net.start, decision, images, [CLASSES.index(row.label) for row in rows], shown, tmp_path / "model")
+    check(net.backbone, decision, trained, shown)
+
+
+# --- what the families have in common -------------------------------------------------------------------------------------------------
+
+
+def test_every_classifier_of_torchvision_has_one_row_in_the_table_of_families() -> None:
+    for name in models.list_models(module=models):
+        assert sum(bool(re.fullmatch(f.names, name)) for f in FAMILIES) == 1, name
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_behind_the_last_tap_stands_the_old_head_alone(name: str) -> None:
+    backbone = outline(name)
+    with torch.device("meta"):
+        whole = cut(backbone, backbone.tap_names[-1:], logits=True)
+        behind = set(whole.state_dict()) - set(cut(backbone, backbone.tap_names[-1:]).state_dict())
+    layers = {key.rpartition(".")[0] for key in behind}
+    normalised = {"classifier.0"} if name.startswith("convnext") else set()  # a norm of what was averaged
+    assert len(layers - normalised) == 1
+    (head,) = layers - normalised
+    layer = backbone.module.get_submodule(head)
+    assert getattr(layer, "out_features", None) == 1000 or getattr(layer, "out_channels", None) == 1000
+
+
+@pytest.mark.parametrize("name", ["densenet121", "googlenet", "mnasnet0_5", "resnet18", "squeezenet1_1"])
+def test_a_minimum_below_32_pixels_is_a_size_that_the_network_takes(name: str) -> None:
+    minimum = outline(name).minimum
+    backbone = outline(name, minimum)
+    with torch.device("meta"), torch.inference_mode():
+        outputs = cut(backbone, backbone.tap_names, logits=True)(torch.zeros(1, 3, minimum, minimum))
+    assert all(output.numel() for output in outputs)
+
+
+# --- auxiliary heads ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("auxiliary", [True, False], ids=["with", "without"])
+def test_a_weights_file_fits_with_and_without_auxiliary_heads(auxiliary: bool, tmp_path: Path) -> None:
+    """torchvision's own files have them; a network that it loaded from one and that was trained further has not."""
+    state = models.googlenet(weights=None, init_weights=False, aux_logits=auxiliary, num_classes=7).state_dict()
+    assert any(key.startswith("aux") for key in state) == auxiliary
+    save_file(state, tmp_path / "own.safetensors")
+    md5 = hashlib.md5((tmp_path / "own.safetensors").read_bytes(), usedforsecurity=False).hexdigest()
+    backbone = load("googlenet", "own.safetensors", md5=md5, root=tmp_path)
+    assert backbone.source_classes == 7
+    assert torch.equal(backbone.module.get_parameter("inception5b.branch1.conv.weight"), state["inception5b.branch1.conv.weight"])
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_no_auxiliary_head_is_built(name: str) -> None:
+    assert not [key for key in outline(name).module.state_dict() if key.lower().startswith("aux")]
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "minimum", "taken", "refused"),
+    [
+        ("vit_b_16", 224, 32, 160, 100),
+        ("vit_b_32", 224, 64, 96, 32),
+        ("vit_h_14", 518, 28, 224, 512),
+        ("swin_t", 224, 32, 64, 31),
+        ("swin_v2_t", 256, 32, 96, 16),
+        ("maxvit_t", 224, 224, 224, 448),
+        ("inception_v3", 299, 75, 75, 74),
+    ],
+)
+def test_another_size_than_the_weights_own_is_taken_where_the_network_can(
+    name: str, own: int, minimum: int, taken: int, refused: int
+) -> None:
+    backbone = outline(name)
+    assert (backbone.transforms.size, backbone.minimum) == (own, minimum)
+    assert input_size(backbone, taken, 500) == taken
+    with pytest.raises(BackboneError, match=rf"data.size .*for {name}, found {refused}"):
+        input_size(backbone, refused, 500)
+
+
+@pytest.mark.parametrize(
+    ("name", "median", "size"),
+    [("vit_h_14", 64, 518), ("swin_t", 64, 224), ("maxvit_t", 64, 224), ("inception_v3", 64, 75), ("vgg11", 64, 64)],
+)
+def test_by_itself_a_network_that_learnt_positions_keeps_its_size(name: str, median: float, size: int) -> None:
+    assert input_size(outline(name), "auto", median) == size
+
+
+# --- the page -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_rows_say() -> None:
+    place = ROOT / "benchmarks" / "architectures.py"
+    spec = importlib.util.spec_from_file_location("benchmark_architectures", place)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    assert {row["network"] for row in benchmark.rows_of(benchmark.RESULTS / benchmark.TAPS)} == set(models.list_models(module=models))
+    assert not [row for row in benchmark.rows_of(benchmark.RESULTS / benchmark.ROWS) if row["step_ok"] == "no"]
+    assert benchmark.PAGE.read_text(encoding="utf-8") == benchmark.page(benchmark.RESULTS)
