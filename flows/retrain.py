@@ -1,5 +1,6 @@
 """The retraining flow. Deployed by prefect.yaml: every night, and when `tlpipeline data commit` says that data have changed."""
 
+import signal
 from pathlib import Path
 
 import httpx
@@ -46,7 +47,14 @@ def reach() -> None:
     Raises:
         WorkspaceError: it does not.
     """
-    with get_client(sync_client=True) as client:
+    # A terminal sends Ctrl-C to every process of the run. The temporary server inherits this mask and stays to be told that the run was
+    # interrupted: Prefect asks a dead one again and again, for minutes.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        client = get_client(sync_client=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with client:
         if error := client.api_healthcheck():
             raise WorkspaceError(
                 f"expected a Prefect server at {client.api_url}, but: {error}. Start it (`prefect server start`), or unset PREFECT_API_URL "

@@ -5,6 +5,8 @@ Four touch points with Ray: who am I, keep this checkpoint, give me the newest o
 Several GPUs on one machine or on several have never been run: NCCL is chosen on GPUs and gloo on CPUs, and what is tested is gloo.
 """
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -153,6 +155,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
         runtime(cluster.workers)
         _enough(cluster, use_gpu)
         storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
+        _mend(Path(storage) / name)
         threads = max(1, (os.cpu_count() or 1) // cluster.workers)
         trainer = TorchTrainer(
             _loop,
@@ -172,7 +175,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
         except SystemExit as stopped:
             raise KeyboardInterrupt from stopped  # Ray's own answer to Ctrl-C
         except ray.train.TrainingFailedError as error:
-            raise _translated(error, cluster.max_failures) from error
+            raise _translated(error, cluster.max_failures, storage) from error
     if result.checkpoint is None:
         raise ClusterError(
             "expected a trained model from the workers, but they kept no checkpoint. Run again with fewer workers to see why."
@@ -185,6 +188,19 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
             "expected a finished model from the workers, but the newest checkpoint is from the middle. Start the run again: it resumes."
         )
     return finished
+
+
+def _mend(folder: Path) -> None:
+    """Remove what an earlier run left if Ray's list of its checkpoints is torn: the run begins again, and ends the same.
+
+    Ray writes the list in place. Killed or out of room just then it leaves a part, and every further run of this name would fail to read it.
+    """
+    try:
+        json.loads((folder / "checkpoint_manager_snapshot.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        shutil.rmtree(folder)
 
 
 def runtime(workers: int) -> None:
@@ -233,7 +249,7 @@ def _enough(cluster: ClusterParams, use_gpu: bool) -> None:
         )
 
 
-def _translated(error: Any, allowed: int) -> PipelineError:
+def _translated(error: Any, allowed: int, storage: str) -> PipelineError:
     failures = getattr(error, "worker_failures", {}) or {}
     for failure in failures.values():
         seen: BaseException | None = failure
@@ -243,6 +259,11 @@ def _translated(error: Any, allowed: int) -> PipelineError:
             seen = seen.__cause__ or seen.__context__
         # Ray hands user exceptions on as text where they cannot be rebuilt.
     first = next(iter(failures.values()), error)
+    if any(f"rrno {code}]" in str(first) for code in (errno.ENOSPC, errno.EDQUOT)):  # of a worker only text comes back
+        return ClusterError(
+            f"expected room for checkpoints in {storage}, found none ({str(first)[-300:]}). The last complete checkpoint is kept: "
+            "free some space there, or on the workers' temporary folders, and run again; the run resumes from it."
+        )
     return ClusterError(
         f"expected the workers to finish, but they failed more often than cluster.max_failures ({allowed}) allows: {str(first)[-1500:]}. "
         "What was trained is kept: the next run resumes from the last checkpoint."

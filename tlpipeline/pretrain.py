@@ -134,7 +134,9 @@ def _network(name: str, classes: int, seed: int) -> tuple[nn.Module, Transforms]
         import torchvision.models as models
 
         def factory(num_classes: int) -> nn.Module:
-            return models.get_model(name, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
+            # Auxiliary heads would make the network return more than logits while it trains.
+            plain = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            return models.get_model(name, weights=None, num_classes=num_classes, **plain)  # type: ignore[no-any-return]
 
     like = backbones.load(name, backbones.NONE)
     torch.manual_seed(seed)

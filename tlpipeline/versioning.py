@@ -478,12 +478,19 @@ def room(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not full(error):
             raise
         raise WorkspaceError(
-            f"expected room on the disk of {root}, found none ({error.strerror}). What was recorded before is unchanged; free some space "
+            f"expected room on the disk of {root}, found none ({error.strerror or os.strerror(errno.ENOSPC)}). What was recorded before is unchanged; free some space "
             "(`dvc gc --workspace` removes unused versions) and run again."
         ) from error
+
+
+def full(error: OSError) -> bool:
+    """Say whether an error means a full disk or a quota that is used up."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    # Copying a folder gathers what went wrong with each file as text, and has no number of its own.
+    return error.errno in codes or (isinstance(error, shutil.Error) and any(f"[Errno {code}]" in str(error) for code in codes))
 
 
 def unlink(path: Path) -> None:
