@@ -116,9 +116,9 @@ def cache(options: argparse.Namespace) -> None:
     folder, manifest = listed(options, "caltech24", options.images)
     rows = manifest.used(TRAIN, VAL)
     backbone = load(options)
-    decided = decision(backbone, "small_similar", NET.size)
+    decided = decision(backbone, "small_similar", options.size)
     network = backbones.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
-    images = Images(folder, rows, backbone.transforms.at(NET.size))
+    images = Images(folder, rows, backbone.transforms.at(options.size))
     few = {row.md5 for row in rows[:: max(len(rows) // (len(rows) // 100), 1)]}
     before = replace(manifest, rows=tuple(r for r in manifest.rows if r.md5 not in few))
     seen: dict[str, list[float]] = {}
@@ -380,6 +380,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="training and validation images")
     parser.add_argument("--sizes", type=int, nargs="+", default=(1000, 10_000, 100_000), help="of `memory`")
     parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--size", type=int, default=NET.size, help="of `cache`: input side in pixels; data.size: auto is 128 here")
     parser.add_argument("--only", nargs="*", default=())
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
