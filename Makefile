@@ -31,7 +31,7 @@ bench: $(STAMP)
 	$(ACTIVATE) python benchmarks/architectures.py table
 	$(ACTIVATE) python benchmarks/cases.py
 	$(ACTIVATE) python benchmarks/regret.py report
-	$(ACTIVATE) python benchmarks/speed.py cache
+	$(ACTIVATE) python benchmarks/speed.py cache --size 128
 	$(ACTIVATE) python benchmarks/speed.py memory
 	$(ACTIVATE) python benchmarks/speed.py loop
 	$(ACTIVATE) python benchmarks/speed.py workers

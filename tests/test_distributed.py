@@ -1,5 +1,6 @@
 """The Ray Train job: few tests, with real workers; the loop itself is tested in test_train.py without Ray."""
 
+import contextvars
 import json
 import os
 import signal
@@ -61,7 +62,16 @@ def test_gpus_that_are_not_there_fail_at_once() -> None:
 
 def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job], tmp_path: Path) -> None:
     events: list[Event] = []
-    finished = distributed.run(job(decided(CASES[0])), HERE, "here", tmp_path / "runs", events.append)
+    mine = contextvars.ContextVar("mine", default="nobody's")
+    mine.set("the caller's")
+    seen: set[str] = set()
+
+    def told(event: Event) -> None:
+        events.append(event)
+        seen.add(mine.get())
+
+    finished = distributed.run(job(decided(CASES[0])), HERE, "here", tmp_path / "runs", told)
+    assert seen == {"the caller's"}  # Prefect's artifacts belong to the run that asks for them
     assert (finished / "model" / "model.json").is_file()
     assert any("validation accuracy" in e.text for e in events)
 

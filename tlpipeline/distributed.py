@@ -5,6 +5,7 @@ Four touch points with Ray: who am I, keep this checkpoint, give me the newest o
 Several GPUs on one machine or on several have never been run: NCCL is chosen on GPUs and gloo on CPUs, and what is tested is gloo.
 """
 
+import contextvars
 import errno
 import json
 import os
@@ -86,7 +87,8 @@ def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Pro
         while not stop.wait(0.2):
             tail()
 
-    follower = threading.Thread(target=follow, daemon=True)
+    # In the caller's context: what takes the progress there may ask which run it belongs to.
+    follower = threading.Thread(target=contextvars.copy_context().run, args=(follow,), daemon=True)
     follower.start()
     try:
         if cluster.workers == 0:
