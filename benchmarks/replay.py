@@ -6,6 +6,7 @@ Everything that is fitted is fitted on the other data sets. Nothing here trains 
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,9 +185,11 @@ def observed(one: Measured, rule: ChooseParams, heads: dict[str, Any]) -> Observ
 
 
 def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> dict[str, Outlook]:
-    """Return for each data set the model that was fitted on all the others."""
+    """Return for each data set a model that has not seen it: the package's own, or where that was fitted on it, one fitted on all the others."""
+    shipped = outlook.fitted()
     return {
-        name: fitted_on([one for one in units if one.unit.data != name], rule, penalty) for name in sorted({one.unit.data for one in units})
+        name: shipped if name not in shipped.data else fitted_on([one for one in units if one.unit.data != name], rule, penalty)
+        for name in sorted({one.unit.data for one in units})
     }
 
 
@@ -288,15 +291,15 @@ def paired_by_data(units: Sequence[Measured], difference: Values) -> tuple[float
 def brier_skill(units: Sequence[Measured], found: Figures) -> tuple[float, float]:
     """Return the Brier score of P(within) and its skill against the base rate of the other data sets."""
     data = np.array([one.unit.data for one in units])
-    base = np.array([found.good[data != name].mean() for name in data])
+    base = np.array([found.good[data != name].mean() if (data != name).any() else found.good.mean() for name in data])
     score, reference = float(((found.within - found.good) ** 2).mean()), float(((base - found.good) ** 2).mean())
-    return score, 1 - score / reference
+    return score, 1 - score / reference if reference else 0.0
 
 
 def reliability(found: Figures) -> list[tuple[float, float, int]]:
     """Return (mean probability, share within the tolerance, units) of five bins of equal mass."""
     order = np.argsort(found.within, kind="stable")
-    return [(float(found.within[b].mean()), float(found.good[b].mean()), len(b)) for b in np.array_split(order, BINS)]
+    return [(float(found.within[b].mean()), float(found.good[b].mean()), len(b)) for b in np.array_split(order, min(BINS, len(order)))]
 
 
 def calibration_error(found: Figures) -> tuple[float, float]:
@@ -373,6 +376,10 @@ def fit(results: Path, rule: ChooseParams) -> None:
 def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
     """Print the figures of every rule on the same units."""
     units = measured(results)
+    if not units:
+        sys.exit(
+            f"expected units with the arms frozen, cut, multi and tuned in {results}, found none. Run `profile` and `collect --arms tuned` first."
+        )
     tried = rules(units, rule)
     found = {name: figures(units, chosen, rule.tolerance) for name, chosen in tried.items()}
     full = np.array([one.cost("tuned") for one in units])
