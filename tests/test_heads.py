@@ -67,7 +67,7 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     wanted = (each * torch.from_numpy(shares)).sum() + 0.05 * both[:, :-1].square().sum()
     wanted.backward()
     assert both.grad is not None
-    assert loss == pytest.approx(float(wanted), rel=1e-5)
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
     assert np.allclose(gradient, both.grad.reshape(-1).numpy(), atol=1e-5)
 
 

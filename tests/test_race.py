@@ -151,8 +151,8 @@ def test_an_interrupted_race_goes_on_where_it_stood(setting: Setting, monkeypatc
     real = train.Checkpoints.write
     written = []
 
-    def interrupted(self: train.Checkpoints, state: train.State, optimiser: Any = None) -> None:
-        real(self, state, optimiser)
+    def interrupted(self: train.Checkpoints, state: train.State, *rest: Any) -> None:
+        real(self, state, *rest)
         written.append(state.epoch)
         if len(written) == 4:  # the frozen head, the start of fine-tuning, epoch 1, epoch 2
             raise Stop
