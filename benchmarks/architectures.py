@@ -42,10 +42,13 @@ sys.path.insert(0, str(TESTS))
 from architectures import BATCH, CLASSES, Trained, check, decide, described, inputs, only_read, outline, paint_images, smallest, undrawn  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from tlpipeline import backbones, dataset, model, train  # noqa: E402
+from tlpipeline import backbones, dataset, model  # noqa: E402
 from tlpipeline.backbones import Backbone, Tap  # noqa: E402
 from tlpipeline.cases import CASES, Case, Decision  # noqa: E402
+from tlpipeline.checkpoint import MODEL, STATE  # noqa: E402
 from tlpipeline.features import Images  # noqa: E402
+from tlpipeline.files import write_tensors  # noqa: E402
+from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.shift import random_reference  # noqa: E402
 
 RESULTS = HERE / "results"
@@ -192,7 +195,7 @@ def write_start(plan: Plan, manifest: Path, path: Path) -> None:
     """
     fresh = backbones.load(plan.name, backbones.NONE, size=plan.size)
     images = Images(manifest.parent / "images", dataset.read_manifest(manifest).used(dataset.TRAIN), fresh.transforms.at(plan.size))
-    model.write_tensors(random_reference(fresh, [inputs(images)], seed=0).module.state_dict(), path)
+    write_tensors(random_reference(fresh, [inputs(images)], seed=0).module.state_dict(), path)
 
 
 def md5(path: Path) -> str:
@@ -201,13 +204,13 @@ def md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def train_all(jobs: Sequence[tuple[Plan, str, train.Job]], workers: int, place: Path) -> None:
+def train_all(jobs: Sequence[tuple[Plan, str, Job]], workers: int, place: Path) -> None:
     """Train in a group of so many workers, one after the other; where one fails, the rest go on in a new group."""
     while jobs:
         started = time.time()
         error = in_group(workers, [(job, place / plan.name / case) for plan, case, job in jobs], place / "spec.json")
         for plan, case, _ in jobs:
-            finished = place / plan.name / case / "scratch0" / "finished" / train.STATE
+            finished = place / plan.name / case / "scratch0" / "finished" / STATE
             jobs = jobs[1:]
             failed = not finished.exists()
             ended = time.time() if failed else finished.stat().st_mtime
@@ -218,16 +221,16 @@ def train_all(jobs: Sequence[tuple[Plan, str, train.Job]], workers: int, place: 
                 break
 
 
-def job_of(name: str, decision: Decision, manifest: Path, place: Path) -> train.Job:
+def job_of(name: str, decision: Decision, manifest: Path, place: Path) -> Job:
     """Return the job of one epoch with one batch, from the weights in the network's folder."""
-    return train.Job(
+    return Job(
         workspace=str(place), images=str(manifest.parent / "images"), manifest=str(manifest), backbone=name, weights=START,
         weights_md5=md5(place / START), decision=json.loads(json.dumps(decision.to_json())), seed=0, epochs=1, batch_size=BATCH, flip=True,
         precision="float32", history=str(place / f"{decision.case}.jsonl"),
     )  # fmt: skip
 
 
-def in_group(size: int, jobs: Sequence[tuple[train.Job, Path]], spec: Path) -> str:
+def in_group(size: int, jobs: Sequence[tuple[Job, Path]], spec: Path) -> str:
     """Run jobs in a gloo group of so many processes; return the first error, "" for none."""
     spec.write_text(json.dumps([{"job": asdict(job), "folder": str(folder)} for job, folder in jobs]))
     with socket.socket() as free:
@@ -279,11 +282,11 @@ def checked(plan: Plan, manifest: Path, place: Path) -> None:
             value.copy_(start[key])
         try:
             stepped = load_file(scratch / "checkpoint" / "current.safetensors")
-            check(backbone, decision, Trained(start, stepped, finished / train.MODEL, None), shown)
-            exported_again(finished / train.MODEL, place / "again")
+            check(backbone, decision, Trained(start, stepped, finished / MODEL, None), shown)
+            exported_again(finished / MODEL, place / "again")
             if decision.freeze != "kept":
                 with undrawn():
-                    reloaded, _ = model.load(finished / train.MODEL)
+                    reloaded, _ = model.load(finished / MODEL)
                 validation = model.probabilities(reloaded, val, torch.device("cpu"), lambda done: None)
                 history = json.loads((finished / "history.json").read_text())
                 same_as_in_training(history, validation, [CLASSES.index(row.label) for row in val.rows])

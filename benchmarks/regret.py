@@ -42,8 +42,10 @@ from tlpipeline import model as models  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
 from tlpipeline.features import Images, extract, reading  # noqa: E402
 from tlpipeline.heads import solve_head  # noqa: E402
+from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.probes import pack  # noqa: E402
 from tlpipeline.progress import silent  # noqa: E402
+from tlpipeline.workers import Alone  # noqa: E402
 
 DATA = Path(os.environ.get("TLPIPELINE_DATA", HERE.parent.parent / "shared" / "data"))
 RESULTS = HERE / "results"
@@ -188,6 +190,15 @@ def row_of(arm: str, similar: float) -> cases.Case:
     return cases.find("large_different" if arm == "scratch" or similar < 0.5 else "large_similar")
 
 
+def uncut(row: cases.Case, last: backbones.Tap, size: int) -> cases.Decision:
+    """Return a decision for this row, whatever the evidence, that keeps the whole network: its head reads the last tap."""
+    return cases.Decision(
+        case=row.name, slice=last.name, head="last", readings=(reading(last),), size=size, freeze=row.freeze, init=row.init, recipe=row.recipe,
+        probabilities={}, similar=0.0, large=1.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
+        saved_parameters=0.0, saved_ops=0.0, reason="", changes=(), warnings=(), forced=(),
+    )  # fmt: skip
+
+
 def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path) -> dict[str, object]:
     """Run an arm that trains the whole network, as the product runs it, and return its row."""
     net = unit.network
@@ -196,22 +207,18 @@ def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: 
     taps = backbones.describe(backbone, net.size)
     row = row_of(arm, similar)
     init = {"tuned": "pretrained", "plain": "plain", "scratch": "random"}[arm]
-    decision = cases.Decision(
-        case=row.name, slice=taps[-1].name, head="last", readings=(reading(taps[-1]),), size=net.size, freeze="nothing", init=init,
-        recipe=row.recipe, probabilities={}, similar=0.0, large=1.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
-        saved_parameters=0.0, saved_ops=0.0, reason="", changes=(), warnings=(), forced=(),
-    )  # fmt: skip
+    decision = dataclasses.replace(uncut(row, taps[-1], net.size), init=init)
     with tempfile.TemporaryDirectory(prefix="regret-") as place:
         here = Path(place)
         dataset.write_manifest(manifest, here / "manifest.parquet", here / "quarantine.csv")
-        job = train.Job(
+        job = Job(
             workspace=place, images=str(folder), manifest=str(here / "manifest.parquet"), backbone=net.name, weights=weights,
             weights_md5=md5, decision=decision.to_json(), seed=unit.seed, epochs="auto", batch_size="auto", flip=unit.data not in NO_FLIP,
             precision="auto", history=str(here / "history.jsonl"),
         )  # fmt: skip
         started = cpu_seconds()
         (here / "scratch").mkdir()
-        finished = train.run(job, train.Alone(here / "kept"), here / "scratch")
+        finished = train.run(job, Alone(here / "kept"), here / "scratch")
         spent = cpu_seconds() - started
         assert finished is not None
         history = json.loads((finished / "history.json").read_text())["history"]

@@ -15,7 +15,6 @@ that everything beside the network weighs most. Printed are medians over --times
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from tlpipeline import backbones, cases, dataset, finetune, train  # noqa: E402
 from tlpipeline.augment import augmentation  # noqa: E402
 from tlpipeline.cache import Store  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
-from tlpipeline.features import STEP, Images, in_batches, normalise, prepare, reading  # noqa: E402
+from tlpipeline.features import STEP, Images, in_batches, normalise, prepare  # noqa: E402
 from tlpipeline.heads import solve_head  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.model import Classifier, reader_of  # noqa: E402
@@ -61,13 +60,7 @@ def listed(options: argparse.Namespace, name: str, n: int) -> tuple[Path, Manife
 
 
 def decision(backbone: backbones.Backbone, case: str, size: int) -> cases.Decision:
-    last = backbones.describe(backbone, size)[-1]
-    row = cases.find(case)
-    return cases.Decision(
-        case=case, slice=last.name, head="last", readings=(reading(last),), size=size, freeze=row.freeze, init=row.init, recipe=row.recipe,
-        probabilities={}, similar=1.0, large=0.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
-        saved_parameters=0.0, saved_ops=0.0, reason="", changes=(), warnings=(), forced=(),
-    )  # fmt: skip
+    return regret.uncut(cases.find(case), backbones.describe(backbone, size)[-1], size)
 
 
 def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: cases.Decision, **changes: object) -> Job:
@@ -373,7 +366,7 @@ VERBS = {"cache": cache, "memory": memory, "peak": one_peak, "loop": loop, "work
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=[verb for verb in VERBS if verb != "peak"] + ["peak"])
+    parser.add_argument("verb", choices=list(VERBS))
     parser.add_argument("--data", type=Path, default=regret.DATA)
     parser.add_argument("--weights", type=Path, default=regret.DATA)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tlpipeline-regret")
@@ -384,8 +377,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=())
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    print(f"{torch.get_num_threads()} threads; peak resident memory of this process so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB"
-          if options.verb == "loop" else f"{torch.get_num_threads()} threads" if options.verb != "peak" else "", end="" if options.verb == "peak" else "\n")  # fmt: skip
+    if options.verb != "peak":
+        print(f"{torch.get_num_threads()} threads")
     VERBS[options.verb](options)
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 from conftest import paint
 from safetensors.torch import load_file
-from test_cases import RULE
-from test_profiling import planted
+from test_cases import decision_for
 from torch import Tensor, nn
 
 from tlpipeline import backbones, dataset, model
 from tlpipeline.backbones import Backbone, Tap
 from tlpipeline.cases import CASES, Case, Decision
-from tlpipeline.choice import choose
 from tlpipeline.features import Images, normalise, pool, reading
 from tlpipeline.model import Classifier, Description, probabilities
 
@@ -36,7 +34,7 @@ def outline(name: str, size: int | None = None) -> Backbone:
     try:
         with torch.device("meta"):
             return backbones.load(name, backbones.NONE, size=size)
-    except NotImplementedError:  # regnet computes its widths with tensors
+    except NotImplementedError:  # PyTorch's: regnet computes its widths with tensors, which the meta device cannot
         backbone = backbones.load(name, backbones.NONE, size=size)
         backbone.module.to("meta")
         return backbone
@@ -75,18 +73,7 @@ def only_read(backbone: Backbone) -> Backbone:
 def decide(names: Sequence[str], taps: Sequence[Tap], size: int, case: Case) -> Decision:
     """Return a decision for this row on a network with taps of these names; those that are read must be described."""
     by_name = {tap.name: tap for tap in taps}
-    readings = tuple(reading(by_name[name]) for name in read_at(names, case))
-    like = choose(planted([0.6, 0.8, 0.9]), RULE)
-    return replace(
-        like,
-        case=case.name,
-        slice=readings[0].tap,
-        readings=readings,
-        size=size,
-        freeze=case.freeze,
-        init=case.init,
-        recipe=case.recipe,
-    )
+    return decision_for(case, [reading(by_name[name]) for name in read_at(names, case)], size)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ def main(rank: int, size: int, port: int, spec: Path) -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("GROUP_THREADS", "1")))
-    from tlpipeline.train import Alone, Job, run
+    from tlpipeline.job import Job
+    from tlpipeline.train import run
+    from tlpipeline.workers import Alone
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)

@@ -47,7 +47,8 @@ class Counting:
 def reader(store: Store, net: Backbone, *readings: Reading, size: int | None = None, view: str = "") -> Reader:
     transforms = net.transforms if size is None else net.transforms.at(size)
     trunk = backbones.cut(net, [r.tap for r in readings]).to(memory_format=torch.channels_last)
-    return Reader(store, net, trunk, readings, transforms, CPU, view=view)
+    asked = Reader(store, net, trunk, readings, transforms, CPU)
+    return asked.of_view(view) if view else asked
 
 
 def steps(store: Store, net: Backbone, folder: Path, rows: list[Row], *readings: Reading, view: str = "") -> int:
@@ -218,11 +219,12 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "column" / ".half.draft").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space"):
         column.add([md5(0)], numbers(1))
     assert not column.has([md5(0)])[0]
     monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "column").iterdir()] == [".half.draft"]
     assert not Column(tmp_path / "column").has([md5(0)])[0]
 
 

@@ -1,6 +1,7 @@
 """The table of cases: exactly one row for each kind of data, and a decision that says, and keeps, what it was made of."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -9,9 +10,26 @@ import pytest
 from test_choice import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from test_profiling import planted
 
-from tlpipeline.cases import CASES, Decision, Look, Race, Recipe, find, override
+from tlpipeline.cases import CASES, Case, Decision, Look, Race, Recipe, find, override
+from tlpipeline.choice import choose
 from tlpipeline.errors import ParamsError
+from tlpipeline.features import Reading
 from tlpipeline.params import load
+
+
+def decision_for(case: Case, readings: Sequence[Reading], size: int) -> Decision:
+    """A decision for this row, whatever the evidence; its head reads here, deepest first."""
+    made = choose(planted([0.6, 0.8, 0.9]), RULE)
+    return replace(
+        made,
+        case=case.name,
+        slice=readings[0].tap,
+        readings=tuple(readings),
+        size=size,
+        freeze=case.freeze,
+        init=case.init,
+        recipe=case.recipe,
+    )
 
 
 def test_each_kind_of_data_has_exactly_one_row() -> None:

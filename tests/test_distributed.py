@@ -21,9 +21,9 @@ from test_train import decided
 from tlpipeline import distributed
 from tlpipeline.cases import CASES
 from tlpipeline.errors import BackboneError, ClusterError
+from tlpipeline.job import Job
 from tlpipeline.params import ClusterParams
 from tlpipeline.progress import Event, silent
-from tlpipeline.train import Job
 
 TWO = ClusterParams(workers=2, gpu=False, max_failures=2, storage="none")
 HERE = ClusterParams(workers=0, gpu=False, max_failures=0, storage="none")
@@ -130,7 +130,7 @@ from pathlib import Path
 from tlpipeline import distributed
 from tlpipeline.params import ClusterParams
 from tlpipeline.progress import silent
-from tlpipeline.train import Job
+from tlpipeline.job import Job
 spec = json.loads(Path(sys.argv[1]).read_text())
 cluster = ClusterParams(workers=2, gpu=False, max_failures=2, storage="none")
 print(distributed.run(Job(**spec["job"]), cluster, spec["name"], Path(spec["runs"]), silent), flush=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tlpipeline import backbones, dataset
 from tlpipeline.errors import BackboneError, RegistryError
 from tlpipeline.features import Images, Reading
-from tlpipeline.model import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, save, write_json, write_tensors
+from tlpipeline.files import write_json, write_tensors
+from tlpipeline.model import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, save
 
 CLASSES = ("ant", "bee", 'näh, "quoted"')
 # Architecture, input side, readings with the deepest first, and the start of a name behind the cut.

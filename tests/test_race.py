@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tlpipeline import backbones, choice, dataset, distributed, finetune, outlook, profiling, race, train
+from tlpipeline import backbones, checkpoint, choice, dataset, distributed, finetune, outlook, profiling, race
 from tlpipeline.cases import Decision
 from tlpipeline.dataset import Manifest
+from tlpipeline.job import Job
 from tlpipeline.outlook import Outlook
 from tlpipeline.params import ChooseParams, ClusterParams, ProfileParams
 from tlpipeline.profiling import Profile
 from tlpipeline.progress import Event, silent
-from tlpipeline.train import Job
 
 RULE = ChooseParams(
     case="auto", slice="auto", rule="fitted", prefer="balanced", tolerance=0.5, effort="full", race_above=0.25, race_below=0.75, race_images=20, gain=1.0,
@@ -116,7 +116,7 @@ def test_what_the_winner_trained_is_gone_on_with_and_ends_as_if_there_had_been_n
     decision, kept = setting.run(sure(4.0), monkeypatch, "tuned")
     assert decision.race is not None
     assert (decision.race.winner, decision.freeze) == ("tuned", "nothing")
-    state = json.loads((kept / train.STATE).read_text())
+    state = json.loads((kept / checkpoint.STATE).read_text())
     assert state["epoch"] == decision.race.looks[-1].epoch < EPOCHS
 
     def finish(start: str, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -148,17 +148,17 @@ def test_an_interrupted_race_goes_on_where_it_stood(setting: Setting, monkeypatc
         pass
 
     whole, _ = setting.run(OPEN, monkeypatch, "whole")
-    real = train.Checkpoints.write
+    real = checkpoint.Checkpoints.write
     written = []
 
-    def interrupted(self: train.Checkpoints, state: train.State, *rest: Any) -> None:
+    def interrupted(self: checkpoint.Checkpoints, state: checkpoint.State, *rest: Any) -> None:
         real(self, state, *rest)
         written.append(state.epoch)
         if len(written) == 4:  # the frozen head, the start of fine-tuning, epoch 1, epoch 2
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Checkpoints, "write", interrupted)
+        patch.setattr(checkpoint.Checkpoints, "write", interrupted)
         with pytest.raises(Stop):
             setting.run(OPEN, monkeypatch, "cut")
     (setting.place / "kept-cut").rmdir()
@@ -218,9 +218,9 @@ def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it
     case = stages.read_case(root)
     assert case.race is not None
     assert case.race.winner in ("frozen", "tuned")
-    assert (root / stages.RACE / train.STATE).exists()
+    assert (root / stages.RACE / checkpoint.STATE).exists()
     assert any("look" in event.text for event in told if event.stage == "choose")
-    state = json.loads((root / stages.RACE / train.STATE).read_text())
+    state = json.loads((root / stages.RACE / checkpoint.STATE).read_text())
     model = load_file(root / "model" / "weights.safetensors")
     if case.race.winner == "frozen":
         raced = load_file(root / stages.RACE / "model" / "weights.safetensors")

@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cases import RULE
-from test_profiling import planted
+from test_cases import decision_for
 
 from tlpipeline import backbones, dataset
 from tlpipeline.augment import augmentation
 from tlpipeline.cases import CASES, Case, Decision, Recipe
 from tlpipeline.checkpoint import State
-from tlpipeline.choice import choose
 from tlpipeline.dataset import Row
 from tlpipeline.features import Images, Reading, extract, scaling
 from tlpipeline.heads import score, solve_head
@@ -38,18 +36,8 @@ READ_CUT = (Reading("conv2", 64, (1, 2, 4)), Reading("conv1", 32, (1, 2, 4)))
 
 def decided(case: Case, **recipe: Any) -> Decision:
     """A decision for this row on the demonstration network."""
-    readings = READ_CUT if case.keep == "slice" else READ_LAST
-    like = choose(planted([0.6, 0.8, 0.9]), RULE)
-    return replace(
-        like,
-        case=case.name,
-        slice=readings[0].tap,
-        readings=readings,
-        size=32,
-        freeze=case.freeze,
-        init=case.init,
-        recipe=replace(case.recipe, **recipe),
-    )
+    made = decision_for(case, READ_CUT if case.keep == "slice" else READ_LAST, 32)
+    return replace(made, recipe=replace(case.recipe, **recipe))
 
 
 def trained(job: Job, folder: Path) -> dict[str, torch.Tensor]:

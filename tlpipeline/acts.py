@@ -6,9 +6,10 @@ Acts are no DVC stages: they read the champion, make commits and tags, and talk 
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -539,6 +540,19 @@ def take_over(root: Path, images: Path) -> None:
         raise
     versioning.unlink(target)
     draft.rename(target)
+
+
+# --- predicting -----------------------------------------------------------------------------------------------------------------------
+
+
+def predicted(root: Path, model: str, images: Sequence[Path]) -> list[Any]:
+    """Return what a model (a folder, name@v1, name#prod) says of image files; in a workspace that can be written with its cache."""
+    from tlpipeline import predict
+
+    folder = predict.find(model, root)
+    cached = (root / stages.PARAMS).is_file() and os.access(root, os.W_OK)
+    with stages.store(root) if cached else nullcontext() as kept:
+        return predict.predict(folder, images, kept)
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from tlpipeline.files import write_json, write_tensors
 
 LABEL = "column.json"
 SUFFIX = ".safetensors"
@@ -101,10 +102,6 @@ class Table:
     def below(self, other: "Table") -> "Table":
         """Return this table with another one below it."""
         return Table([a.below(b) for a, b in zip(self.columns, other.columns, strict=True)])
-
-    def head(self, count: int) -> "Table":
-        """Return the first rows."""
-        return Table([Rows(c._shards, c._shard[:count], c._position[:count]) for c in self.columns])
 
 
 class Column:
@@ -187,9 +184,8 @@ class Column:
         if self.folder is None:
             self._take_over(Shard(None, names, rows))
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.md5(names.tobytes(), usedforsecurity=False).hexdigest()[:12]}-{secrets.token_hex(4)}{SUFFIX}"
-        _write(path, names, rows)
+        write_tensors({"md5": torch.from_numpy(names.copy()), "rows": rows}, path, {"crc32": str(_checksum(names, rows))})
         shard = _opened(path)
         # A disk that gives back something else than it was given is past repair here; the rows in hand are right.
         self._take_over(shard or Shard(None, names, rows))
@@ -203,27 +199,6 @@ def _bytes(md5s: Sequence[str]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(bytes.fromhex("".join(md5s)), dtype=np.uint8).reshape(-1, 16)
 
 
-def _write(path: Path, names: npt.NDArray[np.uint8], rows: Tensor) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    content = {"md5": torch.from_numpy(names.copy()), "rows": rows}
-    try:
-        try:
-            save_file(content, draft, metadata={"crc32": str(_checksum(names, rows))})
-        except SafetensorError as error:
-            raise OSError(28 if "os error 28" in str(error) else 5, str(error), str(path)) from error
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _opened(path: Path) -> Shard | None:
     """Map a shard; one that is torn or damaged is deleted, one that is gone is passed over: None."""
     try:
@@ -232,7 +207,7 @@ def _opened(path: Path) -> Shard | None:
             whole = (file.metadata() or {}).get("crc32") == str(_checksum(names, rows))
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, ValueError):  # cut off, no header, an empty file that cannot be mapped
+    except SafetensorError:  # cut off, empty, or something else
         whole = False
     if whole:
         return Shard(path, names, rows)
@@ -260,10 +235,7 @@ class Store:
         if key not in self._columns:
             place = None if self.folder is None else self.folder / hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()
             if place is not None and not (place / LABEL).exists():
-                place.mkdir(parents=True, exist_ok=True)
-                draft = place / f".{secrets.token_hex(4)}.draft"
-                draft.write_text(json.dumps({"label": label}) + "\n", encoding="utf-8")
-                os.replace(draft, place / LABEL)
+                write_json({"label": label}, place / LABEL)
             self._columns[key] = Column(place)
         return self._columns[key]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlpipeline.model import write_json, write_tensors
+from tlpipeline.files import write_json, write_tensors
 from tlpipeline.optimise import Average, flat
 from tlpipeline.probes import paired
 from tlpipeline.workers import World

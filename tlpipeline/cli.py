@@ -3,7 +3,6 @@
 Heavy imports (torch, ray, prefect, dvc) happen inside the functions: `tlpipeline --help` needs none of them.
 """
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tlpipeline.errors import PipelineError
+from tlpipeline.files import full
 from tlpipeline.progress import Event
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -37,7 +37,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not full(error):
             raise
         _say(f"error: expected room on the disk, found none: {error}. Nothing half-written is used; free some space and run again.")
         sys.exit(2)
@@ -193,17 +193,9 @@ def predict(
     workspace: Workspace = Path(),
 ) -> None:
     """Print class and probability of images."""
-    from tlpipeline.predict import find
-    from tlpipeline.predict import predict as classify
+    from tlpipeline import acts
 
-    folder = find(model, workspace)
-    if (workspace / "params.yaml").is_file():
-        from tlpipeline import stages
-
-        with stages.store(workspace) as kept:
-            found = classify(folder, images, kept)
-    else:
-        found = classify(folder, images)
+    found = acts.predicted(workspace, model, images)
     if json:
         import dataclasses
         from json import dumps

@@ -6,7 +6,6 @@ Several GPUs on one machine or on several have never been run: NCCL is chosen on
 """
 
 import contextvars
-import errno
 import json
 import os
 import shutil
@@ -22,7 +21,9 @@ from typing import Any
 import torch
 
 from tlpipeline import train
+from tlpipeline.checkpoint import MODEL
 from tlpipeline.errors import ClusterError, PipelineError
+from tlpipeline.files import NO_ROOM
 from tlpipeline.job import Job, Tail
 from tlpipeline.params import AUTO, ClusterParams
 from tlpipeline.progress import Progress
@@ -185,7 +186,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
     finished = folder / f"{name}-finished"
     shutil.rmtree(finished, ignore_errors=True)
     result.checkpoint.to_directory(str(finished))
-    if job.race is None and not (finished / train.MODEL).is_dir():
+    if job.race is None and not (finished / MODEL).is_dir():
         raise ClusterError(
             "expected a finished model from the workers, but the newest checkpoint is from the middle. Start the run again: it resumes."
         )
@@ -261,7 +262,7 @@ def _translated(error: Any, allowed: int, storage: str) -> PipelineError:
             seen = seen.__cause__ or seen.__context__
         # Ray hands user exceptions on as text where they cannot be rebuilt.
     first = next(iter(failures.values()), error)
-    if any(f"rrno {code}]" in str(first) for code in (errno.ENOSPC, errno.EDQUOT)):  # of a worker only text comes back
+    if any(f"rrno {code}]" in str(first) for code in NO_ROOM):  # of a worker only text comes back
         return ClusterError(
             f"expected room for checkpoints in {storage}, found none ({str(first)[-300:]}). The last complete checkpoint is kept: "
             "free some space there, or on the workers' temporary folders, and run again; the run resumes from it."

@@ -1,5 +1,6 @@
 """From images to numbers: inputs as the weights want them, and pooled features at the taps of a frozen network."""
 
+import copy
 import itertools
 import os
 import time
@@ -282,7 +283,6 @@ class Reader:
     Args:
         backbone: that the trunk was cut from; its tensors say which columns of the store are meant.
         trunk: gives one tensor for each reading, and the source head's logits behind them where `logits` is true.
-        view: names the random view that `images.augment` makes, "" for the plain image.
         beside: gives one more row an image after each step, kept under `beside_key`.
     """
 
@@ -296,7 +296,6 @@ class Reader:
         device: torch.device,
         *,
         logits: bool = False,
-        view: str = "",
         beside: Callable[[], Tensor] | None = None,
         beside_key: str = "",
     ) -> None:
@@ -306,10 +305,18 @@ class Reader:
         outputs = [(known[r.tap], r.tap, str(r.grids)) for r in readings]
         outputs += [(known[backbones.LOGITS], "logits", "")] if logits else []
         outputs += [(known[backbones.LOGITS], beside_key, "")] if beside else []
-        how = f"{transforms}|{device.type}|{view}|{FORMAT}"
-        seen = f" at {transforms.size} pixels{', ' + view if view else ''}"
         self.widths = [sum(r.blocks) for r in readings]
-        self.columns: list[Column] = [store.column("|".join((*out, how)), f"{backbone.name} {out[1]}{seen}") for out in outputs]
+        self._columns = [
+            (store, "|".join((*out, f"{transforms}|{device.type}|{FORMAT}")), f"{backbone.name} {out[1]} at {transforms.size} pixels")
+            for out in outputs
+        ]
+        self.columns: list[Column] = [store.column(key, label) for store, key, label in self._columns]
+
+    def of_view(self, view: str) -> "Reader":
+        """Return the same for random views of the images, which the `augment` of the images makes; `view` tells which from every other."""
+        other = copy.copy(self)
+        other.columns = [store.column(f"{key}|{view}", f"{label}, {view}") for store, key, label in self._columns]
+        return other
 
     def missing(self, rows: Sequence[Row]) -> npt.NDArray[np.bool_]:
         """Say of each image whether it must be passed through the network."""

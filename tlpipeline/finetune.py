@@ -160,6 +160,8 @@ class Fit:
             average.swap()
             self._look(state, epochs, correct)
             state.speed, state.waited = round(speed, 1), round(waited, 4)
+            if not whole:
+                state.remark(f"train.budget_minutes ended {name} in epoch {state.epoch} of {epochs}")
             state.seconds = self.deadline.spent if self.deadline.seconds else 0.0
             self.checkpoint.write(state, moving, average)
             left = (epochs - state.epoch) * len(self.sides.train) / max(speed, 1e-6)
@@ -171,7 +173,6 @@ class Fit:
                 important=True,
             )
             if not whole:
-                state.remark(f"train.budget_minutes ended {name} in epoch {state.epoch} of {epochs}")
                 self.tell(state.epoch, epochs, f"{state.remarks[-1]}; the best model so far is kept", important=True)
                 return
 

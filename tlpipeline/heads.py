@@ -167,12 +167,8 @@ def solve_head(
     basis: Tensor | None = None
     folded: Scaling | None = scale
     if n < d and n <= ROTATE_BELOW and isinstance(whole.source, Tensor):
-        x = scale(whole.source)
-        values, vectors = torch.linalg.eigh(x @ x.T)
-        kept = values > values.max() * 1e-10
-        roots = values[kept].sqrt()
-        basis = x.T @ (vectors[:, kept] / roots)
-        whole, folded = Features((vectors[:, kept] * roots).float()), None
+        rotated, basis = _rotated(scale(whole.source))
+        whole, folded = Features(rotated.float()), None
     shares = image_weights(own, imbalance)
     if penalty is None:
         plain = n // (views + 1)
@@ -192,6 +188,14 @@ def solve_head(
     weight[present] = (w if basis is None else w @ basis.T) * scale.scale
     bias[present] = b - weight[present] @ scale.mean
     return weight.float(), bias.float(), penalty
+
+
+def _rotated(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images (n, rank) in coordinates of the space that they span, and those coordinates' directions (d, rank), of fewer images than d."""
+    values, vectors = torch.linalg.eigh(x @ x.T)
+    kept = values > values.max() * 1e-10
+    roots = values[kept].sqrt()
+    return vectors[:, kept] * roots, x.T @ (vectors[:, kept] / roots)
 
 
 def image_weights(labels: Labels, imbalance: float) -> Matrix:

@@ -1,8 +1,6 @@
 """The classifier: a cut backbone, pooled readings at its taps, one linear head. And the folder that it is kept in, without pickles."""
 
-import errno
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from tlpipeline.backbones import Backbone, Transforms
 from tlpipeline.cache import Store
 from tlpipeline.errors import BackboneError, RegistryError
 from tlpipeline.features import Images, Reader, Reading, in_batches, passes, pool, step
+from tlpipeline.files import write_json, write_tensors
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 FORMAT = 1
@@ -144,35 +143,6 @@ def _description(folder: Path) -> Description:
     raise RegistryError(f"expected a model of format {FORMAT} in {folder}, found {found!r}. Use the tlpipeline that wrote it.")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, completely or not at all."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft)
-    except SafetensorError as error:
-        if "os error 28" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-    _settle(draft, path)
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write JSON, keys in their order, completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _settle(draft, path)
-
-
-def _settle(draft: Path, path: Path) -> None:
-    with draft.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
 # --- predicting -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -207,9 +177,9 @@ def probabilities(
     return torch.cat(parts)
 
 
-def reader_of(model: Classifier, store: Store, transforms: Transforms, device: torch.device, view: str = "") -> Reader:
+def reader_of(model: Classifier, store: Store, transforms: Transforms, device: torch.device) -> Reader:
     """Return what reads images with the classifier's backbone as it is now."""
-    return Reader(store, model.backbone[0], model.trunk, model.readings, transforms, device, view=view)
+    return Reader(store, model.backbone[0], model.trunk, model.readings, transforms, device)
 
 
 def _filled(x: Tensor, size: int) -> Tensor:

@@ -41,9 +41,13 @@ def predict(folder: Path, images: Sequence[Path], store: Store | None = None) ->
         DataError: a file is missing or no image. RegistryError: there is no model in the folder.
     """
     classifier, description = model.load(folder)
-    rows = [_row(path) for path in images]
-    pictures = Images(Path(), rows, description.transforms)
-    chances = model.probabilities(classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
+    pictures = Images(Path(), [_row(path) for path in images], description.transforms)
+    try:
+        chances = model.probabilities(classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
+    except dataset.UNREADABLE:
+        for path in images:
+            _check(path)
+        raise  # every image can be read: it is something else
     return [
         Prediction(
             str(path),
@@ -56,12 +60,19 @@ def predict(folder: Path, images: Sequence[Path], store: Store | None = None) ->
 
 
 def _row(path: Path) -> Row:
-    """Return an image file as the manifest would list it; it is decoded once to see that it can be."""
+    """Return an image file as a manifest would list it."""
     try:
         content = path.read_bytes()
-        dataset.decode(content)
     except FileNotFoundError as error:
         raise DataError(f"expected an image at {path}, found nothing.") from error
-    except dataset.UNREADABLE as error:
+    except OSError as error:
         raise DataError(f"expected an image at {path}, but it cannot be read: {error}.") from error
     return Row(str(path), hashlib.md5(content, usedforsecurity=False).hexdigest(), "", "", 0, 0, "", "")
+
+
+def _check(path: Path) -> None:
+    """Say which image it was that could not be decoded."""
+    try:
+        dataset.decode(path.read_bytes())
+    except dataset.UNREADABLE as error:
+        raise DataError(f"expected an image at {path}, but it cannot be read: {error}.") from error

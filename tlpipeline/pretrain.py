@@ -20,10 +20,11 @@ from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import BackboneError
 from tlpipeline.features import Images
+from tlpipeline.files import write_json, write_tensors
 from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.heads import score
 from tlpipeline.job import Job, Tail, Teller
-from tlpipeline.model import probabilities, write_json, write_tensors
+from tlpipeline.model import probabilities
 from tlpipeline.probes import wilson
 from tlpipeline.progress import Event, Progress
 from tlpipeline.workers import Alone

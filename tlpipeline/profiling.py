@@ -29,14 +29,13 @@ from tlpipeline.heads import IMBALANCE, solve_head
 from tlpipeline.params import ProfileParams
 from tlpipeline.probes import Bits, Fit, Matrix, guesses, head_similarity, leave_one_out, one_hot, pack, unpack, wilson
 from tlpipeline.progress import Event, Progress
-from tlpipeline.shift import FIRST_IMAGES, BatchNormShift, Reference, TapShift, Watcher, random_reference, sequential, tap_shift
+from tlpipeline.shift import BATCH, FIRST_IMAGES, BatchNormShift, Reference, TapShift, Watcher, random_reference, sequential, tap_shift
 from tlpipeline.tangent import BUCKETS, Sketcher, tangent_kernel
 
 HELD_OUT = 512
 FEW_CLASSES = 50
 HUNGER_DRAWS = 3
 TANGENT_IMAGES = 512
-BATCH = 64
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tlpipeline import choice, distributed, train
+from tlpipeline import choice, distributed
 from tlpipeline.cases import Decision, Look, Race
+from tlpipeline.checkpoint import STATE
 from tlpipeline.choice import Weighed
+from tlpipeline.job import Job
 from tlpipeline.params import ClusterParams
 from tlpipeline.profiling import Profile
 from tlpipeline.progress import Event, Progress
-from tlpipeline.train import Job
 
 
 def run(
@@ -47,7 +48,7 @@ def run(
     history = json.loads((frozen / "history.json").read_text(encoding="utf-8"))["history"]
     terms = {"evidence": dataclasses.asdict(weighed.evidence), "rule": dataclasses.asdict(weighed.rule), "frozen": history[0]["correct"]}
     tuned = distributed.run(dataclasses.replace(job(arms["tuned"]), race=terms), cluster, f"race-tuned-{name}", runs, progress, "choose")
-    state = json.loads((tuned / train.STATE).read_text(encoding="utf-8"))
+    state = json.loads((tuned / STATE).read_text(encoding="utf-8"))
     looks = tuple(Look(**look) for look in state["looks"])
     images, others = profile.images, 2 * profile.validation
     cost = cost_of(arms["frozen"], images, others) + images + others + state["epoch"] * (3 * images + others)

@@ -9,7 +9,6 @@ variance at each tap, measured once on images like the source's; for the others 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from tlpipeline.backbones import Backbone
 from tlpipeline.dataset import Row
 from tlpipeline.errors import BackboneError, DataError
 from tlpipeline.features import Images, extract, in_batches, normalise
+from tlpipeline.files import write_bytes
 
 FORMAT = 1
 SUFFIX = ".refstats.json"
@@ -423,13 +423,7 @@ def write_reference(reference: Reference, folder: Path) -> Path:
     """Write `<backbone>-<8 digits of the content's md5>.refstats.json` into a folder, completely or not at all; return its path."""
     content = (json.dumps(reference.to_json()) + "\n").encode()
     path = folder / f"{reference.backbone.replace(':', '-')}-{_md5(content)}{SUFFIX}"
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    write_bytes(content, path)
     return path
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from tlpipeline import versioning
 from tlpipeline.errors import DataError, ParamsError, WorkspaceError
+from tlpipeline.files import write_json
 from tlpipeline.params import Params, load
 from tlpipeline.progress import Event, Progress
 
@@ -178,7 +179,7 @@ def train(root: Path, progress: Progress) -> None:
 
 
 def _job(root: Path, params: Params, decision: Any, history: Path) -> Any:
-    from tlpipeline.train import Job
+    from tlpipeline.job import Job
 
     return Job(
         workspace=str(root.resolve()),
@@ -276,10 +277,7 @@ def _note(root: Path, name: str, found: Any) -> None:
         content[name] = found
     else:
         content.setdefault("seconds", {})[name] = found
-    draft = root / OWN / f"{RUN}.draft"
-    draft.parent.mkdir(exist_ok=True)
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_json(content, path)
 
 
 # --- what others read -----------------------------------------------------------------------------------------------------------------

@@ -23,16 +23,15 @@ from tlpipeline.checkpoint import MODEL, STATE, Checkpoints, State
 from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
 from tlpipeline.errors import ClusterError
 from tlpipeline.features import Images, Reader, in_batches
+from tlpipeline.files import write_json
 from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.heads import Labels, solve_head, validated
 from tlpipeline.job import Job, Tell, Teller, clock
-from tlpipeline.model import Classifier, Description, reader_of, save, write_json
-from tlpipeline.workers import Alone, World, from_first, reduced
+from tlpipeline.model import Classifier, Description, reader_of, save
+from tlpipeline.workers import World, from_first, reduced
 
 CHUNK = 1024
 AT_ONCE = 1024  # images between two looks at the clock
-
-__all__ = ["MODEL", "STATE", "Alone", "Job", "Sides", "World", "frozen_features", "run"]
 
 
 def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
@@ -131,7 +130,7 @@ def _solve(
     for view in range(1, views + 1):
         augment = augmentation(recipe.crop, job.flip, job.seed, view)
         name = f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})"
-        readers.append(reader_of(model, store, sides.transforms, world.device, name))
+        readers.append(reader.of_view(name))
         frozen_features(readers[-1], Images(sides.root, train, sides.transforms, augment), world, tell)
     if world.rank == 0:
         x, val = Table(reader.rows(train)), Table(reader.rows(sides.val))

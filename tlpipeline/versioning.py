@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipeline.errors import Unreachable, WorkspaceError
+from tlpipeline.files import full
 
 LOCK = Path(".tlpipeline/lock")
 _HOLDER = "TLPIPELINE_LOCK_HOLDER"
@@ -484,13 +485,6 @@ def room(root: Path) -> Iterator[None]:
             f"expected room on the disk of {root}, found none ({error.strerror or os.strerror(errno.ENOSPC)}). What was recorded before is unchanged; free some space "
             "(`dvc gc --workspace` removes unused versions) and run again."
         ) from error
-
-
-def full(error: OSError) -> bool:
-    """Say whether an error means a full disk or a quota that is used up."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    # Copying a folder gathers what went wrong with each file as text, and has no number of its own.
-    return error.errno in codes or (isinstance(error, shutil.Error) and any(f"[Errno {code}]" in str(error) for code in codes))
 
 
 def unlink(path: Path) -> None:

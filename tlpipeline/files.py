@@ -1,0 +1,66 @@
+"""Files that are written completely or not at all: beside their place, flushed to the disk, renamed. And what a full disk looks like."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def full(error: OSError) -> bool:
+    """Say whether an error means a full disk or a quota that is used up."""
+    # Copying a folder gathers what went wrong with each file as text, and has no number of its own.
+    return error.errno in NO_ROOM or (isinstance(error, shutil.Error) and any(f"[Errno {code}]" in str(error) for code in NO_ROOM))
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a draft to write, in the same folder; it takes the place of the file if the body succeeds, and is removed if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # two processes may write the same file
+    try:
+        yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors; the same tensors give the same bytes.
+
+    Raises:
+        OSError: there is no room.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with whole(path) as draft:
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            code = next((code for code in NO_ROOM if f"os error {code}" in str(error)), None)
+            if code is None:
+                raise
+            raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON, keys in their order."""
+    write_bytes((json.dumps(content, indent=2) + "\n").encode(), path)
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    """Write bytes."""
+    with whole(path) as draft:
+        draft.write_bytes(content)
