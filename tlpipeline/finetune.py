@@ -268,8 +268,9 @@ class Fit:
         """Train for an epoch; return the mean loss, images/s, the share of time that waited for data, and whether it came to its end."""
         world, order = self.world, self._order(state.epoch)
         batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
-        # Each worker needs two images for BatchNorm; the few left over by a short last batch come back in another epoch's order.
-        batches = [b for b in batches if len(b) >= 2 * world.size] or batches[:1]
+        # A last batch of a few images would be a noisy step, and each worker needs two for BatchNorm: what is left over comes back in another
+        # epoch's order. A quarter of a batch is the same bound for any number of workers that have two images each in it.
+        batches = [b for b in batches if len(b) >= max(self.batch // 4, 2 * world.size)] or batches[:1]
         steps, each = max(math.ceil(len(order) / self.batch), 1), max(CHECKPOINT_IMAGES // self.batch, 1)
         images.augment = augmentation(self.recipe.crop, self.job.flip, self.job.seed, state.epoch)
         images.waited = 0.0
