@@ -5,14 +5,16 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from group import Crashing, Interrupted
 from safetensors.torch import load_file
 from test_cases import decision_for
 
@@ -22,11 +24,11 @@ from tlpipeline.cases import CASES, Case, Decision, Recipe
 from tlpipeline.checkpoint import State
 from tlpipeline.dataset import Row
 from tlpipeline.features import Images, Reading, extract, scaling
-from tlpipeline.heads import score, solve_head
+from tlpipeline.heads import score, solve_head, validated
 from tlpipeline.job import Job
-from tlpipeline.model import Classifier
+from tlpipeline.model import Classifier, load, probabilities
 from tlpipeline.optimise import schedule
-from tlpipeline.probes import pack
+from tlpipeline.probes import pack, unpack
 from tlpipeline.train import run
 from tlpipeline.workers import Alone
 
@@ -236,26 +238,10 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
 # --- interruption ---------------------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """Stands for a crash right after a checkpoint."""
-
-
-class Crashing(Alone):
-    def __init__(self, folder: Path, after: int) -> None:
-        super().__init__(folder)
-        self.left = after
-
-    def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
-        super().report(metrics, folder)
-        self.left -= 1
-        if self.left == 0:
-            raise Interrupted
-
-
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=lambda c: c.name)
 def test_a_run_interrupted_after_any_checkpoint_ends_as_the_uninterrupted_one(case: Case, job: Callable[..., Job], tmp_path: Path) -> None:
     # A rate that gains nothing makes the auto case go through all arms: head, fine-tune, scratch.
-    decision = decided(case, **({"rate_none": 1e-12, "scratch_from": 0} if case.init == "auto" else {}))
+    decision = decided(case, **({"rate_none": 1e-12, "scratch_from": 0, "scratch_times": 1.0} if case.init == "auto" else {}))
     wanted = trained(job(decision, epochs=2), tmp_path / "whole")
     lines = history(tmp_path / "whole")
     for after in range(1, len(lines) + 1):
@@ -290,46 +276,211 @@ def test_a_checkpoint_is_never_half_there(tmp_path: Path) -> None:
 
 # --- workers --------------------------------------------------------------------------------------------------------------------------
 
+# Neither 2 nor 3 divides the images of either side; of the last batch of 13 the first of two workers gets seven, the first of three five.
+COUNTS = {"train": (21, 20, 20), "val": (5, 4, 4), "test": (2, 2, 2)}
+NORMED = (Reading("layer1.2", 16, (1, 2)),)
+RUNS = ("1", "2", "3", "2 resumed")
+
+
+def residual(case: Case) -> Decision:
+    """A decision for this row on a network with BatchNorm."""
+    cut = (Reading("layer2.2", 32, (1, 2)), Reading("layer1.2", 16, (1, 2)))
+    return decision_for(case, cut if case.keep == "slice" else (Reading("layer3.2", 64, (1, 2)),), 32)
+
+
+def without_dropout(**recipe: Any) -> Decision:
+    """Dropout draws differ between workers by design: a decision to fine-tune a network that has none."""
+    return replace(decided(CASES[2], **recipe), slice="conv3", readings=(Reading("conv3", 128, (1, 2)),))
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """What became of the same jobs on 1, 2 and 3 workers: a folder for each, named after job and workers."""
+
+    place: Path
+    images: Path
+
+    def job(self, decision: Decision, name: str, **changes: Any) -> Job:
+        plain = {
+            "workspace": str(self.place), "images": str(self.images), "manifest": str(self.place / "manifest.parquet"), "backbone": "demonstration",
+            "weights": "DEFAULT", "weights_md5": "none", "decision": json.loads(json.dumps(decision.to_json())), "seed": 0, "epochs": 2,
+            "batch_size": 16, "flip": False, "precision": "float32", "history": str(self.place / f"{name}.jsonl"),
+        }  # fmt: skip
+        return Job(**{**plain, **changes})
+
+    def finished(self, run: str) -> Path:
+        return self.place / run / "scratch0" / "finished"
+
+    def weights(self, run: str) -> dict[str, torch.Tensor]:
+        return load_file(self.finished(run) / "model" / "weights.safetensors")
+
+    def lines(self, run: str) -> list[dict[str, Any]]:
+        return json.loads((self.finished(run) / "history.json").read_text())["history"]
+
+    def side(self, name: str) -> list[Row]:
+        return dataset.read_manifest(self.place / "manifest.parquet").used(name)
+
 
 @pytest.fixture(scope="module")
-def port() -> int:
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    """One group of two and one of three for all tests: starting a process costs more than what is trained in it."""
+    from conftest import paint
+
+    place = tmp_path_factory.mktemp("worlds")
+    made = Worlds(place, place / "pictures")
+    for side, counts in COUNTS.items():
+        for label, count in enumerate(counts):
+            folder = made.images / side / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                # A fifth is mislabelled, so that some of the images are got wrong.
+                paint(label if index % 5 else (label + 1) % 3, index + 1000 * len(side)).save(folder / f"{index}.png")
+    manifest = dataset.ingest(made.images, {}, lambda done, total: None)
+    dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
+    net = {"backbone": "nets:resnet20", "weights": "none"}
+    plain = replace(residual(CASES[2]), slice="layer1.2", readings=NORMED, init="plain")
+    averaged = replace(plain, recipe=replace(plain.recipe, average=0.8))
+    jobs = {
+        "frozen": made.job(residual(CASES[0]), "frozen", **net),
+        "cut": made.job(residual(CASES[1]), "cut", **net),
+        "tuned": made.job(without_dropout(), "tuned"),
+        "parts": made.job(without_dropout(accumulate=3), "parts"),
+        "normed": made.job(plain, "normed", **net),
+        "averaged": made.job(averaged, "averaged", **net),
+        "few": made.job(without_dropout(batch=2), "few", batch_size="auto", epochs=1),
+    }
+    part = {"checkpoint_images": 32}  # two batches
+    items: dict[int, list[tuple[str, str, dict[str, int]]]] = {
+        1: [("frozen", "", {}), ("cut", "", {}), ("tuned", "", {})],
+        2: [(name, "", part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged")]
+        # After the head; in the middle of the second epoch.
+        + [(name, " resumed", {"crash": 1} if first else {}) for name in ("frozen", "cut") for first in (True, False)]
+        + [("averaged", " resumed", {**part, "crash": 4}), ("averaged", " resumed", part)],
+        3: [(name, "", {}) for name in ("frozen", "cut", "tuned", "few")],
+    }
+    for name, _, _ in items.pop(1):
+        folder = place / f"{name} 1"
+        (folder / "scratch0").mkdir(parents=True)
+        run(jobs[name], Alone(folder), folder / "scratch0")
+    for size, runs in items.items():
+        spec = [{"job": asdict(jobs[name]), "folder": str(place / f"{name} {size}{more}"), **how} for name, more, how in runs]
+        in_group(size, spec, place / f"spec{size}.json")
+    return made
+
+
+def in_group(size: int, items: list[dict[str, Any]], spec: Path) -> None:
+    """Run jobs in a group of so many processes."""
+    spec.write_text(json.dumps(items))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+        port = str(free.getsockname()[1])
+    said = [spec.with_name(f"{spec.stem}-{rank}.txt") for rank in range(size)]
+    members = []
+    for rank in range(size):
+        with said[rank].open("w") as errors:
+            command = [sys.executable, str(Path(__file__).with_name("group.py")), str(rank), str(size), port, str(spec)]
+            members.append(subprocess.Popen(command, stderr=errors))
+    deadline = time.monotonic() + 400
+    # A member that fails leaves the others waiting for it.
+    while any(member.poll() is None for member in members) and not any(member.poll() for member in members):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    codes = [member.poll() for member in members]
+    for member in members:
+        member.kill()
+        member.wait()
+    assert codes == [0] * size, "\n".join(path.read_text()[-3000:] for path in said)
 
 
-def in_group(size: int, jobs: list[tuple[Job, Path]], spec: Path, port: int) -> None:
-    spec.write_text(json.dumps([{"job": asdict(job), "folder": str(folder)} for job, folder in jobs]))
-    group = Path(__file__).with_name("group.py")
-    members = [
-        subprocess.Popen([sys.executable, str(group), str(rank), str(size), str(port), str(spec)], stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("name", "case"), [("frozen", CASES[0]), ("cut", CASES[1])])
+def test_frozen_means_the_same_bits_with_batchnorm_on_any_number_of_workers(name: str, case: Case, run: str, worlds: Worlds) -> None:
+    net = backbones.load("nets:resnet20", "none")
+    before = backbones.cut(net, [r.tap for r in residual(case).readings]).state_dict()
+    after = worlds.weights(f"{name} {run}")
+    assert {"layer1.0.bn1.running_mean", "layer1.0.bn1.num_batches_tracked"} <= before.keys()
+    assert {k for k in after if k.startswith("trunk.")} == {f"trunk.{k}" for k in before}
+    assert all(torch.equal(after[f"trunk.{k}"], v) for k, v in before.items())
+    assert float(after["head.weight"].abs().sum()) > 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_the_head_of_every_case_is_solved_without_a_bit_of_the_network_changing(case: Case, worlds: Worlds, tmp_path: Path) -> None:
+    """BatchNorm's statistics would move in training mode; where everything is trained afterwards, they may not yet."""
+    (tmp_path / "scratch").mkdir()
+    job = worlds.job(residual(case), case.name, backbone="nets:resnet20", weights="none")
+    with pytest.raises(Interrupted):
+        run(job, Crashing(tmp_path, 1), tmp_path / "scratch")
+    current = load_file(tmp_path / "kept" / "current.safetensors")
+    net = backbones.load("nets:resnet20", "none")
+    before = backbones.cut(net, [r.tap for r in residual(case).readings]).state_dict()
+    assert all(torch.equal(current[f"trunk.{k}"], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("run", RUNS[1:3])
+@pytest.mark.parametrize("name", ["frozen", "cut", "tuned"])
+def test_every_image_of_validation_is_counted_once_and_answered_alike_on_any_number_of_workers(name: str, run: str, worlds: Worlds) -> None:
+    count = len(worlds.side("val"))
+    assert count % 2
+    assert count % 3
+    alone, together = worlds.lines(f"{name} 1"), worlds.lines(f"{name} {run}")
+    assert [(h["arm"], h["epoch"], h["accuracy"], h["correct"]) for h in together] == [
+        (h["arm"], h["epoch"], h["accuracy"], h["correct"]) for h in alone
     ]
-    errors = [member.communicate(timeout=300)[1] for member in members]
-    assert all(member.returncode == 0 for member in members), "\n".join(errors)
+    for line in together:
+        assert line["accuracy"] == unpack(line["correct"], count).mean()
+    assert any(line["accuracy"] < 1 for line in together)  # else nothing could differ
+    assert [h["log_loss"] for h in together] == pytest.approx([h["log_loss"] for h in alone], abs=2e-3)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_one_two_and_three_workers_agree(size: int, job: Callable[..., Job], tmp_path: Path, port: int) -> None:
-    """The number of images is divided by neither; the same head, the same validation, and fine-tuning along the same curve."""
-    frozen = job(decided(CASES[1]), "frozen")
-    # Dropout draws differ between workers by design, so the curve is compared on a network without: the cut before fc2.
-    whole = replace(decided(CASES[2]), slice="conv3", readings=(Reading("conv3", 128, (1, 2)),))
-    tuned = job(whole, "tuned", epochs=2)
-    alone = [trained(frozen, tmp_path / "frozen1"), trained(tuned, tmp_path / "tuned1")]
-    in_group(size, [(frozen, tmp_path / "frozen"), (tuned, tmp_path / "tuned")], tmp_path / "spec.json", port)
-    for name, single in zip(("frozen", "tuned"), alone, strict=True):
-        finished = tmp_path / name / "scratch0" / "finished"
-        lines = json.loads((finished / "history.json").read_text())["history"]
-        for ours, theirs in zip(lines, history(tmp_path / f"{name}1"), strict=True):
-            assert ours["arm"] == theirs["arm"]
-            assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=1e-9)
-            # Sums in another order differ in the last bits; two epochs let them grow to about 1e-4.
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
-        together = load_file(finished / "model" / "weights.safetensors")
-        assert together.keys() == single.keys()
-        for key, value in single.items():
-            assert torch.allclose(together[key], value, atol=5e-3), key
+@pytest.mark.parametrize("run", RUNS[1:3])
+def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_batch(run: str, worlds: Worlds) -> None:
+    assert len(worlds.side("train")) % 16 == 13
+    alone, together = worlds.lines("tuned 1"), worlds.lines(f"tuned {run}")
+    losses = [h["loss"] for h in alone if h["arm"] == "fine-tune"]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    # Sums in another order differ in the last bits; two epochs let them grow to about 1e-4.
+    assert [h["loss"] for h in together] == pytest.approx([h["loss"] for h in alone], abs=2e-3)
+    single = worlds.weights("tuned 1")
+    for key, value in worlds.weights(f"tuned {run}").items():
+        assert torch.allclose(value, single[key], atol=5e-3), key
+
+
+def test_parts_of_a_batch_make_the_step_of_the_whole_in_a_group(worlds: Worlds) -> None:
+    """Only the last part of a batch may be summed over the workers; three parts of the shares 7 and 6 are uneven, too."""
+    whole, parts = worlds.weights("tuned 2"), worlds.weights("parts 2")
+    assert all(torch.allclose(value, whole[key], atol=1e-5) for key, value in parts.items())
+    assert [h["loss"] for h in worlds.lines("parts 2")] == pytest.approx([h["loss"] for h in worlds.lines("tuned 2")], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["normed", "averaged"])
+def test_what_a_group_validated_is_what_the_exported_model_says(name: str, worlds: Worlds) -> None:
+    """Each worker takes BatchNorm's statistics from its own images, but one model is judged, kept and exported."""
+    exported, description = load(worlds.finished(f"{name} 2") / "model")
+    rows = worlds.side("val")
+    chances = probabilities(exported, Images(worlds.images, rows, description.transforms), torch.device("cpu"), lambda done: None)
+    labels = np.array([description.classes.index(row.label) for row in rows])
+    last = worlds.lines(f"{name} 2")[-1]
+    assert (last["arm"], last["epoch"]) == ("fine-tune", 2)
+    accuracy, loss, correct = validated(chances, labels)
+    assert (last["accuracy"], last["correct"]) == (accuracy, correct)
+    assert last["log_loss"] == pytest.approx(loss, abs=1e-9)
+
+
+def test_a_group_that_was_interrupted_ends_as_the_uninterrupted_one(worlds: Worlds) -> None:
+    """In the middle of an epoch, with BatchNorm and a moving average."""
+    assert history_equal(worlds.weights("averaged 2 resumed"), worlds.weights("averaged 2"))
+    assert worlds.lines("averaged 2 resumed") == worlds.lines("averaged 2")
+    told = [json.loads(line)["text"] for line in (worlds.place / "averaged.jsonl").read_text().splitlines()]
+    assert sum("epoch 1/2" in text and "validation" in text for text in told) == 2  # the resumed run did not do it again
+    assert sum("epoch 2/2" in text and "validation" in text for text in told) == 2
+
+
+def test_a_batch_grows_until_each_worker_has_two_images_of_it(worlds: Worlds) -> None:
+    assert "batches of 6 images: two for each of 3 workers" in (worlds.place / "few.jsonl").read_text()
+    assert worlds.lines("few 3")[-1]["arm"] == "fine-tune"
 
 
 # --- small things ---------------------------------------------------------------------------------------------------------------------

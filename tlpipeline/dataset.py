@@ -142,16 +142,33 @@ def read(root: Path, row: Row, at_least: int | None = None) -> Image.Image:
 
     Raises:
         DataChanged: the file is gone, or its content has another md5 than the manifest says.
+        DataError: it cannot be read, or not be decoded here.
     """
     path = root / row.path
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataChanged(f"expected the image {row.path}, which the manifest lists, but it is gone. {_WAY_BACK}") from error
+    except OSError as error:
+        raise DataError(
+            f"expected an image at {path}, but it cannot be read: {error.strerror or error}. Make it readable, then run again."
+        ) from error
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != row.md5:
         raise DataChanged(f"expected the image {row.path} as it was listed (md5 {row.md5}), found other content (md5 {found}). {_WAY_BACK}")
-    return decode(content, at_least)
+    try:
+        return decode(content, at_least)
+    except UNREADABLE as error:
+        # It was decoded when it was listed, by another Pillow perhaps, or with more memory.
+        raise DataError(
+            f"expected an image at {path}, but it cannot be read: {error or type(error).__name__}. "
+            "Replace or remove it, and run again: the folder is then listed anew."
+        ) from error
+
+
+def cpus() -> int:
+    """Return how many CPUs this process may use, which on a shared machine are fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _WAY_BACK = "The data folder changed while a run was on: start the run again, or restore the images with `dvc checkout`."
@@ -167,7 +184,7 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
         images: folder of `<class>/...` or of `{train,val,test}/<class>/...`.
         exceptions: md5 to side, from splits.csv; they win over the rule by content, not over a given layout.
         progress: called with (files done, files in all).
-        threads: readers; by default one for each CPU, at least 4 (reading waits for the disk).
+        threads: readers; by default one for each CPU that may be used, at least 4 (reading waits for the disk).
 
     Returns:
         The manifest, its rows sorted by path.
@@ -181,7 +198,7 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
     done = 0
     rows: list[Row] = []
     rejected: list[Rejected] = []
-    with ThreadPoolExecutor(threads or max(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads or max(4, cpus())) as pool:
         for result in pool.map(lambda path: _inspect(images, path, given), paths):
             done += 1
             progress(done, len(paths))

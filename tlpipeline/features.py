@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from tlpipeline.backbones import Backbone, Tap, Transforms
 from tlpipeline.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
 from tlpipeline.dataset import Pixels, Row
 
-FORMAT = 1
+# Part of every key: other code makes other rows of an image, and another decoder other pixels.
+FORMAT = f"2, Pillow {PIL.__version__}"
 GRIDS = (1, 2, 4)
 MAX_WIDTH = 3072
 # A network's answer for an image depends in its last digits on how many images are asked about together. Always the same number makes it a
@@ -96,7 +97,7 @@ class Images:
     Args:
         root: folder that the rows' paths start from.
         augment: makes a random square view of an image; it is given the image (maybe squeezed), its row, and the side of the square.
-        decoded: where the decoded images are kept: squeezed ones for `augment`, else prepared ones; None decodes each time.
+        decoded: gives the images decoded: squeezed ones for `augment`, else prepared ones; None decodes the files each time.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Images:
 
     def batches(self, batches: Sequence[Sequence[int]], ahead: int = 3) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Yield (indices, 8-bit tensor (batch, size, size, 3)) for each batch of indices, in order; `waited` counts the seconds idle."""
-        with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(_threads()) as pool:
             waiting: deque[tuple[Sequence[int], list[Future[Pixels]]]] = deque()
             rest = iter(batches)
             try:
@@ -138,7 +139,9 @@ class Images:
 
 
 class Decoded:
-    """Decoded images, kept in a store by content for training, which comes back to them every epoch: 8-bit RGB, all of one size.
+    """Decoded images for training, which comes back to them every epoch: 8-bit RGB, all of one size.
+
+    What was kept in a store, by content, and what is made on the spot are the same bits: how much room there is changes no result.
 
     Args:
         make: turns an image file into what is kept, (side, side, 3).
@@ -147,16 +150,21 @@ class Decoded:
 
     def __init__(self, store: Store, side: int, make: Callable[[Row], Pixels], key: str, label: str) -> None:
         self.side, self.make = side, make
-        self.column = store.column(f"{key}|{FORMAT}", label)
+        self._store, self._key, self._label = store, f"{key}|{FORMAT}", label
         self._place: dict[str, int] = {}
         self._rows: Rows | None = None
+
+    @property
+    def column(self) -> Column:
+        """Where the images are kept; made when it is first asked for."""
+        return self._store.column(self._key, self._label)
 
     def fill(self, rows: Sequence[Row], progress: Callable[[int], None]) -> None:
         """Decode the images that are not kept yet, a shard at a time."""
         self.column.refresh()
         wanted = [row for row, there in zip(rows, self.column.has([r.md5 for r in rows]), strict=True) if not there]
         done = 0
-        with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(_threads()) as pool:
             for part in in_batches(len(wanted), min(SHARD_ROWS, max(1, SHARD_BYTES // (3 * self.side**2)))):
                 made = list(pool.map(self.make, [wanted[i] for i in part]))
                 self.column.add([wanted[i].md5 for i in part], torch.from_numpy(np.stack(made)))
@@ -169,8 +177,9 @@ class Decoded:
         self._rows = self.column.rows([row.md5 for row in rows])
 
     def pixels(self, row: Row) -> Pixels:
-        """Return what is kept of an image."""
-        assert self._rows is not None
+        """Return an image: what was opened, or made anew."""
+        if self._rows is None or row.md5 not in self._place:
+            return self.make(row)
         return np.asarray(self._rows.take([self._place[row.md5]])[0].numpy())
 
 
@@ -195,6 +204,11 @@ def prepared(store: Store, root: Path, transforms: Transforms) -> Decoded:
 
     key = f"prepared|{transforms.resize}|{transforms.size}|{transforms.interpolation}"
     return Decoded(store, transforms.size, make, key, f"prepared images at {transforms.size} pixels")
+
+
+def _threads() -> int:
+    """Return how many threads decode: one for each CPU that may be used, at least two, because one of them may wait for the disk."""
+    return max(2, dataset.cpus())
 
 
 def in_batches(count: int, size: int) -> list[range]:

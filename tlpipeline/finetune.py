@@ -26,7 +26,7 @@ from tlpipeline.cache import Store
 from tlpipeline.cases import LOSS, SAMPLER, Recipe
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import Row
-from tlpipeline.errors import TrainingError
+from tlpipeline.errors import ClusterError, TrainingError
 from tlpipeline.features import Decoded, Images, normalise, prepared, shard, squeezed
 from tlpipeline.heads import image_weights, validated
 from tlpipeline.job import Job, Tell, clock
@@ -103,7 +103,9 @@ class Fit:
         self.model, self.sides, self.recipe, self.job, self.world = model, sides, recipe, job, world
         self.checkpoint, self.tell, self.normalisation, self.blocks = checkpoint, tell, normalisation, blocks
         self.store, self.deadline = store, deadline
-        self.batch = job.batch_size if isinstance(job.batch_size, int) else recipe.batch_size(len(sides.train))
+        self.batch = batch_size(job, recipe, len(sides.train), world)
+        if job.batch_size == AUTO and self.batch > recipe.batch_size(len(sides.train)):
+            tell(0, 0, f"batches of {self.batch} images: two for each of {world.size} workers", important=True)
         self.half = job.precision == AUTO and computes_in_bfloat16(world.device)
         self.classes = int(max(sides.train_labels.max(), sides.val_labels.max(initial=0))) + 1
         self.shares = image_weights(sides.train_labels, recipe.imbalance)
@@ -145,6 +147,7 @@ class Fit:
                 moving, average = self._go_back(rate, state, stopped)
                 continue
             state.epoch, state.step, state.loss = state.epoch + 1, 0, 0.0
+            self._one_model(average)
             average.swap()
             chances = gather(probabilities(self.model, val, self.world.device, lambda _: None), len(self.sides.val), self.world)
             accuracy, log_loss, correct = validated(chances, self.sides.val_labels)
@@ -200,27 +203,33 @@ class Fit:
         self.tell(state.epoch, 0, f"{state.arm} diverged: back to epoch {state.epoch} with half the rate", important=True)
         return self._start(rate, state)
 
+    def _one_model(self, average: Average) -> None:
+        """Give all workers the first one's buffers: each takes BatchNorm's statistics from its own share of the images.
+
+        What is validated by all of them must be the one model that is kept and exported, which is the first worker's.
+        """
+        from_first([*self.model.buffers(), *average.buffers()], self.world)
+
     def _images(self, epochs: int) -> tuple[Images, Images]:
-        """Return training images and this worker's validation images; decoded ones are kept where they come back and there is room."""
+        """Return training images and this worker's validation images; decoded ones are kept where they come back and there is room.
+
+        Where there is none they are decoded each time, to the same pixels.
+        """
         sides, world = self.sides, self.world
         mine = [sides.val[i] for i in shard(len(sides.val), world.rank, world.size)]
         size, short = sides.transforms.resize, statistics.median(min(row.width, row.height) for row in sides.train)
         # As large as crops of the training size need, but no larger than the images are.
         side = max(size, min(math.ceil(size / math.sqrt(self.recipe.crop)), 32 * math.ceil(short / 32)))
         room = self.job.cache_bytes if self.store.folder else IN_MEMORY_BYTES
-        if epochs < 2 or 3 * (len(sides.train) * side**2 + len(sides.val) * sides.transforms.size**2) > room:
-            return Images(sides.root, sides.train, sides.transforms), Images(sides.root, mine, sides.transforms)
-        kept = squeezed(self.store, sides.root, side), prepared(self.store, sides.root, sides.transforms)
-        for decoded, rows, needed in ((kept[0], list(sides.train), list(sides.train)), (kept[1], list(sides.val), mine)):
-            self._fill(decoded, [rows[i] for i in shard(len(rows), world.rank, world.size)])
-            if world.size > 1:
-                torch.distributed.barrier()
-                self._fill(decoded, needed)  # from a disk that is not shared the others' part cannot be read
-            decoded.open(needed)
-        return (
-            Images(sides.root, sides.train, sides.transforms, None, kept[0]),
-            Images(sides.root, mine, sides.transforms, None, kept[1]),
-        )
+        train, val = squeezed(self.store, sides.root, side), prepared(self.store, sides.root, sides.transforms)
+        if epochs > 1 and 3 * (len(sides.train) * side**2 + len(sides.val) * sides.transforms.size**2) <= room:
+            for decoded, rows, needed in ((train, list(sides.train), list(sides.train)), (val, list(sides.val), mine)):
+                self._fill(decoded, [rows[i] for i in shard(len(rows), world.rank, world.size)])
+                if world.size > 1:
+                    torch.distributed.barrier()
+                    self._fill(decoded, needed)  # from a disk that is not shared the others' part cannot be read
+                decoded.open(needed)
+        return Images(sides.root, sides.train, sides.transforms, None, train), Images(sides.root, mine, sides.transforms, None, val)
 
     def _fill(self, decoded: Decoded, rows: Sequence[Row]) -> None:
         decoded.fill(rows, lambda done: self.tell(done, len(rows), f"{done} of {len(rows)} images decoded"))
@@ -269,7 +278,8 @@ class Fit:
         world, order = self.world, self._order(state.epoch)
         batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
         # A last batch of a few images would be a noisy step, and each worker needs two for BatchNorm: what is left over comes back in another
-        # epoch's order. A quarter of a batch is the same bound for any number of workers that have two images each in it.
+        # epoch's order. A quarter of a batch is the same bound for any number of workers that have two images each in it. Where there is
+        # nothing but one small batch it is taken: it has two images for each worker.
         batches = [b for b in batches if len(b) >= max(self.batch // 4, 2 * world.size)] or batches[:1]
         steps, each = max(math.ceil(len(order) / self.batch), 1), max(CHECKPOINT_IMAGES // self.batch, 1)
         images.augment = augmentation(self.recipe.crop, self.job.flip, self.job.seed, state.epoch)
@@ -309,6 +319,7 @@ class Fit:
             if (step + 1) % each == 0:
                 state.step, state.loss = step + 1, state.loss + float(reduced(total.cpu(), world, torch.distributed.ReduceOp.SUM))
                 total.zero_()
+                self._one_model(average)
                 self.checkpoint.write(state, moving, average)
         summed = state.loss + float(reduced(total.cpu(), world, torch.distributed.ReduceOp.SUM))
         seconds = max(time.monotonic() - started, 1e-6)
@@ -321,7 +332,8 @@ class Fit:
             for parameter in self.model.parameters():
                 parameter.grad = None
             try:
-                return self._parts(network, indices, pixels, images, batch, min(parts, len(indices)), state.epoch)
+                # No more parts than the smallest share has images: all workers must take equally many.
+                return self._parts(network, indices, pixels, images, batch, min(parts, batch // self.world.size), state.epoch)
             except torch.cuda.OutOfMemoryError as error:
                 # Other workers wait in the middle of this step: only a new start brings all to the same number of parts.
                 if self.world.size > 1 or 2 * parts > len(indices):
@@ -359,6 +371,23 @@ class Fit:
                 (losses * world.size / batch).backward()  # type: ignore[no-untyped-call]
             total += losses.detach().double()
         return total
+
+
+def batch_size(job: Job, recipe: Recipe, images: int, world: World) -> int:
+    """Return the images per step over all workers, at least two for each.
+
+    Raises:
+        ClusterError: the user asked for fewer.
+    """
+    least = 2 * world.size
+    if not isinstance(job.batch_size, int):
+        return max(recipe.batch_size(images), least)
+    if job.batch_size < least:
+        raise ClusterError(
+            f"expected train.batch_size to hold two images for each of {world.size} workers, found {job.batch_size}. "
+            f"Set it to {least} or more or to auto, or cluster.workers to at most {job.batch_size // 2}."
+        )
+    return job.batch_size
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:

@@ -29,6 +29,7 @@ class Description:
         cut: the deepest tap that is kept; readings: what the head reads, deepest first.
         classes: names in the order of the outputs.
         transforms: from an image to an input.
+        frozen: the backbone is as it came: others read images with the same one, so what it reads is worth keeping.
         remarks: what bounded its training (time, memory), so that no second run need be equal.
     """
 
@@ -37,6 +38,7 @@ class Description:
     readings: tuple[Reading, ...]
     classes: tuple[str, ...]
     transforms: Transforms
+    frozen: bool = False
     remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ class Description:
             tuple(Reading(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
             tuple(content["classes"]),
             Transforms(t["size"], t["resize"], tuple(t["mean"]), tuple(t["std"]), t["interpolation"]),
+            bool(content.get("frozen", False)),
             tuple(content.get("remarks", ())),
         )
 
@@ -119,7 +122,7 @@ def load(folder: Path) -> tuple[Classifier, Description]:
         )
     description = _description(folder)
     backbone = backbones.load(description.architecture, backbones.NONE, size=description.transforms.size)
-    model = Classifier(backbone, description.readings, len(description.classes), frozen=True)
+    model = Classifier(backbone, description.readings, len(description.classes), description.frozen)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
@@ -151,10 +154,11 @@ def probabilities(
 ) -> Tensor:
     """Return each image's class probabilities (n, classes), float32 on the CPU, in the order of the images.
 
-    With a store, what the classifier's backbone reads in an image is computed once and kept; the answer is the same to the bit.
+    With a store, what a frozen backbone reads in an image is computed once and kept; the answer is the same to the bit. What one reads that
+    was trained is not: no other model will ask for it, and it would push out what others do.
     """
     model.eval()
-    if store is not None and isinstance(model, Classifier):
+    if store is not None and isinstance(model, Classifier) and model.frozen:
         reader = reader_of(model, store, images.transforms, device)
         features = reader.read(images, progress)
         parts = []

@@ -73,6 +73,10 @@ class Average:
             else:
                 self.weights[name].copy_(value)
 
+    def buffers(self) -> list[Tensor]:
+        """Return the averages of the model's buffers."""
+        return [self.weights[name] for name, _ in self.model.named_buffers() if name in self.weights]
+
     def swap(self) -> None:
         """Exchange the model's weights and the average; a second call takes it back."""
         if self.decay:

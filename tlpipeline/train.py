@@ -24,7 +24,7 @@ from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
 from tlpipeline.errors import ClusterError
 from tlpipeline.features import Images, Reader, in_batches
 from tlpipeline.files import write_json
-from tlpipeline.finetune import Deadline, Fit, Sides
+from tlpipeline.finetune import Deadline, Fit, Sides, batch_size
 from tlpipeline.heads import Labels, solve_head, validated
 from tlpipeline.job import Job, Tell, Teller, clock
 from tlpipeline.model import Classifier, Description, reader_of, save
@@ -53,17 +53,18 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
         raise ClusterError(
             f"expected at least two training images for each of {world.size} workers, found {len(train)}. Set cluster.workers lower, or to 0."
         )
+    frozen, recipe = decision.freeze == "kept", decision.recipe
+    if not frozen:
+        batch_size(job, recipe, len(train), world)  # what cannot be is said before anything is computed
     tell = Teller(Path(job.history), world.rank)
     store = Store(Path(job.cache) if job.cache else None)
     backbone = backbones.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=decision.size, seed=job.seed)
     transforms = backbone.transforms.at(decision.size)
-    frozen = decision.freeze == "kept"
     model = Classifier(backbone, decision.readings, len(classes), frozen).to(world.device)
-    description = Description(job.backbone, decision.slice, decision.readings, classes, transforms)
+    description = Description(job.backbone, decision.slice, decision.readings, classes, transforms, frozen)
     sides = Sides(
         Path(job.images), train, val, np.array([index[r.label] for r in train]), np.array([index[r.label] for r in val]), transforms
     )
-    recipe = decision.recipe
     checkpoint = Checkpoints(world, scratch_folder, model)
     state = checkpoint.restore(Path(job.start) if job.start else None)
     deadline = Deadline(job.budget_minutes, world, state.seconds if state else 0.0)
@@ -121,7 +122,8 @@ def _solve(
     images, lacking, started = Images(sides.root, sides.train, sides.transforms), reader.missing(sides.train).sum(), time.monotonic()
     there = frozen_features(reader, images, world, tell, deadline)
     took = max(time.monotonic() - started, 1e-6)
-    state.speed, state.waited = round(float(lacking) / took, 1), round(images.waited / took, 4)
+    computed = float(lacking) - (len(sides.train) - len(there))
+    state.speed, state.waited = round(computed / took, 1), round(images.waited / took, 4)
     if len(there) < len(sides.train):
         state.remark(f"train.budget_minutes ended the features after {len(there)} of {len(sides.train)} training images")
     train, labels = [sides.train[i] for i in there], sides.train_labels[there]
@@ -174,9 +176,11 @@ def frozen_features(reader: Reader, images: Images, world: World, tell: Tell, de
     def told(before: int, part: int) -> None:
         done = before + part
         if tell.due():
-            rate = done * world.size / max(time.monotonic() - started, 1e-6)
+            took = max(time.monotonic() - started, 1e-6)
+            rate = done * world.size / took
             left = max(all_of_it - done * world.size, 0) / rate
-            tell(min(done * world.size, all_of_it), all_of_it, f"features, {rate:.0f} images/s, {clock(left)} left")
+            text = f"features, {rate:.0f} images/s, waited {images.waited / took:.0%} for data, {clock(left)} left"
+            tell(min(done * world.size, all_of_it), all_of_it, text)
 
     for start in range(0, math.ceil(all_of_it / world.size), AT_ONCE):
         reader.compute(images, mine[start : start + AT_ONCE], partial(told, start))
