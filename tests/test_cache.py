@@ -2,23 +2,27 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tlpipeline import backbones, cache, dataset
+from tlpipeline import backbones, cache, dataset, stages
 from tlpipeline.backbones import Backbone
 from tlpipeline.cache import Column, Store, Table
 from tlpipeline.dataset import Row
-from tlpipeline.features import Images, Reader, Reading, extract
-from tlpipeline.model import Classifier, Description, load, probabilities, save
+from tlpipeline.errors import DataError
+from tlpipeline.features import Images, Reader, Reading, extract, prepared, squeezed
+from tlpipeline.model import DESCRIPTION, Classifier, Description, load, probabilities, save
 
 CPU = torch.device("cpu")
 FIRST, LAST = Reading("conv1", 32, (1, 2)), Reading("fc2", 128, (1,))
@@ -128,6 +132,22 @@ def test_other_weights_taps_pyramids_sizes_and_views_are_computed_anew(
     assert steps(store, net, folder, rows, LAST) == 0
 
 
+def test_what_is_kept_is_known_by_the_decoder_that_made_the_pixels(net: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+    plain = Store.column
+
+    def asked(self: Store, key: str, label: str) -> Column:
+        keys.append(key)
+        return plain(self, key, label)
+
+    monkeypatch.setattr(Store, "column", asked)
+    reader(Store(), net, LAST, view="view 1")
+    for decoded in (squeezed(Store(), Path(), 32), prepared(Store(), Path(), net.transforms)):
+        assert len(decoded.column.has([])) == 0
+    assert len(keys) == 4
+    assert all(f"Pillow {PIL.__version__}" in key for key in keys)
+
+
 def test_a_weight_behind_the_tap_plays_no_part_and_one_before_it_does(net: Backbone) -> None:
     before = backbones.identities(net, ["conv2", "fc2"], logits=True)
     with torch.no_grad():
@@ -146,7 +166,7 @@ def test_an_exported_model_knows_the_features_of_the_network_it_was_cut_from(
     steps(store, net, folder, rows, Reading("conv2", 64, (1, 2)), FIRST)
     model = Classifier(net, (Reading("conv2", 64, (1, 2)), FIRST), 4, frozen=True)
     torch.nn.init.normal_(model.head.weight)
-    save(model, Description("demonstration", "conv2", model.readings, tuple("abcd"), net.transforms), tmp_path / "model")
+    save(model, Description("demonstration", "conv2", model.readings, tuple("abcd"), net.transforms, frozen=True), tmp_path / "model")
     exported, description = load(tmp_path / "model")
     for row in rows:  # nothing is decoded again
         (folder / row.path).unlink()
@@ -162,6 +182,32 @@ def test_predictions_with_and_without_a_cache_are_the_same_bits(listed: tuple[Pa
     plain = probabilities(model, images, CPU, lambda done: None)
     for _ in range(2):
         assert torch.equal(plain, probabilities(model, images, CPU, lambda done: None, Store(tmp_path / "cache")))
+
+
+def test_what_a_trained_backbone_reads_is_not_kept(listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
+    """Nobody reads it again, and in a bounded cache it would push out what is."""
+    folder, rows = listed
+    answers = []
+    for frozen in (True, False):
+        model = Classifier(net, (LAST,), 4, frozen)
+        torch.nn.init.ones_(model.head.weight)
+        save(model, Description("demonstration", "fc2", model.readings, tuple("abcd"), net.transforms, frozen), tmp_path / "model")
+        exported, description = load(tmp_path / "model")
+        assert (exported.frozen, description.frozen) == (frozen, frozen)
+        place = tmp_path / f"cache{frozen}"
+        images = Images(folder, rows[:20], net.transforms)
+        answers.append(probabilities(exported, images, CPU, lambda done: None, Store(place)))
+        assert bool(cache.info(place)) is frozen
+    assert torch.equal(*answers)
+
+
+def test_a_model_from_before_it_said_whether_it_is_frozen_is_taken_for_trained(net: Backbone, tmp_path: Path) -> None:
+    model = Classifier(net, (LAST,), 4, frozen=True)
+    save(model, Description("demonstration", "fc2", model.readings, tuple("abcd"), net.transforms, frozen=True), tmp_path)
+    content = json.loads((tmp_path / DESCRIPTION).read_text())
+    del content["frozen"]
+    (tmp_path / DESCRIPTION).write_text(json.dumps(content))
+    assert load(tmp_path)[1].frozen is False
 
 
 # --- crashes and company --------------------------------------------------------------------------------------------------------------
@@ -280,6 +326,18 @@ def test_the_least_recently_used_goes_first_and_mapped_rows_stay_readable(tmp_pa
     assert torch.equal(first.all(), numbers(1, 1000, 0))
     cache.clear(tmp_path)
     assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stage_leaves_no_more_than_the_bound_whether_it_fails_or_not(fails: bool, tmp_path: Path) -> None:
+    params = (Path(__file__).resolve().parent.parent / "params.yaml").read_text()
+    (tmp_path / stages.PARAMS).write_text(params.replace("max_gb: 10 ", "max_gb: 0.00001 "))
+    with pytest.raises(DataError) if fails else nullcontext(), stages.store(tmp_path) as kept:
+        for number in range(4):
+            kept.column("key", "label").add([md5(number)], numbers(1, 1000, number))
+        if fails:
+            raise DataError("something went wrong")
+    assert 0 < sum(k.bytes for k in cache.info(tmp_path / stages.CACHE)) <= 10_000
 
 
 def test_rows_are_mapped_not_read(tmp_path: Path) -> None:

@@ -19,12 +19,14 @@ from conftest import paint
 from PIL import Image
 
 from tlpipeline import dataset
+from tlpipeline.backbones import Transforms
 from tlpipeline.dataset import (
     MINIMUM_PER_CLASS,
     TEST,
     TRAIN,
     VAL,
     Manifest,
+    Row,
     SplitException,
     decode,
     ingest,
@@ -37,6 +39,7 @@ from tlpipeline.dataset import (
     write_manifest,
 )
 from tlpipeline.errors import DataChanged, DataError
+from tlpipeline.features import prepare
 
 WHITE, RED, BLACK = [255, 255, 255], [255, 0, 0], [0, 0, 0]
 
@@ -742,6 +745,50 @@ def test_an_image_that_is_gone_after_it_was_listed_is_refused_with_the_way_back(
     (images / row.path).unlink()
     with pytest.raises(DataChanged, match=rf"expected the image {row.path}, .* gone.*dvc checkout"):
         read(images, row)
+
+
+def test_a_listed_image_that_cannot_be_read_is_refused_with_the_way_out(make_images: Callable[..., Path]) -> None:
+    images = make_images(classes=2, each=12)
+    row = listed(images).rows[0]
+    (images / row.path).unlink()
+    (images / row.path).mkdir()
+    with pytest.raises(
+        DataError, match=rf"expected an image at {images / row.path}, but it cannot be read: Is a directory\. Make it readable"
+    ):
+        read(images, row)
+
+
+@pytest.mark.parametrize("at_least", [None, 8])
+@pytest.mark.parametrize(
+    "content", [encoded(paint(0, 0, 64), "JPEG")[:-300], encoded(paint(0, 0))[:100], b"nothing like an image"], ids=("jpeg", "png", "text")
+)
+def test_a_listed_image_that_this_decoder_refuses_is_named_with_the_way_out(content: bytes, at_least: int | None, tmp_path: Path) -> None:
+    """Another version of Pillow may have listed it."""
+    (tmp_path / "picture.jpg").write_bytes(content)
+    row = Row("picture.jpg", md5(content), "", "", 64, 64, "RGB", "")
+    with pytest.raises(
+        DataError, match=r"expected an image at .*picture\.jpg, but it cannot be read: .+\. Replace or remove it, and run again"
+    ):
+        read(tmp_path, row, at_least)
+
+
+# --- large JPEG files -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("side", "share"), [(48, 1 / 64), (100, 1 / 16), (200, 1 / 4), (400, 1)])
+def test_a_jpeg_is_decoded_no_larger_than_it_is_needed_and_to_the_same_picture(side: int, share: float, orientation: int) -> None:
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(coarse.resize((1200, 800), Image.Resampling.BICUBIC), "JPEG", quality=95, exif=exif)
+    full, scaled = decode(content), decode(content, 2 * side)
+    assert min(scaled.size) >= 2 * side
+    assert scaled.width * scaled.height == pytest.approx(full.width * full.height * share, rel=0.02)
+    transforms = Transforms(side, side, (0.5,) * 3, (0.5,) * 3, "bilinear")
+    one, other = (prepare(image, transforms).astype(int) for image in (full, scaled))
+    assert np.abs(one - other).mean() < 1.5
+    assert np.abs(one - other).max() < 24
 
 
 # --- folders that cannot be used ------------------------------------------------------------------------------------------------------

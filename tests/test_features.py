@@ -1,6 +1,8 @@
 """Features: inputs as the weights were trained on, each image once and in order, blocks that count alike."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,25 @@ import torch
 from PIL import Image
 from torchvision.models import ConvNeXt_Tiny_Weights, EfficientNet_B0_Weights, SqueezeNet1_0_Weights, Swin_T_Weights
 
-from tlpipeline import backbones, dataset
+from tlpipeline import backbones, dataset, features
 from tlpipeline.backbones import Tap, Transforms
 from tlpipeline.cache import Store
 from tlpipeline.dataset import Row
 from tlpipeline.errors import DataChanged
-from tlpipeline.features import MAX_WIDTH, Images, extract, in_batches, normalise, pool, prepare, reading, scaling, shard, squeezed
+from tlpipeline.features import (
+    MAX_WIDTH,
+    Images,
+    extract,
+    in_batches,
+    normalise,
+    pool,
+    prepare,
+    prepared,
+    reading,
+    scaling,
+    shard,
+    squeezed,
+)
 
 PLAIN = Transforms(32, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear")
 CPU = torch.device("cpu")
@@ -144,6 +159,37 @@ def test_training_changes_each_image_by_its_index_and_keeps_what_it_decoded(list
         (folder / row.path).unlink()
     (_, again), *_ = images.batches([range(len(rows))])  # the second epoch reads no file
     assert torch.equal(first, again)
+
+
+def test_an_image_that_is_not_kept_is_made_to_the_same_pixels(make_images: Callable[..., Path]) -> None:
+    folder = make_images(classes=2, each=4, size=100)
+    rows = dataset.ingest(folder, {}, lambda done, total: None).used(*dataset.SIDES)
+    for make in (lambda store: squeezed(store, folder, 46), lambda store: prepared(store, folder, PLAIN)):
+        kept, made = make(Store()), make(Store())
+        kept.fill(rows[:5], lambda done: None)
+        kept.open(rows[:5])
+        assert all((kept.pixels(row) == made.pixels(row)).all() for row in rows)
+        assert not made.column.has([row.md5 for row in rows]).any()
+
+
+@pytest.mark.parametrize(("may_use", "threads"), [({0, 2, 5}, 3), ({4}, 2)])
+def test_as_many_threads_decode_as_this_process_may_use_cpus_and_two_at_least(
+    may_use: set[int], threads: int, listed: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int) -> None:
+            started.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: may_use, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(features, "ThreadPoolExecutor", Pool)
+    folder, rows = listed
+    list(Images(folder, rows, PLAIN).batches([[0, 1]]))
+    squeezed(Store(), folder, 32).fill(rows[:2], lambda done: None)
+    assert started == [threads, threads]
 
 
 def test_an_image_that_changed_since_it_was_listed_stops_the_batches(listed: tuple[Path, list[Row]]) -> None:
