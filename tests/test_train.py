@@ -1,12 +1,16 @@
 """The training loop: the head is the optimum, frozen is frozen, nothing depends on the number of workers, an interrupted run loses nothing."""
 
+import ast
 import hashlib
 import json
+import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +22,21 @@ from group import Crashing, Interrupted
 from safetensors.torch import load_file
 from test_cases import decision_for
 
-from tlpipeline import backbones, dataset
+from tlpipeline import backbones, dataset, features, stages
 from tlpipeline.augment import augmentation
 from tlpipeline.cases import CASES, Case, Decision, Recipe
 from tlpipeline.checkpoint import State
 from tlpipeline.dataset import Row
+from tlpipeline.errors import ClusterError
 from tlpipeline.features import Images, Reading, extract, scaling
+from tlpipeline.finetune import batch_size
 from tlpipeline.heads import score, solve_head, validated
 from tlpipeline.job import Job
 from tlpipeline.model import Classifier, load, probabilities
 from tlpipeline.optimise import schedule
 from tlpipeline.probes import pack, unpack
+from tlpipeline.progress import silent
+from tlpipeline.report import pace
 from tlpipeline.train import run
 from tlpipeline.workers import Alone
 
@@ -274,6 +282,76 @@ def test_a_checkpoint_is_never_half_there(tmp_path: Path) -> None:
         assert (folder / "value").read_text() == "2"
 
 
+def written(folder: Path, value: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "model").mkdir(exist_ok=True)
+    for name in ("value", "model/value"):
+        (folder / name).write_text(value)
+    return folder
+
+
+def kept(world: Alone) -> str:
+    with world.restore() as folder:
+        assert (folder / "value").read_text() == (folder / "model" / "value").read_text()
+        return (folder / "value").read_text()
+
+
+def test_what_a_kill_between_the_renames_left_is_kept_until_the_next_checkpoint_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = Alone(tmp_path / "world")
+    world.report({}, written(tmp_path / "source", "1"))
+    (tmp_path / "world" / "kept").rename(tmp_path / "world" / "old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    newer = written(tmp_path / "source", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        with pytest.raises((OSError, shutil.Error), match="No space"):
+            world.report({}, newer)
+    assert kept(world) == "1"
+    world.report({}, newer)
+    assert kept(world) == "2"
+    assert [path.name for path in (tmp_path / "world").iterdir()] == ["kept"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def flushed(file: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{file}")).name.split(".")[1])
+        fsync(file)
+
+    def renamed(self: Path, target: Path) -> Path:
+        done.append(f"{self.name} is {target.name}")
+        return rename(self, target)
+
+    world = Alone(tmp_path / "world")
+    world.report({}, written(tmp_path / "source", "1"))
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    world.report({}, written(tmp_path / "source", "2"))
+    assert done == ["value", "value", "kept is old", "new is kept"]
+
+
+def test_early_stopping_goes_on_counting_where_it_was_interrupted(job: Callable[..., Job], tmp_path: Path) -> None:
+    # A rate that changes nothing: the first epoch is the best, and two more without a better one end it.
+    decision = decided(CASES[2], rate_none=1e-12, patience=2)
+    wanted = trained(job(decision, epochs=9), tmp_path / "whole")
+    lines = history(tmp_path / "whole")
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    for after in range(1, 5):
+        folder = tmp_path / f"after{after}"
+        (folder / "scratch").mkdir(parents=True)
+        with pytest.raises(Interrupted):
+            run(job(decision, epochs=9), Crashing(folder, after), folder / "scratch")
+        assert history_equal(trained(job(decision, epochs=9), folder), wanted)
+        assert history(folder) == lines
+
+
 # --- workers --------------------------------------------------------------------------------------------------------------------------
 
 # Neither 2 nor 3 divides the images of either side; of the last batch of 13 the first of two workers gets seven, the first of three five.
@@ -478,9 +556,148 @@ def test_a_group_that_was_interrupted_ends_as_the_uninterrupted_one(worlds: Worl
     assert sum("epoch 2/2" in text and "validation" in text for text in told) == 2
 
 
+@pytest.mark.parametrize(("asked", "workers", "found"), [("auto", 1, 32), ("auto", 16, 32), ("auto", 17, 34), (7, 3, 7), (6, 3, 6)])
+def test_a_batch_holds_two_images_for_each_worker(
+    asked: int | str, workers: int, found: int, job: Callable[..., Job], tmp_path: Path
+) -> None:
+    world = Alone(tmp_path)
+    world.size = workers
+    assert batch_size(job(decided(CASES[2]), batch_size=asked), Recipe(), 100, world) == found
+
+
+def test_a_batch_that_the_user_asked_for_and_that_is_too_small_is_refused_before_anything_is_computed(
+    job: Callable[..., Job], tmp_path: Path
+) -> None:
+    world = Alone(tmp_path)
+    world.size = 3
+    with pytest.raises(
+        ClusterError, match=r"expected train\.batch_size to hold two images for each of 3 workers, found 5\. Set it to 6 or more"
+    ):
+        run(job(decided(CASES[2]), batch_size=5), world, tmp_path)
+    assert not (tmp_path / "run.jsonl").exists()
+
+
 def test_a_batch_grows_until_each_worker_has_two_images_of_it(worlds: Worlds) -> None:
     assert "batches of 6 images: two for each of 3 workers" in (worlds.place / "few.jsonl").read_text()
     assert worlds.lines("few 3")[-1]["arm"] == "fine-tune"
+
+
+# --- what is passed through the network -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The images that are passed through a network while it is not trained, in order."""
+    seen: list[str] = []
+    plain = features.passes
+
+    def passes(network: Any, images: Images, indices: Any, *rest: Any) -> Iterator[Any]:
+        for batch, outputs in plain(network, images, indices, *rest):
+            seen.extend(images.rows[i].md5 for i in batch)
+            yield batch, outputs
+
+    monkeypatch.setattr("tlpipeline.features.passes", passes)
+    monkeypatch.setattr("tlpipeline.model.passes", passes)
+    return seen
+
+
+def test_one_new_image_in_a_hundred_costs_one_pass_in_a_hundred(
+    make_images: Callable[..., Path], job: Callable[..., Job], passed: list[str], tmp_path: Path
+) -> None:
+    from conftest import paint
+
+    folder = make_images(classes=2, each=100, name="many")
+    listed = tmp_path / "many.parquet"
+
+    def train_again(name: str) -> list[Row]:
+        manifest = dataset.ingest(folder, {}, lambda done, total: None)
+        dataset.write_manifest(manifest, listed, tmp_path / "many.csv")
+        trained(job(decided(CASES[1]), images=str(folder), manifest=str(listed), cache=str(tmp_path / "cache")), tmp_path / name)
+        return manifest.used("train", "val")
+
+    first = train_again("first")
+    assert sorted(passed) == [row.md5 for row in first]
+    passed.clear()
+    for label in range(2):
+        index = 100
+        while True:  # an image of the test side is not read here
+            paint(label, index).save(folder / f"class{label}" / "new.png")
+            if dataset.side_of(hashlib.md5((folder / f"class{label}" / "new.png").read_bytes()).hexdigest()) != "test":
+                break
+            index += 1
+    second = train_again("second")
+    assert len(second) == len(first) + 2
+    assert sorted(passed) == sorted({row.md5 for row in second} - {row.md5 for row in first})
+    passed.clear()
+    train_again("third")
+    assert not passed
+    finished = json.loads((tmp_path / "third" / "scratch" / "finished" / "history.json").read_text())
+    assert finished["speed"] == {"images_per_second": 0.0, "waited_for_data": 0.0}
+
+
+def test_random_views_are_read_once_each_and_change_the_frozen_head(job: Callable[..., Job], passed: list[str], tmp_path: Path) -> None:
+    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
+    train, val = (len(manifest.used(side)) for side in ("train", "val"))
+    made = job(decided(CASES[0]), views=2, flip=True, cache=str(tmp_path / "cache"))
+    with_views = trained(made, tmp_path / "views")
+    assert len(passed) == val + 3 * train
+    passed.clear()
+    assert history_equal(trained(made, tmp_path / "again"), with_views)
+    assert not passed
+    plain = trained(job(decided(CASES[0]), cache=str(tmp_path / "cache")), tmp_path / "plain")
+    assert not passed
+    assert not torch.equal(plain["head.weight"], with_views["head.weight"])
+    assert history(tmp_path / "views")[0]["accuracy"] > 0.8
+    other = trained(replace(made, seed=1), tmp_path / "other")
+    assert len(passed) == 2 * train  # other views of the same images
+    assert not torch.equal(other["head.weight"], with_views["head.weight"])
+    passed.clear()
+    trained(replace(made, decision=job(decided(CASES[2])).decision, epochs=1), tmp_path / "tuned")
+    assert len(passed) == val  # where everything is trained each epoch is a view of its own: only its validation is passed on
+
+
+def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, passed: list[str]) -> None:
+    from conftest import set_param
+
+    set_param(workspace, "choose.case", "small_similar")
+    stages.ingest(workspace, silent)
+    manifest = dataset.read_manifest(workspace / stages.MANIFEST)
+    train, val, test = ({row.md5 for row in manifest.used(side)} for side in dataset.SIDES)
+    profiled = train | {row.md5 for row in manifest.used("val") if dataset.selects(row)}
+    wanted = {"profile": profiled, "choose": set(), "train": val - profiled, "evaluate": test}
+    for name, images in wanted.items():
+        stages.STAGES[name](workspace, silent)
+        assert sorted(passed) == sorted(images), name
+        passed.clear()
+    set_param(workspace, "train.seed", "1")
+    shutil.rmtree(workspace / stages.RUNS)
+    for name in wanted:
+        stages.STAGES[name](workspace, silent)
+    assert not passed
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_a_model_says_whether_its_backbone_is_as_it_came(case: Case, job: Callable[..., Job], tmp_path: Path) -> None:
+    trained(job(decided(case), epochs=1), tmp_path / "out")
+    assert load(tmp_path / "out" / "scratch" / "finished" / "model")[1].frozen is (case.freeze == "kept")
+
+
+# --- what is told ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_progress_of_features_says_how_long_it_waited_for_data(job: Callable[..., Job], tmp_path: Path) -> None:
+    trained(job(decided(CASES[0])), tmp_path / "out")
+    told = [json.loads(line)["text"] for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    lines = [text for text in told if text.startswith("features")]
+    assert lines
+    assert all(re.fullmatch(r"features, \d+ images/s, waited \d+% for data, \d+:\d\d left", text) for text in lines)
+
+
+def test_the_report_says_nothing_of_a_speed_that_was_not_measured() -> None:
+    assert pace({}) == ""
+    assert pace({"images_per_second": 0.0, "waited_for_data": 0.0}).startswith("No image was passed")
+    told = pace({"images_per_second": 123.4, "waited_for_data": 0.051})
+    assert told == "Training took 123 images a second; its first worker waited for data 5% of the time."
 
 
 # --- small things ---------------------------------------------------------------------------------------------------------------------
@@ -533,6 +750,25 @@ def test_without_flip_nothing_is_mirrored() -> None:
     for index in range(40):
         row = np.asarray(augmentation(0.5, False, 0, 0)(ramp, row_of(str(index), 32, 32), 32))[16, :, 0].astype(int)
         assert row[-1] > row[0]
+
+
+def test_an_interrupted_run_is_resumed_by_the_same_code_only() -> None:
+    """Every room that training or a race reaches is part of a run's name, but for those that change no result."""
+    library = Path(stages.__file__).parent
+    reached: set[str] = set()
+    waiting = ["race"]
+    while waiting:
+        room = waiting.pop()
+        reached.add(room)
+        for node in ast.walk(ast.parse((library / f"{room}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tlpipeline":
+                named = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                waiting += [name for name in named if name not in reached]
+    told = {"errors", "files", "progress"}  # what people read, and how files are written
+    given = {"params"}  # values are part of the key
+    measured = {"shift", "tangent"}  # parts of the profile, which is an input
+    assert {Path(name).stem for name in stages.TRAINING} == reached - told - given - measured
+    assert "outlook.json" in stages.TRAINING  # by which a race is ended
 
 
 def test_the_frozen_model_ignores_train_mode() -> None:

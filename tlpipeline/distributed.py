@@ -22,6 +22,7 @@ import torch
 
 from tlpipeline import train
 from tlpipeline.checkpoint import MODEL
+from tlpipeline.dataset import cpus
 from tlpipeline.errors import ClusterError, PipelineError
 from tlpipeline.files import NO_ROOM
 from tlpipeline.job import Job, Tail
@@ -56,10 +57,10 @@ def preflight(cluster: ClusterParams) -> bool:
         raise ClusterError(
             f"expected a GPU for each of {max(cluster.workers, 1)} workers, found {gpus}. Set cluster.workers to {gpus}, or cluster.gpu to false."
         )
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cluster.workers > cpus:
+    there = cpus()
+    if cluster.workers > there:
         raise ClusterError(
-            f"expected a CPU for each of {cluster.workers} workers, found {cpus}. Set cluster.workers to {cpus} or less, "
+            f"expected a CPU for each of {cluster.workers} workers, found {there}. Set cluster.workers to {there} or less, "
             "or RAY_ADDRESS to a cluster that has more."
         )
     return use_gpu
@@ -159,7 +160,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
         _enough(cluster, use_gpu)
         storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
         _mend(Path(storage) / name)
-        threads = max(1, (os.cpu_count() or 1) // cluster.workers)
+        threads = max(1, cpus() // cluster.workers)
         trainer = TorchTrainer(
             _loop,
             train_loop_config=asdict(job),

@@ -84,13 +84,23 @@ def page(
             epochs=[line for line in csv.DictReader(io.StringIO(history)) if line["arm"] != "head"],
             mistakes=mistakes,
             seconds=seconds,
-            training=training,
+            pace=pace(training),
             total=sum(s for s in seconds.values() if s),
             data_hash=data_hash,
             commit=commit,
         )
     )
     return text
+
+
+def pace(training: Mapping[str, float]) -> str:
+    """Return a sentence about the speed of training, "" where nothing is known of it."""
+    if not training:
+        return ""
+    if not training["images_per_second"]:
+        return "No image was passed through the network: all features were in the cache."
+    waited = training["waited_for_data"]
+    return f"Training took {training['images_per_second']:.0f} images a second; its first worker waited for data {waited:.0%} of the time."
 
 
 def _plane(case: Any) -> dict[str, Any]:

@@ -34,10 +34,11 @@ PREDICTIONS, CONFUSION = "predictions.parquet", "plots/confusion.csv"
 RUN = "run.json"
 OWN = Path(".tlpipeline")
 GIGABYTE = 1e9
-# The code that decides what a training run does: an interrupted run is resumed only by the same.
+# The files that decide what a training run or a race does: an interrupted one is resumed only by the same.
 TRAINING = (
-    "augment", "backbones", "cache", "cases", "checkpoint", "choice", "features", "finetune", "heads", "model", "optimise", "outlook", "race",
-    "train", "workers",
+    "augment.py", "backbones.py", "cache.py", "cases.py", "checkpoint.py", "choice.py", "dataset.py", "distributed.py", "features.py",
+    "finetune.py", "heads.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "probes.py", "profiling.py", "race.py",
+    "train.py", "workers.py",
 )  # fmt: skip
 RUNS = OWN / "runs"
 CACHE = OWN / "cache"
@@ -148,7 +149,8 @@ def choose(root: Path, progress: Progress) -> None:
                 made = _job(root, params, cases.override(arm, params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
                 return dataclasses.replace(made, budget_minutes=0.0)  # the bound is the train stage's
 
-            decision = race.run(found, choice.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
+            with store(root):
+                decision = race.run(found, choice.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
         progress(Event("choose", 1, 1, decision.reason))
         written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
         points = explain.plane_rows(decision)
@@ -303,12 +305,14 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def store(root: Path) -> Iterator[Any]:
-    """Give the workspace's cache of features and decoded images; afterwards it is cut down to cache.max_gb."""
+    """Give the workspace's cache of features and decoded images; afterwards, errors included, it is cut down to cache.max_gb."""
     from tlpipeline import cache
 
     limit = params_of(root).cache.max_gb * GIGABYTE
-    yield cache.Store(root / CACHE if limit else None)
-    cache.prune(root / CACHE, limit)
+    try:
+        yield cache.Store(root / CACHE if limit else None)
+    finally:
+        cache.prune(root / CACHE, limit)
 
 
 def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callable[[int], None]) -> Any:
@@ -376,8 +380,8 @@ def _device(params: Params) -> Any:
 def _code_key(key: str, params: Params) -> str:
     """Mix the key of data and params with the code that trains and the number of workers: the name of a run that may be resumed."""
     digest = hashlib.md5(f"{key}:{params.cluster.workers}".encode(), usedforsecurity=False)
-    for module in TRAINING:
-        digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    for name in TRAINING:
+        digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:16]
 
 

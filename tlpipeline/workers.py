@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tlpipeline.features import shard
+from tlpipeline.files import whole
 
 
 class World(Protocol):
@@ -46,10 +47,11 @@ class Alone:
         if folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             new, kept, old = self.folder / "new", self.folder / "kept", self.folder / "old"
-            for path in (new, old):
-                shutil.rmtree(path, ignore_errors=True)
-            shutil.copytree(folder, new)
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.copytree(folder, new, copy_function=_copied)
+            # After a kill between the two renames the old one is all there is: it goes only where there is a newer one that is complete.
             if kept.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 kept.rename(old)
             new.rename(kept)
             shutil.rmtree(old, ignore_errors=True)
@@ -61,6 +63,12 @@ class Alone:
         """Give the kept checkpoint."""
         # Killed between the two renames, the newest complete one is called old.
         yield next((path for name in ("kept", "old") if (path := self.folder / name).is_dir()), None)
+
+
+def _copied(source: str, target: str) -> None:
+    """Copy a file, safely on the disk when this returns."""
+    with whole(Path(target)) as draft:
+        shutil.copyfile(source, draft)
 
 
 def gather(part: Tensor, total: int, world: World) -> Tensor:
