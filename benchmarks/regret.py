@@ -45,6 +45,7 @@ from tlpipeline.heads import solve_head  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.probes import pack  # noqa: E402
 from tlpipeline.progress import silent  # noqa: E402
+from tlpipeline.shift import FIRST_IMAGES  # noqa: E402
 from tlpipeline.workers import Alone  # noqa: E402
 
 DATA = Path(os.environ.get("TLPIPELINE_DATA", HERE.parent.parent / "shared" / "data"))
@@ -73,7 +74,7 @@ class Network:
 NETWORKS = {
     "squeezenet": Network("squeezenet1_0", "squeezenet1_0-imagenet.safetensors", "d4e17381cc01d25121c9e9422290fa2b", 96),
     "resnet20": Network("nets:resnet20", "resnet20-cifar10.safetensors", "96d1bb00d7f262f37d91da468c48e421", 32, "cifar10"),
-    "resnet56": Network("nets:resnet56", "resnet56-cifar10.safetensors", "", 32, "cifar10"),
+    "resnet56": Network("nets:resnet56", "resnet56-cifar10.safetensors", "822ac32fba8a8d6ee8b78362d9e9bbd8", 32, "cifar10"),
 }
 GRIDS = {
     "core": {"squeezenet": (100, 500, 2000), "resnet20": (100, 500, 2000, 4000)},
@@ -194,7 +195,7 @@ def uncut(row: cases.Case, last: backbones.Tap, size: int) -> cases.Decision:
     """Return a decision for this row, whatever the evidence, that keeps the whole network: its head reads the last tap."""
     return cases.Decision(
         case=row.name, slice=last.name, head="last", readings=(reading(last),), size=size, freeze=row.freeze, init=row.init, recipe=row.recipe,
-        probabilities={}, similar=0.0, large=1.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
+        prior=0.5, probabilities={}, similar=0.0, large=1.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
         saved_parameters=0.0, saved_ops=0.0, reason="", changes=(), warnings=(), forced=(),
     )  # fmt: skip
 
@@ -255,8 +256,9 @@ def frozen_arms(
     )
     profiled = cpu_seconds() - started
     found = dataclasses.asdict(outlook.evidence(profile, profiling.slice_test(profile, rule.choose.gain / 100, rule.choose.draws)))
-    # A gradient is a forward and a backward pass.
+    # A gradient is a forward and a backward pass; BatchNorm's statistics layer by layer take a second pass of the first images.
     looked = profile.sampled + profile.held_out + (3 * profile.tangent.images if profile.tangent else 0)
+    looked += min(FIRST_IMAGES, profile.sampled) if profile.shift else 0
     key = dict(zip(("data", "backbone", "n", "seed"), unit.key, strict=True))
     judges = pack(np.array([not dataset.selects(r) for r in manifest.used(VAL)]))
     evidence = (

@@ -1,4 +1,4 @@
-"""Networks that a user might bring: the residual networks for CIFAR of He et al. 2015, and three with their own manners."""
+"""Networks that a user might bring: the residual networks for CIFAR of He et al. 2015, and some with their own manners."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -134,3 +134,24 @@ class Answering(Paired):
 
     def forward(self, images: Tensor) -> Any:
         return {"logits": super().forward(images)}
+
+
+class Headless(nn.Module):
+    """Ends with its pooled features; nothing was learnt behind its last tap."""
+
+    taps: tuple[str, ...] = ("first", "second")
+    transforms: Mapping[str, Any] = {"size": 16}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 8, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return functional.relu(self.second(functional.relu(self.first(images)))).mean((2, 3))
+
+
+class Tapless(Headless):
+    """Says that it has no taps."""
+
+    taps = ()

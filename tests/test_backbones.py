@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nets
 import numpy as np
 import pytest
 import torch
@@ -256,6 +257,22 @@ def test_blocks_that_give_no_tensor_are_no_taps() -> None:
         load("nets:Paired", "none")
     with pytest.raises(BackboneError, match=r"tap pair of nets:Tapped.*found tuple"):
         describe(load("nets:Tapped", "none"), 16)
+
+
+def test_pooled_features_are_no_logits(tmp_path: Path) -> None:
+    """A softmax over features would give a head similarity that means nothing."""
+    weights = tmp_path / "w.safetensors"
+    save_file(nets.Headless().state_dict(), weights)
+    md5 = hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+    assert load("nets:Headless", str(weights), md5=md5).source_classes == 0
+    save_file(nets.Undeclared().state_dict(), weights)
+    md5 = hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+    assert load("nets:Undeclared", str(weights), md5=md5).source_classes == 10
+
+
+def test_a_network_that_says_it_has_no_taps_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"expected at least one tap in nets:Tapless.taps, found none"):
+        load("nets:Tapless", "none")
 
 
 def test_a_network_that_returns_no_logits_is_refused() -> None:

@@ -18,7 +18,7 @@ from tlpipeline import choice, outlook
 from tlpipeline.cases import CASES, Decision, Look
 from tlpipeline.choice import SPENT, Weighed, look, look_epochs, turning_point, undecided, verdict, weigh
 from tlpipeline.errors import BackboneError, ParamsError
-from tlpipeline.outlook import Outlook
+from tlpipeline.outlook import Outlook, fitted
 from tlpipeline.params import ChooseParams, load
 from tlpipeline.profiling import Profile
 
@@ -406,7 +406,8 @@ def test_weak_evidence_is_said_in_a_sentence(change: dict[str, int | None], sent
 def test_a_race_that_is_wanted_but_cannot_be_judged_is_said_and_one_that_is_not_wanted_is_not(validation: int) -> None:
     few = replace(planted(SIMILAR_SMALL), validation=validation)
     wanted = f"no race: {validation} validation images are left to judge it, and fewer than 100"
-    assert any(w.startswith(wanted) for w in decide(few, replace(RULE, effort="full")).warnings)
+    unclear = model(intercept=0.05, deviation=0.4)
+    assert any(w.startswith(wanted) for w in decide(few, model=unclear).warnings)
     assert decide(few).warnings == ()
     assert "the prediction is clear" in decide(few).no_race
 
@@ -422,10 +423,13 @@ def test_no_signal_is_said() -> None:
     assert any(w.startswith("no signal") for w in decide(replace(planted([0.9, 0.9, 0.9]), majority=0.9)).warnings)
 
 
-def test_too_few_validation_images_are_never_raced() -> None:
-    rule = replace(RULE, effort="full")
-    for validation, wanted in ((99, False), (100, True)):
-        assert decide(replace(planted(SIMILAR_SMALL), validation=validation), rule).race_wanted == wanted
+def test_too_few_validation_images_are_not_raced_unless_it_is_asked_for() -> None:
+    unclear = model(intercept=0.05, deviation=0.4)
+    for effort, enough in (("auto", 100), ("full", 2)):
+        for validation in (enough - 1, enough):
+            decision = decide(replace(planted(SIMILAR_SMALL), validation=validation), replace(RULE, effort=effort), unclear)
+            assert decision.race_wanted == (validation == enough)
+            assert bool(decision.warnings) == (validation < enough)
 
 
 def test_too_few_labels_are_raced_where_they_can_be() -> None:
@@ -433,6 +437,66 @@ def test_too_few_labels_are_raced_where_they_can_be() -> None:
     profile = replace(planted([0.5, 0.6, 0.8]), classes=300)
     assert not decide(planted([0.5, 0.6, 0.8]), model=settled).race_wanted
     assert decide(profile, model=settled).race_wanted
+    assert decide(replace(profile, validation=2), model=settled).race_wanted
+    assert not decide(replace(profile, validation=1), model=settled).race_wanted
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_too_few_labels_leave_the_first_case_against_the_third(case: str) -> None:
+    """Probes of three images a class tell neither where to cut nor how much the data differ."""
+    profile = replace(planted(PLANTED[case]), classes=300)
+    weighed = weigh(profile, RULE, MODEL)
+    arms = [choice.decide(profile, weighed, large) for large in (False, True)]
+    assert [arm.case for arm in arms] == ["small_similar", "large_similar"]
+    assert any("profile too weak: 3.3 training images per class" in words for words in arms[0].warnings)
+
+
+def test_a_large_network_is_not_judged_by_a_line_through_two_small_ones() -> None:
+    """The shipped model has seen 0.3 to 0.7 million parameters: a hundred times as many are unknown, not hopeless, and are raced."""
+    profile = replace(planted([0.5, 0.6, 0.8]), validation=200)
+    small = fitted().highest["log10 parameters"]
+    near, far = (replace(profile, taps=tuple(replace(t, parameters=int(10**p)) for t in profile.taps)) for p in (small, small + 2))
+    sure, unsure = (weigh(p, RULE, fitted()) for p in (near, far))
+    assert abs(unsure.prediction.gain - sure.prediction.gain) < 0.03
+    assert unsure.prediction.high - unsure.prediction.low > 1.5 * (sure.prediction.high - sure.prediction.low)
+    assert 0.2 < unsure.chance_of_large < 0.8
+    assert decide(far, model=fitted()).race_wanted
+    assert any(words.startswith("out of range: parameters") for words in decide(far, model=fitted()).warnings)
+
+
+@pytest.mark.parametrize("intercept", [-1.0, -0.5, 0.5, 1.0])
+def test_what_a_race_sees_overrules_a_prediction_however_sure_it_was(intercept: float) -> None:
+    """Thirty points ahead on 400 judging images is no accident."""
+    sure = replace(RACED, model=replace(model(intercept=intercept, deviation=0.25), lag=LAG))
+    ahead, behind = look(sure, 2, 9, 9, *judged(10, 130)), look(sure, 2, 9, 9, *judged(130, 10))
+    assert verdict(sure, 2, ahead)[0] == "tuned"
+    assert verdict(sure, 2, behind)[0] == "frozen"
+
+
+def test_the_cases_of_small_data_share_nothing_once_it_is_settled_whether_they_are_sliced() -> None:
+    for case in PLANTED:
+        decision = decide(planted(PLANTED[case]))
+        assert min(decision.probabilities["small_similar"], decision.probabilities["small_different"]) == 0
+
+
+def test_before_anything_is_probed_there_is_a_prior() -> None:
+    one, other = (decide(planted(SIMILAR_SMALL, m=256), model=replace(MODEL, prior={"intercept": odds})) for odds in (-1.0, 1.0))
+    assert one.prior == pytest.approx(0.2689, abs=1e-3)
+    assert other.prior == pytest.approx(0.7311, abs=1e-3)
+    assert one.large == other.large
+
+
+def test_a_frozen_head_that_still_learns_goes_on_learning_with_more_images() -> None:
+    """More images do not make fine-tuning win where the frozen head gains as much by them."""
+    profile = planted([0.5, 0.6, 0.8])
+    weighed = weigh(profile, RULE, MODEL)
+    steep = replace(weighed, evidence=replace(weighed.evidence, slope=0.05))
+    assert choice.grown(steep, weighed.evidence.images)[1] == pytest.approx(weighed.frozen)
+    seen, frozen = choice.grown(steep, 2 * weighed.evidence.images)
+    error = 1 - weighed.frozen
+    assert 1 - frozen == pytest.approx(error**2 / (error + 0.05))  # the next doubling lowers the error by the same share
+    assert seen.slope == pytest.approx(error - error**2 / (error + 0.05))
+    assert choice.grown(replace(weighed, evidence=replace(weighed.evidence, slope=0.0)), 10**6)[1] == pytest.approx(weighed.frozen)
 
 
 # --- the race ---------------------------------------------------------------------------------------------------------------------------

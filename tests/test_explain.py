@@ -31,12 +31,30 @@ def profile(names: tuple[str, ...] = NAMES, accuracies: tuple[float, ...] = ACCU
 
     def head(*read: str) -> Head:
         best = max(t.accuracy for t in taps if t.name in read)
-        return Head(read, best, best - 0.03, best + 0.02, "ff", best, "ff")
+        return Head(read, best, best - 0.03, best + 0.02, "ff", best)
 
     cut = head(names[2], names[1]) if len(names) > 2 else None
     hunger = ((128, 0.876), (256, 0.913), (512, 0.934))
     return Profile(
-        "net", "w", 32, "batch", 1234, 7, 0.201, 90, 240, 137, 512, 130, 0.31, hunger, taps, head(names[-1]), head(*names[-3:][::-1]), cut
+        "net",
+        "w",
+        32,
+        "batch",
+        1234,
+        7,
+        0.201,
+        90,
+        240,
+        137,
+        512,
+        130,
+        7,
+        0.31,
+        hunger,
+        taps,
+        head(names[-1]),
+        head(*names[-3:][::-1]),
+        cut,
     )
 
 
@@ -61,6 +79,7 @@ def decision(case: str = "small_different", seen: Profile | None = None) -> Deci
         freeze=row.freeze,
         init=row.init,
         recipe=row.recipe,
+        prior=0.41,
         probabilities={c.name: round(axes[c.size] * axes[c.likeness], 4) for c in CASES},
         similar=similar,
         large=large,

@@ -20,6 +20,7 @@ SEEN = Evidence(
     images=1000,
     classes=10,
     validation=100,
+    majority=0.1,
     parameters=1_000_000,
     forward_ops=10_000_000,
     cut_ops=8_000_000,
@@ -423,7 +424,7 @@ def test_an_outlook_survives_json() -> None:
 def test_the_shipped_model_knows_the_figures_and_nothing_else() -> None:
     found = fitted()
     for part in (found.centre, found.spread, found.coefficients, found.lowest, found.highest):
-        assert list(part) == list(NAMES)
+        assert [name for name in part if name != "log10 classes"] == list(NAMES)
         assert all(math.isfinite(v) for v in part.values())
     assert all(v > 0 for v in found.spread.values())
     assert all(found.lowest[name] <= found.highest[name] for name in NAMES)
@@ -438,3 +439,53 @@ def test_the_shipped_model_knows_the_figures_and_nothing_else() -> None:
 
 def test_the_shipped_model_is_of_the_format_that_is_read() -> None:
     assert json.loads(outlook.FITTED.read_text(encoding="utf-8"))["format"] == outlook.FORMAT
+
+
+# --- before and beyond what was seen ----------------------------------------------------------------------------------------------------
+
+
+def test_the_prior_is_fitted_to_who_won_and_rises_with_images() -> None:
+    found = fit(observed(headroom), penalty=0.1, tolerance=0.005)
+    rows = observed(headroom, seed=5)
+    won = np.array([r.tuned_test - r.frozen_test > 0.005 for r in rows])
+    said = np.array([found.prior_chance(r.evidence) for r in rows])
+    assert ((said - won) ** 2).mean() < ((won.mean() - won) ** 2).mean()
+    told = [found.prior_chance(replace(SEEN, images=n)) for n in (30, 100, 1000, 10_000, 100_000)]
+    assert told == sorted(told)
+    assert told[-1] > told[0] + 0.1
+
+
+def test_no_prior_lets_more_images_speak_against_fine_tuning() -> None:
+    found = fit(observed(against, each=4), penalty=0.1, tolerance=0.005)
+    assert all(found.prior[name] >= 0 for name in GROWING)
+
+
+def test_beyond_the_points_of_the_fit_the_line_ends_and_less_is_known() -> None:
+    found = fit(observed(lambda seen, frozen: -0.5 * (math.log10(seen.parameters) - 6)), penalty=0.01, tolerance=0.005)
+    edge = 10 ** (found.highest["log10 parameters"] + 0.1 * (found.highest["log10 parameters"] - found.lowest["log10 parameters"]))
+    inside, at, beyond, far = (replace(SEEN, parameters=round(n)) for n in (edge / 10, edge, edge * 100, edge * 10_000))
+    assert found.shift(at, 0.8) < found.shift(inside, 0.8) - 0.3
+    assert found.shift(beyond, 0.8) == pytest.approx(found.shift(at, 0.8), abs=1e-6)
+    assert found.unexplained(inside, 0.8) == found.unexplained(at, 0.8) == found.deviation
+    assert found.deviation < found.unexplained(beyond, 0.8) <= found.unexplained(far, 0.8)
+    assert any(words.startswith("parameters") for words in found.outside(beyond, 0.8))
+    assert not found.outside(inside, 0.8)
+
+
+def test_classes_beyond_those_of_the_fit_are_said() -> None:
+    found = fitted()
+    many = replace(SEEN, classes=400, images=40_000, parameters=500_000)
+    assert any(words.startswith("classes 400 lies outside") for words in found.outside(many, 0.8))
+
+
+def test_an_unknown_head_similarity_is_outside_of_what_was_fitted() -> None:
+    assert any("without a source head" in words for words in fitted().outside(replace(SEEN, head_similarity=None), 0.8))
+
+
+def test_the_middle_half_of_the_draws_is_that_of_a_normal_distribution_and_the_tails_are_heavier() -> None:
+    from scipy.stats import norm, t
+
+    place = (np.arange(outlook.DRAWS) + 0.5) / outlook.DRAWS
+    assert np.quantile(outlook.QUANTILES, (0.25, 0.75)) == pytest.approx(norm.ppf((0.25, 0.75)), abs=0.01)
+    assert outlook.QUANTILES == pytest.approx(t.ppf(place, 4) * norm.ppf(0.75) / t.ppf(0.75, 4), abs=1e-4)
+    assert outlook.QUANTILES[-1] > 1.5 * norm.ppf(place[-1])

@@ -423,7 +423,16 @@ def _assemble(
         classes = output.shape[1] if output is not None and output.dim() == 2 else 0
     if fixed:
         minimum = transforms.size
-    return Backbone(name, weights, fingerprint, module, taps, layouts, transforms, minimum or 1, fixed, classes)
+    made = Backbone(name, weights, fingerprint, module, taps, layouts, transforms, minimum or 1, fixed, classes)
+    if ":" in name and classes and not _has_head(made):
+        return replace(made, source_classes=0)
+    return made
+
+
+def _has_head(backbone: Backbone) -> bool:
+    """Say whether anything was learnt behind the last tap: a network that ends with its pooled features gives no classes."""
+    kept = sum(int(p.numel()) for p in cut(backbone, [backbone.tap_names[-1]]).parameters())
+    return kept < sum(int(p.numel()) for p in backbone.module.parameters())
 
 
 def _fit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -483,6 +492,8 @@ def _own_taps(name: str, module: nn.Module, size: int) -> tuple[str, ...]:
     said = getattr(module, "taps", None)
     if said is not None:
         modules = dict(module.named_modules())
+        if not said:
+            raise BackboneError(f'expected at least one tap in {name}.taps, found none. Name its blocks: taps = ("layer1", "layer2").')
         for tap in said:
             if tap not in modules:
                 raise BackboneError(f"{name}.taps names {tap!r}, but there is no such submodule; {nearest(tap, modules)}")

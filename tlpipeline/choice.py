@@ -25,6 +25,8 @@ TEXTBOOK = "textbook"
 LOOKS = 3
 SPENT = (1 / 6, 1 / 3, 1 / 2)  # shares of choose.alpha that the looks of a race may spend
 LEAST_PER_CLASS = 5
+LEAST_JUDGES = 2
+SIGNAL = 0.3  # log odds by which the tangent probe must beat heads that read nothing to count as something read
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,12 @@ class Weighed:
 
     @property
     def slices(self) -> bool:
-        """Whether an earlier tap is significantly better (family-wise), by `gain` points, and its head not worse on held-out images."""
+        """Whether an earlier tap is significantly better (family-wise), by `gain` points, and its head not worse on held-out images.
+
+        Never where the labels are too few for the probes: then the textbook's first case stands against its third.
+        """
         seen = self.evidence
-        return seen.significance < self.rule.alpha and seen.gain >= self.rule.gain / 100 and seen.confirmed
+        return not weak_labels(seen) and seen.significance < self.rule.alpha and seen.gain >= self.rule.gain / 100 and seen.confirmed
 
     @cached_property
     def head(self) -> str:
@@ -69,7 +74,12 @@ class Weighed:
         """Whether fine-tuning is worth it: the head is expected to lose more than the tolerance against it."""
         if self.rule.rule == TEXTBOOK:
             return self.evidence.images >= self.rule.textbook_images
-        return self.prediction.gain > self.tolerance
+        return self.prediction.gain > self.tolerance and has_signal(self.evidence)
+
+    @property
+    def prior(self) -> float:
+        """P(large) from size, classes, capacity and head similarity alone, before anything was probed."""
+        return float(self.large) if self.rule.rule == TEXTBOOK else self.model.prior_chance(self.evidence)
 
     @property
     def chance_of_large(self) -> float:
@@ -99,6 +109,16 @@ class Weighed:
         weights = np.exp(odds - odds.max())
         return np.asarray(weights / weights.sum())
 
+    def width(self, last: Look | None = None) -> float:
+        """Return the width of the central 80 % interval of fine-tuning's gain, after a look of the race where there was one."""
+        if last is None:
+            return self.prediction.high - self.prediction.low
+        part = min(sum(epoch < last.epoch for epoch in look_epochs(last.epochs)) + LOOKS - len(look_epochs(last.epochs)), LOOKS - 1)
+        order = np.argsort(self.gains)
+        chances = self.posterior(part, last.tuned - last.frozen, last.error)[order].cumsum()
+        low, high = (self.gains[order][min(int(np.searchsorted(chances, q)), len(order) - 1)] for q in (0.1, 0.9))
+        return float(high - low)
+
     @property
     def unclear(self) -> bool:
         """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway.
@@ -108,7 +128,8 @@ class Weighed:
         seen = self.prediction
         at_stake = (seen.tuned_regret if self.large else seen.frozen_regret) > self.tolerance
         between = at_stake and self.rule.race_above < 1 - seen.within < self.rule.race_below
-        return self.rule.effort == "full" or between or bool(seen.outside) or bool(weak_labels(self.evidence))
+        weak = bool(weak_labels(self.evidence)) or not has_signal(self.evidence)
+        return self.rule.effort == "full" or between or bool(seen.outside) or weak
 
     @property
     def no_race(self) -> str:
@@ -130,8 +151,12 @@ class Weighed:
     @property
     def too_few_to_race(self) -> str:
         """That there are too few images to judge a race, "" if there are enough."""
-        if self.evidence.validation >= self.rule.race_images:
+        # Who asks for a race gets one, and where the probes are too weak to decide even a few judges tell more.
+        asked = self.rule.effort == "full" or bool(weak_labels(self.evidence))
+        if self.evidence.validation >= (LEAST_JUDGES if asked else self.rule.race_images):
             return ""
+        if asked:
+            return f"{self.evidence.validation} validation images are left to judge it, and it takes {LEAST_JUDGES}"
         return (
             f"{self.evidence.validation} validation images are left to judge it, and fewer than {self.rule.race_images} "
             "(choose.race_images) tell less than the prediction, which decides"
@@ -193,7 +218,8 @@ def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = 
         freeze=case.freeze,
         init=case.init,
         recipe=case.recipe,
-        probabilities={c.name: round(axes[c.size] * axes[c.likeness], 4) for c in CASES},
+        prior=round(weighed.prior, 4),
+        probabilities=_probabilities(weighed, axes),
         similar=round(weighed.similar, 4),
         large=round(chance, 4),
         arms=arms,
@@ -213,9 +239,17 @@ def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = 
     )
 
 
+def _probabilities(weighed: Weighed, axes: dict[str, float]) -> dict[str, float]:
+    """Return the probability of each case. Whether small data are sliced is settled by then: the row for which it is has all of small's."""
+    out = {c.name: axes[c.size] * axes[c.likeness] for c in CASES}
+    if weighed.rule.rule != TEXTBOOK:
+        out |= {c.name: 0.0 for c in CASES if c.size == SMALL} | {_row(weighed, large=False).name: axes[SMALL]}
+    return {name: round(chance, 4) for name, chance in out.items()}
+
+
 def _row(weighed: Weighed, large: bool) -> Case:
     """Return the row for this size and likeness; a slice that is not made leaves its data to the row that cuts nothing."""
-    likeness = SIMILAR if weighed.similar >= 0.5 else DIFFERENT
+    likeness = SIMILAR if weighed.similar >= 0.5 or weak_labels(weighed.evidence) else DIFFERENT
     case = next(c for c in CASES if (c.size, c.likeness) == (LARGE if large else SMALL, likeness))
     if case.keep == "slice" and weighed.rule.rule != TEXTBOOK and weighed.head != "cut":
         return next(c for c in CASES if c.size == case.size and c.keep == "end")
@@ -350,7 +384,7 @@ def _standing(profile: Profile, weighed: Weighed, race: Race | None, head: str, 
         lost = np.maximum(gains, 0.0) + weighed.frozen - own
         return round(float(lost.clip(min=0).mean()), 4), round(float((lost <= tolerance).mean()), 4)
     told = seen if last is None else last
-    return round(told.frozen_regret if head else told.tuned_regret, 4), round(weighed.model.settled(seen), 4)
+    return round(told.frozen_regret if head else told.tuned_regret, 4), round(weighed.model.settled(weighed.width(last)), 4)
 
 
 def _reason(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None) -> str:
@@ -362,7 +396,8 @@ def _reason(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, hea
         chance = _after(race, weighed)
         size = (
             f"a head on frozen features reaches {frozen.accuracy:.1%} ({' + '.join(frozen.taps)}), fine-tuning is expected to win "
-            f"{seen.gain * 100:+.1f} points ({seen.low * 100:+.1f} to {seen.high * 100:+.1f}), so {profile.images} images of {profile.classes} "
+            f"{seen.gain * 100:+.1f} points ({seen.low * 100:+.1f} to {seen.high * 100:+.1f}), "
+            f"{'' if has_signal(weighed.evidence) else 'as it would be for noise, '}so {profile.images} images of {profile.classes} "
             f"classes are {'large' if case.size == LARGE else 'small'} for a network of {_count(profile.parameters)} parameters "
             f"(P(large) {chance:.2f})"
         )
@@ -397,12 +432,14 @@ def _changes(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, la
     said = []
     if race is None:
         turn = turning_point(weighed)
+        most = 10 ** weighed.model.highest.get("log10 images", 5.0)
         if not large and turn is not None:
-            said.append(f"With about {_round(turn - profile.images):,} more images fine-tuning would win.")
-        elif not large:
-            most = 10 ** weighed.model.highest.get("log10 images", 5.0)
+            said.append(
+                f"With about {_round(turn - profile.images):,} more images fine-tuning would win, if the learning curve goes on as it did."
+            )
+        elif not large and profile.images < most:
             said.append(f"Up to the {most:,.0f} images that the choice was fitted on, more of them alone would not make fine-tuning win.")
-        elif turn is not None:
+        elif large and turn is not None:
             said.append(f"With fewer than about {_round(turn):,} images a frozen head would do.")
     # The tolerance is what the user trades: it says directly what the other choice costs. `prefer: accuracy` makes nothing of it.
     lenience = LENIENCE[rule.prefer]
@@ -427,15 +464,29 @@ def _changes(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, la
     return tuple(said)
 
 
+def grown(weighed: Weighed, images: int) -> tuple[Evidence, float]:
+    """Return the evidence with another number of images, and what the frozen head would reach with them by its learning curve.
+
+    Errors of learning curves fall as a power of the images (Hestness et al. 2017, arXiv 1712.00409); the power is that of the last doubling
+    of the sample.
+    """
+    seen = weighed.evidence
+    error, before = max(1 - weighed.frozen, 0.5 / seen.sampled), max(1 - weighed.frozen + seen.slope, 0.5 / seen.sampled)
+    power = max(math.log2(before / error), 0.0)
+    there = min(error * (images / seen.images) ** -power, 1 - 1 / seen.classes)
+    slope = min(there * 2**power, 1.0) - there
+    return dataclasses.replace(seen, images=images, slope=slope), 1 - there
+
+
 def turning_point(weighed: Weighed) -> int | None:
-    """Return the number of images at which the prediction changes sides, the rest of the profile held fixed; None within the fitted range."""
+    """Return the number of images at which the prediction changes sides, the frozen head going on along its learning curve; None if nowhere."""
     model, large = weighed.model, weighed.large
     most = 10 ** (model.highest.get("log10 images", 5.0) + 0.3)
     images = float(weighed.evidence.images)
     while 20 <= images <= max(most, weighed.evidence.images):
         images = images / 1.05 if large else images * 1.05
-        seen = dataclasses.replace(weighed.evidence, images=round(images))
-        if (model.predict(seen, weighed.frozen, weighed.tolerance).gain > weighed.tolerance) != large:
+        seen, frozen = grown(weighed, round(images))
+        if (model.predict(seen, frozen, weighed.tolerance).gain > weighed.tolerance) != large:
             return round(images)
     return None
 
@@ -450,6 +501,16 @@ def _count(number: int) -> str:
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e6:.2f} M"
 
 
+def has_signal(seen: Evidence) -> bool:
+    """Say whether anything read the labels better than the largest class does.
+
+    Where nothing does the headroom is no promise: noise has as much of it. The cheapest case is taken then, unless a race shows better.
+    """
+    best = max(seen.last, seen.cut, seen.multi)
+    error = math.sqrt(max(best * (1 - best), 1 / seen.sampled) / seen.sampled)
+    return best - 2 * error > seen.majority or seen.tangent_gain > SIGNAL
+
+
 def weak_labels(seen: Evidence | Profile) -> tuple[str, ...]:
     """Say why the labels are too few for the probes, if they are."""
     weak = []
@@ -458,7 +519,7 @@ def weak_labels(seen: Evidence | Profile) -> tuple[str, ...]:
     if seen.images / seen.classes < LEAST_PER_CLASS:
         weak.append(
             f"profile too weak: {seen.images / seen.classes:.1f} training images per class, fewer than {LEAST_PER_CLASS}; "
-            "label more, or compare small_similar with large_similar by choose.effort: full"
+            "label more; where validation images are left to judge, small_similar and large_similar are raced"
         )
     return tuple(weak)
 
@@ -466,11 +527,19 @@ def weak_labels(seen: Evidence | Profile) -> tuple[str, ...]:
 def weaknesses(profile: Profile) -> tuple[str, ...]:
     """Say what makes the profile weak evidence."""
     weak = list(weak_labels(profile))
-    if max(head.accuracy for head in profile.heads) <= profile.majority + 0.02:
+    best = max(head.accuracy for head in profile.heads)
+    if not has_signal(outlook.evidence(profile, slice_test(profile, gain=0.01, draws=100))):
         weak.append(
-            f"no signal: the best head ({max(head.accuracy for head in profile.heads):.1%}) is not better than the majority class "
-            f"({profile.majority:.1%}); check the labels"
+            f"no signal: the best head ({best:.1%}) is not clearly better than the majority class ({profile.majority:.1%}), so the cheapest "
+            "case is taken unless a race shows better; check the labels"
         )
+    if profile.probed < profile.classes:
+        weak.append(
+            f"{profile.probed} of {profile.classes} classes are in the sample of {profile.sampled} images, so the probes read easier than all "
+            "classes together; set profile.images_max higher"
+        )
+    if profile.cut is not None and not profile.held_out:
+        weak.append("no validation images are left to confirm a slice, so nothing is cut off")
     if len(profile.taps) == 1:
         weak.append(f"{profile.backbone} has one tap only, so no slice could be looked for; say more in its class: taps = (...)")
     if profile.head_similarity is None:

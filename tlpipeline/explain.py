@@ -186,8 +186,13 @@ def _cases(decision: Decision, width: int) -> tuple[str | Table, ...]:
     length = min(width - 31, 40)
     bars = {name: f"{'█' * round(chance * length):·<{length}}" for name, chance in decision.probabilities.items()}
     rows = tuple(("→" * (name == decision.case), name, f"{decision.probabilities[name]:.2f}", bar) for name, bar in bars.items())
+    ladder = f"P(large): {decision.prior:.2f} by size, classes, capacity and head similarity alone; "
+    if decision.race is None:
+        ladder += f"{decision.large:.2f} with the probes."
+    else:
+        ladder += f"{decision.large:.2f} with the probes and the race."
     loss = f"Expected loss against the best arm: {decision.regret * 100:.2f} points; with P {decision.within:.2f} it is within choose.tolerance."
-    return Table(("", "case", "P", ""), rows, (2,), (1, 2, 3), drawn=True), loss
+    return Table(("", "case", "P", ""), rows, (2,), (1, 2, 3), drawn=True), ladder, loss
 
 
 def _race(decision: Decision) -> tuple[str | Table, ...]:
@@ -299,13 +304,17 @@ def _measured(profile: Profile) -> tuple[str, ...]:
             f"layers{f', where images like the source give {mean(floor):.2f}' if floor else ''}"
             f"{f'; {mean(own):.2f} once earlier layers normalise by these images' if own else ''}. It explains, it does not decide."
         )
+    elif profile.normalisation != "batch":
+        said.append(
+            f"BatchNorm shift: not available, {profile.backbone} has no BatchNorm. `tlpipeline refstats` makes a reference instead."
+        )
     if profile.distances:
         points = ", ".join(f"{tap.distance:.2f} at {tap.name}" for tap in profile.distances)
         said.append(f"Distance of the features from those of the reference images: {points}. It explains, it does not decide.")
     if (tangent := profile.tangent) is not None:
-        beside = f"{tangent.both:.1%} together with the multi-tap features, which reach {tangent.frozen:.1%} alone"
         said.append(
-            f"Tangent probe, what gradients say that fine-tuning could read, on {tangent.images} images: {tangent.accuracy:.1%}; {beside}."
+            f"Tangent probe, what gradients say that fine-tuning could read, on {tangent.images} images: {tangent.accuracy:.1%}, where the "
+            f"multi-tap features reach {tangent.frozen:.1%}."
         )
     if profile.affinity is not None:
         said.append(

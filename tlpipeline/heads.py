@@ -138,7 +138,7 @@ def solve_head(
     penalty: float | None = None,
     start: tuple[Tensor, Tensor] | None = None,
     views: int = 0,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """Solve multinomial logistic regression by L-BFGS, its L2 penalty found on held-out images, standardisation folded into the result.
 
@@ -154,11 +154,14 @@ def solve_head(
         start: weight and bias near the optimum, where they are known: of the same head on most of these images.
         views: the last `views` times n / (views + 1) rows are random views of the first; the penalty is found without them, because views
             of one image on both sides would look like a good fit.
-        tolerance: largest entry of the gradient at which the solver ends; at 1e-5 two starts agree within a point of probability.
+        tolerance: largest entry of the gradient at which the solver ends: 1e-5, where two starts agree within a point or two of
+            probability; 1e-4 from 600 images on, which changed at most 6 of 1,500 answers, and accuracy by less than 0.15 points.
 
     Returns:
         weight (K, d), bias (K,) on raw features, and the penalty per image.
     """
+    if tolerance is None:
+        tolerance = 1e-5 if len(labels) < ONE_FOLD_FROM else 1e-4
     whole = Features(features)
     scale = whole.scaling(blocks)
     present, own = np.unique(labels, return_inverse=True)

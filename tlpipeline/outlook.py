@@ -22,15 +22,29 @@ from tlpipeline.probes import Matrix, paired
 from tlpipeline.profiling import Profile, SliceTest
 
 FITTED = Path(__file__).with_name("outlook.json")
-FORMAT = 1
+FORMAT = 2
 DRAWS = 400
 HEADS = ("cut", "multi", "over")
 GROWING = ("log10 images", "log10 images per class")
-# Figures of which the fit must have seen the like.
-RANGES = ("log10 images", "log10 images per class", "log10 parameters", "head similarity")
-_NORMAL = NormalDist()
-# The middles of equal parts of the normal distribution: the same in every run, no seed needed.
-QUANTILES: Matrix = np.array([_NORMAL.inv_cdf((i + 0.5) / DRAWS) for i in range(DRAWS)])
+# Figures of which the fit must have seen the like, and by how much of their range they may lie beyond it.
+RANGES = ("log10 images", "log10 classes", "log10 images per class", "log10 parameters", "head similarity")
+MARGIN = 0.1
+# How much less is known for each range that a figure lies beyond what was seen (log odds), and at most so many ranges are counted.
+UNKNOWN, FARTHEST = 0.25, 2.0
+# What is known before anything was probed.
+PRIOR = ("log10 images", "log10 images per class", "log10 parameters", "head similarity")
+
+
+def _student(p: Matrix) -> Matrix:
+    """Return quantiles of Student's t with four degrees of freedom (Shaw 2006), scaled so that half of it lies where half of a normal one does."""
+    alpha = 4 * p * (1 - p)
+    t = np.sign(p - 0.5) * 2 * np.sqrt(np.cos(np.arccos(np.sqrt(alpha)) / 3) / np.sqrt(alpha) - 1)
+    return np.asarray(t * NormalDist().inv_cdf(0.75) / 0.740697)
+
+
+# The middles of equal parts of that distribution: the same in every run, no seed needed. Its tails are heavy: what a race sees must be able
+# to overrule the prediction, however sure that was.
+QUANTILES: Matrix = _student((np.arange(DRAWS) + 0.5) / DRAWS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class Evidence:
     """What the choice looks at, as one flat row: the figures of a profile that decide.
 
     Attributes:
-        images, classes, validation: training images, classes, images of the judging half of validation.
+        images, classes, validation: training images, classes, images of the judging half of validation; majority: share of the largest class.
         parameters, forward_ops: of the network without its old head; cut_ops: up to the slice point, 0 where there is none.
         sampled: images of the probes.
         head_similarity: S, None without a source head.
@@ -46,13 +60,14 @@ class Evidence:
         cut_gain, cut_error, multi_gain, multi_error: paired differences to `last`, and standard errors; over_gain, over_error: of multi to cut.
         slope: accuracy that the last doubling of the sample brought to the multi-tap head.
         gain, significance, similar, confirmed: of the slice test.
-        tangent_gain: log odds of the tangent probe minus those of the multi-tap head on the same images; tangent_error, both_error: log ratio
-            of the squared errors of the tangent kernel, and of both together, to the head's. All 0 where it was not measured.
+        tangent_gain: log odds of the tangent probe minus those of the multi-tap head on the same images; tangent_error: log ratio of the
+            squared errors of the tangent kernel to the head's. Both 0 where it was not measured.
     """
 
     images: int
     classes: int
     validation: int
+    majority: float
     parameters: int
     forward_ops: int
     cut_ops: int
@@ -74,7 +89,6 @@ class Evidence:
     confirmed: bool
     tangent_gain: float = 0.0
     tangent_error: float = 0.0
-    both_error: float = 0.0
 
 
 def evidence(profile: Profile, test: SliceTest) -> Evidence:
@@ -88,6 +102,7 @@ def evidence(profile: Profile, test: SliceTest) -> Evidence:
         images=profile.images,
         classes=profile.classes,
         validation=profile.validation,
+        majority=profile.majority,
         parameters=profile.parameters,
         forward_ops=profile.forward_ops,
         cut_ops=ops[profile.cut.taps[0]] if profile.cut else 0,
@@ -118,7 +133,6 @@ def _tangent(profile: Profile) -> dict[str, float]:
     return {
         "tangent_gain": log_odds(seen.accuracy, seen.images) - log_odds(seen.frozen, seen.images),
         "tangent_error": math.log(seen.error / seen.frozen_error),
-        "both_error": math.log(seen.both_error / seen.frozen_error),
     }
 
 
@@ -143,8 +157,12 @@ def figures(seen: Evidence, frozen: float) -> dict[str, float]:
         "gain of earlier taps": 10 * max(seen.gain, 0.0),
         "gain of the tangent probe": seen.tangent_gain,
         "error of the tangent probe": seen.tangent_error,
-        "error of both": seen.both_error,
     }
+
+
+def ranged(seen: Evidence, figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures whose range in the rows of the fit matters; classes are no input of the model, but have one, too."""
+    return {name: value for name, value in {**figures, "log10 classes": math.log10(max(seen.classes, 1))}.items() if name in RANGES}
 
 
 @dataclass(frozen=True)
@@ -183,6 +201,8 @@ class Outlook:
             predicted interval of the gain.
         heads: what frozen heads win against each other (see head_gain): (at S = 0, slope by S, spread), as shares.
         lag: for each look of a race how far what it sees is behind the end, and the spread of that, as shares of the frozen head's errors.
+        prior: coefficients (on standardised figures) and intercept of the log odds that fine-tuning wins more than the tolerance, from what
+            is known before anything was probed.
         lowest, highest: range of each figure in the rows of the fit.
         rows, data: what it was fitted on.
     """
@@ -198,6 +218,7 @@ class Outlook:
     settled_offset: float
     heads: Mapping[str, Sequence[float]]
     lag: Sequence[Sequence[float]]
+    prior: Mapping[str, float]
     lowest: Mapping[str, float]
     highest: Mapping[str, float]
     rows: int
@@ -214,15 +235,49 @@ class Outlook:
         measured, error = float(getattr(seen, f"{name}_gain")), float(getattr(seen, f"{name}_error"))
         return (usual * error**2 + measured * spread**2) / (error**2 + spread**2)
 
+    def prior_chance(self, seen: Evidence) -> float:
+        """Return P(fine-tuning wins more than the tolerance) from size, classes, capacity and head similarity alone."""
+        x = self._within_range(seen, figures(seen, 0.5))
+        odds = sum(self.prior.get(k, 0.0) * (x[k] - self.centre[k]) / self.spread[k] for k in PRIOR if k in self.centre)
+        return float(_share(self.prior.get("intercept", 0.0) + odds))
+
+    def _within_range(self, seen: Evidence, x: dict[str, float]) -> dict[str, float]:
+        """Return the figures, those of RANGES brought to the edge of what the fit has seen: a line is not trusted beyond its points.
+
+        The size is left as it is: that more images speak for fine-tuning is known without a fit.
+        """
+        bounded = [name for name in ranged(seen, x) if name in x and name not in GROWING]
+        return x | {name: float(np.clip(x[name], *self._edges(name))) for name in bounded}
+
+    def _edges(self, name: str) -> tuple[float, float]:
+        low, high = self.lowest.get(name, -math.inf), self.highest.get(name, math.inf)
+        margin = MARGIN * (high - low) if math.isfinite(high - low) else 0.0
+        return low - margin, high + margin
+
+    def _beyond(self, seen: Evidence, frozen: float) -> dict[str, float]:
+        """Return by how many of their ranges figures lie beyond what the fit has seen."""
+        out = {}
+        for name, value in ranged(seen, figures(seen, frozen)).items():
+            low, high = self._edges(name)
+            if not low <= value <= high:
+                width = max(self.highest[name] - self.lowest[name], 0.1)
+                out[name] = max(low - value, value - high) / width
+        return out
+
+    def unexplained(self, seen: Evidence, frozen: float) -> float:
+        """Return the deviation of the shift (log odds): more where the network or the labels are unlike what the fit has seen."""
+        far = min(sum(ranges for name, ranges in self._beyond(seen, frozen).items() if name not in GROWING), FARTHEST)
+        return math.hypot(self.deviation, UNKNOWN * far)
+
     def shift(self, seen: Evidence, frozen: float) -> float:
         """Return the expected log odds of fine-tuning minus those of the frozen head."""
-        x = figures(seen, frozen)
+        x = self._within_range(seen, figures(seen, frozen))
         return self.intercept + sum(self.coefficients[k] * (x[k] - self.centre[k]) / self.spread[k] for k in self.coefficients)
 
     def gains(self, seen: Evidence, frozen: float) -> Matrix:
         """Return equally likely gains of fine-tuning against the frozen head, as shares: (DRAWS,)."""
         base = log_odds(frozen, seen.sampled)
-        return np.asarray(_share(base + self.shift(seen, frozen) + self.deviation * QUANTILES) - _share(base))
+        return np.asarray(_share(base + self.shift(seen, frozen) + self.unexplained(seen, frozen) * QUANTILES) - _share(base))
 
     def predict(self, seen: Evidence, frozen: float, tolerance: float) -> Prediction:
         """Predict.
@@ -247,24 +302,28 @@ class Outlook:
             outside=self.outside(seen, frozen),
         )
 
-    def settled(self, seen: Prediction) -> float:
+    def settled(self, width: float) -> float:
         """Return P(what is chosen is not worse than the best of all arms by more than the tolerance).
 
-        Measured on left-out data sets, the width of the predicted interval tells this; what the prediction says of the two arms does not.
+        Measured on left-out data sets, the width of the interval of the gain tells this; what the prediction says of the two arms does not.
+
+        Args:
+            width: of the central 80 % interval of fine-tuning's gain, as a share.
         """
-        return float(_share(self.settled_slant * 10 * (seen.high - seen.low) + self.settled_offset))
+        return float(_share(self.settled_slant * 10 * width + self.settled_offset))
 
     def outside(self, seen: Evidence, frozen: float) -> tuple[str, ...]:
         """Say which figures lie outside the rows of the fit, by more than a tenth of their range."""
         words = []
-        for name, value in figures(seen, frozen).items():
-            if name not in RANGES or name not in self.lowest:
-                continue
-            low, high = self.lowest[name], self.highest[name]
-            if not low - 0.1 * (high - low) <= value <= high + 0.1 * (high - low):
-                plain = name.removeprefix("log10 ")
-                here, least, most = (f"{10**v:,.0f}" if name != plain else f"{v:.2f}" for v in (value, low, high))
-                words.append(f"{plain} {here} lies outside the {least} to {most} that the choice was fitted on")
+        values = ranged(seen, figures(seen, frozen))
+        for name in self._beyond(seen, frozen):
+            plain = name.removeprefix("log10 ")
+            here, least, most = (
+                f"{10**v:,.0f}" if name != plain else f"{v:.2f}" for v in (values[name], self.lowest[name], self.highest[name])
+            )
+            words.append(f"{plain} {here} lies outside the {least} to {most} that the choice was fitted on")
+        if seen.head_similarity is None and self.data:
+            words.append("without a source head the head similarity is unknown, and the choice was fitted on networks that have one")
         return tuple(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -290,6 +349,7 @@ NEUTRAL = Outlook(
     settled_offset=0.0,
     heads=dict.fromkeys(HEADS, (0.0, 0.0, 0.05)),
     lag=((0.5, 0.5), (0.2, 0.3), (0.0, 0.05)),
+    prior={},
     lowest={},
     highest={},
     rows=0,
@@ -372,6 +432,7 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
         offset=offset,
         settled_slant=settled_slant,
         settled_offset=settled_offset,
+        prior=_prior(model, rows, tolerance),
         heads=fit_heads(rows),
         lag=_lag(rows),
     )
@@ -417,6 +478,7 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
     names = list(figures(rows[0].evidence, rows[0].frozen))
     x = np.array([[figures(r.evidence, r.frozen)[k] for k in names] for r in rows])
     y = np.array([r.shift for r in rows])
+    classes = [math.log10(max(r.evidence.classes, 1)) for r in rows]
     middle = np.median(y)
     reach = max(3 * 1.4826 * float(np.median(np.abs(y - middle))), 0.1)
     y = y.clip(middle - reach, middle + reach)
@@ -447,11 +509,29 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
         settled_offset=0.0,
         heads=NEUTRAL.heads,
         lag=NEUTRAL.lag,
-        lowest=_named(names, x.min(0)),
-        highest=_named(names, x.max(0)),
+        prior=NEUTRAL.prior,
+        lowest=_named(names, x.min(0)) | {"log10 classes": round(min(classes), 4)},
+        highest=_named(names, x.max(0)) | {"log10 classes": round(max(classes), 4)},
         rows=len(rows),
         data=sorted({r.data for r in rows}),
     )
+
+
+def _prior(model: Outlook, rows: Sequence[Observed], tolerance: float) -> dict[str, float]:
+    """Return a logistic regression of `fine-tuning won more than the tolerance` on PRIOR, data sets counting alike; more images never lower it."""
+    from scipy.optimize import minimize
+
+    x = np.array([[(figures(r.evidence, 0.5)[k] - model.centre[k]) / model.spread[k] for k in PRIOR] for r in rows])
+    won = np.array([r.tuned_test - r.frozen_test > tolerance for r in rows])
+    weight = _alike(rows) * len(rows)
+
+    def loss(at: npt.NDArray[np.float64]) -> float:
+        odds = x @ at[:-1] + at[-1]
+        return float(weight @ np.logaddexp(0, np.where(won, -odds, odds)) + (at[:-1] ** 2).sum() / 2)
+
+    bounds = [(0.0 if name in GROWING else None, None) for name in PRIOR] + [(None, None)]
+    found = minimize(loss, np.zeros(len(PRIOR) + 1), bounds=bounds).x
+    return _named([*PRIOR, "intercept"], found)
 
 
 def _alike(rows: Sequence[Observed]) -> npt.NDArray[np.float64]:

@@ -1,12 +1,14 @@
 """Statistics of the profile: exact leave-one-out ridge probes, head similarity, intervals, and who was right as packed bits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 PENALTIES = tuple(10.0**e for e in range(-5, 2))
 
@@ -33,40 +35,68 @@ class Fit:
 
 
 def leave_one_out(kernel: Matrix, targets: Matrix, penalties: Sequence[float] = PENALTIES, features: Matrix | None = None) -> Fit:
-    """Ridge regression on a kernel of centred features, every image predicted from all the others, exactly and from one decomposition.
+    """Ridge regression on a kernel of centred features, every image predicted from all the others, exactly and without fitting it again.
 
-    With X X' = U diag(s) U', f = s / (s + lambda m), h_i = sum_j U_ij^2 f_j + 1/m and fitted values y: y_i(left out) = (y_i - h_i Y_i) /
-    (1 - h_i) (the usual leave-one-out identity of linear smoothers). The penalty is the one with the smallest left-out squared error.
+    With fitted values y and their leverages h (the diagonal of the smoother): y_i(left out) = (y_i - h_i Y_i) / (1 - h_i), the usual identity
+    of linear smoothers. Many penalties share one decomposition: with X X' = U diag(s) U' and f = s / (s + lambda m), h_i = sum_j U_ij^2 f_j +
+    1/m. One or two are cheaper by a Cholesky solution each. The penalty is the one with the smallest left-out squared error.
 
     Args:
         kernel: X X', (m, m), of features centred over these m images.
         targets: (m, K).
         features: X, where it is at hand: with fewer columns than rows it is cheaper to decompose.
     """
-    m = len(kernel)
-    if features is not None and features.shape[1] < m:
-        values, right = np.linalg.eigh(features.T @ features)
-        kept = values > values.max(initial=0) * 1e-12
-        values = values[kept]
-        vectors = features @ (right[:, kept] / np.sqrt(values))
-    else:
-        values, vectors = np.linalg.eigh(kernel)
-        values = values.clip(min=0)
     mean = targets.mean(0)
-    rotated = vectors.T @ (targets - mean)
+    y = torch.from_numpy(targets - mean)
+    k = torch.from_numpy(np.asarray(kernel, dtype=np.float64))
+    x = None if features is None or features.shape[1] >= len(kernel) else torch.from_numpy(np.asarray(features, dtype=np.float64))
+    smooth = _by_decomposition(k, x, y) if len(penalties) > 2 else _by_cholesky(k, x, y)
     best: Fit | None = None
     least = math.inf
     for penalty in penalties:
-        shrink = values / (values + penalty * m)
-        leverage = ((vectors**2) @ shrink + 1 / m).clip(max=1 - 1e-9)[:, None]
-        fitted = vectors @ (shrink[:, None] * rotated) + mean
-        left_out = (fitted - leverage * targets) / (1 - leverage)
+        fitted, leverage = smooth(penalty * len(kernel))
+        leverage = (leverage + 1 / len(kernel)).clamp(max=1 - 1e-9)[:, None]
+        left_out = ((fitted + torch.from_numpy(mean) - leverage * torch.from_numpy(targets)) / (1 - leverage)).numpy()
         error = float(((left_out - targets) ** 2).mean())
         if error < least:
             least = error
             best = Fit(left_out, penalty)
     assert best is not None
     return best
+
+
+def _by_decomposition(kernel: Tensor, features: Tensor | None, targets: Tensor) -> Callable[[float], tuple[Tensor, Tensor]]:
+    """Return what gives fitted values and leverages at a ridge, from one decomposition."""
+    if features is not None:
+        values, right = torch.linalg.eigh(features.T @ features)
+        kept = values > values.max() * 1e-12
+        values = values[kept]
+        vectors = features @ (right[:, kept] / values.sqrt())
+    else:
+        values, vectors = torch.linalg.eigh(kernel)
+        values = values.clamp(min=0)
+    rotated, squares = vectors.T @ targets, vectors**2
+
+    def at(ridge: float) -> tuple[Tensor, Tensor]:
+        shrink = values / (values + ridge)
+        return vectors @ (shrink[:, None] * rotated), squares @ shrink
+
+    return at
+
+
+def _by_cholesky(kernel: Tensor, features: Tensor | None, targets: Tensor) -> Callable[[float], tuple[Tensor, Tensor]]:
+    """Return the same by a factorisation for each ridge: K (K + r)^-1 = 1 - r (K + r)^-1, or by the columns where they are fewer."""
+    inner = kernel if features is None else features.T @ features
+
+    def at(ridge: float) -> tuple[Tensor, Tensor]:
+        factor = torch.linalg.cholesky(inner + ridge * torch.eye(len(inner), dtype=inner.dtype))
+        if features is None:
+            inverse = torch.cholesky_inverse(factor)
+            return targets - ridge * (inverse @ targets), 1 - ridge * inverse.diagonal()
+        half = torch.linalg.solve_triangular(factor, features.T, upper=False)
+        return half.T @ (half @ targets), (half**2).sum(0)
+
+    return at
 
 
 def guesses(scores: Matrix, targets: Matrix) -> npt.NDArray[np.int64]:

@@ -24,18 +24,20 @@ from tlpipeline.backbones import Backbone
 from tlpipeline.cache import Store
 from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
-from tlpipeline.features import Images, Reader, Reading, extract, in_batches, normalise, reading, scaling
+from tlpipeline.features import Images, Reader, Reading, Scaling, extract, in_batches, normalise, reading, scaling
 from tlpipeline.heads import IMBALANCE, solve_head
 from tlpipeline.params import ProfileParams
-from tlpipeline.probes import Bits, Fit, Matrix, guesses, head_similarity, leave_one_out, one_hot, pack, unpack, wilson
+from tlpipeline.probes import PENALTIES, Bits, Fit, Matrix, guesses, head_similarity, leave_one_out, one_hot, pack, unpack, wilson
 from tlpipeline.progress import Event, Progress
 from tlpipeline.shift import BATCH, FIRST_IMAGES, BatchNormShift, Reference, TapShift, Watcher, random_reference, sequential, tap_shift
 from tlpipeline.tangent import BUCKETS, Sketcher, tangent_kernel
 
 HELD_OUT = 512
-FEW_CLASSES = 50
+EACH_CLASS = 8  # images of a class that a probe wants
 HUNGER_DRAWS = 3
 TANGENT_IMAGES = 512
+SOLVERS = 0.3  # of the operations of the passes, which the solvers may cost when the sample grows
+CONFIRMED_ON = 1024  # images of the sample that a head is solved on to confirm a slice
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Head:
     Attributes:
         taps: what it reads, deepest first.
         accuracy, low, high, correct: leave-one-out on the sample, as in Probe, for all its taps together.
-        held_out, held_out_correct: of the head itself, solved on the sample, on the half of validation that may select; judging is left to
-            the other half.
+        held_out: accuracy of the head itself, solved on the sample, on the half of validation that may select (judging is left to the other
+            half); None where it was not asked or there are no such images.
     """
 
     taps: tuple[str, ...]
@@ -91,8 +93,7 @@ class Head:
     low: float
     high: float
     correct: str
-    held_out: float
-    held_out_correct: str
+    held_out: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,12 @@ class Tangent:
     Attributes:
         images: how many.
         accuracy, error: leave-one-out accuracy and mean squared error of ridge on the tangent kernel.
-        both, both_error: of the tangent kernel and the multi-tap features together.
         frozen, frozen_error: of the multi-tap features alone.
     """
 
     images: int
     accuracy: float
     error: float
-    both: float
-    both_error: float
     frozen: float
     frozen_error: float
 
@@ -126,6 +124,7 @@ class Profile:
         images, classes: of the training side; majority: share of its largest class; smallest, largest: images of a class.
         validation: images of the half of the validation side that judges.
         sampled, held_out: images that were looked at: for the probes, and apart from them (the half of validation that selects).
+        probed: classes in the sample.
         head_similarity: S, the share of the labels' entropy that the source head's classes explain (cross-fitted LEEP); None without head.
         hunger: (images, leave-one-out accuracy) of the multi-tap head on a quarter, half and all of the sample, three draws each.
         taps: first to last.
@@ -149,6 +148,7 @@ class Profile:
     validation: int
     sampled: int
     held_out: int
+    probed: int
     head_similarity: float | None
     hunger: tuple[tuple[int, float], ...]
     taps: tuple[Probe, ...]
@@ -252,14 +252,14 @@ def measure(
     sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift)
     aside = sample([r for r in manifest.used(VAL) if dataset.selects(r)], HELD_OUT, params.seed)
     counts = Counter(r.label for r in rows)
-    wanted = params.images
+    wanted = min(max(params.images, EACH_CLASS * len(counts)), params.images_max)
+    penalties: dict[tuple[int, ...], float] = {}
     while True:
         drawn = sample(rows, wanted, params.seed)
-        there = {r.label for r in drawn}
-        held = [r for r in aside if r.label in there] or drawn[:1]
         read = sight.features(drawn)
         indices = np.array([labels[r.label] for r in drawn])
-        kernels = _kernels(sight.readings, read, indices, sight.features(held), np.array([labels[r.label] for r in held]))
+        kernels = _kernels(sight.readings, read, indices, penalties)
+        progress(Event("profile", len(drawn), len(drawn), f"probes of {len(drawn)} images at {len(sight.taps)} taps"))
         profile = Profile(
             backbone=backbone.name,
             weights=backbone.fingerprint,
@@ -272,15 +272,25 @@ def measure(
             largest=max(counts.values()),
             validation=sum(not dataset.selects(r) for r in manifest.used(VAL)),
             sampled=len(drawn),
-            held_out=len(held),
+            held_out=0,
+            probed=len(set(indices.tolist())),
             head_similarity=(
                 head_similarity(read[len(sight.taps)].softmax(1).double().numpy(), indices) if backbone.source_classes else None
             ),
             **_probe(sight.taps, sight.readings, kernels, params.seed),
         )
-        wanted *= 2
-        if wanted > params.images_max or len(drawn) == len(rows) or not undecided(profile):
+        penalties = kernels.penalties
+        wanted = 2 * len(drawn)
+        more = wanted <= params.images_max and len(drawn) < len(rows)
+        if not more or solving(sight.readings, wanted, profile.classes) > SOLVERS * sight.passing(wanted, params.tangent):
             break
+        if not undecided(profile):
+            break
+    there = {r.label for r in drawn}
+    held = [r for r in aside if r.label in there]
+    if held and profile.cut is not None:
+        truth = np.array([labels[r.label] for r in held])
+        profile = kernels.confirm(profile, sight.features(held), truth, progress)
     if params.tangent:
         profile = replace(profile, tangent=sight.tangent(kernels, drawn, profile.multi.taps, params.seed))
     if sight.watched:
@@ -355,6 +365,10 @@ class _Sight:
         names = [t.name for t in self.taps]
         return kernels.tangent([names.index(tap) for tap in taps], gradients, at)
 
+    def passing(self, images: int, tangent: bool) -> float:
+        """Return the operations of the passes of a sample of so many images: a backward pass counts two."""
+        return self.taps[-1].forward_ops * (images + 3 * min(images, TANGENT_IMAGES) * tangent)
+
     def affinity(self, profile: Profile, drawn: Sequence[Row], labels: npt.NDArray[np.int64]) -> float:
         """Return the best skill of the pretrained probes minus that of the same network with random weights, the mean of two seeds.
 
@@ -366,7 +380,7 @@ class _Sight:
             trunk = self._cut(random_reference(self.backbone, first, seed), [r.tap for r in self.readings])
             images = Images(self.root, drawn, self.transforms)
             read = extract(trunk, [r.grids for r in self.readings], images, self.device, self._told("random features", len(drawn)))
-            kernels = _kernels(self.readings, read, labels, read, labels)
+            kernels = _kernels(self.readings, read, labels, {})
             reached.append(max(float(kernels.fit([i])[1].mean()) for i in range(len(self.readings))))
         return (profile.best.accuracy - float(np.mean(reached))) / (1 - min(profile.majority, 0.99))
 
@@ -377,7 +391,7 @@ class _Sight:
 def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
     """Draw rows, classes in proportion but each at least once, by a hash of seed and content: neither order nor names play a part.
 
-    With more classes than an eighth of the sample, 50 of them are drawn.
+    With more classes than an eighth of the sample, so many of them are drawn.
     """
 
     def rank(text: str) -> str:
@@ -386,8 +400,8 @@ def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda r: rank(r.md5)):
         groups.setdefault(row.label, []).append(row)
-    if len(groups) > max(wanted / 8, FEW_CLASSES):
-        kept = sorted(groups, key=lambda label: rank(groups[label][0].md5))[:FEW_CLASSES]
+    if len(groups) > max(wanted / EACH_CLASS, 1) and sum(len(g) for g in groups.values()) > wanted:
+        kept = sorted(groups, key=lambda label: rank(groups[label][0].md5))[: max(wanted // EACH_CLASS, 2)]
         groups = {label: groups[label] for label in kept}
     total = sum(len(g) for g in groups.values())
     if total <= wanted:
@@ -399,33 +413,77 @@ def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
     return sorted((r for label, g in groups.items() for r in g[: quota[label]]), key=lambda r: r.md5)
 
 
+def solving(readings: Sequence[Reading], images: int, classes: int) -> float:
+    """Return the operations of the solvers for a sample of so many images: inner products, probes, and the two heads that confirm a slice.
+
+    A probe costs two factorisations (after the first sample, which decides between all penalties), and there are four heads besides the taps;
+    a head takes about 100 walks through its features, each of two products.
+    """
+    widths = [sum(r.blocks) for r in readings]
+    products = sum(2 * images**2 * width for width in widths)
+    probes = sum(2 * images * min(images, width) ** 2 for width in [*widths, *4 * [images]])
+    heads = 2 * 100 * 4 * classes * max(widths) * min(images, CONFIRMED_ON)
+    return float(products + probes + heads)
+
+
 @dataclass(frozen=True)
 class _Kernels:
-    """Scaled features of the sample and of the held-out images at each tap, and inner products of the sample's."""
+    """Scaled features of the sample at each tap, and their inner products.
+
+    Args:
+        scales: of each tap, with the norm behind them; before: penalties of a smaller sample by taps, {} for the first; penalties: of this.
+    """
 
     read: Sequence[Matrix]
     own: Sequence[Matrix]
-    held: Sequence[Tensor]
+    scales: Sequence[tuple[Scaling, float]]
     blocks: Sequence[tuple[int, ...]]
     labels: npt.NDArray[np.int64]
-    held_labels: npt.NDArray[np.int64]
+    before: Mapping[tuple[int, ...], float]
+    penalties: dict[tuple[int, ...], float]
+
+    def tried(self, taps: Sequence[int]) -> tuple[float, ...]:
+        """Return the penalties worth trying: all at first, later what a smaller sample said, and less."""
+        if not self.before:
+            return PENALTIES
+        usual = self.before.get(tuple(taps), float(np.median(list(self.before.values()))))
+        return usual, usual / 10
 
     def fit(self, taps: Sequence[int]) -> tuple[Fit, Bits]:
         """Return the leave-one-out fit on these taps together, and who was right."""
-        together = np.concatenate([self.read[i] for i in taps], axis=1) / math.sqrt(len(taps))
-        fit = leave_one_out(_mean([self.own[i] for i in taps]), one_hot(self.labels), features=together)
+        together = None
+        if sum(self.read[i].shape[1] for i in taps) < len(self.labels):
+            together = np.concatenate([self.read[i] for i in taps], axis=1) / math.sqrt(len(taps))
+        fit = leave_one_out(_mean([self.own[i] for i in taps]), one_hot(self.labels), self.tried(taps), features=together)
+        self.penalties[tuple(taps)] = fit.penalty
         return fit, _right(fit, self.labels)
 
     def head(self, taps: Sequence[int], names: Sequence[str]) -> Head:
-        """Return the head on these taps: probed on the sample, and on the held-out images solved as in training."""
+        """Return the head on these taps, probed on the sample."""
         _, right = self.fit(taps)
-        classes = int(max(self.labels.max(), self.held_labels.max())) + 1
-        x = torch.cat([torch.from_numpy(self.read[i]).float() for i in taps], dim=1)
-        blocks = [block for i in taps for block in self.blocks[i]]
-        weight, bias, _ = solve_head(x, self.labels, blocks, classes, IMBALANCE, 0, tolerance=1e-4)
-        logits = torch.cat([self.held[i] for i in taps], dim=1) @ weight.T + bias
-        held = np.asarray(logits.argmax(1).numpy() == self.held_labels)
-        return Head(tuple(names), float(right.mean()), *wilson(int(right.sum()), len(right)), pack(right), float(held.mean()), pack(held))
+        return Head(tuple(names), float(right.mean()), *wilson(int(right.sum()), len(right)), pack(right))
+
+    def confirm(self, profile: Profile, features: Sequence[Tensor], labels: npt.NDArray[np.int64], progress: Progress) -> Profile:
+        """Return the profile with its cut and its last head solved as in training, and judged on held-out images.
+
+        Args:
+            features: of the held-out images at each tap.
+        """
+        names = [t.name for t in profile.taps]
+        classes = int(max(self.labels.max(), labels.max())) + 1
+        few = slice(0, CONFIRMED_ON)
+        reached = []
+        for number, head in enumerate((profile.last, profile.cut)):
+            assert head is not None
+            taps = [names.index(name) for name in head.taps]
+            x = torch.cat([torch.from_numpy(self.read[i][few]).float() for i in taps], dim=1)
+            blocks = [block for i in taps for block in self.blocks[i]]
+            weight, bias, _ = solve_head(x, self.labels[few], blocks, classes, IMBALANCE, 0, tolerance=1e-4)
+            held = torch.cat([(scale(features[i]) / norm).float() for i in taps for scale, norm in [self.scales[i]]], dim=1)
+            right = (held @ weight.T + bias).argmax(1).numpy() == labels
+            reached.append(replace(head, held_out=float(right.mean())))
+            progress(Event("profile", number + 1, 2, f"head on {' + '.join(head.taps)} held against {len(labels)} other images"))
+        return replace(profile, held_out=len(labels), last=reached[0], cut=reached[1])
 
     def tangent(self, taps: Sequence[int], gradients: Matrix, first: Sequence[int]) -> Tangent:
         """Return what the tangent kernel of some images of the sample reads, beside these taps on the same images."""
@@ -433,7 +491,7 @@ class _Kernels:
         frozen = _centred(_mean([self.own[i] for i in taps])[np.ix_(first, first)])
         frozen = frozen / (frozen.trace() / len(y) or 1.0)
         reached: list[float] = []
-        for kernel in (gradients, (gradients + frozen) / 2, frozen):
+        for kernel in (gradients, frozen):
             fit = leave_one_out(kernel, one_hot(y))
             reached += [float(_right(fit, y).mean()), float(((fit.scores - one_hot(y)) ** 2).mean())]
         return Tangent(len(y), *reached)
@@ -443,7 +501,7 @@ class _Kernels:
 
         A draw takes every k-th image of a shuffled class, so that its classes keep their proportions.
         """
-        kernel = _mean([self.own[i] for i in taps])
+        kernel, penalty = _mean([self.own[i] for i in taps]), self.penalties[tuple(taps)]
         m, rng = len(kernel), np.random.default_rng(seed)
         # Classes in the order in which they appear, which follows from the images: their names play no part.
         _, first, inverse = np.unique(self.labels, return_index=True, return_inverse=True)
@@ -458,7 +516,8 @@ class _Kernels:
                 drawn = np.sort(order[np.argsort(place[order], kind="stable")][::parts])
                 y = self.labels[drawn]
                 inside = _centred(kernel[np.ix_(drawn, drawn)])
-                reached.append(float(_right(leave_one_out(inside, one_hot(y)), y).mean()))
+                # Fewer images want the penalty of all of them, or a larger one.
+                reached.append(float(_right(leave_one_out(inside, one_hot(y), (penalty, 10 * penalty)), y).mean()))
             points.append((len(drawn), float(np.mean(reached))))
         return (*points, (m, whole))
 
@@ -476,21 +535,18 @@ def _mean(kernels: Sequence[Matrix]) -> Matrix:
 
 
 def _kernels(
-    readings: Sequence[Reading],
-    features: Sequence[Tensor],
-    labels: npt.NDArray[np.int64],
-    held_features: Sequence[Tensor],
-    held_labels: npt.NDArray[np.int64],
+    readings: Sequence[Reading], features: Sequence[Tensor], labels: npt.NDArray[np.int64], before: Mapping[tuple[int, ...], float]
 ) -> _Kernels:
-    scaled, own, held = [], [], []
-    for read, x, z in zip(readings, features, held_features, strict=False):
+    scaled, own, scales = [], [], []
+    for read, x in zip(readings, features, strict=False):
         scale = scaling(x, read.blocks)
-        a, b = scale(x).numpy(), scale(z).numpy()
+        a = scale(x).numpy()
         norm = math.sqrt((a**2).sum() / len(a)) or 1.0
-        scaled.append(a / norm)
-        own.append(scaled[-1] @ scaled[-1].T)
-        held.append(torch.from_numpy(b / norm).float())
-    return _Kernels(scaled, own, held, [r.blocks for r in readings], labels, held_labels)
+        a /= norm
+        scaled.append(a)
+        own.append(a @ a.T)
+        scales.append((scale, norm))
+    return _Kernels(scaled, own, scales, [r.blocks for r in readings], labels, before, {})
 
 
 def _probe(taps: Sequence[backbones.Tap], readings: Sequence[Reading], kernels: _Kernels, seed: int) -> dict[str, Any]:
@@ -551,7 +607,7 @@ class SliceTest:
         best_earlier: the earlier tap with the best probe; gain: its accuracy minus the last tap's (0 to 1).
         significance: family-wise p-value of `no earlier tap is better`.
         similar: the same of `no earlier tap is better by the asked gain`: P(similar).
-        confirmed: the head at `tap` is not worse than the last tap's on held-out images.
+        confirmed: there are held-out images, and the head at `tap` is not worse there than the last tap's.
     """
 
     tap: str | None
@@ -612,5 +668,6 @@ def slice_test(profile: Profile, gain: float, draws: int, seed: int = 0) -> Slic
         return float((1 + (largest >= observed).sum()) / (1 + draws))
 
     best = int(np.flatnonzero(gains == gains.max())[-1])
-    confirmed = profile.cut.held_out >= profile.last.held_out
+    cut, last = profile.cut.held_out, profile.last.held_out
+    confirmed = cut is not None and last is not None and cut >= last
     return SliceTest(profile.taps[at].name, profile.taps[best].name, float(gains[best]), chance(0.0), chance(gain), confirmed)
