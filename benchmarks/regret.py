@@ -11,8 +11,8 @@ brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for
     python benchmarks/regret.py report
 
 `profile` measures what the product would measure of each unit and trains the frozen heads; `collect` trains everything, arm by arm, small
-subsets first. Both run what has no row yet, so they can be interrupted at any moment. `fit` refits tlpipeline/outlook.json, `report` prints
-the figures and draws regret.svg.
+subsets first. Both run what has no row yet, so they can be interrupted at any moment, and sort the rows when they are through. `fit` refits
+tlpipeline/outlook.json, `report` prints the figures and draws regret.svg.
 With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
 """
 
@@ -360,6 +360,30 @@ def append(path: Path, columns: Sequence[str], row: dict[str, object]) -> None:
         writer.writerow(row)
 
 
+def tidy(results: Path) -> None:
+    """Put the rows into the order in which they are committed: images, seed, network, data set, then the arm."""
+    order = [*FROZEN, *TRAINED, "at"]
+    for name in (UNITS, ARMS):
+        rows = rows_of(results / name)
+        if not rows:
+            continue
+        taps = {(r["data"], r["backbone"], r["n"], r["seed"]): r["taps"].split() for r in rows_of(results / UNITS)}
+
+        def place(row: dict[str, str], taps: dict[tuple[str, ...], list[str]] = taps) -> tuple[object, ...]:
+            unit = (int(row["n"]), int(row["seed"]), row["backbone"], row["data"])
+            if "arm" not in row:
+                return unit
+            known = taps.get((row["data"], row["backbone"], row["n"], row["seed"]), [])
+            return *unit, order.index(row["arm"]), known.index(row["slice"]) if row["slice"] in known else 0
+
+        draft = results / f".{name}"
+        with draft.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(sorted(rows, key=place))
+        draft.replace(results / name)
+
+
 def collect(options: argparse.Namespace) -> None:
     """Run the arms that have no row yet, of the units that are profiled: the recipe follows from P(similar)."""
     found = folders(options.data, options.work)
@@ -397,8 +421,10 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     if options.verb == "collect":
         collect(options)
+        tidy(options.results)
     elif options.verb == "profile":
         profiles(options)
+        tidy(options.results)
     else:
         import replay
 

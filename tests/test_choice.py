@@ -191,18 +191,32 @@ def test_what_only_an_early_tap_reads_is_cut_there(known: dict[str, Profile]) ->
     assert decision.saved_ops > 0.4
 
 
+@pytest.mark.parametrize(("name", "case"), [("own", "small_similar"), ("rare", "small_similar"), ("early", "small_different")])
+def test_the_shipped_model_decides_known_sets_as_planted(known: dict[str, Profile], name: str, case: str) -> None:  # noqa: F811
+    assert choice.choose(known[name], RULE).case == case
+
+
 @pytest.mark.parametrize("name", ["shuffled", "nothing", "lopsided"])
-def test_where_there_is_no_signal_it_is_said_and_nothing_is_cut(known: dict[str, Profile], name: str) -> None:  # noqa: F811
-    decision = decide(known[name])
+@pytest.mark.parametrize("model", [FROZEN, TUNED, None], ids=["frozen", "tuned", "shipped"])
+def test_where_there_is_no_signal_it_is_said_and_the_cheapest_case_taken(
+    known: dict[str, Profile],  # noqa: F811
+    name: str,
+    model: Outlook | None,
+) -> None:
+    """Noise has headroom, too: a prediction that reads it as something to win must not decide."""
+    decision = decide(known[name], model=model or fitted())
     assert any(w.startswith("no signal") and "check the labels" in w for w in decision.warnings)
-    assert decision.slice == "fc2"
-    assert decision.case != "small_different"
+    assert (decision.case, decision.slice) == ("small_similar", "fc2")
+    judged = replace(known[name], validation=150)
+    assert decide(judged, model=model or fitted()).race_wanted
 
 
 def test_classes_as_many_as_images_are_said_to_be_too_many(known: dict[str, Profile]) -> None:  # noqa: F811
     decision = decide(known["many"])
     assert any(w.startswith("profile too weak: 40 classes in a sample of 60") for w in decision.warnings)
     assert any("training images per class, fewer than 5" in w for w in decision.warnings)
+    assert decision.case == "small_similar"
+    assert decision.race_wanted
 
 
 # --- what the user asks for -------------------------------------------------------------------------------------------------------------
@@ -294,13 +308,22 @@ def test_quick_never_wants_a_race_and_full_does() -> None:
 
 
 def test_beyond_what_was_fitted_a_race_is_wanted_and_the_figure_is_named() -> None:
-    sure = model(intercept=1.0, deviation=0.05)
-    narrow = replace(sure, lowest={**sure.lowest, "log10 images": 2.0}, highest={**sure.highest, "log10 images": 2.5})
+    sure = model(intercept=0.2, deviation=0.05)
+    narrow = replace(sure, lowest={**sure.lowest, "log10 images": 1.0}, highest={**sure.highest, "log10 images": 1.5})
     profile = planted([0.5, 0.6, 0.8])
     assert not decide(profile, model=sure).race_wanted
     decision = decide(profile, model=narrow)
     assert decision.race_wanted
     assert any(w.startswith("out of range: images 1,000 lies outside") for w in decision.warnings)
+
+
+def test_beyond_what_was_fitted_nothing_is_raced_where_nothing_can_be_won() -> None:
+    """Two classes are fewer than the rows of the fit had; a head that is never wrong needs no race all the same."""
+    wide = model(intercept=-0.1, deviation=0.3)
+    narrow = replace(wide, lowest={**wide.lowest, "log10 images": 1.0}, highest={**wide.highest, "log10 images": 1.5})
+    decision = decide(from_bits(np.ones((512, 3), dtype=bool)), model=narrow)
+    assert any(w.startswith("out of range") for w in decision.warnings)
+    assert not decision.race_wanted
 
 
 # --- the textbook -----------------------------------------------------------------------------------------------------------------------

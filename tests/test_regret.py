@@ -143,3 +143,13 @@ def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]
         if not name.startswith("product") and name != "oracle":
             assert mine.half.mean() < other.half.mean() or mine.cost.mean() < other.cost.mean(), name
             assert not (other.half.mean() <= mine.half.mean() and other.cost.mean() <= mine.cost.mean()), name
+
+
+def test_rows_are_committed_in_the_stated_order(tmp_path: Path) -> None:
+    for name in (regret.ARMS, regret.UNITS):
+        rows = regret.rows_of(regret.RESULTS / name)
+        for row in reversed(rows):
+            regret.append(tmp_path / name, list(row), row)  # type: ignore[arg-type]
+    regret.tidy(tmp_path)
+    for name in (regret.ARMS, regret.UNITS):
+        assert (tmp_path / name).read_bytes() == (regret.RESULTS / name).read_bytes()

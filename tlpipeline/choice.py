@@ -123,13 +123,16 @@ class Weighed:
     def unclear(self) -> bool:
         """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway.
 
-        Open: P(fine-tuning wins more than the tolerance) lies between the bounds, and what would be chosen may well lose more than that.
+        Open: what would be chosen is expected to lose more than the tolerance, and P(fine-tuning wins more than that) lies between the bounds,
+        or the data are unlike those of the fit; or nothing was read, or the labels are too few to read anything.
         """
         seen = self.prediction
         at_stake = (seen.tuned_regret if self.large else seen.frozen_regret) > self.tolerance
         between = at_stake and self.rule.race_above < 1 - seen.within < self.rule.race_below
+        doubted = self.model.gains(self.evidence, self.frozen, size=True) * (-1 if self.large else 1)
+        unlike = bool(seen.outside) and float(doubted.clip(min=0).mean()) > self.tolerance
         weak = bool(weak_labels(self.evidence)) or not has_signal(self.evidence)
-        return self.rule.effort == "full" or between or bool(seen.outside) or weak
+        return self.rule.effort == "full" or between or unlike or weak
 
     @property
     def no_race(self) -> str:

@@ -264,9 +264,14 @@ class Outlook:
                 out[name] = max(low - value, value - high) / width
         return out
 
-    def unexplained(self, seen: Evidence, frozen: float) -> float:
-        """Return the deviation of the shift (log odds): more where the network or the labels are unlike what the fit has seen."""
-        far = min(sum(ranges for name, ranges in self._beyond(seen, frozen).items() if name not in GROWING), FARTHEST)
+    def unexplained(self, seen: Evidence, frozen: float, size: bool = False) -> float:
+        """Return the deviation of the shift (log odds): more where the network or the labels are unlike what the fit has seen.
+
+        Args:
+            size: whether the number of images counts as well. It does where doubt itself is asked for; in a prediction it would make more
+                images speak against fine-tuning.
+        """
+        far = min(sum(ranges for name, ranges in self._beyond(seen, frozen).items() if size or name not in GROWING), FARTHEST)
         return math.hypot(self.deviation, UNKNOWN * far)
 
     def shift(self, seen: Evidence, frozen: float) -> float:
@@ -274,10 +279,10 @@ class Outlook:
         x = self._within_range(seen, figures(seen, frozen))
         return self.intercept + sum(self.coefficients[k] * (x[k] - self.centre[k]) / self.spread[k] for k in self.coefficients)
 
-    def gains(self, seen: Evidence, frozen: float) -> Matrix:
-        """Return equally likely gains of fine-tuning against the frozen head, as shares: (DRAWS,)."""
+    def gains(self, seen: Evidence, frozen: float, size: bool = False) -> Matrix:
+        """Return equally likely gains of fine-tuning against the frozen head, as shares: (DRAWS,). `size` as in `unexplained`."""
         base = log_odds(frozen, seen.sampled)
-        return np.asarray(_share(base + self.shift(seen, frozen) + self.unexplained(seen, frozen) * QUANTILES) - _share(base))
+        return np.asarray(_share(base + self.shift(seen, frozen) + self.unexplained(seen, frozen, size) * QUANTILES) - _share(base))
 
     def predict(self, seen: Evidence, frozen: float, tolerance: float) -> Prediction:
         """Predict.
