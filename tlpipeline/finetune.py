@@ -218,8 +218,9 @@ class Fit:
         sides, world = self.sides, self.world
         mine = [sides.val[i] for i in shard(len(sides.val), world.rank, world.size)]
         size, short = sides.transforms.resize, statistics.median(min(row.width, row.height) for row in sides.train)
-        # As large as crops of the training size need, but no larger than the images are.
-        side = max(size, min(math.ceil(size / math.sqrt(self.recipe.crop)), 32 * math.ceil(short / 32)))
+        # Twice as large as crops of the training size need, so that what is seen in training is as sharp as in validation (docs/log.md), but no
+        # larger than the images are.
+        side = max(size, min(math.ceil(2 * size / math.sqrt(self.recipe.crop)), 32 * math.ceil(short / 32)))
         room = self.job.cache_bytes if self.store.folder else IN_MEMORY_BYTES
         train, val = squeezed(self.store, sides.root, side), prepared(self.store, sides.root, sides.transforms)
         if epochs > 1 and 3 * (len(sides.train) * side**2 + len(sides.val) * sides.transforms.size**2) <= room:
