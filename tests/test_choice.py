@@ -216,7 +216,7 @@ def test_classes_as_many_as_images_are_said_to_be_too_many(known: dict[str, Prof
     assert any(w.startswith("profile too weak: 40 classes in a sample of 60") for w in decision.warnings)
     assert any("training images per class, fewer than 5" in w for w in decision.warnings)
     assert decision.case == "small_similar"
-    assert decision.race_wanted
+    assert decide(replace(known["many"], validation=20)).race_wanted
 
 
 # --- what the user asks for -------------------------------------------------------------------------------------------------------------
@@ -460,8 +460,10 @@ def test_too_few_labels_are_raced_where_they_can_be() -> None:
     profile = replace(planted([0.5, 0.6, 0.8]), classes=300)
     assert not decide(planted([0.5, 0.6, 0.8]), model=settled).race_wanted
     assert decide(profile, model=settled).race_wanted
-    assert decide(replace(profile, validation=2), model=settled).race_wanted
-    assert not decide(replace(profile, validation=1), model=settled).race_wanted
+    assert decide(replace(profile, validation=20), model=settled).race_wanted
+    few = decide(replace(profile, validation=19), model=settled)
+    assert not few.race_wanted
+    assert any(w.startswith("no race: 19 validation images are left to judge it, and it takes 20") for w in few.warnings)
 
 
 @pytest.mark.parametrize("case", PLANTED)

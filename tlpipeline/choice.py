@@ -25,7 +25,7 @@ TEXTBOOK = "textbook"
 LOOKS = 3
 SPENT = (1 / 6, 1 / 3, 1 / 2)  # shares of choose.alpha that the looks of a race may spend
 LEAST_PER_CLASS = 5
-LEAST_JUDGES = 2
+LEAST_JUDGES, FEW_JUDGES = 2, 20  # of a race that is asked for, and of one because labels are few
 SIGNAL = 0.3  # log odds by which the tangent probe must beat heads that read nothing to count as something read
 
 
@@ -119,18 +119,24 @@ class Weighed:
         low, high = (self.gains[order][min(int(np.searchsorted(chances, q)), len(order) - 1)] for q in (0.1, 0.9))
         return float(high - low)
 
+    def stake(self, gains: Matrix) -> float:
+        """Return what knowing fine-tuning's gain beforehand would be worth, as a share: the expected loss of the better of the two choices.
+
+        A choice loses what the gain lies on its wrong side of the tolerance, which is the price at which fine-tuning is worth having.
+        """
+        beyond = gains - self.tolerance
+        return float(min(beyond.clip(min=0).mean(), (-beyond).clip(min=0).mean()))
+
     @property
     def unclear(self) -> bool:
         """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway.
 
-        Open: what would be chosen is expected to lose more than the tolerance, and P(fine-tuning wins more than that) lies between the bounds,
-        or the data are unlike those of the fit; or nothing was read, or the labels are too few to read anything.
+        Open: not knowing costs more than the tolerance, and P(fine-tuning wins more than that) lies between the bounds, or the data are unlike
+        those of the fit; or nothing was read, or the labels are too few to read anything.
         """
         seen = self.prediction
-        at_stake = (seen.tuned_regret if self.large else seen.frozen_regret) > self.tolerance
-        between = at_stake and self.rule.race_above < 1 - seen.within < self.rule.race_below
-        doubted = self.model.gains(self.evidence, self.frozen, size=True) * (-1 if self.large else 1)
-        unlike = bool(seen.outside) and float(doubted.clip(min=0).mean()) > self.tolerance
+        between = self.stake(self.gains) > self.tolerance and self.rule.race_above < 1 - seen.within < self.rule.race_below
+        unlike = bool(seen.outside) and self.stake(self.model.gains(self.evidence, self.frozen, size=True)) > self.tolerance
         weak = bool(weak_labels(self.evidence)) or not has_signal(self.evidence)
         return self.rule.effort == "full" or between or unlike or weak
 
@@ -144,22 +150,22 @@ class Weighed:
         if self.rule.effort == "quick":
             return "choose.effort is quick"
         if not self.unclear:
-            seen = self.prediction
             return (
-                f"the prediction is clear: P(fine-tuning wins more than the tolerance) is {1 - seen.within:.2f}, and what is chosen is expected "
-                f"to lose {100 * (seen.tuned_regret if self.large else seen.frozen_regret):.1f} points"
+                f"the prediction is clear: P(fine-tuning wins more than the tolerance) is {1 - self.prediction.within:.2f}, and knowing it "
+                f"would be worth {100 * self.stake(self.gains):.1f} points"
             )
         return self.too_few_to_race
 
     @property
     def too_few_to_race(self) -> str:
         """That there are too few images to judge a race, "" if there are enough."""
-        # Who asks for a race gets one, and where the probes are too weak to decide even a few judges tell more.
-        asked = self.rule.effort == "full" or bool(weak_labels(self.evidence))
-        if self.evidence.validation >= (LEAST_JUDGES if asked else self.rule.race_images):
+        # Who asks for a race gets one, and where the probes are too weak to decide fewer judges than else tell more.
+        asked, weak = self.rule.effort == "full", bool(weak_labels(self.evidence))
+        least = LEAST_JUDGES if asked else min(FEW_JUDGES, self.rule.race_images) if weak else self.rule.race_images
+        if self.evidence.validation >= least:
             return ""
-        if asked:
-            return f"{self.evidence.validation} validation images are left to judge it, and it takes {LEAST_JUDGES}"
+        if asked or weak:
+            return f"{self.evidence.validation} validation images are left to judge it, and it takes {least}"
         return (
             f"{self.evidence.validation} validation images are left to judge it, and fewer than {self.rule.race_images} "
             "(choose.race_images) tell less than the prediction, which decides"
