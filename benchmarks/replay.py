@@ -141,7 +141,7 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     """Choose as the product does: the profile, the prediction, and where it is open the race."""
     weighed = choice.Weighed(one.evidence, rule, model)
     frozen = HEADS[weighed.head]
-    before, within = float(one.looked), model.settled(weighed.width())
+    before, within = float(one.looked), model.settled(one.evidence)
     if weighed.no_race:
         arm = "tuned" if weighed.large else frozen
         return Chosen(arm, before + one.cost(arm), one.profiled + one.seconds(arm), within)
@@ -154,7 +154,6 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
         bits = [unpack(text, images)[one.judges] for text in (one.arms[frozen]["bits"], row["looks"].split()[part])]
         seen = choice.look(weighed, part, epoch, epochs, *bits)
         winner, _ = choice.verdict(weighed, part, seen)
-        within = model.settled(weighed.width(seen))
         if winner == "tuned":
             return Chosen("tuned", before + one.cost("tuned"), spent + one.seconds("tuned"), within, raced=True)
         if winner == "frozen":

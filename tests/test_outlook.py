@@ -489,3 +489,18 @@ def test_the_middle_half_of_the_draws_is_that_of_a_normal_distribution_and_the_t
     assert np.quantile(outlook.QUANTILES, (0.25, 0.75)) == pytest.approx(norm.ppf((0.25, 0.75)), abs=0.01)
     assert pytest.approx(t.ppf(place, 4) * norm.ppf(0.75) / t.ppf(0.75, 4), abs=1e-4) == outlook.QUANTILES
     assert outlook.QUANTILES[-1] > 1.5 * norm.ppf(place[-1])
+
+
+def test_with_more_images_the_choice_is_likelier_to_have_been_right() -> None:
+    """With few images the best arm is that of the draw; what is chosen on left-out sets says how often."""
+    rng = np.random.default_rng(3)
+
+    def drawn(rows: list[Observed]) -> list[Observed]:
+        lucky = [rng.normal(0, 0.5 / math.sqrt(r.evidence.images)) for r in rows]
+        return [replace(r, best_test=max(r.best_test, r.frozen_test + abs(luck))) for r, luck in zip(rows, lucky, strict=True)]
+
+    found = fit(drawn(observed(headroom)), penalty=0.1, tolerance=0.005)
+    told = [found.settled(replace(SEEN, images=n)) for n in (50, 500, 5000, 50_000)]
+    assert told == sorted(told)
+    assert told[-1] > told[0] + 0.1
+    assert fitted().settled(replace(SEEN, images=4000)) >= fitted().settled(replace(SEEN, images=100))

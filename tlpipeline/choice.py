@@ -109,16 +109,6 @@ class Weighed:
         weights = np.exp(odds - odds.max())
         return np.asarray(weights / weights.sum())
 
-    def width(self, last: Look | None = None) -> float:
-        """Return the width of the central 80 % interval of fine-tuning's gain, after a look of the race where there was one."""
-        if last is None:
-            return self.prediction.high - self.prediction.low
-        part = min(sum(epoch < last.epoch for epoch in look_epochs(last.epochs)) + LOOKS - len(look_epochs(last.epochs)), LOOKS - 1)
-        order = np.argsort(self.gains)
-        chances = self.posterior(part, last.tuned - last.frozen, last.error)[order].cumsum()
-        low, high = (self.gains[order][min(int(np.searchsorted(chances, q)), len(order) - 1)] for q in (0.1, 0.9))
-        return float(high - low)
-
     def stake(self, gains: Matrix) -> float:
         """Return what knowing fine-tuning's gain beforehand would be worth, as a share: the expected loss of the better of the two choices.
 
@@ -393,7 +383,7 @@ def _standing(profile: Profile, weighed: Weighed, race: Race | None, head: str, 
         lost = np.maximum(gains, 0.0) + weighed.frozen - own
         return round(float(lost.clip(min=0).mean()), 4), round(float((lost <= tolerance).mean()), 4)
     told = seen if last is None else last
-    return round(told.frozen_regret if head else told.tuned_regret, 4), round(weighed.model.settled(weighed.width(last)), 4)
+    return round(told.frozen_regret if head else told.tuned_regret, 4), round(weighed.model.settled(weighed.evidence), 4)
 
 
 def _reason(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None) -> str:

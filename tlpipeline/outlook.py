@@ -197,8 +197,7 @@ class Outlook:
         centre, spread, coefficients: of each figure; intercept.
         deviation: standard deviation of what the figures leave unexplained, on data sets that the fit has not seen (log odds).
         slant, offset: calibration of the probability: log odds of `within` are slant * raw + offset (Platt 1999).
-        settled_slant, settled_offset: log odds that what is chosen is within the tolerance of the best of all arms, by the width of the
-            predicted interval of the gain.
+        settled_slant, settled_offset: log odds that what is chosen is within the tolerance of the best of all arms, by log10 images.
         heads: what frozen heads win against each other (see head_gain): (at S = 0, slope by S, spread), as shares.
         lag: for each look of a race how far what it sees is behind the end, and the spread of that, as shares of the frozen head's errors.
         prior: coefficients (on standardised figures) and intercept of the log odds that fine-tuning wins more than the tolerance, from what
@@ -307,15 +306,13 @@ class Outlook:
             outside=self.outside(seen, frozen),
         )
 
-    def settled(self, width: float) -> float:
+    def settled(self, seen: Evidence) -> float:
         """Return P(what is chosen is not worse than the best of all arms by more than the tolerance).
 
-        Measured on left-out data sets, the width of the interval of the gain tells this; what the prediction says of the two arms does not.
-
-        Args:
-            width: of the central 80 % interval of fine-tuning's gain, as a share.
+        Measured on left-out data sets, the number of images tells this: with few of them the best arm is that of the draw. Neither what the
+        prediction says of the two arms nor the width of its interval adds to that (docs/log.md).
         """
-        return float(_share(self.settled_slant * 10 * width + self.settled_offset))
+        return float(_share(self.settled_slant * math.log10(max(seen.images, 1)) + self.settled_offset))
 
     def outside(self, seen: Evidence, frozen: float) -> tuple[str, ...]:
         """Say which figures lie outside the rows of the fit, by more than a tenth of their range."""
@@ -426,17 +423,19 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
         raw.append(log_odds(seen.within, DRAWS))
         truth.append(row.tuned_test - row.frozen_test <= tolerance)
         tuned = seen.gain > tolerance
-        settled.append(10 * (seen.high - seen.low))
+        settled.append(math.log10(max(row.evidence.images, 1)))
         good.append((row.tuned_test if tuned else row.frozen_test) >= row.best_test - tolerance)
     slant, offset = _platt(np.array(raw), np.array(truth))
-    widths = np.array(settled)
-    settled_slant, settled_offset = _platt(widths, np.array(good), 0.0, (5 * float(widths.var()), 0.01))
+    sizes = np.array(settled)
+    settled_slant, settled_offset = _platt(sizes - sizes.mean(), np.array(good), 0.0, (5 * float(sizes.var()), 0.01))
+    settled_slant = max(settled_slant, 0.0)
+    settled_offset -= settled_slant * float(sizes.mean())
     return replace(
         model,
         slant=slant,
         offset=offset,
         settled_slant=settled_slant,
-        settled_offset=settled_offset,
+        settled_offset=round(settled_offset, 4),
         prior=_prior(model, rows, tolerance),
         heads=fit_heads(rows),
         lag=_lag(rows),
