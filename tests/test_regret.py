@@ -134,7 +134,20 @@ def test_the_choice_loses_less_and_costs_less_than_always_fine_tuning(found: dic
     mine, always = found["product (auto)"], found["always LP-FT"]
     assert mine.half.mean() < always.half.mean()
     assert mine.half.mean() <= 0.5
+    assert np.quantile(mine.half, 0.9) <= 2
     assert mine.cost.mean() <= 0.60
+
+
+def test_the_probability_of_having_chosen_well_says_more_than_a_base_rate(
+    units: list[replay.Measured], found: dict[str, replay.Figures]
+) -> None:
+    assert replay.brier_skill(units, found["product (auto)"])[1] > 0
+
+
+def test_a_forecast_that_knows_has_skill_and_one_that_errs_has_none(units: list[replay.Measured], found: dict[str, replay.Figures]) -> None:
+    mine = found["product (auto)"]
+    assert replay.brier_skill(units, replace(mine, within=mine.good.astype(float)))[1] == 1
+    assert replay.brier_skill(units, replace(mine, within=1 - mine.good.astype(float)))[1] < 0
 
 
 def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]) -> None:

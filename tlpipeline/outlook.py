@@ -154,7 +154,6 @@ def figures(seen: Evidence, frozen: float) -> dict[str, float]:
         "log odds of the frozen head": log_odds(frozen, seen.sampled),
         "head similarity": seen.head_similarity or 0.0,
         "slope": 10 * seen.slope,
-        "gain of earlier taps": 10 * max(seen.gain, 0.0),
         "gain of the tangent probe": seen.tangent_gain,
         "error of the tangent probe": seen.tangent_error,
     }
