@@ -337,6 +337,17 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last_one(t
     assert done == ["value", "value", "kept is old", "new is kept"]
 
 
+def test_no_worker_goes_on_before_all_have_looked_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one might write its own, and a slower one take it for a run to go on with, and wait where nobody comes."""
+    world, waits = Alone(tmp_path), []
+    world.size = 2
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: waits.append("all"))
+    with world.restore() as folder:
+        assert folder is None
+        waits.append("read")
+    assert waits == ["read", "all"]
+
+
 def test_early_stopping_goes_on_counting_where_it_was_interrupted(job: Callable[..., Job], tmp_path: Path) -> None:
     # A rate that changes nothing: the first epoch is the best, and two more without a better one end it.
     decision = decided(CASES[2], rate_none=1e-12, patience=2)
@@ -354,7 +365,7 @@ def test_early_stopping_goes_on_counting_where_it_was_interrupted(job: Callable[
 
 # --- workers --------------------------------------------------------------------------------------------------------------------------
 
-# Neither 2 nor 3 divides the images of either side; of the last batch of 13 the first of two workers gets seven, the first of three five.
+# Neither 2 nor 3 divides the images of either side. Of a batch of 9 the first of two workers gets five; the last batch has seven.
 COUNTS = {"train": (21, 20, 20), "val": (5, 4, 4), "test": (2, 2, 2)}
 NORMED = (Reading("layer1.2", 16, (1, 2)),)
 RUNS = ("1", "2", "3", "2 resumed")
@@ -367,8 +378,8 @@ def residual(case: Case) -> Decision:
 
 
 def without_dropout(**recipe: Any) -> Decision:
-    """Dropout draws differ between workers by design: a decision to fine-tune a network that has none."""
-    return replace(decided(CASES[2], **recipe), slice="conv3", readings=(Reading("conv3", 128, (1, 2)),))
+    """A decision to fine-tune all of a network, whatever its head alone is worth; without dropout, whose draws differ between workers."""
+    return replace(decided(CASES[2], rate_none=0.05, **recipe), slice="conv3", readings=(Reading("conv3", 128, (1, 2)),), init="plain")
 
 
 @dataclass(frozen=True)
@@ -382,7 +393,7 @@ class Worlds:
         plain = {
             "workspace": str(self.place), "images": str(self.images), "manifest": str(self.place / "manifest.parquet"), "backbone": "demonstration",
             "weights": "DEFAULT", "weights_md5": "none", "decision": json.loads(json.dumps(decision.to_json())), "seed": 0, "epochs": 2,
-            "batch_size": 16, "flip": False, "precision": "float32", "history": str(self.place / f"{name}.jsonl"),
+            "batch_size": 9, "flip": False, "precision": "float32", "history": str(self.place / f"{name}.jsonl"),
         }  # fmt: skip
         return Job(**{**plain, **changes})
 
@@ -427,13 +438,13 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
         "averaged": made.job(averaged, "averaged", **net),
         "few": made.job(without_dropout(batch=2), "few", batch_size="auto", epochs=1),
     }
-    part = {"checkpoint_images": 32}  # two batches
+    part = {"checkpoint_images": 32}  # three of seven batches
     items: dict[int, list[tuple[str, str, dict[str, int]]]] = {
         1: [("frozen", "", {}), ("cut", "", {}), ("tuned", "", {})],
         2: [(name, "", part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged")]
         # After the head; in the middle of the second epoch.
         + [(name, " resumed", {"crash": 1} if first else {}) for name in ("frozen", "cut") for first in (True, False)]
-        + [("averaged", " resumed", {**part, "crash": 4}), ("averaged", " resumed", part)],
+        + [("averaged", " resumed", {**part, "crash": 5}), ("averaged", " resumed", part)],
         3: [(name, "", {}) for name in ("frozen", "cut", "tuned", "few")],
     }
     for name, _, _ in items.pop(1):
@@ -509,25 +520,25 @@ def test_every_image_of_validation_is_counted_once_and_answered_alike_on_any_num
     for line in together:
         assert line["accuracy"] == unpack(line["correct"], count).mean()
     assert any(line["accuracy"] < 1 for line in together)  # else nothing could differ
-    assert [h["log_loss"] for h in together] == pytest.approx([h["log_loss"] for h in alone], abs=2e-3)
+    assert [h["log_loss"] for h in together] == pytest.approx([h["log_loss"] for h in alone], abs=1e-5)
 
 
 @pytest.mark.parametrize("run", RUNS[1:3])
 def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_batch(run: str, worlds: Worlds) -> None:
-    assert len(worlds.side("train")) % 16 == 13
+    assert len(worlds.side("train")) % 9 == 7
     alone, together = worlds.lines("tuned 1"), worlds.lines(f"tuned {run}")
     losses = [h["loss"] for h in alone if h["arm"] == "fine-tune"]
     assert len(losses) == 2
     assert losses[1] < losses[0]
-    # Sums in another order differ in the last bits; two epochs let them grow to about 1e-4.
-    assert [h["loss"] for h in together] == pytest.approx([h["loss"] for h in alone], abs=2e-3)
+    # Sums in another order differ in the last bits: 3e-8 here. A mean of means, which weighs uneven shares alike, is off by 1e-4.
+    assert [h["loss"] for h in together] == pytest.approx([h["loss"] for h in alone], abs=1e-5)
     single = worlds.weights("tuned 1")
     for key, value in worlds.weights(f"tuned {run}").items():
-        assert torch.allclose(value, single[key], atol=5e-3), key
+        assert torch.allclose(value, single[key], atol=1e-5), key
 
 
 def test_parts_of_a_batch_make_the_step_of_the_whole_in_a_group(worlds: Worlds) -> None:
-    """Only the last part of a batch may be summed over the workers; three parts of the shares 7 and 6 are uneven, too."""
+    """The last part of a batch must be summed over the workers; three parts of the shares 5 and 4 are uneven, too."""
     whole, parts = worlds.weights("tuned 2"), worlds.weights("parts 2")
     assert all(torch.allclose(value, whole[key], atol=1e-5) for key, value in parts.items())
     assert [h["loss"] for h in worlds.lines("parts 2")] == pytest.approx([h["loss"] for h in worlds.lines("tuned 2")], abs=1e-5)

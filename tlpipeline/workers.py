@@ -15,7 +15,7 @@ from tlpipeline.files import whole
 
 
 class World(Protocol):
-    """Who trains together, and where checkpoints go. `report` and `gather` must be called by all workers alike."""
+    """Who trains together, and where checkpoints go. `report` and `restore` must be called by all workers alike."""
 
     rank: int
     size: int
@@ -63,6 +63,9 @@ class Alone:
         """Give the kept checkpoint."""
         # Killed between the two renames, the newest complete one is called old.
         yield next((path for name in ("kept", "old") if (path := self.folder / name).is_dir()), None)
+        # Nobody goes on before all have looked: a first checkpoint that is already there would be taken for one to go on from.
+        if self.size > 1:
+            torch.distributed.barrier()
 
 
 def _copied(source: str, target: str) -> None:
