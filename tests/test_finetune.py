@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,17 @@ import torch
 from test_train import decided, history, trained
 from torch import nn
 
-from tlpipeline import backbones, finetune
+from tlpipeline import backbones, cache, dataset, finetune
 from tlpipeline.augment import mix, rand_augment
+from tlpipeline.backbones import Transforms
+from tlpipeline.cache import Store
 from tlpipeline.cases import CASES, Decision, Recipe, override
-from tlpipeline.checkpoint import State
+from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ParamsError, TrainingError
-from tlpipeline.finetune import Fit
-from tlpipeline.job import Job
+from tlpipeline.features import Images, Reading
+from tlpipeline.finetune import Deadline, Fit, Sides
+from tlpipeline.job import Job, Teller
 from tlpipeline.optimise import Average, flat, optimiser, shares, unflat
 from tlpipeline.workers import Alone
 
@@ -158,6 +162,73 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(job: Make, tmp_path: Path) 
     assert same(whole, parts, atol=1e-5)
 
 
+def a_fit(net: nn.Module, made: Job, labels: list[int], place: Path, workers: int = 1, rank: int = 0) -> Fit:
+    """A fit of this network on images that have these labels; none of them is looked at."""
+    rows = [Row(str(i), f"{i:032x}", "", "", 8, 8, "RGB", "") for i in range(len(labels))]
+    world, transforms = Alone(place), Transforms(8, 8, (0.5,) * 3, (0.2,) * 3, "bilinear")
+    world.size, world.rank = workers, rank
+    sides = Sides(place, rows, rows[:2], np.array(labels), np.array(labels[:2]), transforms)
+    recipe = Decision.from_json(made.decision).recipe
+    tell = Teller(place / "told", 0)
+    return Fit(net, sides, recipe, made, world, Checkpoints(world, place, net), tell, "none", Store(), Deadline(0, world, 0))
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+PIXELS = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("recipe", [{"imbalance": 2.0}, {"imbalance": 100.0}, {"imbalance": 2.0, "balance": "none"}])
+def test_where_classes_are_uneven_they_weigh_alike_in_the_gradient(recipe: dict[str, Any], job: Make, tmp_path: Path) -> None:
+    labels = [0, 0, 0, 0, 0, 1, 1, 2]
+    net = linear()
+    fit = a_fit(net, job(decided(TUNED, **recipe)), labels, tmp_path)
+    images = Images(tmp_path, fit.sides.train, fit.sides.transforms)
+    fit._parts(net, list(range(8)), PIXELS, images, 8, 1, 0)
+    found = net[1].weight.grad
+    weights = torch.tensor([8 / (3 * 5), 8 / (3 * 2), 8 / 3]) if recipe == {"imbalance": 2.0} else torch.ones(3)
+    net.zero_grad()
+    logits = net(finetune.normalise(PIXELS, fit.sides.transforms))
+    (nn.functional.cross_entropy(logits, torch.tensor(labels), weight=weights, reduction="sum") / 8).backward()
+    assert torch.allclose(found, net[1].weight.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 9])
+def test_uneven_shares_of_a_batch_are_taken_in_equally_many_parts(accumulate: int, job: Make, tmp_path: Path) -> None:
+    """Where BatchNorm is synchronised in every part, a worker with one part more would wait for ever."""
+    seen = []
+    for rank, share in ((0, 3), (1, 2)):
+        net = linear()
+        fit = a_fit(net, job(decided(TUNED, accumulate=accumulate)), [0, 1, 2, 0, 1], tmp_path, workers=2, rank=rank)
+        images = Images(tmp_path, fit.sides.train, fit.sides.transforms)
+        steps: list[int] = []
+        net.register_forward_hook(lambda _, given, out, steps=steps: steps.append(len(out)))
+        fit._step(net, list(range(share)), PIXELS[:share], images, 5, State(arm="fine-tune"))
+        assert sum(steps) == share
+        seen.append(len(steps))
+    assert seen == [min(accumulate, 2)] * 2
+
+
+def test_the_room_for_decoded_images_changes_no_bit_of_what_is_trained(make_images: Callable[..., Path], job: Make, tmp_path: Path) -> None:
+    """The images are larger than the crops' side, so that a crop of the file would be another one."""
+    folder = make_images(classes=3, each=14, name="large", size=96)
+    manifest = dataset.ingest(folder, {}, lambda done, total: None)
+    dataset.write_manifest(manifest, tmp_path / "large.parquet", tmp_path / "large.csv")
+    found, decoded = [], []
+    for name, room in {"none": 0.0, "some": 1e9, "memory": 0.0}.items():
+        place = "" if name == "memory" else str(tmp_path / f"cache-{name}")
+        made = job(decided(TUNED), images=str(folder), manifest=str(tmp_path / "large.parquet"), epochs=2, cache=place, cache_bytes=room)
+        found.append(trained(made, tmp_path / name))
+        decoded.append(any("decoded" in kept.label or "prepared" in kept.label for kept in cache.info(Path(place))) if place else None)
+        assert history(tmp_path / name) == history(tmp_path / "none")
+    assert decoded == [False, True, None]
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+
+
 def test_the_balanced_sampler_draws_classes_alike(job: Make) -> None:
     labels = np.array([0] * 90 + [1] * 10)
     fit = Fit.__new__(Fit)
@@ -193,6 +264,42 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate(job: Make, tmp_path: P
     assert all(v.isfinite().all() for v in weights.values())
     assert [h["epoch"] for h in history(tmp_path / "run") if h["arm"] == "fine-tune"] == [1, 2, 3]
     assert "diverged: back to epoch 1 with half the rate" in (tmp_path / "run.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("at", "given_up"), [({6, 9}, False), ({6, 9, 12}, True)])
+def test_the_rate_is_halved_twice_and_no_more(
+    at: set[int], given_up: bool, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exploding(monkeypatch, at)
+    if given_up:
+        with pytest.raises(TrainingError, match=r"in epoch 2, at a quarter of the rate"):
+            trained(job(decided(TUNED)), tmp_path / "run")
+    else:
+        weights = trained(job(decided(TUNED)), tmp_path / "run")
+        assert finished(tmp_path / "run")["slower"] == 2
+        assert [h["epoch"] for h in history(tmp_path / "run") if h["arm"] == "fine-tune"] == [1, 2, 3]
+        assert all(v.isfinite().all() for v in weights.values())
+
+
+def test_early_stopping_goes_back_to_the_weights_of_the_best_epoch(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.5, 0.9, 0.6, 0.9, 0.7])
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    validated, write = finetune.validated, Checkpoints.write
+
+    def scripted(*given: Any) -> tuple[float, float, str]:
+        return next(accuracies), 1.0, validated(*given)[2]
+
+    def keep(self: Checkpoints, state: State, *rest: Any) -> None:
+        write(self, state, *rest)
+        seen[state.epoch] = self.current
+
+    monkeypatch.setattr(finetune, "validated", scripted)
+    monkeypatch.setattr(Checkpoints, "write", keep)
+    weights = trained(job(replace(decided(TUNED, patience=2), init="plain"), epochs=9), tmp_path / "run")
+    assert max(seen) == 4  # as good again is not better
+    assert same(weights, seen[2])
+    assert not any(same(weights, seen[epoch]) for epoch in (1, 3, 4))
+    assert finished(tmp_path / "run")["best_epoch"] == 2
 
 
 def test_a_run_that_goes_on_diverging_is_given_up_with_the_way_out(
@@ -296,6 +403,40 @@ def test_a_long_epoch_is_kept_in_parts_and_gone_on_with(
         assert (folder / "state.json").exists()
     assert same(trained(job(decision, epochs=2), tmp_path / "run"), wanted)
     assert history(tmp_path / "run") == history(tmp_path / "calm")
+
+
+# --- compiled networks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_network_takes_the_same_steps_and_is_kept_as_the_plain_one(
+    job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the compiler's last part, which needs a minute of g++: what is traced is what is trained."""
+    compiled: list[nn.Module] = []
+    plain = torch.compile
+
+    def traced(network: nn.Module) -> Any:
+        compiled.append(network)
+        return plain(network, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    quiet = replace(decided(TUNED), slice="conv1", readings=(Reading("conv1", 32, (1, 2)),))
+    weights = [
+        trained(job(replace(quiet, recipe=replace(quiet.recipe, compile=on)), epochs=1, batch_size=100), tmp_path / str(on))
+        for on in (False, True)
+    ]
+    assert len(compiled) == 1
+    assert same(*weights, atol=1e-5)
+
+
+@pytest.mark.skipif("TLPIPELINE_SLOW" not in os.environ, reason="a minute of g++: set TLPIPELINE_SLOW=1")
+def test_a_network_that_the_compiler_has_translated_trains(job: Make, tmp_path: Path) -> None:
+    quiet = replace(decided(TUNED), slice="conv1", readings=(Reading("conv1", 32, (1, 2)),))
+    weights = [
+        trained(job(replace(quiet, recipe=replace(quiet.recipe, compile=on)), epochs=1, batch_size=100), tmp_path / str(on))
+        for on in (False, True)
+    ]
+    assert same(*weights, atol=1e-4)
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------------------------
