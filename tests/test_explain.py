@@ -174,7 +174,7 @@ def test_reason_changes_losses_and_probabilities_are_those_of_the_decision() -> 
     table = explain.markdown(made, profile())
     for name, chance in made.probabilities.items():
         assert f"| {name} | {chance:.2f} |" in table
-    bars = [line.count("█") for line in table.splitlines() if "`█" in line or ("·`" in line and "├" not in line)]
+    bars = [line.count("#") for line in table.splitlines() if re.search(r"`[#.]+`", line)]
     assert bars == [round(chance * 40) for chance in made.probabilities.values()]
 
 
@@ -324,7 +324,7 @@ def test_the_tables_of_the_markdown_are_well_formed() -> None:
     hostile = profile(("a|b", "c*d", "e`f", "<g>", "h"))
     made = replace(decision(), slice="e`f", readings=(hostile.taps[2].reading,))
     for words in (explain.markdown(made, hostile), explain.markdown(raced(), profile())):
-        tables = re.findall(r"(?:^\|.*\|\n)+", words, re.M)
+        tables = re.findall(r"(?:^\|.*\|\n)+", re.sub(r"```.*?```", "", words, flags=re.S), re.M)
         assert len(tables) in (3, 4)
         for table in tables:
             header, rule, *rows = table.splitlines()
@@ -337,30 +337,79 @@ def test_the_tables_of_the_markdown_are_well_formed() -> None:
     assert "&lt;g>" in explain.markdown(made, hostile)
 
 
+def test_what_is_drawn_in_the_markdown_is_as_wide_in_every_fixed_width_font() -> None:
+    words = explain.markdown(decision(), profile())
+    block = words.split("```")[1].splitlines()
+    frame = [line for line in block if line[:1] in ("+", "|")]
+    assert (len(frame), len({len(line) for line in frame})) == (11, 1)
+    assert sum("o" in re.sub(r"\w{2,}", "", line) for line in frame) == 1
+    for drawn in [*frame, *re.findall(r"`([^`]*)`", words.replace("```", ""))]:
+        assert drawn.isascii(), drawn
+    assert re.search(r"\| conv3 \| 93\.0% \| `\.*\[-*o-*\]\.*` \| read \|", words)
+    assert re.search(r"\| probe \| \d+% to \d+% \|", words)
+
+
 # --- plots ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_for_plots() -> None:
     rows = explain.plane_rows(decision())
-    assert rows[-1] == {"large": 0.17, "similar": 0.09, "name": "this data set"}
+    assert rows[-1] == {"large": 0.17, "similar": 0.09, "name": "this data set", "what": "data set"}
     assert {r["name"]: (r["large"], r["similar"]) for r in rows[:-1]} == {
         c.name: (float(c.size == "large"), float(c.likeness == "similar")) for c in CASES
     }
+    assert [r["name"] for r in rows if r["what"] == "chosen case"] == ["small_different"]
+    assert [r["what"] for r in rows].count("case") == 3
     probes = explain.probe_rows(profile(), decision())
     assert [(r["tap"], r["use"]) for r in probes] == [
         ("conv1", "kept"), ("conv2", "read"), ("conv3", "read"), ("fc1", "cut off"), ("fc2", "cut off"),
     ]  # fmt: skip
     assert probes[2] == {"tap": "conv3", "accuracy": 0.93, "low": 0.93 - 0.03, "high": 0.93 + 0.02, "use": "read"}
+    cases = explain.case_rows(decision())
+    assert {r["case"]: r["probability"] for r in cases} == decision().probabilities
+    assert [r["case"] for r in cases if r["chosen"] == "yes"] == ["small_different"]
 
 
-def test_dvc_draws_the_plane_and_the_probes_by_columns_that_are_written() -> None:
-    stages = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
-    (plot,) = stages["choose"]["plots"]
-    assert {plot["plots/plane.csv"][axis] for axis in "xy"} <= set(explain.plane_rows(decision())[0])
-    assert plot["plots/plane.csv"]["template"] == "scatter"
-    (plot,) = stages["profile"]["plots"]
-    # A curve over names is no curve: DVC's line templates draw nothing for them.
-    assert plot["plots/probe.csv"]["template"] == "bar_horizontal"
+def fields(template: object) -> set[str]:
+    """The names that a Vega-Lite template reads from the rows; those that it makes itself left out."""
+    read, made = set[str](), {"rev"}
+
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            made.update([node["as"]] if isinstance(node.get("as"), str) else [])
+            read.update([node["field"]] if isinstance(node.get("field"), str) else [])
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+        elif isinstance(node, str):
+            read.update(re.findall(r"datum\.(\w+)", node), re.findall(r"datum\['([^']+)'\]", node))
+
+    walk(template)
+    return read - made
+
+
+@pytest.mark.parametrize("name", ["plane", "probe", "cases"])
+def test_dvc_draws_the_decision_by_columns_that_are_written(name: str) -> None:
+    pipeline = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+    (plot,) = [p[f"plots/{name}.csv"] for p in pipeline["choose"]["plots"] if f"plots/{name}.csv" in p]
+    assert plot["template"] == name
+    rows = {
+        "plane": explain.plane_rows(decision()),
+        "probe": [{"layer": ""} | row for row in explain.probe_rows(profile(), decision())],
+        "cases": explain.case_rows(decision()),
+    }[name]
+    template = (report.TEMPLATE / f"{name}.json").read_text()
+    assert (REPOSITORY / ".dvc" / "plots" / f"{name}.json").read_text() == template, "the root is a workspace, too"
+    assert "<DVC_METRIC_DATA>" in template
+    filled = template.replace("<DVC_METRIC_X>", plot["x"]).replace("<DVC_METRIC_Y>", plot["y"])
+    found = fields(json.loads(filled))
+    assert {plot["x"], plot["y"]} <= found <= set(rows[0])
+    # What the template asks for by its words is what is written.
+    for column, word in re.findall(r"datum\.(\w+) [!=]= '([^']+)'", filled):
+        assert word in {row[column] for row in rows}
+    assert {row["use"] for row in rows if "use" in row} <= set(re.findall(r'"(read|kept|cut off)"', template))
 
 
 # --- the command, the artifact, the page ----------------------------------------------------------------------------------------------
@@ -433,6 +482,15 @@ def test_mistakes_of_the_command_are_one_sentence_with_a_way_out(
         assert "as this version writes them, found others" in refused("-w", tmp_path)
     put(tmp_path, replace(decision(), slice="layer4"), profile())
     assert "found one that keeps it up to layer4, which it does not have" in refused("-w", tmp_path)
+
+
+def test_the_evaluation_in_markdown_is_a_table_whatever_the_classes_are_called(tmp_path: Path) -> None:
+    figures = {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95, "images": 5, "balanced_accuracy": 0.9, "macro_f1": 0.9}
+    (tmp_path / "metrics.json").write_text(json.dumps({**figures, "calibration_error": 0.1}))
+    classes = {"a|b": {"images": 5, "precision": 1.0, "recall": 0.9}, "none": {"images": 0, "precision": 0.0, "recall": 0.0}}
+    (tmp_path / "classes.json").write_text(json.dumps(classes))
+    *_, first, second = acts.evaluation_markdown(tmp_path).splitlines()
+    assert (first, second) == (r"| a\|b | 5 | 1.000 | 0.900 |", "| none | 0 | not evaluated |  |")
 
 
 @pytest.mark.parametrize("made", [decision(), raced(), replace(decision(), large=0.62, changes=())], ids=["cut", "raced", "off the plane"])

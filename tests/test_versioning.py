@@ -25,7 +25,7 @@ from tlpipeline.progress import silent
 CHEAP = {"profile.images": "16", "profile.images_max": "16", "choose.draws": "100", "train.epochs": "1", "cluster.workers": "0"}
 OUTPUTS = [
     stages.MANIFEST, stages.QUARANTINE, stages.PROFILE, stages.PROBE, stages.CASE, stages.MODEL, stages.HISTORY, stages.METRICS,
-    stages.CLASSES, stages.PREDICTIONS, stages.CONFUSION, stages.RACE, stages.PLANE,
+    stages.CLASSES, stages.PREDICTIONS, stages.CONFUSION, stages.RACE, stages.PLANE, stages.CASES,
 ]  # fmt: skip
 
 

@@ -23,8 +23,9 @@ TEMPLATE = Path(__file__).with_name("template")
 REPORT = "report.html"
 TRACKED = (
     "dvc.lock", "dvc.yaml", stages.PARAMS, stages.SPLITS, stages.QUARANTINE, stages.PROFILE, stages.CASE, stages.METRICS, stages.CLASSES,
-    registry.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore",
+    registry.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
+PLOTS = ("plane.json", "probe.json", "cases.json")  # how `dvc plots show` draws the decision
 
 
 # --- a new workspace ------------------------------------------------------------------------------------------------------------------
@@ -102,6 +103,9 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
     else:
         _set(root, "backbone", "weights", weights)
     versioning.create(root, remote or str(root / ".dvc-remote"))
+    (root / ".dvc" / "plots").mkdir(exist_ok=True)
+    for name in PLOTS:
+        shutil.copy(TEMPLATE / name, root / ".dvc" / "plots" / name)
     tracked = [*TRACKED, "prefect.yaml"]
     if isinstance(weights, Path):
         versioning.add(root, f"weights/{weights.name}")
@@ -417,15 +421,19 @@ def decision_markdown(root: Path) -> str:
 
 def evaluation_markdown(root: Path) -> str:
     """Return the evaluation for people, as markdown."""
+    from tlpipeline import explain
+
     metrics = stages.read_metrics(root)
     lines = [
         f"**accuracy {metrics['accuracy']:.1%}** ({metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}, {metrics['images']} test images), "
         f"balanced {metrics['balanced_accuracy']:.1%}, macro F1 {metrics['macro_f1']:.3f}, calibration error {metrics['calibration_error']:.3f}",
         "",
         "| class | images | precision | recall |",
-        "|---|---|---|---|",
+        "|---|---:|---:|---:|",
     ]
-    lines += [f"| {label} | {c['images']} | {c['precision']:.3f} | {c['recall']:.3f} |" for label, c in metrics["classes"].items()]
+    for label, c in metrics["classes"].items():
+        figures = f"{c['precision']:.3f} | {c['recall']:.3f}" if c["images"] else "not evaluated | "
+        lines += [f"| {explain.cell(label)} | {c['images']} | {figures} |"]
     return "\n".join(lines)
 
 

@@ -17,6 +17,10 @@ from tlpipeline.profiling import Profile
 ARMS = {"frozen": "frozen", "cut": "cut", "multi": "multi-tap", "tuned": "fine-tuned"}
 LEAST, MOST, MARKDOWN = 40, 110, 76  # columns; longer lines are hard to read
 _HALF = 4  # lines of half the plane
+_SAFE = str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*", "\n": " "})
+# Prefect's fixed-width font, and others, has no drawing characters: what replaces them has another width.
+_PLAIN = str.maketrans("┌┬┐├┼┤└┴┘─│●█·╌", "+++++++++-|o#.-")
+_PLAIN_CELL = _PLAIN | str.maketrans("├┤", "[]")
 
 
 @dataclass(frozen=True)
@@ -84,27 +88,48 @@ def text(decision: Decision, profile: Profile, width: int, colour: bool = False)
 
 def markdown(decision: Decision, profile: Profile) -> str:
     """Return the explanation as GitHub-flavoured markdown."""
-    safe = str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*", "\n": " "})
     lines: list[str] = []
     for section in sections(decision, profile, MARKDOWN):
         lines += [f"{'###' if lines else '##'} {section.title}", ""]
         for part in section.parts:
             if isinstance(part, Table):
-                rows = [[f"`{w}`" if part.drawn and w and i == 3 else w.translate(safe) for i, w in enumerate(row)] for row in part.rows]
+                rows = [
+                    [f"`{w.translate(_PLAIN_CELL)}`" if part.drawn and w and i == 3 else cell(w) for i, w in enumerate(row)]
+                    for row in part.rows
+                ]
+                header = [(" to " if part.drawn and i == 3 else " ").join(w.split()) for i, w in enumerate(part.header)]
                 rule = ["---:" if i in part.numbers else "---" for i in range(len(part.header))]
-                lines += [f"| {' | '.join(row)} |" for row in ([" ".join(w.split()) for w in part.header], rule, *rows)]
+                lines += [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
             elif isinstance(part, Lines):
-                lines += ["```text", *part.lines, "```"] if part.drawn else [f"- {line}" for line in part.lines]
+                lines += ["```text", *(w.translate(_PLAIN) for w in part.lines), "```"] if part.drawn else [f"- {w}" for w in part.lines]
             else:
                 lines += [part]
             lines += [""]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def cell(words: str) -> str:
+    """Return words for a cell of a markdown table."""
+    return words.translate(_SAFE)
+
+
 def plane_rows(decision: Decision) -> list[dict[str, Any]]:
     """Return the points of the plane: the four cases in its corners, and this data set by its two probabilities."""
-    corners = [{"large": float(c.size == LARGE), "similar": float(c.likeness == SIMILAR), "name": c.name} for c in CASES]
-    return [*corners, {"large": decision.large, "similar": decision.similar, "name": "this data set"}]
+    corners = [
+        {
+            "large": float(c.size == LARGE),
+            "similar": float(c.likeness == SIMILAR),
+            "name": c.name,
+            "what": f"{'chosen ' * (c.name == decision.case)}case",
+        }
+        for c in CASES
+    ]
+    return [*corners, {"large": decision.large, "similar": decision.similar, "name": "this data set", "what": "data set"}]
+
+
+def case_rows(decision: Decision) -> list[dict[str, Any]]:
+    """Return the probability of each case, and which one was chosen."""
+    return [{"case": c, "probability": p, "chosen": "yes" if c == decision.case else "no"} for c, p in decision.probabilities.items()]
 
 
 def probe_rows(profile: Profile, decision: Decision) -> list[dict[str, Any]]:

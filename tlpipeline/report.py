@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,7 @@ def card(version: str, facts: Mapping[str, Any]) -> str:
 
 def _environment() -> Any:
     import jinja2
+    from markupsafe import Markup, escape
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE),
@@ -161,5 +163,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = lambda words: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(words))))
+    environment.filters["cell"] = explain.cell
     environment.filters["percent"] = lambda value, digits=1: f"{value * 100:.{digits}f} %"
     return environment

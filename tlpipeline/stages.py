@@ -26,8 +26,9 @@ from tlpipeline.progress import Event, Progress
 PARAMS = "params.yaml"
 SPLITS = "splits.csv"
 MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
-PROFILE, PROBE = "profile.json", "plots/probe.csv"
-CASE, RACE, PLANE = "case.json", "race", "plots/plane.csv"
+PROFILE = "profile.json"
+CASE, RACE = "case.json", "race"
+PLANE, PROBE, CASES = "plots/plane.csv", "plots/probe.csv", "plots/cases.csv"
 MODEL, HISTORY = "model", "plots/history.csv"
 METRICS, CLASSES = "metrics.json", "classes.json"
 PREDICTIONS, CONFUSION = "predictions.parquet", "plots/confusion.csv"
@@ -99,7 +100,7 @@ def ingest(root: Path, progress: Progress) -> None:
 
 
 def profile(root: Path, progress: Progress) -> None:
-    """Measure the data set on a bounded sample: profile.json, and the probe curve."""
+    """Measure the data set on a bounded sample: profile.json."""
     from tlpipeline import choice, dataset, profiling, shift
 
     params = params_of(root)
@@ -118,30 +119,24 @@ def profile(root: Path, progress: Progress) -> None:
         found = profiling.measure(
             backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, _device(params), reference, kept
         )
-    with _output(root, PROFILE, PROBE) as (written, curve):
+    with _output(root, PROFILE) as (written,):
         written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
-        _write_csv(
-            curve,
-            # The first column numbers the taps: DVC's plots sort them by name.
-            ["layer", "tap", "accuracy", "low", "high", "balanced", "gain", "gain_error"],
-            [
-                [f"{i:02d} {t.name}", t.name, t.accuracy, t.low, t.high, t.balanced, t.gain, t.gain_error]
-                for i, t in enumerate(found.taps, 1)
-            ],
-        )
 
 
 def choose(root: Path, progress: Progress) -> None:
-    """Decide the case: case.json, its plane, and in race/ what was trained to decide it, for the train stage to go on with."""
+    """Decide the case: case.json and its plots, and in race/ what was trained to decide it, for the train stage to go on with."""
     from tlpipeline import cases, choice, explain, profiling, race
 
     params = params_of(root)
     found = profiling.Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
     decision = choice.choose(found, params.choose)
-    with _output(root, CASE, RACE, PLANE) as (written, raced, plane):
+    if decision.race_wanted and "init" in params.train.override:
+        decision = dataclasses.replace(
+            decision, race_wanted=False, no_race="train.override.init starts from other weights than the prediction knows"
+        )
+    with _output(root, CASE, RACE, PLANE, PROBE, CASES) as (written, raced, *plots):
         raced.mkdir()
-        # Whoever starts from other weights compares something else than what the prediction knows.
-        if decision.race_wanted and "init" not in params.train.override:
+        if decision.race_wanted:
             runs = (root / RUNS).resolve()
             name = _code_key(versioning.stage_key(root, "choose"), params)
 
@@ -153,8 +148,10 @@ def choose(root: Path, progress: Progress) -> None:
                 decision = race.run(found, choice.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
         progress(Event("choose", 1, 1, decision.reason))
         written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
-        points = explain.plane_rows(decision)
-        _write_csv(plane, list(points[0]), [list(point.values()) for point in points])
+        # DVC's plots sort the taps by name: their numbers go first.
+        taps = [{"layer": f"{i:02d} {row['tap']}"} | row for i, row in enumerate(explain.probe_rows(found, decision), 1)]
+        for plot, rows in zip(plots, (explain.plane_rows(decision), taps, explain.case_rows(decision)), strict=True):
+            _write_csv(plot, list(rows[0]), [list(row.values()) for row in rows])
 
 
 def train(root: Path, progress: Progress) -> None:
