@@ -1,5 +1,6 @@
 """The tasks of the pipeline. Called directly, never submitted: training must run in the main thread, where it can be interrupted."""
 
+import time
 from contextvars import ContextVar
 from pathlib import Path
 from uuid import UUID
@@ -13,31 +14,48 @@ from tlpipeline.progress import Event, Progress, silent
 
 # Whoever starts a flow in this process may listen: the command line sets its progress bar here.
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
+SECONDS = 1.0  # between two updates of a progress artifact
 
 
 class _Bar:
-    """A progress artifact in the Prefect UI that follows the events of a stage, made by the first and updated when its percentage moves."""
+    """A progress artifact in the Prefect UI that follows the events of a stage, made by the first and updated once a second at most."""
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.id: UUID | None = None
-        self.told = listener.get()  # events come from another thread, which has a context of its own
-        self.shown = -1
+        self.told = listener.get()
+        self.shown: tuple[int, str] = (-1, "")
+        self.wanted = self.shown
+        self.next = 0.0
 
     def __call__(self, event: Event) -> None:
         self.told(event)
-        if self.id is not None or event.done < event.total:  # what is done at once needs no bar
-            self.show(int(100 * event.done / event.total) if event.total else 0, event.text)
+        self.wanted = (int(100 * event.done / event.total) if event.total else 0, event.text)
+        if self.id is None and event.done >= event.total:
+            return  # what is done at once is shown when it has ended
+        if time.monotonic() >= self.next:  # each update is a request, which an image should not wait for
+            self.show(*self.wanted)
 
     def show(self, percent: int, text: str) -> None:
         """Set the bar."""
-        if percent == self.shown:
-            return
-        self.shown = percent
         if self.id is None:
             self.id = create_progress_artifact(progress=float(percent), key=self.key, description=text)
-        else:
+        elif (percent, text) != self.shown:
             update_progress_artifact(self.id, progress=float(percent), description=text)
+        self.shown = (percent, text)
+        self.next = time.monotonic() + SECONDS
+
+    def end(self, ran: bool) -> None:
+        """Fill the bar: a stage may end before its count does, or without a word where a race has done its work."""
+        self.show(100, (self.wanted[1] or "done") if ran else "up to date")
+
+
+def _follow(workspace: Path, name: str, key: str) -> bool:
+    """Bring a stage up to date under a bar; return whether it ran."""
+    bar = _Bar(key)
+    ran = stages.bring_up_to_date(workspace, name, bar)
+    bar.end(ran)
+    return ran
 
 
 def _broken(task, run, state) -> bool:  # type: ignore[no-untyped-def]
@@ -59,13 +77,16 @@ def version(workspace: Path, images: Path | None) -> str:
 @task(task_run_name="{name}")
 def stage(workspace: Path, name: str) -> bool:
     """Bring a stage up to date; return whether it ran."""
-    return stages.bring_up_to_date(workspace, name, listener.get())
+    return _follow(workspace, name, name)
 
 
 @task(task_run_name="choose")
 def choose(workspace: Path) -> str:
     """Decide the case, by a race where the evidence leaves it open; return its name."""
-    stages.bring_up_to_date(workspace, "choose", _Bar("race"))
+    race = _Bar("race")
+    ran = stages.bring_up_to_date(workspace, "choose", race)
+    if race.id is not None:  # a decision without a race needs no bar
+        race.end(ran)
     create_markdown_artifact(acts.decision_markdown(workspace), key="decision", description="Which case, and why")
     return str(stages.read_case(workspace).case)
 
@@ -73,16 +94,13 @@ def choose(workspace: Path) -> str:
 @task(task_run_name="train-{case}")
 def train(workspace: Path, case: str) -> bool:
     """Train the case as one Ray Train job; return whether it had to."""
-    bar = _Bar("training")
-    ran = stages.bring_up_to_date(workspace, "train", bar)
-    bar.show(100, "trained" if ran else "up to date")
-    return ran
+    return _follow(workspace, "train", "training")
 
 
 @task(task_run_name="evaluate")
 def evaluate(workspace: Path) -> float:
     """Measure the model on the test side; return its accuracy."""
-    stages.bring_up_to_date(workspace, "evaluate", listener.get())
+    _follow(workspace, "evaluate", "evaluate")
     create_markdown_artifact(acts.evaluation_markdown(workspace), key="evaluation", description="Metrics on the held-out test side")
     return float(stages.read_json(workspace, stages.METRICS)["accuracy"])
 

@@ -1,5 +1,6 @@
 """The flow: its order, its names and artifacts in Prefect, what a second run, a forced case and a failed push do, and the report."""
 
+import csv
 import json
 import os
 import re
@@ -18,13 +19,14 @@ from uuid import UUID
 import pytest
 
 from tests.conftest import set_param
-from tlpipeline import acts, registry, stages, versioning
+from tlpipeline import acts, choice, profiling, registry, stages, versioning
 from tlpipeline.errors import DataError, WorkspaceError
-from tlpipeline.progress import silent
+from tlpipeline.progress import Event, silent
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 ORDER = ["version", "ingest", "profile", "choose", "train-small_similar", "evaluate", "gate", "register", "report"]
+BARS = ("ingest", "profile", "training", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,22 @@ def test_the_first_model_is_registered_on_the_commit_that_holds_it(first: Run) -
     assert git(first.workspace, "status", "--porcelain") == ""
 
 
-def test_decision_and_evaluation_are_artifacts_and_training_shows_its_progress(first: Run) -> None:
+def test_decision_and_evaluation_are_artifacts_and_the_stages_show_their_progress(first: Run) -> None:
     found = artifacts(first)
-    assert {key: a.type for key, a in found.items()} == {"decision": "markdown", "evaluation": "markdown", "training": "progress"}
+    assert {key: a.type for key, a in found.items()} == {
+        "decision": "markdown",
+        "evaluation": "markdown",
+        **dict.fromkeys(BARS, "progress"),
+    }
     case = stages.read_case(first.workspace)
     assert case.reason in found["decision"].data
     assert all(f"| {name} |" in found["decision"].data for name in case.probabilities)
     accuracy = stages.read_json(first.workspace, stages.METRICS)["accuracy"]
     assert f"accuracy {accuracy:.1%}" in found["evaluation"].data
     assert all(label in found["evaluation"].data for label in ("class0", "class1", "class2"))
-    assert float(found["training"].data) == 100
+    assert [float(found[key].data) for key in BARS] == [100] * len(BARS)
+    images = stages.read_json(first.workspace, stages.METRICS)["images"]
+    assert (found["ingest"].description, found["evaluate"].description) == ("72 of 72 files read", f"{images} of {images} test images")
 
 
 def test_after_a_flow_dvc_has_nothing_to_do(first: Run, tmp_path: Path) -> None:
@@ -177,8 +185,9 @@ def test_a_second_run_does_nothing(first: Run, second: Run) -> None:
     assert git(second.workspace, "tag") == "workspace@v0.1.0"
     assert git(second.workspace, "rev-parse", "HEAD") == git(first.workspace, "rev-parse", "HEAD")
     assert [r.name for r in task_runs(second)] == ORDER
-    progress = artifacts(second)["training"]
-    assert (float(progress.data), progress.description) == (100, "up to date")
+    for key in BARS:
+        progress = artifacts(second)[key]
+        assert (float(progress.data), progress.description) == (100, "up to date")
 
 
 def test_a_second_run_finds_deleted_outputs_again_without_running(first: Run, tmp_path: Path) -> None:
@@ -188,6 +197,35 @@ def test_a_second_run_finds_deleted_outputs_again_without_running(first: Run, tm
     again = retrain(workspace)
     assert {name: again.result.seconds[name] for name in stages.STAGES} == dict.fromkeys(stages.STAGES)
     assert (workspace / "model" / "weights.safetensors").exists()
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Return the lines of a CSV file by their header."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_dvc_shows_the_plane_the_probes_with_the_cut_and_the_probabilities(first: Run, tmp_path: Path) -> None:
+    workspace = copy(first.workspace, tmp_path / "workspace")
+    set_param(workspace, "choose.slice", "conv2")
+    assert stages.bring_up_to_date(workspace, "choose", silent)
+    case = stages.read_case(workspace)
+    assert (case.case, case.slice) == ("small_different", "conv2")
+
+    (point,) = [r for r in rows(workspace / stages.PLANE) if r["what"] == "data set"]
+    assert (float(point["large"]), float(point["similar"])) == (case.large, case.similar)
+    assert [r["name"] for r in rows(workspace / stages.PLANE) if r["what"] == "chosen case"] == ["small_different"]
+    uses = {r["layer"]: r["use"] for r in rows(workspace / stages.PROBE)}
+    assert uses == {"01 conv1": "read", "02 conv2": "read", "03 conv3": "cut off", "04 fc1": "cut off", "05 fc2": "cut off"}
+    assert {r["case"]: float(r["probability"]) for r in rows(workspace / stages.CASES)} == case.probabilities
+
+    page = Path(dvc(workspace, "plots", "show", "--out", str(tmp_path / "plots")).splitlines()[-1].removeprefix("file://"))
+    shown = page.read_text(encoding="utf-8")
+    assert "<DVC_METRIC" not in shown
+    for words in ("this data set", "cut off", *uses, *case.probabilities, "The plane of size and similarity", "How sure the case is"):
+        assert words in shown, words
+    dvc(workspace, "plots", "show")
+    assert git(workspace, "status", "--porcelain", "--untracked-files=all", "--", "dvc_plots", ".dvc") == ""
 
 
 # --- another case ---------------------------------------------------------------------------------------------------------------------
@@ -253,6 +291,49 @@ def test_an_accepted_version_goes_to_prod_at_once_where_the_gate_says_so(registe
     case = stages.read_case(registered)
     assert case.case == "small_different"
     assert case.slice != stages.read_json(registered, stages.PROFILE)["taps"][-1]["name"], "the later layers are gone"
+
+
+# --- a race ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_race_is_seen_while_it_runs_and_in_the_decision(workspace: Path) -> None:
+    from tasks import pipeline
+
+    set_param(workspace, "choose.effort", "full")
+    set_param(workspace, "train.epochs", "2")
+    told: list[Event] = []
+    token = pipeline.listener.set(told.append)
+    try:
+        run = retrain(workspace)
+    finally:
+        pipeline.listener.reset(token)
+    assert run.state == "COMPLETED"
+    texts = [event.text for event in told if event.stage == "choose"]
+    assert texts[0].startswith("race: ")
+    assert any("look" in text for text in texts)
+
+    case = stages.read_case(workspace)
+    assert case.race is not None
+    assert 1 <= len(json.loads((workspace / stages.CASE).read_text())["race"]["looks"]) <= 3
+    found = artifacts(run)
+    assert (found["race"].type, float(found["race"].data)) == ("progress", 100)
+    assert found["race"].description == case.reason
+    words = found["decision"].data
+    assert f"Won by {'fine-tuning' if case.race.winner == 'tuned' else 'the frozen head'}: {case.race.ended}." in words
+    for look in case.race.looks:
+        assert f"| {look.epoch} of {look.epochs} | {look.frozen:.1%} | {look.tuned:.1%} |" in words
+
+
+def test_whoever_starts_from_other_weights_is_told_why_there_is_no_race(first: Run, tmp_path: Path) -> None:
+    workspace = copy(first.workspace, tmp_path / "workspace")
+    set_param(workspace, "choose.effort", "full")
+    set_param(workspace, "train.override", "{init: plain}")
+    profile = profiling.Profile.from_json(stages.read_json(workspace, stages.PROFILE))
+    assert choice.choose(profile, stages.params_of(workspace).choose).race_wanted
+    assert stages.bring_up_to_date(workspace, "choose", silent)
+    case = stages.read_case(workspace)
+    assert (case.race, case.race_wanted) == (None, False)
+    assert "There was none: train.override.init starts from other weights than the prediction knows." in acts.decision_markdown(workspace)
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------------------------
