@@ -1,5 +1,6 @@
 """The command line: light to start, its verbs frozen, and every mistake of a user is one message with a way out."""
 
+import io
 import json
 import os
 import re
@@ -525,3 +526,44 @@ def test_a_reference_of_another_size_is_refused(call: Callable[..., Said], works
     larger = replace(shift.read_reference(written, backbones.load("demonstration", "DEFAULT")), size=64)
     set_param(workspace, "profile.reference", f"weights/{shift.write_reference(larger, workspace / 'weights').name}")
     assert re.search(r"measured at 32 pixels, found 64.*refstats", refused(call("stage", "profile", "--workspace", workspace)))
+
+
+# --- the progress bar -----------------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_terminal_each_stage_has_one_line_with_its_name_and_bar_whatever_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tlpipeline.progress import Event
+
+    for key, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "70", "LINES": "20"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with cli._Bar() as bar:
+        bar(Event("profile", 3, 5, "gradients of [a] [/b]"))
+        bar(Event("choose", 1, 1, "small_different: " + "a reason that is longer than any terminal is wide, " * 9))
+        bar(Event("evaluate", 1, 4, "1 of 4 test images"))
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = [re.sub(r"\x1b\[[\d;?]*\w", "", line).strip() for line in said.err.replace("\r", "\n").splitlines()]
+    one, two, three = [line for line in lines if line][-3:]
+    assert re.fullmatch(r"profile +━{24} 0:00:\d\d gradients of \[a\] \[/b\]", one)
+    assert re.fullmatch(r"choose +━{24} 0:00:\d\d small_different: a reason .*…", two)
+    assert re.fullmatch(r"evaluate +━+╺?╸?━+ 0:00:\d\d 1 of 4 test images", three)
+    assert max(map(len, (one, two, three))) <= 70
+
+
+def test_dvc_draws_no_bars_of_its_own_between_ours() -> None:
+    from dvc.progress import Tqdm
+    from dvc_data.callbacks import Tqdm as OfData
+
+    from tlpipeline import versioning
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    versioning.quiet()
+    for bars in (Tqdm, OfData):
+        with bars(total=3, file=Terminal()) as bar:
+            assert bar.disable

@@ -346,16 +346,20 @@ class _Bar:
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
         self.console = Console(stderr=True)
         self.live = self.console.is_terminal
         self.bar = Progress(
-            TextColumn("{task.fields[stage]:<9}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
+            # Whatever a stage says, it is what gives way where the terminal is narrow.
+            TextColumn("{task.fields[stage]}", markup=False, table_column=Column(no_wrap=True, min_width=9)),
+            BarColumn(bar_width=24, table_column=Column(min_width=12)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=self.console,
+            expand=True,
             transient=False,
+            redirect_stdout=False,  # what is written there is for other programs; a library that resets its colours at exit keeps it, too
             disable=not self.live,
         )
         self.tasks: dict[str, Any] = {}
@@ -374,6 +378,8 @@ class _Bar:
     def __call__(self, event: Event) -> None:
         if self.live:
             if event.stage not in self.tasks:
+                for task in self.bar.tasks:  # what came before has ended, and sometimes before its count did
+                    self.bar.update(task.id, total=task.total or 1, completed=task.total or 1)
                 self.tasks[event.stage] = self.bar.add_task(event.text, total=event.total, stage=event.stage)
             self.bar.update(self.tasks[event.stage], completed=event.done, total=event.total or None, description=event.text)
             return

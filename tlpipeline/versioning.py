@@ -24,10 +24,12 @@ _HOLDER = "TLPIPELINE_LOCK_HOLDER"
 
 
 def quiet() -> None:
-    """Turn off the analytics of DVC and GTO and DVC's own messages; a user's own settings win."""
+    """Turn off the analytics of DVC and GTO, DVC's own messages, and its bars; a user's own settings win."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
     logging.getLogger("dvc").setLevel(logging.ERROR)
+    for name in ("dvc.progress", "dvc_data.callbacks"):  # whose levels say whether bars are drawn, in the midst of ours
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 # --- git ------------------------------------------------------------------------------------------------------------------------------
