@@ -1,10 +1,10 @@
 """What does training cost, beside the least that it could cost? Every figure stands next to its reference, measured in turns in one run.
 
     python benchmarks/speed.py cache    a frozen case with a cold and a warm cache, and with 1 % new images, beside one bare pass
-    python benchmarks/speed.py memory   peak memory of a frozen case at 1,000, 10,000 and 100,000 images, beside the bare pass
+    python benchmarks/speed.py memory   peak memory of a frozen case at 1,000, 10,000 and 100,000 images, beside the bare pass, and what grows
     python benchmarks/speed.py loop     images/s of fine-tuning beside a bare torch loop over the same loader
     python benchmarks/speed.py workers  two workers with a thread each beside one with two threads
-    python benchmarks/speed.py ray      what a two-worker Ray fit costs beyond its compute
+    python benchmarks/speed.py ray      where each second of a two-worker Ray fit goes that is not compute
     python benchmarks/speed.py views    what random views bring a frozen head, and what they cost
     python benchmarks/speed.py half     what half precision in the cache would change in a head's answers
 
@@ -36,10 +36,10 @@ import regret  # noqa: E402
 
 from tlpipeline import backbones, cases, dataset, finetune, train  # noqa: E402
 from tlpipeline.augment import augmentation  # noqa: E402
-from tlpipeline.cache import Store  # noqa: E402
+from tlpipeline.cache import SHARD_ROWS, Store  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
 from tlpipeline.features import STEP, Images, in_batches, normalise, prepare  # noqa: E402
-from tlpipeline.heads import solve_head  # noqa: E402
+from tlpipeline.heads import IN_MEMORY_BYTES, solve_head  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.model import Classifier, reader_of  # noqa: E402
 from tlpipeline.workers import Alone  # noqa: E402
@@ -139,16 +139,21 @@ def cache(options: argparse.Namespace) -> None:
         )
 
 
-def peak(work: Callable[[], object]) -> float:
-    """Return the largest own memory (resident, without what is mapped from files) in MB while something runs."""
+def own_memory() -> float:
+    """Return what is resident without what is mapped from files, in MB."""
     import psutil
 
-    process, most, done = psutil.Process(), [0.0], threading.Event()
+    now = psutil.Process().memory_info()
+    return float(now.rss - now.shared) / 1e6
+
+
+def peak(work: Callable[[], object]) -> float:
+    """Return the largest own memory in MB while something runs."""
+    most, done = [0.0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
-            now = process.memory_info()
-            most[0] = max(most[0], (now.rss - now.shared) / 1e6)
+            most[0] = max(most[0], own_memory())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -162,25 +167,32 @@ def peak(work: Callable[[], object]) -> float:
 
 def one_peak(options: argparse.Namespace) -> None:
     """Measure in a process of its own: memory that was once taken is seldom given back."""
-    folder, n = Path(options.only[0]), int(options.only[1])
-    manifest = dataset.read_manifest(folder.parent / f"{n}.parquet")
+    folder, n, least, kind = Path(options.only[0]), options.only[1], options.only[2], options.only[3]
     backbone = backbones.load("demonstration", "DEFAULT")
     decided = decision(backbone, "small_similar", 32)
-    if options.only[2] == "bare":
-        network = backbones.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
-        images = Images(folder, manifest.used(TRAIN, VAL), backbone.transforms)
-        print(peak(lambda: bare_pass(network, images)))
-        return
+    dataset.read_manifest(folder.parent / f"{least}.parquet")  # what reading needs once is no part of a manifest
+    before = own_memory()
+    manifest = dataset.read_manifest(folder.parent / f"{n}.parquet")
+    manifest_size = own_memory() - before
     with tempfile.TemporaryDirectory(prefix="speed-") as made:
         place = Path(made)
-        ours = job(options, place, folder, manifest, decided, backbone="demonstration", weights="DEFAULT", weights_md5="none")
-        print(peak(lambda: run_job(ours, place)))
+        if kind == "bare":
+            network = backbones.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
+            rows = manifest.used(TRAIN, VAL)
+            # A shard's worth at a time: all at once it would decode all images ahead of the network, and keep them.
+            parts = [Images(folder, [rows[i] for i in part], backbone.transforms) for part in in_batches(len(rows), SHARD_ROWS)]
+            found = peak(lambda: [bare_pass(network, images) for images in parts])
+        else:
+            ours = job(options, place, folder, manifest, decided, backbone="demonstration", weights="DEFAULT", weights_md5="none")
+            del manifest  # the job reads its own
+            found = peak(lambda: run_job(ours, place))
+    print(json.dumps([found, manifest_size]))
 
 
 def memory(options: argparse.Namespace) -> None:
     place = options.work / "many"
     rng = np.random.default_rng(0)
-    largest = max(options.sizes)
+    largest, least = max(options.sizes), min(options.sizes)
     if not (place / f"{largest}.parquet").exists():
         for label in range(10):
             (place / "images" / f"class{label}").mkdir(parents=True, exist_ok=True)
@@ -192,16 +204,28 @@ def memory(options: argparse.Namespace) -> None:
         for n in options.sizes:
             part = replace(whole, rows=tuple(r for r in whole.rows if int(Path(r.path).stem) < n))
             dataset.write_manifest(part, place / f"{n}.parquet", place / "left.csv")
-    print("images  bare pass  frozen case  (MB of own memory at its peak; what is mapped from files not counted)")
+    width = sum(decision(backbones.load("demonstration", "DEFAULT"), "small_similar", 32).readings[0].blocks)
+    print(
+        f"MB of own memory at its peak, what is mapped from files not counted; the manifest as far as it is larger than that of {least} images"
+    )
+    print("images  bare pass  frozen case         manifest  both without it         features that the head holds")
     for n in options.sizes:
         found = []
         for kind in ("bare", "ours"):
             told = subprocess.run(
-                [sys.executable, __file__, "peak", "--only", str(place / "images"), str(n), kind, "--weights", str(options.weights)],
+                [sys.executable, __file__, "peak", "--only", str(place / "images"), str(n), str(least), kind, "--weights", str(options.weights)],
                 check=True, capture_output=True, text=True,
             ).stdout  # fmt: skip
-            found.append(float(told))
-        print(f"{n:6}  {found[0]:9.0f}  {found[1]:11.0f}  {found[1] / found[0]:.2f} x", flush=True)
+            found.append(json.loads(told))
+        (bare, first), (ours, second) = found
+        manifest = (first + second) / 2
+        rows = len(dataset.read_manifest(place / f"{n}.parquet").used(TRAIN, VAL))
+        held = min(4 * rows * width, IN_MEMORY_BYTES) / 1e6
+        print(
+            f"{n:6}  {bare:9.0f}  {ours:11.0f}  {ours / bare:.2f} x  {manifest:8.0f}  {bare - manifest:6.0f} {ours - manifest:6.0f}  "
+            f"{(ours - manifest) / (bare - manifest):.2f} x  {held:8.0f}",
+            flush=True,
+        )
 
 
 def bare_loop(model: Classifier, images: Images, labels: np.ndarray, recipe: cases.Recipe, epoch: int, half: bool) -> None:
@@ -284,26 +308,232 @@ def workers(options: argparse.Namespace) -> None:
         print(f"{name:12} {statistics.median(values):6.1f} images/s  {statistics.median(values) / reference:5.3f} x  {values}")
 
 
-def ray(options: argparse.Namespace) -> None:
+# What has ended at each stamp of a fit, in order: (stamp, who is at work, what it does). Of several workers the last one counts.
+STAGES = (
+    ("built", "driver", "resources checked, trainer built"),
+    ("controller made", "Ray", "starts the controller's process"),
+    ("controller ready", "controller", "imports Ray Train and torch"),
+    ("worker made", "Ray", "placement group, starts the workers' processes"),
+    ("workers answer", "workers", "import Ray Train, with pandas and pyarrow"),
+    ("worker ready", "workers", "read the settings: import torch"),
+    ("BackendSetupCallback", "workers", "process group"),
+    ("PlacementGroupCleanerCallback", "Ray", "waits for the placement group's cleaner, a process that imports Ray Train"),
+    ("loop", "workers", "read the loop: import tlpipeline"),
+    ("rest", "workers", "import torchvision and what else the loop imports later"),
+    ("head", "compute", "backbone, features, head"),
+    ("first step", "compute", "first step of fine-tuning"),
+    ("trained", "compute", "all other steps, validation, what is kept written"),
+    ("reported", "checkpoints", "handed to Ray, copied to the storage, waited for by all workers"),
+    ("noticed", "controller", "sees that the loop has ended"),
+    ("group down", "workers", "process group and workers stopped"),
+    ("cleaner down", "Ray", "placement group's cleaner stopped"),
+    ("fitted", "controller", "result handed over, stopped"),
+    ("copied", "driver", "newest checkpoint copied into the run's folder"),
+)
+
+
+def born() -> float:
+    """Return when this process was made, to a hundredth of a second (psutil rounds the start of the machine to a second)."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def stamp(log: str, what: str, at: float | None = None) -> None:
+    with open(log, "a") as file:
+        file.write(json.dumps([what, os.getpid(), at or time.time()]) + "\n")
+
+
+def stamped(loop: Callable[[dict[str, object]], object], log: str) -> Callable[[dict[str, object]], None]:
+    """Return a training loop that also stamps; it goes to the workers by value, so what it needs of the library it imports itself."""
+
+    def with_stamps(config: dict[str, object]) -> None:
+        import importlib
+
+        stamp(log, "loop")
+        from tlpipeline import distributed, finetune, workers
+
+        # What the loop itself would import a little later.
+        for name in ("pyarrow.parquet", "safetensors.torch", "torchvision.models", "torch._dynamo"):
+            importlib.import_module(name)
+        stamp(log, "rest")
+        seen: set[str] = set()
+
+        def first(what: str) -> None:
+            if what not in seen:
+                seen.add(what)
+                stamp(log, what)
+
+        def reporting(plain):  # type: ignore[no-untyped-def]
+            def report(self, metrics, folder):  # type: ignore[no-untyped-def]
+                first("head")
+                stamp(log, "report")
+                plain(self, metrics, folder)
+                stamp(log, "reported")
+
+            return report
+
+        def stepping(plain):  # type: ignore[no-untyped-def]
+            def step(self, *args):  # type: ignore[no-untyped-def]
+                answer = plain(self, *args)
+                first("first step")
+                return answer
+
+            return step
+
+        places = ((distributed._RayWorld, "report", reporting), (workers.Alone, "report", reporting), (finetune.Fit, "_step", stepping))
+        before = [getattr(kind, name) for kind, name, _ in places]
+        for (kind, name, wrap), plain in zip(places, before, strict=True):
+            setattr(kind, name, wrap(plain))
+        try:
+            loop(config)
+        finally:
+            for (kind, name, _), plain in zip(places, before, strict=True):
+                setattr(kind, name, plain)
+        stamp(log, "trained")
+
+    return with_stamps
+
+
+def stamped_trainer(log: str) -> type:
+    """Return Ray's trainer with stamps between its own callbacks; whatever else it does is as it was."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution import callback as kinds
+
+    class After(kinds.WorkerGroupCallback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def after_worker_group_start(self, worker_group: object) -> None:
+            stamp(log, self.name)
+
+    class Ends(kinds.ControllerCallback, kinds.WorkerGroupCallback, kinds.WorkerCallback):
+        def after_controller_start(self, train_run_context: object) -> None:
+            stamp(log, "controller made", born())
+            stamp(log, "controller ready")
+
+        def before_init_train_context(self, workers: object) -> dict[str, list[object]]:
+            stamp(log, "workers answer")
+            return {}
+
+        def after_init_train_context(self) -> None:
+            stamp(log, "worker made", born())
+            stamp(log, "worker ready")
+
+        def after_controller_state_update(self, previous_state: object, current_state: object) -> None:
+            if type(current_state).__name__ == "ShuttingDownState":
+                stamp(log, "noticed")
+
+        def after_worker_group_shutdown(self, worker_group_context: object) -> None:
+            stamp(log, "group down")
+
+        async def before_controller_shutdown(self) -> None:
+            stamp(log, "cleaner down")
+
+    class Trainer(TorchTrainer):
+        def __init__(self, loop: Callable[[dict[str, object]], None], **others: object) -> None:
+            super().__init__(stamped(loop, log), **others)
+
+        def _create_default_callbacks(self) -> list[object]:
+            return [c for own in super()._create_default_callbacks() for c in (own, After(type(own).__name__))] + [Ends()]
+
+        def fit(self) -> object:
+            stamp(log, "built")
+            answer = super().fit()
+            stamp(log, "fitted")
+            return answer
+
+    return Trainer
+
+
+def seconds_of(log: str, begun: float, done: float) -> dict[str, float]:
+    """Return the seconds of each stage between the stamps of a fit."""
+    lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    at: dict[str, list[float]] = {}
+    for what, process, when in lines:
+        at.setdefault(f"{what} {process}" if what.startswith("report") else what, []).append(when)
+    last = {what: max(times) for what, times in at.items()} | {"copied": done}
+    # A report begins and ends with the last worker.
+    reports = [
+        [max(turn) for turn in zip(*(v for k, v in at.items() if k.split()[0] == what), strict=True)] for what in ("report", "reported")
+    ]
+    out: dict[str, float] = {"reported": 0.0}
+    for what, _, _ in STAGES:
+        if what == "reported" or what not in last:
+            continue
+        end = max(last[what], begun)
+        within = sum(e - b for b, e in zip(*reports, strict=True) if begun <= b < end)
+        out["reported"] += within
+        out[what] = end - begun - within
+        begun = end
+    return out
+
+
+def fits(options: argparse.Namespace) -> None:
+    """Start Ray, train twice with it and twice without in turns, stop Ray; print the seconds of each stage."""
     from tlpipeline import distributed
     from tlpipeline.params import ClusterParams
     from tlpipeline.progress import silent
 
     folder, manifest = listed(options, "caltech24", 100)
-    decided = decision(load(options), "small_similar", NET.size)
-    print("seconds of a two-worker fit on 100 images; the first one starts Ray")
-    for turn in range(options.times):
-        with tempfile.TemporaryDirectory(prefix="speed-") as made:
-            place = Path(made)
-            _, alone = spent(lambda: run_job(job(options, place, folder, manifest, decided, cache=""), place))  # noqa: B023
-            started = time.perf_counter()
-            distributed.runtime(2)
-            runtime = time.perf_counter() - started
-            cluster = ClusterParams(workers=2, gpu=False, max_failures=0, storage="none")
-            ours = job(options, place, folder, manifest, decided, cache="")
-            _, fit = spent(lambda: distributed.run(ours, cluster, f"run{turn}", place / "runs", silent))  # noqa: B023
-        print(f"Ray's runtime {runtime:5.2f}  fit {fit:5.2f}  the same job in one process {alone:5.2f}", flush=True)
+    decided = decision(load(options), "large_similar", NET.size)
+    started = time.perf_counter()
+    import ray.train.torch
+
+    imported = time.perf_counter()
+    distributed.runtime(2)
+    told: dict[str, object] = {"import": imported - started, "runtime": time.perf_counter() - imported}
+    plain = ray.train.torch.TorchTrainer
+    clusters = {kind: ClusterParams(workers=n, gpu=False, max_failures=0, storage="none") for kind, n in (("alone", 0), ("Ray", 2))}
+    for turn in ("first", "later"):
+        for kind in clusters:
+            with tempfile.TemporaryDirectory(prefix="speed-") as made:
+                place, log = Path(made), f"{made}/stamps"
+                ours = job(options, place, folder, manifest, decided, epochs=3)
+                begun = time.time()
+                if kind == "Ray":
+                    ray.train.torch.TorchTrainer = stamped_trainer(log)
+                    distributed.run(ours, clusters[kind], turn, place / "runs", silent)
+                    ray.train.torch.TorchTrainer = plain
+                else:
+                    stamped(lambda _: distributed.run(ours, clusters[kind], turn, place / "runs", silent), log)({})  # noqa: B023
+                told[f"{kind}, {turn}"] = seconds_of(log, begun, time.time())
+    stopping = time.perf_counter()
     distributed.shutdown()
+    told["shutdown"] = time.perf_counter() - stopping
+    print(json.dumps(told))
+
+
+def ray(options: argparse.Namespace) -> None:
+    """Each turn is a process of its own, so that the first fit is really the first."""
+    # As in `make`: bytecode is kept. Else each of a fit's five processes compiles Ray and torch again, and its share is three times as long.
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    places = ["--data", options.data, "--weights", options.weights, "--work", options.work]
+    turns, load = [], os.getloadavg()
+    for turn in range(options.times + 1):
+        found = subprocess.run(
+            [sys.executable, __file__, "fits", *map(str, places)], env=kept, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        if turn:  # the one before the first writes bytecode
+            turns.append(json.loads(found.splitlines()[-1]))
+    columns = ("Ray, first", "Ray, later", "alone, first", "alone, later")
+    middle = {c: {what: statistics.median(turn[c].get(what, 0.0) for turn in turns) for what, _, _ in STAGES} for c in columns}
+    once = {what: statistics.median(turn[what] for turn in turns) for what in ("import", "runtime", "shutdown")}
+    print(
+        f"seconds of a two-worker fit on 100 images, a head and 3 epochs, and of the same job in one process; median of {options.times} turns"
+    )
+    print(f"{'':11} {' '.join(f'{c:>12}' for c in columns)}")
+    for what, who, does in STAGES:
+        print(f"{who:11} {' '.join(f'{middle[c][what]:12.2f}' for c in columns)}   {does}")
+    print(f"{'all':11} {' '.join(f'{statistics.median(sum(turn[c].values()) for turn in turns):12.2f}' for c in columns)}")
+    computed = [what for what, who, _ in STAGES if who == "compute"]
+    for column in columns[:2]:
+        beyond = [sum(turn[column].values()) - sum(turn[column][what] for what in computed) for turn in turns]
+        print(f"{column}: {statistics.median(beyond):.1f} s beyond its compute ({min(beyond):.1f} to {max(beyond):.1f})")
+    print(
+        f"once a process: import of Ray beside torch {once['import']:.1f}, its runtime {once['runtime']:.1f}, stopping it {once['shutdown']:.1f}"
+    )
+    print(f"load of this machine's {len(os.sched_getaffinity(0))} CPUs before and after: {load[0]:.1f}, {os.getloadavg()[0]:.1f}")
+    print("STACK.md 1.3, two contended cores: runtime 5 to 15; a two-worker fit that does nothing 25 to 63")
 
 
 def views(options: argparse.Namespace) -> None:
@@ -361,7 +591,17 @@ def half(options: argparse.Namespace) -> None:
         print(f"{name:12} {len(labels[TEST])} test images   {'   '.join(told)}", flush=True)
 
 
-VERBS = {"cache": cache, "memory": memory, "peak": one_peak, "loop": loop, "workers": workers, "ray": ray, "views": views, "half": half}
+VERBS = {
+    "cache": cache,
+    "memory": memory,
+    "peak": one_peak,
+    "loop": loop,
+    "workers": workers,
+    "ray": ray,
+    "fits": fits,
+    "views": views,
+    "half": half,
+}
 
 
 def main() -> None:
@@ -377,7 +617,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=())
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.verb != "peak":
+    if options.verb not in ("peak", "fits"):
         print(f"{torch.get_num_threads()} threads")
     VERBS[options.verb](options)
 

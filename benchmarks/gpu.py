@@ -1,0 +1,330 @@
+"""How close to the hardware is training on a GPU? Images/s of the product beside two bounds that nobody can pass, in turns in one run.
+
+    python benchmarks/gpu.py                    fine-tuning and feature extraction of ResNet-50, ConvNeXt-Tiny and ViT-B/16 at 224 pixels
+    python benchmarks/gpu.py --ray              the same, and each job once more as a Ray Train job with one worker
+    python benchmarks/gpu.py --device cpu --networks resnet18 --images 64 --size 64 --times 1      does it run at all?
+
+The bounds: `network`, the same network, batch, number format and optimiser on tensors that are on the device already, and `input`, the same
+batches of images, decoded and augmented, without a network. The product should reach 0.9 of the lower one. Its own figure is the one that a
+run reports: of fine-tuning the last epoch, of feature extraction the pass over the training images, which ends with a step that is filled up
+and with files that are safe on the disk, so a few images look slow. Networks have random weights and the JPEGs are made up, so nothing is
+fetched. One GPU; several have not been run.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import regret
+
+from tlpipeline import backbones, cases, dataset, train
+from tlpipeline.augment import augmentation
+from tlpipeline.cache import Store
+from tlpipeline.checkpoint import Checkpoints
+from tlpipeline.dataset import TRAIN, VAL, Manifest
+from tlpipeline.features import Images, in_batches, normalise, pooled, step
+from tlpipeline.finetune import Deadline, Fit, Sides, computes_in_bfloat16
+from tlpipeline.job import Job, Teller
+from tlpipeline.model import Classifier
+from tlpipeline.optimise import optimiser
+from tlpipeline.workers import Alone
+
+TARGET = 0.9
+CLASSES, SIDE = 10, 256
+EPOCHS = 3  # the last one is reported: the first ones warm up
+WARM_UP = 5
+ON_DEVICE = 8  # batches that a bare loop goes round
+
+
+@dataclass
+class Bench:
+    """What is measured: one network on one folder of images.
+
+    Attributes:
+        case: large_similar (fine-tuning) or small_similar (feature extraction).
+        batch: images per step of fine-tuning.
+    """
+
+    device: torch.device
+    name: str
+    case: str
+    size: int
+    batch: int
+    images: Path
+    manifest: Manifest
+    work: Path
+
+    @property
+    def frozen(self) -> bool:
+        return cases.find(self.case).freeze == "kept"
+
+    @property
+    def half(self) -> bool:
+        return computes_in_bfloat16(self.device)
+
+    @cached_property
+    def decision(self) -> cases.Decision:
+        """Nothing is cut; fine-tuning starts from a head of zeros, so that no pass for a solved one comes before it."""
+        decided = regret.uncut(cases.find(self.case), backbones.describe(self.backbone, self.size)[-1], self.size)
+        return decided if self.frozen else replace(decided, init="plain")
+
+    @cached_property
+    def backbone(self) -> backbones.Backbone:
+        return backbones.load(self.name, backbones.NONE, size=self.size)
+
+    @cached_property
+    def transforms(self) -> backbones.Transforms:
+        return self.backbone.transforms.at(self.size)
+
+    def model(self) -> Classifier:
+        # It shares its tensors with its backbone: each model has its own.
+        return Classifier(backbones.load(self.name, backbones.NONE, size=self.size), self.decision.readings, CLASSES, self.frozen).to(
+            self.device
+        )
+
+    def job(self, place: Path) -> Job:
+        # Decoded images stay from one turn to the next, as from one epoch to the next; features are computed each time.
+        dataset.write_manifest(self.manifest, place / "manifest.parquet", place / "quarantine.csv")
+        return Job(
+            workspace=str(place), images=str(self.images), manifest=str(place / "manifest.parquet"), backbone=self.name,
+            weights=backbones.NONE, weights_md5=backbones.NONE, decision=self.decision.to_json(), seed=0, epochs=EPOCHS,
+            batch_size=self.batch, flip=True, precision="auto", history=str(place / "history.jsonl"),
+            cache=str((place if self.frozen else self.work) / "cache"), cache_bytes=1e11,
+        )  # fmt: skip
+
+
+def settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def rate(device: torch.device, images: int, steps: Callable[[], None]) -> float:
+    settle(device)
+    started = time.perf_counter()
+    steps()
+    settle(device)
+    return images / (time.perf_counter() - started)
+
+
+# --- the bounds -----------------------------------------------------------------------------------------------------------------------
+
+
+def on_device(bench: Bench, batch: int) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    pixels = [torch.randint(0, 256, (batch, bench.size, bench.size, 3), dtype=torch.uint8, generator=rng) for _ in range(ON_DEVICE)]
+    return [normalise(p.to(bench.device), bench.transforms) for p in pixels]
+
+
+def bare_training(bench: Bench) -> float:
+    """Forward, backward and the optimiser's step; nothing waits for the device before the end."""
+    model, recipe, kind = bench.model(), bench.decision.recipe, bench.backbone.normalisation
+    blocks = [[f"trunk.{name}" for name in block] for block in backbones.blocks(bench.backbone, bench.decision.slice)]
+    moving = optimiser(model, recipe, kind, 1e-4, blocks if recipe.layer_decay(kind) != 1 else (), fused=bench.device.type == "cuda")
+    inputs = on_device(bench, bench.batch)
+    labels = torch.arange(bench.batch, device=bench.device) % CLASSES
+    model.train()
+
+    def steps(count: int) -> None:
+        for i in range(count):
+            with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bench.half):
+                logits = model(inputs[i % ON_DEVICE])
+            moving.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            moving.step()
+
+    steps(WARM_UP)
+    count = max(len(bench.manifest.used(TRAIN)) // bench.batch, 1)
+    return rate(bench.device, count * bench.batch, lambda: steps(count))
+
+
+def bare_forward(bench: Bench, half: bool) -> float:
+    """Pass images through the layers that a head reads, and pool; in the product's step. The product itself passes them in float32."""
+    model, size = bench.model().eval(), step(bench.device)
+    read, inputs = pooled(model.trunk, model.grids), on_device(bench, size)
+
+    def steps(count: int) -> None:
+        with torch.inference_mode(), torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=half):
+            for i in range(count):
+                read(inputs[i % ON_DEVICE])
+
+    steps(WARM_UP)
+    count = max(len(bench.manifest.used(TRAIN)) // size, 1)
+    return rate(bench.device, count * size, lambda: steps(count))
+
+
+def input_alone(bench: Bench, kept: bool) -> float:
+    """The training images of one epoch, or of one pass, with nothing done to them; `kept`: as an epoch after the first has them."""
+    rows, transforms = bench.manifest.used(TRAIN), bench.transforms
+    images = Images(bench.images, rows, transforms)
+    batches: Sequence[Sequence[int]] = in_batches(len(rows), step(bench.device))
+    if not bench.frozen:
+        order = np.random.default_rng(0).permutation(len(rows)).tolist()
+        batches = [order[start : start + bench.batch] for start in range(0, len(order), bench.batch)]
+        if kept:
+            images = kept_images(bench)
+        images.augment = augmentation(bench.decision.recipe.crop, True, 0, 0)
+
+    def steps() -> None:
+        for _ in images.batches(batches):
+            pass
+
+    return rate(bench.device, len(rows), steps)
+
+
+def kept_images(bench: Bench) -> Images:
+    """The images as fine-tuning itself keeps them, decoded here if no turn has done it yet."""
+    classes, (train_rows, val_rows) = bench.manifest.classes, (bench.manifest.used(side) for side in (TRAIN, VAL))
+    train_labels, val_labels = (np.array([classes.index(r.label) for r in rows]) for rows in (train_rows, val_rows))
+    sides = Sides(bench.images, train_rows, val_rows, train_labels, val_labels, bench.transforms)
+    with tempfile.TemporaryDirectory(prefix="gpu-") as made:
+        model, job = nn.Linear(1, 1), bench.job(Path(made))
+        world = Alone(Path(made))
+        fit = Fit(
+            model, sides, bench.decision.recipe, job, world, Checkpoints(world, Path(made), model), Teller(Path(job.history), 0), "none",
+            Store(Path(job.cache)), Deadline(0, world, 0),
+        )  # fmt: skip
+        return fit._images(EPOCHS)[0]
+
+
+# --- the product ----------------------------------------------------------------------------------------------------------------------
+
+
+def product(bench: Bench, on_ray: bool) -> tuple[float, float]:
+    """Return images/s, and the share of the time that waited for data, as a whole run reports them."""
+    with tempfile.TemporaryDirectory(prefix="gpu-") as made:
+        place = Path(made)
+        job = bench.job(place)
+        if on_ray:
+            from tlpipeline import distributed
+            from tlpipeline.params import ClusterParams
+            from tlpipeline.progress import silent
+
+            cluster = ClusterParams(workers=1, gpu=bench.device.type == "cuda", max_failures=0, storage="none")
+            finished = distributed.run(job, cluster, "gpu", place / "runs", silent)
+        else:
+            (place / "scratch").mkdir()
+            alone = train.run(job, Alone(place / "kept", bench.device), place / "scratch")
+            assert alone is not None
+            finished = alone
+        told = json.loads((finished / "history.json").read_text())["speed"]
+        return float(told["images_per_second"]), float(told["waited_for_data"])
+
+
+# --- the report -----------------------------------------------------------------------------------------------------------------------
+
+
+def measure(bench: Bench, options: argparse.Namespace) -> None:
+    """Print a line for the network: medians over turns, bounds and product one after the other in each."""
+    kinds: dict[str, Callable[[], float]] = {}
+    waited: list[float] = []
+
+    def told(on_ray: bool) -> float:
+        found, idle = product(bench, on_ray)
+        waited.append(idle)
+        return found
+
+    if bench.frozen:
+        kinds["network"] = lambda: bare_forward(bench, half=False)
+        kinds["network in bfloat16"] = lambda: bare_forward(bench, half=True)
+        kinds["input"] = lambda: input_alone(bench, kept=False)
+    else:
+        kinds["network"] = lambda: bare_training(bench)
+        kinds["input"] = lambda: input_alone(bench, kept=True)
+        kinds["input from files"] = lambda: input_alone(bench, kept=False)
+    kinds["product"] = lambda: told(False)
+    if options.ray:
+        kinds["product on Ray"] = lambda: told(True)
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for turn in range(options.times):
+        for kind, run in kinds.items():
+            rates[kind].append(run())
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+        print(f"  turn {turn + 1}: " + ", ".join(f"{kind} {found[-1]:.1f}" for kind, found in rates.items()), flush=True)
+    middle = {kind: statistics.median(found) for kind, found in rates.items()}
+    lower = min(("network", "input"), key=lambda kind: middle[kind])
+    what = "features" if bench.frozen else f"fine-tuning, batch {bench.batch}, {'bfloat16' if bench.half else 'float32'}"
+    print(f"{bench.name}, {bench.size} pixels, {what}: images/s, median of {options.times}")
+    for kind, found in rates.items():
+        share = middle[kind] / middle[lower]
+        verdict = "" if not kind.startswith("product") else f"  {'reaches' if share >= TARGET else 'MISSES'} {TARGET} of {lower}"
+        print(f"  {kind:20} {middle[kind]:9.1f}  {share:6.3f}  ({min(found):.1f} to {max(found):.1f}){verdict}")
+    print(f"  the product waited for data {statistics.median(waited):.0%} of its time", flush=True)
+
+
+def made_up(place: Path, images: int) -> Manifest:
+    """Write JPEGs of 256 x 256, smooth with a little noise, as photographs are; every sixth is for validation."""
+    for label in range(CLASSES):
+        (place / f"class{label}").mkdir(parents=True, exist_ok=True)
+
+    def write(i: int) -> None:
+        rng = np.random.default_rng(i)
+        smooth = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        noisy = np.asarray(smooth, dtype=np.int16) + rng.integers(-12, 13, (SIDE, SIDE, 3), dtype=np.int16)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(place / f"class{i % CLASSES}" / f"{i}.jpg", quality=90)
+
+    with ThreadPoolExecutor(dataset.cpus()) as pool:
+        list(pool.map(write, range(images)))
+    whole = dataset.ingest(place, {}, lambda done, total: None)
+    return replace(whole, rows=tuple(replace(row, split=VAL if i % 6 == 5 else TRAIN) for i, row in enumerate(whole.rows)))
+
+
+def what_it_runs_on(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB), CUDA {torch.version.cuda}"
+    else:
+        name = f"NO GPU: the CPU with {torch.get_num_threads()} threads, which says nothing about a GPU"
+    return f"{name}; {dataset.cpus()} CPUs, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--networks", nargs="+", default=("resnet50", "convnext_tiny", "vit_b_16"), help="torchvision's names")
+    parser.add_argument("--images", type=int, default=6000, help="60 or more; a sixth is for validation")
+    parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--batch", type=int, default=64, help="images per step of fine-tuning")
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--only", choices=("fine-tuning", "features"), help="one of both")
+    parser.add_argument("--ray", action="store_true", help="the Ray path, too: one worker")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            "expected an NVIDIA GPU, found none. To see whether this file runs: --device cpu --networks resnet18 --images 64 --size 64"
+        )
+    device = torch.device(options.device)
+    print(what_it_runs_on(device), flush=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-images-") as made:
+        place = Path(made)
+        manifest = made_up(place / "images", options.images)
+        batch = min(options.batch, len(manifest.used(TRAIN)))
+        for name in options.networks:
+            for what, case in (("fine-tuning", "large_similar"), ("features", "small_similar")):
+                if options.only in (None, what):
+                    measure(Bench(device, name, case, options.size, batch, place / "images", manifest, place), options)
+    if options.ray:
+        from tlpipeline import distributed
+
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
