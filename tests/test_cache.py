@@ -380,3 +380,13 @@ def test_tables_put_columns_side_by_side_and_views_below() -> None:
     assert torch.equal(both.take(slice(4, 8)), torch.cat([wanted[4:], wanted[order[:2]]]))
     assert torch.equal(both.take(np.array([9, 1])), wanted[[2, 1]])
     assert both.take(np.array([], dtype=int)).shape == (0, 5)
+
+
+def test_one_row_is_the_one_that_taking_it_copies(tmp_path: Path) -> None:
+    column = Column(tmp_path / "c")
+    names = [f"{i:032x}" for i in range(5)]
+    column.add(names[:2], torch.arange(6, dtype=torch.uint8).reshape(2, 3))
+    column.add(names[2:], torch.arange(6, 15, dtype=torch.uint8).reshape(3, 3))
+    rows = column.rows([names[i] for i in (4, 0, 2)])
+    for i in range(3):
+        assert torch.equal(rows.one(i), rows.take([i])[0])

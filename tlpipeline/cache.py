@@ -67,6 +67,10 @@ class Rows:
             out[torch.from_numpy(there)] = self._shards[number][torch.from_numpy(position[there])]
         return out
 
+    def one(self, index: int) -> Tensor:
+        """Return a row as it lies there, not copied."""
+        return self._shards[int(self._shard[index])][int(self._position[index])]
+
     def all(self) -> Tensor:
         """Copy all rows into memory."""
         return self.take(slice(None))
@@ -93,7 +97,8 @@ class Table:
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.int64] | slice) -> Tensor:
         """Copy rows into memory: (n, width), in the order of the indices."""
-        return torch.cat([column.take(indices) for column in self.columns], dim=1)
+        parts = [column.take(indices) for column in self.columns]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def all(self) -> Tensor:
         """Copy all rows into memory."""

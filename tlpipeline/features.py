@@ -180,7 +180,7 @@ class Decoded:
         """Return an image: what was opened, or made anew."""
         if self._rows is None or row.md5 not in self._place:
             return self.make(row)
-        return np.asarray(self._rows.take([self._place[row.md5]])[0].numpy())
+        return np.asarray(self._rows.one(self._place[row.md5]).numpy())
 
 
 def squeezed(store: Store, root: Path, side: int) -> Decoded:
