@@ -9,8 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -469,17 +469,18 @@ def in_group(size: int, items: list[dict[str, Any]], spec: Path) -> None:
         with said[rank].open("w") as errors:
             command = [sys.executable, str(Path(__file__).with_name("group.py")), str(rank), str(size), port, str(spec)]
             members.append(subprocess.Popen(command, stderr=errors))
-    deadline = time.monotonic() + 400
-    # A member that fails leaves the others waiting for it.
-    while any(member.poll() is None for member in members) and not any(member.poll() for member in members):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    codes = [member.poll() for member in members]
-    for member in members:
-        member.kill()
-        member.wait()
+    with ThreadPoolExecutor(size) as pool:
+        # A member that fails leaves the others waiting for it: the first failure ends them all.
+        wait([pool.submit(_succeeded, member) for member in members], timeout=400, return_when=FIRST_EXCEPTION)
+        codes = [member.poll() for member in members]
+        for member in members:
+            member.kill()
     assert codes == [0] * size, "\n".join(path.read_text()[-3000:] for path in said)
+
+
+def _succeeded(member: subprocess.Popen[bytes]) -> None:
+    """Wait for a process, and raise where it failed."""
+    assert member.wait() == 0
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -526,12 +526,6 @@ def weak_labels(seen: Evidence | Profile) -> tuple[str, ...]:
 def weaknesses(profile: Profile) -> tuple[str, ...]:
     """Say what makes the profile weak evidence."""
     weak = list(weak_labels(profile))
-    best = max(head.accuracy for head in profile.heads)
-    if not has_signal(outlook.evidence(profile, slice_test(profile, gain=0.01, draws=100))):
-        weak.append(
-            f"no signal: the best head ({best:.1%}) is not clearly better than the majority class ({profile.majority:.1%}), so the cheapest "
-            "case is taken unless a race shows better; check the labels"
-        )
     if profile.probed < profile.classes:
         weak.append(
             f"{profile.probed} of {profile.classes} classes are in the sample of {profile.sampled} images, so the probes read easier than all "
@@ -547,10 +541,16 @@ def weaknesses(profile: Profile) -> tuple[str, ...]:
 
 
 def _doubts(weighed: Weighed) -> tuple[str, ...]:
-    """Say what makes the prediction weak, and that it could not be raced."""
+    """Say that nothing was read, what makes the prediction weak, and that it could not be raced."""
+    doubts, seen = [], weighed.evidence
+    if not has_signal(seen):
+        doubts.append(
+            f"no signal: the best head ({max(seen.last, seen.cut, seen.multi):.1%}) is not clearly better than the majority class "
+            f"({seen.majority:.1%}), so the cheapest case is taken unless a race shows better; check the labels"
+        )
     if weighed.rule.rule == TEXTBOOK:
-        return ()
-    doubts = [f"out of range: {text}" for text in weighed.prediction.outside]
+        return tuple(doubts)
+    doubts += [f"out of range: {text}" for text in weighed.prediction.outside]
     if weighed.no_race and weighed.no_race == weighed.too_few_to_race:
         doubts.append(f"no race: {weighed.no_race}")
     return tuple(doubts)
