@@ -127,7 +127,8 @@ def cache(options: argparse.Namespace) -> None:
                         (place / "first").mkdir()
                         first = job(options, place, folder, manifest if name == "warm" else before, decided)
                         run_job(first, place / "first")
-                    used = spent(lambda: run_job(job(options, place, folder, manifest, decided), place))  # noqa: B023
+                    ours = job(options, place, folder, manifest, decided)
+                    used = spent(lambda: run_job(ours, place))  # noqa: B023
             seen.setdefault(name, []).append(used[0])
     reference = statistics.median(seen["bare pass"])
     print(

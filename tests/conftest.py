@@ -29,6 +29,12 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are written whenever they could be, however long an epoch and a write take on the machine that runs the tests."""
+    monkeypatch.setattr("tlpipeline.checkpoint.SHARE", 1.0)
+
+
 def paint(label: int, index: int, size: int = 32) -> Image.Image:
     """Draw a noisy image of a class: stripes whose direction and colour say which."""
     rng = np.random.default_rng([label, index])

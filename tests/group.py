@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-from tlpipeline import finetune
+from tlpipeline import checkpoint, finetune
 from tlpipeline.job import Job
 from tlpipeline.train import run
 from tlpipeline.workers import Alone
@@ -43,7 +43,7 @@ def main(rank: int, size: int, port: int, spec: Path) -> None:
     torch.set_num_threads(int(os.environ.get("GROUP_THREADS", "1")))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-    usual = finetune.CHECKPOINT_IMAGES
+    usual, checkpoint.SHARE = finetune.CHECKPOINT_IMAGES, 1.0  # whenever there could be one
     for item in json.loads(spec.read_text()):
         folder = Path(item["folder"])
         scratch = folder / f"scratch{rank}"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from test_train import decided, history, trained
 from torch import nn
 
-from tlpipeline import backbones, cache, dataset, finetune
+from tlpipeline import backbones, cache, checkpoint, dataset, finetune
 from tlpipeline.augment import mix, rand_augment
 from tlpipeline.backbones import Transforms
 from tlpipeline.cache import Store
@@ -284,17 +285,17 @@ def test_the_rate_is_halved_twice_and_no_more(
 def test_early_stopping_goes_back_to_the_weights_of_the_best_epoch(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.5, 0.9, 0.6, 0.9, 0.7])
     seen: dict[int, dict[str, torch.Tensor]] = {}
-    validated, write = finetune.validated, Checkpoints.write
+    validated, remember = finetune.validated, Checkpoints.keep
 
     def scripted(*given: Any) -> tuple[float, float, str]:
         return next(accuracies), 1.0, validated(*given)[2]
 
     def keep(self: Checkpoints, state: State, *rest: Any) -> None:
-        write(self, state, *rest)
+        remember(self, state, *rest)
         seen[state.epoch] = self.current
 
     monkeypatch.setattr(finetune, "validated", scripted)
-    monkeypatch.setattr(Checkpoints, "write", keep)
+    monkeypatch.setattr(Checkpoints, "keep", keep)
     weights = trained(job(replace(decided(TUNED, patience=2), init="plain"), epochs=9), tmp_path / "run")
     assert max(seen) == 4  # as good again is not better
     assert same(weights, seen[2])
@@ -375,9 +376,9 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("checkpoint", range(2, 7))
+@pytest.mark.parametrize("number", range(2, 7))
 def test_a_long_epoch_is_kept_in_parts_and_gone_on_with(
-    checkpoint: int,
+    number: int,
     job: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -392,7 +393,7 @@ def test_a_long_epoch_is_kept_in_parts_and_gone_on_with(
     def stop(self: Alone, metrics: Any, folder: Path | None) -> None:
         plain(self, metrics, folder)
         written[0] += 1
-        if written[0] == checkpoint:
+        if written[0] == number:
             raise Stopped
 
     with monkeypatch.context() as patched:
@@ -403,6 +404,84 @@ def test_a_long_epoch_is_kept_in_parts_and_gone_on_with(
         assert (folder / "state.json").exists()
     assert same(trained(job(decision, epochs=2), tmp_path / "run"), wanted)
     assert history(tmp_path / "run") == history(tmp_path / "calm")
+
+
+def written_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the epochs at which checkpoints are written."""
+    epochs: list[int] = []
+    plain = Checkpoints.write
+
+    def write(self: Checkpoints, state: State) -> None:
+        plain(self, state)
+        epochs.append(state.epoch)
+
+    monkeypatch.setattr(Checkpoints, "write", write)
+    return epochs
+
+
+def test_checkpoints_between_epochs_wait_until_they_take_a_small_share_of_the_time(
+    job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write takes 2 s by this clock, an epoch 5 s: one tenth is 18 s between two writes."""
+    now = [0.0]
+    plain, report = finetune.probabilities, Alone.report
+
+    def validated(*given: Any) -> torch.Tensor:
+        now[0] += 5
+        return plain(*given)
+
+    def slow(self: Alone, *given: Any) -> None:
+        now[0] += 2
+        report(self, *given)
+
+    monkeypatch.setattr(finetune, "probabilities", validated)
+    monkeypatch.setattr(Alone, "report", slow)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(checkpoint, "SHARE", 0.1)
+    written = written_at(monkeypatch)
+    often = trained(job(decided(TUNED), epochs=9), tmp_path / "run")
+    assert written == [0, 4, 8]
+    assert same(often, trained(job(decided(TUNED), epochs=9), tmp_path / "again"))
+
+
+@pytest.mark.parametrize("diverges", [False, True])
+def test_a_run_between_two_checkpoints_is_lost_and_repeated_to_the_same_end(
+    diverges: bool, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a step goes back to is the last epoch, written or not: how often is written changes no weights."""
+    decision = decided(TUNED, average=0.8)
+    with monkeypatch.context() as patched:
+        steps = exploding(patched, set())
+        trained(job(decision, epochs=1), tmp_path / "one")
+    each = steps[0]
+
+    def run(name: str, stop: int = 0) -> dict[str, torch.Tensor]:
+        with monkeypatch.context() as patched:
+            # In the second step of the third epoch, counted from where the run starts.
+            exploding(patched, {(1 if name == "gone on" else 2) * each + 2} if diverges else set())
+            if stop:
+                plain = Checkpoints.keep
+
+                def keep(self: Checkpoints, state: State, *rest: Any) -> None:
+                    plain(self, state, *rest)
+                    if state.epoch == stop:
+                        raise Stopped
+
+                patched.setattr(Checkpoints, "keep", keep)
+            return trained(job(decision, epochs=4), tmp_path / ("cut" if name == "gone on" else name))
+
+    often = run("often")
+    written = written_at(monkeypatch)
+    monkeypatch.setattr(Checkpoints, "due", lambda self: written[-1] == 0)  # the frozen head, the first epoch, and no more
+    assert same(run("seldom"), often)
+    assert written == [0, 1]
+    with pytest.raises(Stopped):
+        run("cut", stop=3)
+    with Alone(tmp_path / "cut").restore() as folder:
+        assert json.loads((folder / "state.json").read_text())["epoch"] == 1
+    assert same(run("gone on"), often)
+    assert finished(tmp_path / "cut")["slower"] == diverges
+    assert history(tmp_path / "cut") == history(tmp_path / "often")
 
 
 # --- compiled networks ----------------------------------------------------------------------------------------------------------------

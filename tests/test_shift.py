@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -435,6 +437,38 @@ def archived(archive: Path, each: int, net: Backbone) -> Iterator[Tensor]:
                 taken[label] += 1
                 pixels.append(prepare(decode(file.extractfile(member).read()), net.transforms))  # type: ignore[union-attr]
     yield from normalise(torch.from_numpy(np.stack(pixels)), net.transforms).split(64)
+
+
+def above_floor(floor: Sequence[BatchNormShift], seen: Sequence[BatchNormShift]) -> list[tuple[float, float]]:
+    """What is left of each layer's D after its floor, and half its interval: of both samples, 99.9 % for all layers together."""
+    together = NormalDist().inv_cdf(1 - 0.0005 / len(seen)) / NormalDist().inv_cdf(0.975)
+    return [
+        (layer.raw - below.raw, together * math.hypot(layer.high - layer.low, below.high - below.low) / 2)
+        for below, layer in zip(floor, seen, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", ["nets:resnet20", "resnet18"])
+def test_after_its_floor_the_shift_of_the_source_is_zero_within_its_interval(name: str) -> None:
+    net = shift.random_reference(backbones.load(name, "none", size=32), painted(128), 0)
+    floor, seen = (watched(net.module, painted(192, start=start)) for start in (1000, 5000))
+    assert all(abs(left) <= half for left, half in above_floor(floor, seen))
+    dark = above_floor(floor, watched(net.module, painted(192, dimmed, start=5000)))
+    assert all(left > half for left, half in dark)
+
+
+@pytest.mark.data
+def test_after_its_floor_the_shift_of_cifar_is_zero_within_its_interval_and_that_of_steel_is_not(real_data: Path) -> None:
+    path = real_data / "resnet20-cifar10.safetensors"
+    net = backbones.load("nets:resnet20", path.name, md5=hashlib.md5(path.read_bytes()).hexdigest(), root=real_data)
+    images = torch.cat(list(archived(real_data / "cifar10.tar.gz", 60, net)))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    floor, own = (watched(net.module, images[half].split(64)) for half in order.chunk(2))
+    assert all(abs(left) <= half for left, half in above_floor(floor, own))
+    # Training crops and mirrors, so the floor itself is not zero: without it even the source would look shifted.
+    assert sum(layer.low > 0 for layer in own) > len(own) / 2
+    steel = above_floor(floor, watched(net.module, list(archived(real_data / "neu_steel.tar.gz", 40, net))))
+    assert sum(left > half for left, half in steel) > 0.9 * len(steel)
 
 
 @pytest.mark.data

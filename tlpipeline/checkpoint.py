@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from tlpipeline.files import write_json, write_tensors
 from tlpipeline.optimise import Average, flat
 from tlpipeline.probes import paired
-from tlpipeline.workers import World
+from tlpipeline.workers import World, from_first
+
+SHARE = 0.1  # of the time that checkpoints between epochs may take: on a GPU a small epoch is shorter than its checkpoint
 
 STATE, CURRENT, BEST, OPTIMISER, AVERAGE, MODEL = (
     "state.json", "current.safetensors", "best.safetensors", "optimiser.safetensors", "average.safetensors", "model",
@@ -102,7 +105,7 @@ class State:
 
 
 class Checkpoints:
-    """Writes and restores State, current, averaged and best weights, and the optimiser, as safetensors and JSON."""
+    """Keeps State, current, averaged and best weights, and the optimiser, and writes and restores them as safetensors and JSON."""
 
     def __init__(self, world: World, folder: Path, model: nn.Module) -> None:
         self.world, self.folder, self.model = world, folder, model
@@ -111,6 +114,7 @@ class Checkpoints:
         self.optimiser: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
         self.written = folder / "checkpoint"
+        self._took, self._ended = 0.0, time.monotonic()
 
     def keep_current(self) -> None:
         """Remember the weights as what a step that fails goes back to."""
@@ -120,17 +124,30 @@ class Checkpoints:
         """Remember the weights as the best so far."""
         self.best = _copied(self.model)
 
+    def keep(self, state: State, optimiser: torch.optim.Optimizer, average: Average) -> None:
+        """Remember all that `write` writes: what a step that fails goes back to, whether it is written or not."""
+        self.keep_current()
+        self.optimiser = flat(optimiser)
+        self.average, state.averaged = {k: v.cpu().clone() for k, v in average.weights.items()}, average.steps
+
     def load_best(self) -> None:
         """Go back to the best weights."""
         self.model.load_state_dict(self.best)
 
-    def write(self, state: State, optimiser: torch.optim.Optimizer | None = None, average: Average | None = None) -> None:
-        """Keep everything; a barrier. Without an optimiser the state of the one that was written or restored last is kept."""
-        self.keep_current()
-        if optimiser is not None:
-            self.optimiser = flat(optimiser)
-        if average is not None:
-            self.average, state.averaged = {k: v.cpu().clone() for k, v in average.weights.items()}, average.steps
+    def due(self) -> bool:
+        """Say whether another write would leave all of them below their share of the time; every worker must call it, the first one's clock counts.
+
+        When a checkpoint is written changes nothing but how much a run repeats that was interrupted: nine times what a write takes.
+        """
+        answer = torch.tensor([float(time.monotonic() - self._ended >= self._took * (1 / SHARE - 1))])
+        from_first([answer], self.world)
+        return bool(answer.item())
+
+    def write(self, state: State) -> None:
+        """Write what is remembered; a barrier."""
+        started = time.monotonic()
+        if not self.current:
+            self.keep_current()
         metrics = {"accuracy": state.best_accuracy, "epoch": float(state.epoch)}
         if self.world.rank:
             self.world.report(metrics, None)
@@ -142,6 +159,8 @@ class Checkpoints:
             write_tensors(tensors, folder / name)
         write_json(asdict(state), folder / STATE)
         self.world.report(metrics, folder)
+        self._ended = time.monotonic()
+        self._took = self._ended - started
 
     def restore(self, start: Path | None) -> State | None:
         """Load the newest checkpoint into the model, or the one to start from; None where there is none."""

@@ -1,6 +1,7 @@
 """From images to numbers: inputs as the weights want them, and pooled features at the taps of a frozen network."""
 
 import copy
+import functools
 import itertools
 import time
 from collections import deque
@@ -86,9 +87,15 @@ def normalise(pixels: Tensor, transforms: Transforms) -> Tensor:
 
     Convolutions read that order about twice as fast.
     """
-    mean = torch.tensor(transforms.mean, device=pixels.device)
-    std = torch.tensor(transforms.std, device=pixels.device)
+    mean, std = _constants(tuple(transforms.mean), tuple(transforms.std), pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation on the device: made at every step they would be waited for at every step."""
+    with torch.inference_mode(False):
+        return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 class Images:
@@ -118,23 +125,33 @@ class Images:
         image = dataset.read(self.root, row, 4 * self.transforms.resize) if pixels is None else Image.fromarray(pixels)
         return prepare(self.augment(image, row, self.transforms.resize), self.transforms)
 
-    def batches(self, batches: Sequence[Sequence[int]], ahead: int = 3) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Yield (indices, 8-bit tensor (batch, size, size, 3)) for each batch of indices, in order; `waited` counts the seconds idle."""
-        with ThreadPoolExecutor(_threads()) as pool:
-            waiting: deque[tuple[Sequence[int], list[Future[Pixels]]]] = deque()
+    def batches(self, batches: Sequence[Sequence[int]], ahead: int = 3, pinned: bool = False) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Yield (indices, 8-bit tensor (batch, size, size, 3)) for each batch of indices, in order; `waited` counts the seconds idle.
+
+        Args:
+            pinned: in memory from which a GPU copies while it computes.
+        """
+        with ThreadPoolExecutor(1) as packer, ThreadPoolExecutor(_threads()) as pool:
+
+            def together(futures: list[Future[Pixels]]) -> Tensor:
+                pixels = torch.from_numpy(np.stack([f.result() for f in futures]))
+                return pixels.pin_memory() if pinned else pixels
+
+            def submitted(batch: Sequence[int]) -> tuple[Sequence[int], Future[Tensor]]:
+                return batch, packer.submit(together, [pool.submit(self._input, i) for i in batch])
+
             rest = iter(batches)
+            waiting = deque(submitted(batch) for batch in itertools.islice(rest, ahead))
             try:
-                for batch in itertools.islice(rest, ahead):
-                    waiting.append((batch, [pool.submit(self._input, i) for i in batch]))
                 while waiting:
-                    batch, futures = waiting.popleft()
+                    batch, packed = waiting.popleft()
                     started = time.monotonic()
-                    pixels = np.stack([f.result() for f in futures])
+                    pixels = packed.result()
                     self.waited += time.monotonic() - started
-                    for following in itertools.islice(rest, 1):
-                        waiting.append((following, [pool.submit(self._input, i) for i in following]))
-                    yield batch, torch.from_numpy(pixels)
+                    waiting.extend(submitted(following) for following in itertools.islice(rest, 1))
+                    yield batch, pixels
             finally:
+                packer.shutdown(wait=False, cancel_futures=True)
                 pool.shutdown(cancel_futures=True)
 
 
@@ -239,8 +256,9 @@ def passes(
     """
     size = step(device)
     with torch.inference_mode():
-        for batch, pixels in images.batches([[indices[i] for i in part] for part in in_batches(len(indices), size)]):
-            inputs = normalise(pixels.to(device), images.transforms)
+        parts = [[indices[i] for i in part] for part in in_batches(len(indices), size)]
+        for batch, pixels in images.batches(parts, pinned=device.type == "cuda"):
+            inputs = normalise(pixels.to(device, non_blocking=True), images.transforms)
             if len(batch) < size:
                 inputs = torch.cat([inputs, inputs.new_zeros(size - len(batch), *inputs.shape[1:])]).to(memory_format=torch.channels_last)
             outputs = [*network(inputs), *([beside()] if beside else [])]

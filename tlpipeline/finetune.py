@@ -39,6 +39,7 @@ from tlpipeline.workers import World, from_first, gather, reduced
 
 CHECKPOINT_IMAGES = 100_000  # a longer epoch is kept in parts, so that an interruption never costs more than this
 SLOWER_AT_MOST = 2
+LOOK_STEPS = 16  # between two looks of a GPU at whether gradients are numbers
 IN_MEMORY_BYTES = 1 << 30
 
 
@@ -166,7 +167,9 @@ class Fit:
             if not whole:
                 state.remark(f"train.budget_minutes ended {name} in epoch {state.epoch} of {epochs}")
             state.seconds = self.deadline.spent if self.deadline.seconds else 0.0
-            self.checkpoint.write(state, moving, average)
+            self.checkpoint.keep(state, moving, average)
+            if self.checkpoint.due():
+                self.checkpoint.write(state)
             left = (epochs - state.epoch) * len(self.sides.train) / max(speed, 1e-6)
             self.tell(
                 state.epoch,
@@ -287,9 +290,11 @@ class Fit:
         images.waited = 0.0
         self.model.train()
         total, seen, started = torch.zeros((), dtype=torch.float64, device=world.device), 0, time.monotonic()
+        # Asking a GPU for an answer stops it. What is trained until then is thrown away with the step that went wrong.
+        finite, look = torch.ones((), dtype=torch.bool, device=world.device), 1 if world.device.type == "cpu" else LOOK_STEPS
         trained, whole = sum(len(b) for b in batches[: state.step]), True
         mine = [[int(i) for i in batch[world.rank :: world.size]] for batch in batches[state.step :]]
-        for step, (indices, pixels) in enumerate(images.batches(mine), state.step):
+        for step, (indices, pixels) in enumerate(images.batches(mine, pinned=world.device.type == "cuda"), state.step):
             now = rate * schedule(state.epoch * steps + step, epochs * steps, self.recipe.warm_up) * 0.5**state.slower
             for group in moving.param_groups:
                 group["lr"] = now * group["share"]
@@ -297,8 +302,9 @@ class Fit:
             torch.manual_seed(seed_of(self.job.seed, state.epoch, step, world.rank))
             losses = self._step(network, list(indices), pixels, images, len(batches[step]), state)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-            if not torch.isfinite(norm):
-                raise Diverged(f"gradient norm {norm}")
+            finite &= torch.isfinite(norm)
+            if (step + 1) % look == 0:
+                self._sound(finite)
             moving.step()
             average.update()
             total += losses
@@ -318,13 +324,23 @@ class Fit:
                 whole = False
                 break
             if (step + 1) % each == 0:
+                self._sound(finite)
                 state.step, state.loss = step + 1, state.loss + float(reduced(total.cpu(), world, torch.distributed.ReduceOp.SUM))
                 total.zero_()
                 self._one_model(average)
-                self.checkpoint.write(state, moving, average)
+                self.checkpoint.keep(state, moving, average)
+                if self.checkpoint.due():
+                    self.checkpoint.write(state)
+        self._sound(finite)
         summed = state.loss + float(reduced(total.cpu(), world, torch.distributed.ReduceOp.SUM))
         seconds = max(time.monotonic() - started, 1e-6)
         return summed / max(trained, 1), seen / seconds, images.waited / seconds, whole
+
+    @staticmethod
+    def _sound(finite: Tensor) -> None:
+        """Raise if a gradient was no number; all workers have the same gradients."""
+        if not finite:
+            raise Diverged("the norm of the gradient is no number")
 
     def _step(self, network: nn.Module, indices: list[int], pixels: Tensor, images: Images, batch: int, state: State) -> Tensor:
         """Leave the gradient of a batch in the weights; return the summed loss of this worker's share. Memory that runs out halves the parts."""

@@ -43,6 +43,11 @@ class Features:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def width(self) -> int:
+        """Features d."""
+        return self.source.shape[1] if isinstance(self.source, Tensor) else self.source.width
+
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (where, features) for consecutive images."""
         if isinstance(self.source, Tensor):
@@ -57,15 +62,18 @@ class Features:
         return self.source[torch.from_numpy(indices)] if isinstance(self.source, Tensor) else self.source.take(indices)
 
     def scaling(self, blocks: Sequence[int]) -> Scaling:
-        """Measure mean and scale, as `features.scaling` does."""
-        if isinstance(self.source, Tensor):
-            return scaling(self.source, blocks)
-        n, total = len(self), torch.zeros(self.source.width, dtype=torch.float64)
-        for _, x in self.parts():
-            total += x.double().sum(0)
-        mean, square = total / n, torch.zeros_like(total)
-        for _, x in self.parts():
-            square += (x.double() - mean).square().sum(0)
+        """Measure mean and scale, as `features.scaling` does, a part at a time: in float64 all of them would be twice as large as they are."""
+        n, mean = 0, torch.zeros(self.width, dtype=torch.float64)
+        square = torch.zeros_like(mean)
+        for start in range(0, len(self), CHUNK):
+            x = self.source[start : start + CHUNK] if isinstance(self.source, Tensor) else self.source.take(slice(start, start + CHUNK))
+            own = x.float().mean(0)
+            squares = (x - own).square_().sum(0)
+            # Chan, Golub and LeVeque 1979: two parts' moments together, without the cancellation of sums of squares.
+            more, apart = len(x), own.double() - mean
+            square += squares.double() + apart**2 * (n * more / (n + more))
+            mean += apart * (more / (n + more))
+            n += more
         # Two images that have this mean and deviation: the floor of dead channels is set in one place.
         deviation = (square / n).sqrt()
         return scaling(torch.stack([mean - deviation, mean + deviation]), blocks)
