@@ -7,11 +7,13 @@ brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for
 
     python benchmarks/regret.py profile [--data DIR] [--grid core|full] [--only TEXT ...]
     python benchmarks/regret.py collect [--data DIR] [--grid core|full] [--only TEXT ...] [--arms ARM ...]
+    python benchmarks/regret.py rates [--data DIR] [--only TEXT ...]
     python benchmarks/regret.py fit
     python benchmarks/regret.py report
 
 `profile` measures what the product would measure of each unit and trains the frozen heads; `collect` trains everything, arm by arm, small
-subsets first. Both run what has no row yet, so they can be interrupted at any moment, and sort the rows when they are through. `fit` refits
+subsets first. Both run what has no row yet, so they can be interrupted at any moment, and sort the rows when they are through. `rates` trains
+LP-FT on 500 images at a third and three times the recipe's rate, and says what choosing the rate on validation would bring. `fit` refits
 tlpipeline/outlook.json, `report` prints the figures and draws regret.svg.
 With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
 """
@@ -50,7 +52,8 @@ from tlpipeline.workers import Alone  # noqa: E402
 
 DATA = Path(os.environ.get("TLPIPELINE_DATA", HERE.parent.parent / "shared" / "data"))
 RESULTS = HERE / "results"
-ARMS, UNITS = "regret.csv", "regret-units.csv"
+ARMS, UNITS, RATES = "regret.csv", "regret-units.csv", "regret-rates.csv"
+FACTORS = (1 / 3, 3.0)
 SEED = 11
 VALIDATION = 6  # every sixth image of a class in a subset
 LEAST_TEST = 500
@@ -200,13 +203,15 @@ def uncut(row: cases.Case, last: backbones.Tap, size: int) -> cases.Decision:
     )  # fmt: skip
 
 
-def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path) -> dict[str, object]:
-    """Run an arm that trains the whole network, as the product runs it, and return its row."""
+def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0) -> dict[str, object]:
+    """Run an arm that trains the whole network, as the product runs it but for a factor on its rate, and return its row."""
     net = unit.network
     weights, md5 = (backbones.NONE, backbones.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
     backbone = backbones.load(net.name, weights, md5=md5, size=net.size, seed=unit.seed)
     taps = backbones.describe(backbone, net.size)
     row = row_of(arm, similar)
+    kinds = ("rate_batch", "rate_batch_small", "rate_layer", "rate_none")
+    row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, **{kind: getattr(row.recipe, kind) * factor for kind in kinds}))
     init = {"tuned": "pretrained", "plain": "plain", "scratch": "random"}[arm]
     decision = dataclasses.replace(uncut(row, taps[-1], net.size), init=init)
     with tempfile.TemporaryDirectory(prefix="regret-") as place:
@@ -405,9 +410,42 @@ def collect(options: argparse.Namespace) -> None:
             print(f"{unit.data} {unit.backbone} n={unit.n} seed={unit.seed} {arm}: {accuracy:.4f}, {row['cpu_s']} CPU s", flush=True)
 
 
+def rates(options: argparse.Namespace) -> None:
+    """Train LP-FT at other rates where it has no row yet, and print what the rate that validation likes best would bring."""
+    found = folders(options.data, options.work)
+    path = options.results / RATES
+    similar = {(r["data"], r["backbone"], int(r["n"]), int(r["seed"])): float(r["similar"]) for r in rows_of(options.results / UNITS)}
+    for unit, rows, largest in grid(options.grid, found, options.work, options.only):
+        for factor in FACTORS if unit.n == SLICES_AT and unit.seed == 0 and unit.data not in LEFT_OUT else ():
+            if (*map(str, unit.key), f"{factor:.2f}") not in {
+                (r["data"], r["backbone"], r["n"], r["seed"], r["factor"]) for r in rows_of(path)
+            }:
+                manifest = split(rows, unit.n, largest, unit.seed)
+                row = train_arm(unit, "tuned", similar[unit.key], manifest, found[unit.data], options.weights, factor)
+                append(path, (*COLUMNS, "factor"), row | {"factor": f"{factor:.2f}"})
+    at: dict[tuple[str, str], dict[float, dict[str, str]]] = {}
+    for row in rows_of(path):
+        at.setdefault((row["data"], row["backbone"]), {})[float(row["factor"])] = row
+    for row in rows_of(options.results / ARMS):
+        if row["arm"] == "tuned" and int(row["n"]) == SLICES_AT and row["seed"] == "0" and (row["data"], row["backbone"]) in at:
+            at[row["data"], row["backbone"]][1.0] = row
+    gained = []
+    for unit_of, tried in sorted(at.items()):
+        # Equals go to the recipe's rate: validation is small.
+        chosen = max(tried, key=lambda f: (int(tried[f]["val_hits"]), f == 1.0))
+        right = {f: 100 * (int(r["hits_a"]) + int(r["hits_b"])) / (int(r["test_a"]) + int(r["test_b"])) for f, r in sorted(tried.items())}
+        gained.append(right[chosen] - right[1.0])
+        texts = (f"x {f:.2f}: {value:5.1f} % ({tried[f]['val_hits']} of {tried[f]['val']})" for f, value in right.items())
+        print(f"{unit_of[0]:12} {unit_of[1]:10}", *texts, f"chosen x {chosen:.2f}, {gained[-1]:+.1f}", sep="  ")
+    error = float(np.std(gained, ddof=1) / len(gained) ** 0.5)
+    print(
+        f"chosen on validation against the recipe's rate: {np.mean(gained):+.2f} points (standard error {error:.2f}) for three times the cost"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("collect", "profile", "fit", "report"))
+    parser.add_argument("verb", choices=("collect", "profile", "rates", "fit", "report"))
     parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
     parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights files")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -422,6 +460,8 @@ def main() -> None:
     if options.verb == "collect":
         collect(options)
         tidy(options.results)
+    elif options.verb == "rates":
+        rates(options)
     elif options.verb == "profile":
         profiles(options)
         tidy(options.results)
