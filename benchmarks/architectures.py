@@ -32,6 +32,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,7 @@ from tlpipeline.cases import CASES, Case, Decision  # noqa: E402
 from tlpipeline.checkpoint import MODEL, STATE  # noqa: E402
 from tlpipeline.features import Images  # noqa: E402
 from tlpipeline.files import write_tensors  # noqa: E402
+from tlpipeline.heads import score  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.shift import random_reference  # noqa: E402
 
@@ -310,7 +312,7 @@ def same_as_in_training(history: Mapping[str, object], chances: Tensor, labels: 
     assert isinstance(lines, list)
     assert [line["arm"] for line in lines] == ["head", "fine-tune"], f"the arms were {[line['arm'] for line in lines]}"
     assert history["arm"] == "fine-tune", f"kept was {history['arm']}"
-    loss = float(torch.nn.functional.nll_loss(chances.log(), torch.tensor(labels)))
+    _, loss = score(chances, np.array(labels))
     assert abs(loss - lines[-1]["log_loss"]) < 1e-3, f"validation loss {loss:.4f} reloaded, {lines[-1]['log_loss']:.4f} in training"
 
 

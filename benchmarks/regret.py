@@ -456,6 +456,7 @@ def main() -> None:
     parser.add_argument("--prefer", choices=choice.LENIENCE, default="balanced", help="choose.prefer of the replayed product")
     parser.add_argument("--units", action="store_true", help="print a line for each unit, too")
     options = parser.parse_args()
+    options.data, options.weights = options.data.resolve(), options.weights.resolve()  # jobs take paths from a workspace of their own
     options.work.mkdir(parents=True, exist_ok=True)
     if options.verb == "collect":
         collect(options)

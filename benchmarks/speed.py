@@ -5,6 +5,7 @@
     python benchmarks/speed.py loop     images/s of fine-tuning beside a bare torch loop over the same loader
     python benchmarks/speed.py workers  two workers with a thread each beside one with two threads
     python benchmarks/speed.py ray      where each second of a two-worker Ray fit goes that is not compute
+    python benchmarks/speed.py solvers  what the profile's solvers cost beside its passes through the network
     python benchmarks/speed.py views    what random views bring a frozen head, and what they cost
     python benchmarks/speed.py half     what half precision in the cache would change in a head's answers
 
@@ -34,7 +35,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 import regret  # noqa: E402
 
-from tlpipeline import backbones, cases, dataset, finetune, train  # noqa: E402
+from tlpipeline import backbones, cases, dataset, finetune, params, profiling, train  # noqa: E402
 from tlpipeline.augment import augmentation  # noqa: E402
 from tlpipeline.cache import SHARD_ROWS, Store  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
@@ -42,6 +43,8 @@ from tlpipeline.features import STEP, Images, in_batches, normalise, prepare  # 
 from tlpipeline.heads import IN_MEMORY_BYTES, solve_head  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.model import Classifier, reader_of  # noqa: E402
+from tlpipeline.profiling import Profile  # noqa: E402
+from tlpipeline.progress import silent  # noqa: E402
 from tlpipeline.workers import Alone  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -227,6 +230,31 @@ def memory(options: argparse.Namespace) -> None:
             f"{(ours - manifest) / (bare - manifest):.2f} x  {held:8.0f}",
             flush=True,
         )
+
+
+def solvers(options: argparse.Namespace) -> None:
+    """The profile with an empty and with a full store: what is left of it without passes are its solvers. The sample grows as far as it may."""
+    asked = params.load(HERE.parent / "params.yaml").profile
+    asked = replace(asked, tangent=False, shift=False)
+    backbone = load(options)
+    print(f"CPU s at {options.size} pixels, the sample doubled as long as the product would at most; median of {options.times}")
+    print("data          sample  passes  solvers  share")
+    for name in options.only or ("caltech24", "eurosat", "pacs_sketch", "flowers", "neu_steel"):
+        folder, manifest = listed(options, name, options.images)
+        found: list[tuple[float, float]] = []
+        for _ in range(options.times):
+            with tempfile.TemporaryDirectory(prefix="speed-") as made:
+                seen: list[Profile] = []
+
+                def profile(place: Path = Path(made), seen: list[Profile] = seen) -> None:
+                    given = (backbone, folder, manifest, options.size, asked, lambda _: True, silent, CPU)  # noqa: B023
+                    seen.append(profiling.measure(*given, store=Store(place)))
+
+                cold, _ = spent(profile)
+                warm, _ = spent(profile)
+            found.append((cold - warm, warm))
+        passes, left = (statistics.median(values) for values in zip(*found, strict=True))
+        print(f"{name:12}  {seen[-1].sampled:6}  {passes:6.2f}  {left:7.2f}  {left / passes:5.2f}", flush=True)
 
 
 def bare_loop(model: Classifier, images: Images, labels: np.ndarray, recipe: cases.Recipe, epoch: int, half: bool) -> None:
@@ -593,6 +621,7 @@ def half(options: argparse.Namespace) -> None:
 
 
 VERBS = {
+    "solvers": solvers,
     "cache": cache,
     "memory": memory,
     "peak": one_peak,

@@ -240,7 +240,8 @@ def test_a_forced_slice_makes_small_data_a_slicing_case_and_is_said_to_be_unused
     assert decide(planted(SIMILAR_SMALL), replace(RULE, slice="tap1")).case == "small_different"
     large = decide(planted(DIFFERENT_LARGE), replace(RULE, slice="tap1"))
     assert (large.case, large.slice) == ("large_different", "tap2")
-    assert "choose.slice is not used" in large.reason
+    assert large.reason.endswith("; choose.slice is not used, because large_different cuts nothing off.")
+    assert large.forced == ()
 
 
 def test_a_stage_name_means_its_last_block() -> None:

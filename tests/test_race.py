@@ -5,16 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from test_profiling import scene
 
 from tlpipeline import backbones, cache, checkpoint, choice, dataset, distributed, finetune, outlook, profiling, race
 from tlpipeline.cases import Decision
 from tlpipeline.dataset import Manifest
 from tlpipeline.job import Job
 from tlpipeline.outlook import Outlook
-from tlpipeline.params import ChooseParams, ClusterParams, ProfileParams
+from tlpipeline.params import ChooseParams, ClusterParams, ProfileParams, load
 from tlpipeline.profiling import Profile
 from tlpipeline.progress import Event, silent
 
@@ -179,6 +182,45 @@ def test_the_cost_of_a_race_counts_what_was_run(setting: Setting, monkeypatch: p
         + epoch * (3 * train_images + others)
     )
     assert tuned > 0
+
+
+def glyphs(folder: Path, images: int, classes: int = 8) -> None:
+    """Write signs of 4 x 4 cells, of any size and contrast, anywhere on clouds: shapes that no frozen layer knows and many images teach."""
+    signs = np.random.default_rng(3).integers(0, 2, (classes, 4, 4))
+    for i in range(images):
+        rng, label = np.random.default_rng([i, 6]), i % classes
+        pixels = scene(i, seed=41) * 0.6 + 50
+        sign = np.kron(signs[label], np.ones(2 * (int(rng.integers(2, 5)),)))[..., None] * 2 - 1
+        y, x = rng.integers(0, 33 - len(sign), 2)
+        pixels[y : y + len(sign), x : x + len(sign)] += sign * rng.choice([-1, 1]) * rng.uniform(40, 80)
+        place = folder / f"sign{label}" / f"{i:04d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place)
+
+
+def test_many_images_of_what_no_layer_knows_are_raced_and_found_to_be_large_and_different(tmp_path: Path) -> None:
+    """The shipped model, the shipped settings: planted is that fine-tuning wins (99 % against 95 %), and that the last tap reads least."""
+    folder, kept = tmp_path / "pictures", tmp_path / "kept"
+    glyphs(folder, 5000)
+    kept.mkdir()
+    manifest = dataset.ingest(folder, {}, lambda done, total: None)
+    dataset.write_manifest(manifest, tmp_path / "manifest.parquet", tmp_path / "quarantine.csv")
+    shipped = load(Path(__file__).parent.parent / "params.yaml")
+    net = backbones.load("demonstration", "DEFAULT")
+    look = dataclasses.replace(shipped.profile, images=512, images_max=512)
+    profile = profiling.measure(net, folder, manifest, 32, look, lambda seen: False, silent, torch.device("cpu"))
+    made = Setting(folder, tmp_path, manifest, profile)
+    weighed = choice.weigh(profile, shipped.choose)
+    assert weighed.no_race == ""
+    assert weighed.similar < 0.05
+
+    def job(decision: Decision) -> Job:
+        return dataclasses.replace(made.job(decision), epochs="auto", batch_size="auto")
+
+    decision = race.run(profile, weighed, job, HERE, "planted", tmp_path / "runs", kept, silent)
+    assert decision.case == "large_different"
+    assert decision.race is not None
+    assert decision.race.looks[-1].tuned > decision.race.looks[-1].frozen
 
 
 @pytest.mark.ray

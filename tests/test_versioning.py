@@ -1,6 +1,7 @@
 """DVC and git as they really are: workspaces, stages that run once and are recorded as they ran, one lock for every entrance."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -488,6 +489,26 @@ try:
 except WorkspaceError as error:
     print(error)
 """
+
+
+@pytest.mark.parametrize("left", ["", '{"read": {"/somewhere": [{"pid": 1, "c'])
+def test_a_list_of_dvc_that_a_kill_tore_does_not_stop_the_next_run(ingested: Path, left: str) -> None:
+    listed = ingested / ".dvc" / "tmp" / "rwlock"
+    listed.parent.mkdir(exist_ok=True)
+    listed.write_text(left)
+    (ingested / "dvc.lock").unlink()
+    assert stages.bring_up_to_date(ingested, "ingest", silent)
+    assert not any(json.loads(listed.read_text()).values())
+
+
+def test_a_list_of_dvc_that_is_whole_is_left_to_dvc(ingested: Path) -> None:
+    """Another command of DVC that is at work has its entries there, and is respected."""
+    listed = ingested / ".dvc" / "tmp" / "rwlock"
+    listed.parent.mkdir(exist_ok=True)
+    whole = json.dumps({"read": {}, "write": {str(ingested / "manifest.parquet"): {"pid": os.getpid(), "cmd": "dvc other"}}})
+    listed.write_text(whole)
+    with versioning._repo(ingested):
+        assert listed.read_text() == whole
 
 
 def test_a_second_process_is_refused_and_told_who_is_in_the_workspace(tmp_path: Path) -> None:

@@ -141,8 +141,8 @@ class Weighed:
             return "choose.effort is quick"
         if not self.unclear:
             return (
-                f"the prediction is clear: P(fine-tuning wins more than the tolerance) is {1 - self.prediction.within:.2f}, and knowing it "
-                f"would be worth {100 * self.stake(self.gains):.1f} points"
+                f"the prediction is clear enough: knowing the better way beforehand would be worth {100 * self.stake(self.gains):.1f} points, at a "
+                f"tolerance of {100 * self.tolerance:g}, where P(fine-tuning wins more than that) is {1 - self.prediction.within:.2f}"
             )
         return self.too_few_to_race
 
@@ -197,12 +197,13 @@ def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = 
     test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
     chance = _after(race, weighed)
     axes = {LARGE: chance, SMALL: 1 - chance, SIMILAR: weighed.similar, DIFFERENT: 1 - weighed.similar}
-    forced = tuple(f"choose.{key}" for key in ("case", "slice") if getattr(rule, key) not in (AUTO, TEXTBOOK))
     wanted = forced_tap(profile, rule.slice) if rule.slice != AUTO else None
     case = _row(weighed, large) if rule.case == AUTO else find(rule.case)
     if wanted and rule.case == AUTO and rule.slice != TEXTBOOK:
         # Who forces a slice wants a case that slices, where there is one for this size of data.
         case = next((c for c in CASES if c.size == case.size and c.keep == "slice"), case)
+    forced = tuple(f"choose.{key}" for key in ("case", "slice") if getattr(rule, key) not in (AUTO, TEXTBOOK))
+    forced = tuple(key for key in forced if key == "choose.case" or case.keep == "slice")
     head, sliced, remark = _head(profile, weighed, case, test, wanted)
     readings = profile.head_at(sliced) if sliced else profile.head_at(profile.taps[-1].name) if head == "multi" else profile.last_head
     kept = next(t for t in profile.taps if t.name == (sliced or profile.taps[-1].name))

@@ -251,8 +251,7 @@ def measure(
     labels = {label: i for i, label in enumerate(manifest.classes)}
     sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift)
     aside = sample([r for r in manifest.used(VAL) if dataset.selects(r)], HELD_OUT, params.seed)
-    counts = Counter(r.label for r in rows)
-    wanted = min(max(params.images, EACH_CLASS * len(counts)), params.images_max)
+    wanted = min(max(params.images, EACH_CLASS * len({r.label for r in rows})), params.images_max)
     penalties: dict[tuple[int, ...], float] = {}
     while True:
         drawn = sample(rows, wanted, params.seed)
@@ -260,25 +259,7 @@ def measure(
         indices = np.array([labels[r.label] for r in drawn])
         kernels = _kernels(sight.readings, read, indices, penalties)
         progress(Event("profile", len(drawn), len(drawn), f"probes of {len(drawn)} images at {len(sight.taps)} taps"))
-        profile = Profile(
-            backbone=backbone.name,
-            weights=backbone.fingerprint,
-            size=size,
-            normalisation=backbone.normalisation,
-            images=len(rows),
-            classes=len(counts),
-            majority=max(counts.values()) / len(rows),
-            smallest=min(counts.values()),
-            largest=max(counts.values()),
-            validation=sum(not dataset.selects(r) for r in manifest.used(VAL)),
-            sampled=len(drawn),
-            held_out=0,
-            probed=len(set(indices.tolist())),
-            head_similarity=(
-                head_similarity(read[len(sight.taps)].softmax(1).double().numpy(), indices) if backbone.source_classes else None
-            ),
-            **_probe(sight.taps, sight.readings, kernels, params.seed),
-        )
+        profile = _of_sample(sight, manifest, size, read, indices, kernels, params.seed)
         penalties = kernels.penalties
         wanted = 2 * len(drawn)
         more = wanted <= params.images_max and len(drawn) < len(rows)
@@ -302,6 +283,38 @@ def measure(
     if params.affinity:
         profile = replace(profile, affinity=sight.affinity(profile, drawn, indices))
     return profile
+
+
+def _of_sample(
+    sight: "_Sight",
+    manifest: Manifest,
+    size: int,
+    read: Sequence[Tensor],
+    indices: npt.NDArray[np.int64],
+    kernels: "_Kernels",
+    seed: int,
+) -> Profile:
+    """Return what a sample's features at all taps say, nothing held against other images yet."""
+    rows, backbone, logits = manifest.used(TRAIN), sight.backbone, len(sight.taps)
+    counts = Counter(r.label for r in rows)
+    similarity = head_similarity(read[logits].softmax(1).double().numpy(), indices) if backbone.source_classes else None
+    return Profile(
+        backbone=backbone.name,
+        weights=backbone.fingerprint,
+        size=size,
+        normalisation=backbone.normalisation,
+        images=len(rows),
+        classes=len(counts),
+        majority=max(counts.values()) / len(rows),
+        smallest=min(counts.values()),
+        largest=max(counts.values()),
+        validation=sum(not dataset.selects(r) for r in manifest.used(VAL)),
+        sampled=len(indices),
+        held_out=0,
+        probed=len(set(indices.tolist())),
+        head_similarity=similarity,
+        **_probe(sight.taps, sight.readings, kernels, seed),
+    )
 
 
 class _Sight:

@@ -457,11 +457,37 @@ def _repo(root: Path) -> Iterator[Any]:
     root = root.resolve()
     try:
         with room(root), chdir(root), Repo(str(root)) as repo:
+            _mend(repo)
             yield repo
     except _dvc_error() as error:  # no repository, a dvc.yaml that cannot be read, another DVC command at work
         raise WorkspaceError(
             f"expected DVC to work in {root}, but: {error}. Mend that (`dvc status` shows it too), and run again."
         ) from error
+
+
+def _mend(repo: Any) -> None:
+    """Remove DVC's list of who reads and writes what if a kill tore it: DVC writes it in place, and does nothing more with half of it."""
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+
+    path = Path(repo.tmp_dir) / RWLOCK_FILE
+    if _torn(path):
+        # Under DVC's own guard, and asked again there: another DVC command may just be writing it.
+        with make_lock(
+            str(path.with_name(RWLOCK_LOCK)), tmp_dir=repo.tmp_dir, hardlink_lock=repo.config["core"].get("hardlink_lock", False)
+        ):
+            if _torn(path):
+                path.unlink()
+
+
+def _torn(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return False
 
 
 def _dvc_error() -> type[Exception]:
