@@ -273,11 +273,8 @@ class Chaos:
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(small)], check=True)
             run = Run(workspace)
             run.reach(2, self.rng)
-            ballast = small / "ballast"
-            with ballast.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small).free - LEFT)
             before = run.epochs(), run.seconds
-            # Room that comes free, such as that of an older checkpoint, goes too: a run that writes nothing more for a while meets the end of it.
+            # Room that comes free, such as that of an older checkpoint, goes at once, so that whatever is written next meets the end of it.
             number = 0
             while run.process.poll() is None:
                 if (free := shutil.disk_usage(small).free) > LEFT:
