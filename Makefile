@@ -33,6 +33,7 @@ bench: $(STAMP)
 	$(ACTIVATE) python benchmarks/regret.py report
 	$(ACTIVATE) python benchmarks/speed.py cache --size 128
 	$(ACTIVATE) python benchmarks/speed.py memory
+	$(ACTIVATE) python benchmarks/speed.py solvers
 	$(ACTIVATE) python benchmarks/speed.py loop
 	$(ACTIVATE) python benchmarks/speed.py workers
 	$(ACTIVATE) python benchmarks/speed.py ray
