@@ -393,35 +393,37 @@ def collect(options: argparse.Namespace) -> None:
     """Run the arms that have no row yet, of the units that are profiled: the recipe follows from P(similar)."""
     found = folders(options.data, options.work)
     path = options.results / ARMS
-    similar = {(r["data"], r["backbone"], int(r["n"]), int(r["seed"])): float(r["similar"]) for r in rows_of(options.results / UNITS)}
     for arm in options.arms:
         for unit, rows, largest in grid(options.grid, found, options.work, options.only):
             done = {(r["data"], r["backbone"], int(r["n"]), int(r["seed"]), r["arm"]) for r in rows_of(path)}
             if (*unit.key, arm) in done or (arm == "scratch" and unit.n < SCRATCH_FROM):
                 continue
-            if unit.key not in similar:
-                sys.exit(
-                    f"expected a profile of {'/'.join(map(str, unit.key))}, found none. Run `python benchmarks/regret.py profile` first."
-                )
             manifest = split(rows, unit.n, largest, unit.seed)
-            row = train_arm(unit, arm, similar[unit.key], manifest, found[unit.data], options.weights)
+            row = train_arm(unit, arm, similarity(options.results, unit), manifest, found[unit.data], options.weights)
             append(path, COLUMNS, row)
             accuracy = (row["hits_a"] + row["hits_b"]) / (row["test_a"] + row["test_b"])  # type: ignore[operator]
             print(f"{unit.data} {unit.backbone} n={unit.n} seed={unit.seed} {arm}: {accuracy:.4f}, {row['cpu_s']} CPU s", flush=True)
+
+
+def similarity(results: Path, unit: Unit) -> float:
+    """Return P(similar) of a unit that is profiled: the recipe follows from it."""
+    for row in rows_of(results / UNITS):
+        if (row["data"], row["backbone"], int(row["n"]), int(row["seed"])) == unit.key:
+            return float(row["similar"])
+    sys.exit(f"expected a profile of {'/'.join(map(str, unit.key))}, found none. Run `python benchmarks/regret.py profile` first.")
 
 
 def rates(options: argparse.Namespace) -> None:
     """Train LP-FT at other rates where it has no row yet, and print what the rate that validation likes best would bring."""
     found = folders(options.data, options.work)
     path = options.results / RATES
-    similar = {(r["data"], r["backbone"], int(r["n"]), int(r["seed"])): float(r["similar"]) for r in rows_of(options.results / UNITS)}
     for unit, rows, largest in grid(options.grid, found, options.work, options.only):
         for factor in FACTORS if unit.n == SLICES_AT and unit.seed == 0 and unit.data not in LEFT_OUT else ():
             if (*map(str, unit.key), f"{factor:.2f}") not in {
                 (r["data"], r["backbone"], r["n"], r["seed"], r["factor"]) for r in rows_of(path)
             }:
                 manifest = split(rows, unit.n, largest, unit.seed)
-                row = train_arm(unit, "tuned", similar[unit.key], manifest, found[unit.data], options.weights, factor)
+                row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, factor)
                 append(path, (*COLUMNS, "factor"), row | {"factor": f"{factor:.2f}"})
     at: dict[tuple[str, str], dict[float, dict[str, str]]] = {}
     for row in rows_of(path):

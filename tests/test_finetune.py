@@ -439,9 +439,11 @@ def test_checkpoints_between_epochs_wait_until_they_take_a_small_share_of_the_ti
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(checkpoint, "SHARE", 0.1)
     written = written_at(monkeypatch)
-    often = trained(job(decided(TUNED), epochs=9), tmp_path / "run")
+    seldom = trained(job(decided(TUNED), epochs=9), tmp_path / "run")
     assert written == [0, 4, 8]
-    assert same(often, trained(job(decided(TUNED), epochs=9), tmp_path / "again"))
+    monkeypatch.setattr(checkpoint, "SHARE", 1.0)
+    assert same(seldom, trained(job(decided(TUNED), epochs=9), tmp_path / "often"))
+    assert written[3:] == list(range(10))
 
 
 @pytest.mark.parametrize("diverges", [False, True])

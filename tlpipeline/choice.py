@@ -202,8 +202,8 @@ def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = 
     if wanted and rule.case == AUTO and rule.slice != TEXTBOOK:
         # Who forces a slice wants a case that slices, where there is one for this size of data.
         case = next((c for c in CASES if c.size == case.size and c.keep == "slice"), case)
-    forced = tuple(f"choose.{key}" for key in ("case", "slice") if getattr(rule, key) not in (AUTO, TEXTBOOK))
-    forced = tuple(key for key in forced if key == "choose.case" or case.keep == "slice")
+    asked = ("case", "slice") if case.keep == "slice" else ("case",)
+    forced = tuple(f"choose.{key}" for key in asked if getattr(rule, key) not in (AUTO, TEXTBOOK))
     head, sliced, remark = _head(profile, weighed, case, test, wanted)
     readings = profile.head_at(sliced) if sliced else profile.head_at(profile.taps[-1].name) if head == "multi" else profile.last_head
     kept = next(t for t in profile.taps if t.name == (sliced or profile.taps[-1].name))

@@ -6,7 +6,6 @@ Several GPUs on one machine or on several have never been run: NCCL is chosen on
 """
 
 import contextvars
-import json
 import os
 import shutil
 import signal
@@ -24,7 +23,7 @@ from tlpipeline import train
 from tlpipeline.checkpoint import MODEL
 from tlpipeline.dataset import cpus
 from tlpipeline.errors import ClusterError, PipelineError
-from tlpipeline.files import NO_ROOM
+from tlpipeline.files import NO_ROOM, torn
 from tlpipeline.job import Job, Tail
 from tlpipeline.params import AUTO, ClusterParams
 from tlpipeline.progress import Progress
@@ -199,11 +198,7 @@ def _mend(folder: Path) -> None:
 
     Ray writes the list in place. Killed or out of room just then it leaves a part, and every further run of this name would fail to read it.
     """
-    try:
-        json.loads((folder / "checkpoint_manager_snapshot.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    except ValueError:
+    if torn(folder / "checkpoint_manager_snapshot.json"):
         shutil.rmtree(folder)
 
 

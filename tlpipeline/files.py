@@ -64,3 +64,14 @@ def write_bytes(content: bytes, path: Path) -> None:
     """Write bytes."""
     with whole(path) as draft:
         draft.write_bytes(content)
+
+
+def torn(path: Path) -> bool:
+    """Say whether a JSON file that others write in place is only partly there, as a kill leaves it; one that is absent is not."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return False

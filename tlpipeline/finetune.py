@@ -37,7 +37,9 @@ from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.probes import unpack
 from tlpipeline.workers import World, from_first, gather, reduced
 
-CHECKPOINT_IMAGES = 100_000  # a longer epoch is kept in parts, so that an interruption never costs more than this
+CHECKPOINT_IMAGES = (
+    100_000  # a longer epoch is kept in parts, so that an interruption costs no more than this, or what a checkpoint is worth
+)
 SLOWER_AT_MOST = 2
 LOOK_STEPS = 16  # between two looks of a GPU at whether gradients are numbers
 IN_MEMORY_BYTES = 1 << 30

@@ -55,7 +55,10 @@ class Features:
             return
         for start in range(0, len(self.source), CHUNK):
             part = slice(start, min(start + CHUNK, len(self.source)))
-            yield part, self.source.take(part)
+            yield part, self._part(part)
+
+    def _part(self, where: slice) -> Tensor:
+        return self.source[where] if isinstance(self.source, Tensor) else self.source.take(where)
 
     def take(self, indices: npt.NDArray[np.int64]) -> Tensor:
         """Copy the features of some images."""
@@ -66,8 +69,8 @@ class Features:
         n, mean = 0, torch.zeros(self.width, dtype=torch.float64)
         square = torch.zeros_like(mean)
         for start in range(0, len(self), CHUNK):
-            x = self.source[start : start + CHUNK] if isinstance(self.source, Tensor) else self.source.take(slice(start, start + CHUNK))
-            own = x.float().mean(0)
+            x = self._part(slice(start, start + CHUNK)).float()
+            own = x.mean(0)
             squares = (x - own).square_().sum(0)
             # Chan, Golub and LeVeque 1979: two parts' moments together, without the cancellation of sums of squares.
             more, apart = len(x), own.double() - mean

@@ -250,7 +250,8 @@ def measure(
         raise DataError("expected training images to profile, found none. Check the quarantine list of ingest.")
     labels = {label: i for i, label in enumerate(manifest.classes)}
     sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift)
-    aside = sample([r for r in manifest.used(VAL) if dataset.selects(r)], HELD_OUT, params.seed)
+    val = manifest.used(VAL)
+    aside, judges = sample([r for r in val if dataset.selects(r)], HELD_OUT, params.seed), sum(not dataset.selects(r) for r in val)
     wanted = min(max(params.images, EACH_CLASS * len({r.label for r in rows})), params.images_max)
     penalties: dict[tuple[int, ...], float] = {}
     while True:
@@ -259,7 +260,7 @@ def measure(
         indices = np.array([labels[r.label] for r in drawn])
         kernels = _kernels(sight.readings, read, indices, penalties)
         progress(Event("profile", len(drawn), len(drawn), f"probes of {len(drawn)} images at {len(sight.taps)} taps"))
-        profile = _of_sample(sight, manifest, size, read, indices, kernels, params.seed)
+        profile = _of_sample(sight, rows, judges, size, read, indices, kernels, params.seed)
         penalties = kernels.penalties
         wanted = 2 * len(drawn)
         more = wanted <= params.images_max and len(drawn) < len(rows)
@@ -287,15 +288,20 @@ def measure(
 
 def _of_sample(
     sight: "_Sight",
-    manifest: Manifest,
+    rows: Sequence[Row],
+    judges: int,
     size: int,
     read: Sequence[Tensor],
     indices: npt.NDArray[np.int64],
     kernels: "_Kernels",
     seed: int,
 ) -> Profile:
-    """Return what a sample's features at all taps say, nothing held against other images yet."""
-    rows, backbone, logits = manifest.used(TRAIN), sight.backbone, len(sight.taps)
+    """Return what a sample's features at all taps say, nothing held against other images yet.
+
+    Args:
+        rows: all training images; judges: how many validation images select nothing.
+    """
+    backbone, logits = sight.backbone, len(sight.taps)
     counts = Counter(r.label for r in rows)
     similarity = head_similarity(read[logits].softmax(1).double().numpy(), indices) if backbone.source_classes else None
     return Profile(
@@ -308,7 +314,7 @@ def _of_sample(
         majority=max(counts.values()) / len(rows),
         smallest=min(counts.values()),
         largest=max(counts.values()),
-        validation=sum(not dataset.selects(r) for r in manifest.used(VAL)),
+        validation=judges,
         sampled=len(indices),
         held_out=0,
         probed=len(set(indices.tolist())),

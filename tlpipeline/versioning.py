@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipeline.errors import Unreachable, WorkspaceError
-from tlpipeline.files import full
+from tlpipeline.files import full, torn
 
 LOCK = Path(".tlpipeline/lock")
 _HOLDER = "TLPIPELINE_LOCK_HOLDER"
@@ -471,23 +471,13 @@ def _mend(repo: Any) -> None:
     from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 
     path = Path(repo.tmp_dir) / RWLOCK_FILE
-    if _torn(path):
+    if torn(path):
         # Under DVC's own guard, and asked again there: another DVC command may just be writing it.
         with make_lock(
             str(path.with_name(RWLOCK_LOCK)), tmp_dir=repo.tmp_dir, hardlink_lock=repo.config["core"].get("hardlink_lock", False)
         ):
-            if _torn(path):
+            if torn(path):
                 path.unlink()
-
-
-def _torn(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        return True
-    return False
 
 
 def _dvc_error() -> type[Exception]:
