@@ -28,6 +28,9 @@ what data.size: auto says for these images; the tutorial's own is 224.
 Rows go to benchmarks/results/peers.csv as they come, and what has a row is not run again: after a change of the product delete its rows.
 """
 
+import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
+
+# isort: split
 import argparse
 import copy
 import dataclasses

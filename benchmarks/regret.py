@@ -18,6 +18,9 @@ tlpipeline/outlook.json, `report` prints the figures and draws regret.svg.
 With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
 """
 
+import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
+
+# isort: split
 import argparse
 import csv
 import dataclasses

@@ -13,6 +13,9 @@ Real images and weights come from --data (see benchmarks/regret.py); SqueezeNet 
 that everything beside the network weighs most. Printed are medians over --times runs, reference and product in turns.
 """
 
+import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
+
+# isort: split
 import argparse
 import json
 import os
@@ -247,8 +250,7 @@ def solvers(options: argparse.Namespace) -> None:
 
         return timed
 
-    # Gradients and BatchNorm's second look are passes that are never kept.
-    profiling._Sight.tangent = counted(profiling._Sight.tangent)  # type: ignore[method-assign]
+    # BatchNorm's second look is a pass that is never kept.
     profiling.sequential = counted(profiling.sequential)
     print(f"CPU s at {options.size} pixels, the sample doubled as long as the product would at most; median of {options.times}")
     print("data          sample  passes  solvers  share")

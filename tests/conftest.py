@@ -1,5 +1,8 @@
 """Shared fixtures: small images with a known truth, a workspace, the real data, one Prefect server for the whole session."""
 
+import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
+
+# isort: split
 import json
 import os
 import shutil

@@ -10,7 +10,7 @@ import torch
 from tlpipeline import heads
 from tlpipeline.cache import Column, Table
 from tlpipeline.features import scaling
-from tlpipeline.heads import PENALTIES, Features, Problem, image_weights, solve_head
+from tlpipeline.heads import PENALTIES, Features, Problem, Span, image_weights, solve_head, solve_kernel
 
 BLOCKS = [7, 5]
 
@@ -110,6 +110,69 @@ def test_views_do_not_make_a_weak_penalty_look_good() -> None:
     views = torch.cat([noise, noise, noise])
     assert solve_head(views, np.tile(labels, 3), [200], 3, 10, 0, views=2)[2] == max(PENALTIES)
     assert solve_head(views, np.tile(labels, 3), [200], 3, 10, 0)[2] < max(PENALTIES)
+
+
+def wide(n: int = 150) -> tuple[torch.Tensor, np.ndarray]:
+    """Fewer images than features, two of them alike: their span has fewer dimensions than there are images."""
+    x, labels = drawn(n, 3, separation=0.3, width=400)
+    x[1] = x[0]
+    return x, labels
+
+
+@pytest.mark.parametrize("penalty", [1e-2, 1e-5])
+def test_in_the_span_of_the_images_the_head_is_the_one_among_all_features(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = wide()
+    new, _ = drawn(100, 3, separation=0.3, width=400)
+    inside = solve_head(x, labels, [400], 3, 10, 0, penalty, tolerance=1e-7)
+    again = solve_head(x, labels, [400], 3, 10, 0, penalty, start=inside[:2], tolerance=1e-7)
+    monkeypatch.setattr(heads, "SPAN_BELOW", 0)
+    among_all = solve_head(x, labels, [400], 3, 10, 0, penalty, tolerance=1e-7)
+    for weight, bias, _ in (inside, again):
+        assert torch.allclose((new @ weight.T + bias).softmax(1), (new @ among_all[0].T + among_all[1]).softmax(1), atol=2e-3)
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])
+def test_a_head_of_inner_products_says_of_new_images_what_a_head_of_features_says(precision: torch.dtype) -> None:
+    x, labels = wide()
+    new, _ = drawn(100, 3, separation=0.3, width=400)
+    weight, bias, _ = solve_head(x, labels, [400], 3, 10, 0, tolerance=1e-6)
+    scale = scaling(x, [400])
+    mine, others = scale(x).to(precision), scale(new)
+    alpha, offset = solve_kernel((mine @ mine.T).double().numpy(), labels, 3, 10, 0, tolerance=1e-6)
+    found = others @ scale(x).T @ alpha.T + offset
+    assert torch.allclose(found.softmax(1), (new @ weight.T + bias).double().softmax(1), atol=5e-3)
+
+
+def test_inner_products_that_rounding_made_impossible_are_lifted_as_far_as_it_takes() -> None:
+    kernel = np.eye(20) - 1e-4 * np.ones((20, 20)) * 20 / 2  # an eigenvalue of 1 - 0.02
+    kernel[0, 0] = kernel[1, 1] = 1
+    kernel[0, 1] = kernel[1, 0] = 1.001  # and one below 0
+    span = Span(kernel, heads.ROUNDED)
+    assert np.allclose((span.lower @ span.lower.T).numpy(), kernel, atol=0.02)
+    nothing = Span(np.zeros((5, 5)), heads.EXACT)
+    assert nothing.rows.isfinite().all()
+
+
+def test_a_thin_problem_is_walked_by_one_thread_and_the_others_are_given_back() -> None:
+    x, labels = drawn(200, 3)
+    seen: list[int] = []
+
+    class Watched(Problem):
+        def __call__(self, flat: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
+            seen.append(torch.get_num_threads())
+            return super().__call__(flat, penalty)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        problem = Watched(Features(x), labels, 3, image_weights(labels, 10), scaling(x, BLOCKS))
+        problem.minimise(np.zeros(3 * 13), 1e-2, 5, 1e-3)
+        assert torch.get_num_threads() == 3
+        assert set(seen) == {1}
+        problem.features = Features(torch.empty(1, 1).expand(400_000, 4_000))
+        assert problem.threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_class_with_a_single_image_is_survived() -> None:

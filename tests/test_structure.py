@@ -1,6 +1,7 @@
 """Prose and tables are held to the code."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -102,3 +103,11 @@ def test_no_address_of_a_registry_is_committed() -> None:
 def test_importing_the_library_is_light() -> None:
     code = "import sys, tlpipeline; print(sorted({'torch', 'prefect', 'ray', 'dvc'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_wait_asleep_unless_someone_says_otherwise(before: dict[str, str], after: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | before
+    program = "import sys, tlpipeline, os; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=environment).stdout
+    assert told.strip() == after

@@ -4,7 +4,12 @@ The library: measure a data set against a pretrained network, choose one of the 
 Nothing here imports Prefect or Ray; heavy modules are imported when a name is first used.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Threads that wait for each other sleep instead of spinning: beside another busy process, two spinning threads on two cores take five times
+# as long as one (docs/log.md), and in a quiet machine sleeping costs nothing that can be measured. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from tlpipeline.backbones import load as load_backbone

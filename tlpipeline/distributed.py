@@ -159,7 +159,11 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
         _enough(cluster, use_gpu)
         storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
         _mend(Path(storage) / name)
-        threads = max(1, cpus() // cluster.workers)
+        environment = {
+            "OMP_NUM_THREADS": str(max(1, cpus() // cluster.workers)),
+            "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],  # set by tlpipeline itself
+            "PYTHONWARNINGS": "ignore",
+        }
         trainer = TorchTrainer(
             _loop,
             train_loop_config=asdict(job),
@@ -170,7 +174,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
                 storage_path=storage,
                 failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}},
+                worker_runtime_env={"env_vars": environment},
             ),
         )
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from tlpipeline.cache import Table
@@ -23,7 +24,12 @@ FOLDS = 3
 ONE_FOLD_FROM = 600
 CV_IMAGES = 1000
 CV_TOLERANCE = 1e-4  # at ten times as much it ends where it began
-ROTATE_BELOW = 1000
+SPAN_BELOW, SPAN_SHARE = 1000, 0.7  # images, and images a feature, up to which a head is solved in the span of its images
+EXACT, ROUNDED = (
+    1e-10,
+    1e-5,
+)  # rounding of inner products, beside an image with itself: in float64, and in float32 with their sum over images
+THREAD_OPS = 5e9  # operations of one part of a walk that are worth a thread: below, threads wait for memory and for each other
 IN_MEMORY_BYTES = 128 << 20
 CHUNK = 1024
 IMBALANCE = 10.0  # times the images of the smallest class that the largest may have before classes are weighted alike
@@ -136,7 +142,13 @@ class Problem:
         from scipy.optimize import minimize
 
         options: dict[str, Any] = {"maxiter": steps, "maxfun": 2 * steps, "gtol": tolerance, "ftol": 1e-9}
-        return np.asarray(minimize(self, start, args=(penalty,), jac=True, method="L-BFGS-B", options=options).x)
+        with threadpool_limits(self.threads()):
+            return np.asarray(minimize(self, start, args=(penalty,), jac=True, method="L-BFGS-B", options=options).x)
+
+    def threads(self) -> int:
+        """Return how many threads a walk keeps busy. It is two thin products a part, and two threads took twice as long as one for 24 classes."""
+        images = len(self.features) if isinstance(self.features.source, Tensor) else min(len(self.features), CHUNK)
+        return max(1, min(torch.get_num_threads(), int(4 * images * self.features.width * self.classes / THREAD_OPS)))
 
 
 def solve_head(
@@ -153,8 +165,8 @@ def solve_head(
 ) -> tuple[Tensor, Tensor, float]:
     """Solve multinomial logistic regression by L-BFGS, its L2 penalty found on held-out images, standardisation folded into the result.
 
-    Where there are fewer images than features the problem is rotated into the span of the images, which changes nothing but the cost: the
-    penalty is rotation invariant.
+    Where there are fewer images than features the problem is solved in the span of the images (see `solve_kernel`), which changes nothing
+    but the cost.
 
     Args:
         features: (n, d) in consecutive blocks (see Scaling).
@@ -175,41 +187,96 @@ def solve_head(
         tolerance = 1e-5 if len(labels) < ONE_FOLD_FROM else 1e-4
     whole = Features(features)
     scale = whole.scaling(blocks)
+    plain = len(labels) // (views + 1)
+    if start is not None:
+        w, b = (t.double() for t in start)
+        start = w / scale.scale, b + w @ scale.mean
+    if len(labels) <= min(SPAN_BELOW, SPAN_SHARE * whole.width) and isinstance(whole.source, Tensor):
+        x = scale(whole.source)
+        rows = x.numpy()
+        span = Span(rows @ rows.T, EXACT)
+        if start is not None:
+            start = span.inside(x @ start[0].T), start[1]
+        w, b, penalty = _solve(Features(span.rows), None, labels, plain, classes, imbalance, seed, penalty, start, tolerance)
+        w = span.outside(w) @ x
+    else:
+        w, b, penalty = _solve(whole, scale, labels, plain, classes, imbalance, seed, penalty, start, tolerance)
+    weight = w * scale.scale
+    return weight.float(), (b - weight @ scale.mean).float(), penalty
+
+
+def solve_kernel(kernel: Matrix, labels: Labels, classes: int, imbalance: float, seed: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Solve the head of images of which only the inner products of their scaled features are known.
+
+    Args:
+        kernel: (n, n), rounded as float32 is.
+
+    Returns:
+        alpha (K, n) and bias (K,): logits are alpha k + bias, k the inner products (n,) of an image with these.
+    """
+    span = Span(kernel, ROUNDED)
+    w, b, _ = _solve(Features(span.rows), None, labels, len(labels), classes, imbalance, seed, None, None, tolerance)
+    return span.outside(w), b
+
+
+def _solve(
+    features: Features,
+    scale: Scaling | None,
+    labels: Labels,
+    plain: int,
+    classes: int,
+    imbalance: float,
+    seed: int,
+    penalty: float | None,
+    start: tuple[Tensor, Tensor] | None,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, float]:
+    """Return weight (K, d) and bias (K,) on scaled features, and the penalty, found on the first `plain` images where it is not known."""
     present, own = np.unique(labels, return_inverse=True)
     own = own.astype(np.int64)
-    n, d = len(labels), len(scale.mean)
-    basis: Tensor | None = None
-    folded: Scaling | None = scale
-    if n < d and n <= ROTATE_BELOW and isinstance(whole.source, Tensor):
-        rotated, basis = _rotated(scale(whole.source))
-        whole, folded = Features(rotated.float()), None
     shares = image_weights(own, imbalance)
+    first = np.zeros(len(present) * (features.width + 1))
     if penalty is None:
-        plain = n // (views + 1)
-        penalty, first = _held_out_penalty(whole, own[:plain], shares[:plain], folded, seed)
-    else:
-        first = np.zeros(len(present) * ((d if basis is None else basis.shape[1]) + 1))
+        penalty, first = _held_out_penalty(features, own[:plain], shares[:plain], scale, seed)
     if start is not None:
-        w, b = (t.double()[torch.from_numpy(present)] for t in start)
-        b = b + w @ scale.mean
-        w = w / scale.scale
-        first = torch.cat([w if basis is None else w @ basis, b[:, None]], 1).reshape(-1).numpy()
-    problem = Problem(whole, own, len(present), shares, folded)
+        known = torch.from_numpy(present)
+        first = torch.cat([start[0][known], start[1][known, None]], 1).reshape(-1).numpy()
+    problem = Problem(features, own, len(present), shares, scale)
     both = torch.from_numpy(problem.minimise(first, penalty, 500, tolerance)).view(len(present), -1)
-    w, b = both[:, :-1], both[:, -1]
-    weight = torch.zeros(classes, d, dtype=torch.float64)
+    weight = torch.zeros(classes, features.width, dtype=torch.float64)
     bias = torch.full((classes,), -1e4, dtype=torch.float64)
-    weight[present] = (w if basis is None else w @ basis.T) * scale.scale
-    bias[present] = b - weight[present] @ scale.mean
-    return weight.float(), bias.float(), penalty
+    weight[present], bias[present] = both[:, :-1], both[:, -1]
+    return weight, bias, penalty
 
 
-def _rotated(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images (n, rank) in coordinates of the space that they span, and those coordinates' directions (d, rank), of fewer images than d."""
-    values, vectors = torch.linalg.eigh(x @ x.T)
-    kept = values > values.max() * 1e-10
-    roots = values[kept].sqrt()
-    return vectors[:, kept] * roots, x.T @ (vectors[:, kept] / roots)
+class Span:
+    """Coordinates of images in the space that they span: of X X' = L L' (Cholesky) the rows of L, which have the images' inner products.
+
+    A penalty on the weights is the same in these coordinates: X = L Q with orthonormal rows Q = L^-1 X.
+
+    Args:
+        kernel: X X', (n, n).
+        rounding: of the kernel, as a share of its mean diagonal; so much is added to the diagonal, ten times as much while it is not enough.
+    """
+
+    def __init__(self, kernel: Matrix, rounding: float) -> None:
+        self.lower, failed, lift = torch.empty(0), True, rounding * max(float(kernel.diagonal().mean()), 1e-12)
+        while failed:
+            lifted = torch.from_numpy(np.array(kernel, dtype=np.float64))
+            lifted.diagonal().add_(lift)
+            self.lower, info = torch.linalg.cholesky_ex(lifted)
+            failed, lift = bool(info), 10 * lift
+        self.rows = self.lower.float()
+
+    def outside(self, weight: Tensor) -> Tensor:
+        """Return what the images count in weights (K, n) on these coordinates: alpha (K, n), so that the weights on features are alpha X."""
+        alpha: Tensor = torch.linalg.solve_triangular(self.lower, weight, upper=False, left=False)
+        return alpha
+
+    def inside(self, logits: Tensor) -> Tensor:
+        """Return the weights (K, n) on these coordinates that give the images these logits (n, K)."""
+        weight: Tensor = torch.linalg.solve_triangular(self.lower, logits, upper=False)
+        return weight.T
 
 
 def image_weights(labels: Labels, imbalance: float) -> Matrix:

@@ -86,13 +86,17 @@ def _by_decomposition(kernel: Tensor, features: Tensor | None, targets: Tensor) 
 
 def _by_cholesky(kernel: Tensor, features: Tensor | None, targets: Tensor) -> Callable[[float], tuple[Tensor, Tensor]]:
     """Return the same by a factorisation for each ridge: K (K + r)^-1 = 1 - r (K + r)^-1, or by the columns where they are fewer."""
+    from scipy.linalg.lapack import dtrtri
+
     inner = kernel if features is None else features.T @ features
 
     def at(ridge: float) -> tuple[Tensor, Tensor]:
         factor = torch.linalg.cholesky(inner + ridge * torch.eye(len(inner), dtype=inner.dtype))
         if features is None:
-            inverse = torch.cholesky_inverse(factor)
-            return targets - ridge * (inverse @ targets), 1 - ridge * inverse.diagonal()
+            # Only the factor is inverted: half the work, and with it products and the diagonal are at hand.
+            inverse, _ = dtrtri(factor.numpy().T)
+            upper = torch.from_numpy(inverse)
+            return targets - ridge * (upper @ (upper.T @ targets)), 1 - ridge * upper.square().sum(1)
         half = torch.linalg.solve_triangular(factor, features.T, upper=False)
         return half.T @ (half @ targets), (half**2).sum(0)
 

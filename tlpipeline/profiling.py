@@ -25,7 +25,7 @@ from tlpipeline.cache import Store
 from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
 from tlpipeline.features import Images, Reader, Reading, Scaling, extract, in_batches, normalise, reading, scaling
-from tlpipeline.heads import IMBALANCE, solve_head
+from tlpipeline.heads import IMBALANCE, solve_kernel
 from tlpipeline.params import ProfileParams
 from tlpipeline.probes import PENALTIES, Bits, Fit, Matrix, guesses, head_similarity, leave_one_out, one_hot, pack, unpack, wilson
 from tlpipeline.progress import Event, Progress
@@ -436,12 +436,12 @@ def solving(readings: Sequence[Reading], images: int, classes: int) -> float:
     """Return the operations of the solvers for a sample of so many images: inner products, probes, and the two heads that confirm a slice.
 
     A probe costs two factorisations (after the first sample, which decides between all penalties), and there are four heads besides the taps;
-    a head takes about 100 walks through its features, each of two products.
+    a head takes about 100 walks through a matrix of as many rows and columns as it has images, each of two products.
     """
     widths = [sum(r.blocks) for r in readings]
     products = sum(2 * images**2 * width for width in widths)
     probes = sum(2 * images * min(images, width) ** 2 for width in [*widths, *4 * [images]])
-    heads = 2 * 100 * 4 * classes * max(widths) * min(images, CONFIRMED_ON)
+    heads = 2 * 100 * 4 * classes * min(images, CONFIRMED_ON) ** 2
     return float(products + probes + heads)
 
 
@@ -453,7 +453,7 @@ class _Kernels:
         scales: of each tap, with the norm behind them; before: penalties of a smaller sample by taps, {} for the first; penalties: of this.
     """
 
-    read: Sequence[Matrix]
+    read: Sequence[npt.NDArray[np.float32]]
     own: Sequence[Matrix]
     scales: Sequence[tuple[Scaling, float]]
     blocks: Sequence[tuple[int, ...]]
@@ -472,7 +472,7 @@ class _Kernels:
         """Return the leave-one-out fit on these taps together, and who was right."""
         together = None
         if sum(self.read[i].shape[1] for i in taps) < len(self.labels):
-            together = np.concatenate([self.read[i] for i in taps], axis=1) / math.sqrt(len(taps))
+            together = np.concatenate([self.read[i] for i in taps], axis=1, dtype=np.float64) / math.sqrt(len(taps))
         fit = leave_one_out(_mean([self.own[i] for i in taps]), one_hot(self.labels), self.tried(taps), features=together)
         self.penalties[tuple(taps)] = fit.penalty
         return fit, _right(fit, self.labels)
@@ -491,15 +491,17 @@ class _Kernels:
         names = [t.name for t in profile.taps]
         classes = int(max(self.labels.max(), labels.max())) + 1
         few = slice(0, CONFIRMED_ON)
+        held = [scale(x).float() / norm for x, (scale, norm) in zip(features, self.scales, strict=False)]
         reached = []
         for number, head in enumerate((profile.last, profile.cut)):
             assert head is not None
             taps = [names.index(name) for name in head.taps]
-            x = torch.cat([torch.from_numpy(self.read[i][few]).float() for i in taps], dim=1)
-            blocks = [block for i in taps for block in self.blocks[i]]
-            weight, bias, _ = solve_head(x, self.labels[few], blocks, classes, IMBALANCE, 0, tolerance=1e-4)
-            held = torch.cat([(scale(features[i]) / norm).float() for i in taps for scale, norm in [self.scales[i]]], dim=1)
-            right = (held @ weight.T + bias).argmax(1).numpy() == labels
+            # Each tap counts as often as it has blocks, of a total variance of one each, as in training.
+            parts = [(self.scales[i][1] ** 2, torch.from_numpy(self.read[i][few]), held[i]) for i in taps]
+            kernel = sum(weight * self.own[i][few, few] for i, (weight, _, _) in zip(taps, parts, strict=True))
+            alpha, bias = solve_kernel(np.asarray(kernel), self.labels[few], classes, IMBALANCE, 0, tolerance=1e-4)
+            logits = bias + sum(weight * (h @ (alpha.float() @ x).T) for weight, x, h in parts)
+            right = logits.argmax(1).numpy() == labels
             reached.append(replace(head, held_out=float(right.mean())))
             progress(Event("profile", number + 1, 2, f"head on {' + '.join(head.taps)} held against {len(labels)} other images"))
         return replace(profile, held_out=len(labels), last=reached[0], cut=reached[1])
@@ -559,11 +561,12 @@ def _kernels(
     scaled, own, scales = [], [], []
     for read, x in zip(readings, features, strict=False):
         scale = scaling(x, read.blocks)
-        a = scale(x).numpy()
-        norm = math.sqrt((a**2).sum() / len(a)) or 1.0
+        # Products in the features' own precision: their rounding, about 1e-7 of the diagonal, is far below the weakest penalty.
+        a = scale(x).float().numpy()
+        norm = math.sqrt(float(np.square(a).sum(dtype=np.float64)) / len(a)) or 1.0
         a /= norm
         scaled.append(a)
-        own.append(a @ a.T)
+        own.append((a @ a.T).astype(np.float64))
         scales.append((scale, norm))
     return _Kernels(scaled, own, scales, [r.blocks for r in readings], labels, before, {})
 
