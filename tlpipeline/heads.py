@@ -299,6 +299,11 @@ def _held_out_penalty(features: Features, labels: Labels, shares: Matrix, scale:
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))[:CV_IMAGES]
     x, y = features.take(order), labels[order]
+    scaled, span = x, None
+    if scale is not None and len(y) <= SPAN_SHARE * x.shape[1]:
+        scaled = scale(x).float()
+        span = Span((scaled @ scaled.T).double().numpy(), ROUNDED)
+        x, scale = span.rows, None
     fold = np.zeros(len(y), dtype=int)
     for c in np.unique(y):
         members = np.flatnonzero(y == c)
@@ -306,7 +311,7 @@ def _held_out_penalty(features: Features, labels: Labels, shares: Matrix, scale:
     folds = [k for k in range(FOLDS) if (fold == k).any() and len(np.unique(y[fold != k])) > 1]
     classes = int(labels.max()) + 1
     if not folds:
-        return PENALTIES[START], np.zeros(classes * (x.shape[1] + 1))
+        return PENALTIES[START], np.zeros(classes * (features.width + 1))
     folds = folds[:1] if len(y) >= ONE_FOLD_FROM else folds
     sides = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in folds]
     problems = []
@@ -336,7 +341,9 @@ def _held_out_penalty(features: Features, labels: Labels, shares: Matrix, scale:
             best += direction
         if best != START:
             break
-    return PENALTIES[best], reached[best]
+    both = torch.from_numpy(reached[best]).view(classes, -1)
+    weight = both[:, :-1] if span is None else (span.outside(both[:, :-1]).float() @ scaled).double()
+    return PENALTIES[best], torch.cat([weight, both[:, -1:]], 1).reshape(-1).numpy()
 
 
 # --- judging --------------------------------------------------------------------------------------------------------------------------

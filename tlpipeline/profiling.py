@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tlpipeline import backbones, dataset
@@ -304,6 +305,8 @@ def _of_sample(
     backbone, logits = sight.backbone, len(sight.taps)
     counts = Counter(r.label for r in rows)
     similarity = head_similarity(read[logits].softmax(1).double().numpy(), indices) if backbone.source_classes else None
+    with threadpool_limits(1):  # factorisations of a sample's size take longer with two
+        probed = _probe(sight.taps, sight.readings, kernels, seed)
     return Profile(
         backbone=backbone.name,
         weights=backbone.fingerprint,
@@ -319,7 +322,7 @@ def _of_sample(
         held_out=0,
         probed=len(set(indices.tolist())),
         head_similarity=similarity,
-        **_probe(sight.taps, sight.readings, kernels, seed),
+        **probed,
     )
 
 
@@ -512,9 +515,10 @@ class _Kernels:
         frozen = _centred(_mean([self.own[i] for i in taps])[np.ix_(first, first)])
         frozen = frozen / (frozen.trace() / len(y) or 1.0)
         reached: list[float] = []
-        for kernel in (gradients, frozen):
-            fit = leave_one_out(kernel, one_hot(y))
-            reached += [float(_right(fit, y).mean()), float(((fit.scores - one_hot(y)) ** 2).mean())]
+        with threadpool_limits(1):
+            for kernel in (gradients, frozen):
+                fit = leave_one_out(kernel, one_hot(y))
+                reached += [float(_right(fit, y).mean()), float(((fit.scores - one_hot(y)) ** 2).mean())]
         return Tangent(len(y), *reached)
 
     def hunger(self, taps: Sequence[int], whole: float, seed: int) -> tuple[tuple[int, float], ...]:
