@@ -8,12 +8,14 @@ brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for
     python benchmarks/regret.py profile [--data DIR] [--grid core|full] [--only TEXT ...]
     python benchmarks/regret.py collect [--data DIR] [--grid core|full] [--only TEXT ...] [--arms ARM ...]
     python benchmarks/regret.py rates [--data DIR] [--only TEXT ...]
+    python benchmarks/regret.py above [--data DIR] [--only TEXT ...]
     python benchmarks/regret.py fit
     python benchmarks/regret.py report
 
 `profile` measures what the product would measure of each unit and trains the frozen heads; `collect` trains everything, arm by arm, small
 subsets first. Both run what has no row yet, so they can be interrupted at any moment, and sort the rows when they are through. `rates` trains
-LP-FT on 500 images at a third and three times the recipe's rate, and says what choosing the rate on validation would bring. `fit` refits
+LP-FT on 500 images at a third and three times the recipe's rate, and says what choosing the rate on validation would bring. `above` trains
+only the blocks above the first third, and above two thirds, of 500 and 2,000 images, and says what that loses and saves. `fit` refits
 tlpipeline/outlook.json, `report` prints the figures and draws regret.svg.
 With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
 """
@@ -32,8 +34,10 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +59,9 @@ from tlpipeline.workers import Alone  # noqa: E402
 
 DATA = Path(os.environ.get("TLPIPELINE_DATA", HERE.parent.parent / "shared" / "data"))
 RESULTS = HERE / "results"
-ARMS, UNITS, RATES = "regret.csv", "regret-units.csv", "regret-rates.csv"
+ARMS, UNITS, RATES, ABOVE = "regret.csv", "regret-units.csv", "regret-rates.csv", "regret-above.csv"
 FACTORS = (1 / 3, 3.0)
+FIXED, FIXED_AT = (1 / 3, 2 / 3), (500, 2000)
 SEED = 11
 VALIDATION = 6  # every sixth image of a class in a subset
 LEAST_TEST = 500
@@ -206,8 +211,42 @@ def uncut(row: cases.Case, last: backbones.Tap, size: int) -> cases.Decision:
     )  # fmt: skip
 
 
-def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0) -> dict[str, object]:
-    """Run an arm that trains the whole network, as the product runs it but for a factor on its rate, and return its row."""
+@contextmanager
+def first_blocks_fixed(backbone: backbones.Backbone, last: str, share: float) -> Iterator[None]:
+    """Have a share of the blocks, from the first on, stay as they are while all others are trained: their statistics too."""
+    named = backbones.blocks(backbone, last)
+    fixed = {name for block in named[: round(share * len(named))] for name in block}
+
+    class Above(models.Classifier):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            assert fixed <= {name for name, _ in self.trunk.named_parameters()}
+            for name, parameter in self.trunk.named_parameters():
+                parameter.requires_grad_(name not in fixed)
+
+        def train(self, mode: bool = True) -> "Above":
+            super().train(mode)
+            for module in self.trunk.modules():
+                own = list(module.parameters())
+                if own and not any(p.requires_grad for p in own):
+                    module.eval()
+            return self
+
+    whole, train.Classifier = train.Classifier, Above  # type: ignore[attr-defined, misc]
+    try:
+        yield
+    finally:
+        train.Classifier = whole  # type: ignore[attr-defined, misc]
+
+
+def train_arm(
+    unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0, fixed: float = 0.0
+) -> dict[str, object]:
+    """Run an arm that trains the whole network, as the product runs it but for a factor on its rate, and return its row.
+
+    Args:
+        fixed: share of the blocks, from the first on, that are not trained after all.
+    """
     net = unit.network
     weights, md5 = (backbones.NONE, backbones.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
     backbone = backbones.load(net.name, weights, md5=md5, size=net.size, seed=unit.seed)
@@ -227,7 +266,8 @@ def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: 
         )  # fmt: skip
         started = cpu_seconds()
         (here / "scratch").mkdir()
-        finished = train.run(job, Alone(here / "kept"), here / "scratch")
+        with first_blocks_fixed(backbone, taps[-1].name, fixed) if fixed else nullcontext():
+            finished = train.run(job, Alone(here / "kept"), here / "scratch")
         spent = cpu_seconds() - started
         assert finished is not None
         history = json.loads((finished / "history.json").read_text())["history"]
@@ -448,9 +488,40 @@ def rates(options: argparse.Namespace) -> None:
     )
 
 
+def above(options: argparse.Namespace) -> None:
+    """Train only the later blocks where that has no row yet, and print what it loses against training all, and what it saves."""
+    found = folders(options.data, options.work)
+    path = options.results / ABOVE
+    for unit, rows, largest in grid(options.grid, found, options.work, options.only):
+        for share in FIXED if unit.n in FIXED_AT and unit.seed == 0 and unit.data not in LEFT_OUT else ():
+            key = (*map(str, unit.key), f"{share:.2f}")
+            if key not in {(r["data"], r["backbone"], r["n"], r["seed"], r["fixed"]) for r in rows_of(path)}:
+                manifest = split(rows, unit.n, largest, unit.seed)
+                row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, fixed=share)
+                append(path, (*COLUMNS, "fixed"), row | {"fixed": key[-1]})
+
+    def right(row: dict[str, str]) -> float:
+        return 100 * (int(row["hits_a"]) + int(row["hits_b"])) / (int(row["test_a"]) + int(row["test_b"]))
+
+    arms = {(r["data"], r["backbone"], r["n"], r["seed"], r["arm"]): r for r in rows_of(options.results / ARMS)}
+    lost: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in rows_of(path):
+        unit_of = row["data"], row["backbone"], row["n"], row["seed"]
+        whole, frozen = arms[*unit_of, "tuned"], max((arms[*unit_of, arm] for arm in FROZEN), key=right)
+        lost.setdefault((row["fixed"], row["backbone"], row["n"]), []).append((right(row) - right(whole), right(row) - right(frozen)))
+        print(f"{row['fixed']} fixed", *unit_of, f"{right(row):.1f} % all {right(whole):.1f} % best frozen {right(frozen):.1f} %", sep="  ")
+    for kind, points in sorted(lost.items()):
+        found_points = np.array(points)
+        error = found_points[:, 0].std(ddof=1) / len(points) ** 0.5 if len(points) > 1 else float("nan")
+        print(
+            f"{kind[0]} of the blocks fixed, {kind[1]}, {kind[2]} images, {len(points)} units: {found_points[:, 0].mean():+.2f} points against "
+            f"training all (standard error {error:.2f}), {found_points[:, 1].mean():+.2f} against the best frozen head"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("collect", "profile", "rates", "fit", "report"))
+    parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "fit", "report"))
     parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
     parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights files")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -468,6 +539,8 @@ def main() -> None:
         tidy(options.results)
     elif options.verb == "rates":
         rates(options)
+    elif options.verb == "above":
+        above(options)
     elif options.verb == "profile":
         profiles(options)
         tidy(options.results)

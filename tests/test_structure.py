@@ -105,9 +105,17 @@ def test_importing_the_library_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("before", "after"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_threads_wait_asleep_unless_someone_says_otherwise(before: dict[str, str], after: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | before
-    program = "import sys, tlpipeline, os; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, ["PASSIVE", "1000"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["PASSIVE", "7"]),
+    ],
+)
+def test_threads_wait_asleep_unless_someone_says_otherwise(before: dict[str, str], after: list[str]) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {key: value for key, value in os.environ.items() if key not in names} | before
+    program = f"import sys, tlpipeline, os; assert 'torch' not in sys.modules; print(*[os.environ.get(n) for n in {names}])"
     told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=environment).stdout
-    assert told.strip() == after
+    assert told.split() == after

@@ -7,9 +7,11 @@ Nothing here imports Prefect or Ray; heavy modules are imported when a name is f
 import os
 from typing import TYPE_CHECKING, Any
 
-# Threads that wait for each other sleep instead of spinning: beside another busy process, two spinning threads on two cores take five times
-# as long as one (docs/log.md), and in a quiet machine sleeping costs nothing that can be measured. Read when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for each other soon go to sleep instead of spinning: beside another busy process, two spinning threads on two cores take five
+# times as long as one (docs/decisions/0010). Whoever has said how threads wait is heard. OpenMP reads this when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from tlpipeline.backbones import load as load_backbone

@@ -159,11 +159,8 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
         _enough(cluster, use_gpu)
         storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
         _mend(Path(storage) / name)
-        environment = {
-            "OMP_NUM_THREADS": str(max(1, cpus() // cluster.workers)),
-            "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],  # set by tlpipeline itself
-            "PYTHONWARNINGS": "ignore",
-        }
+        threads = max(1, cpus() // cluster.workers)
+        waiting = {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ}
         trainer = TorchTrainer(
             _loop,
             train_loop_config=asdict(job),
@@ -174,7 +171,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
                 storage_path=storage,
                 failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                worker_runtime_env={"env_vars": environment},
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"} | waiting},
             ),
         )
         try:

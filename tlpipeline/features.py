@@ -420,7 +420,8 @@ class Scaling:
 def scaling(features: Tensor, blocks: Sequence[int]) -> Scaling:
     """Measure mean and scale on features (n, d) whose d columns are these consecutive blocks."""
     x = features.double()
-    mean, deviation = x.mean(0), x.std(0, unbiased=False)
+    mean = x.mean(0)
+    deviation = (x - mean).square_().mean(0).sqrt()  # torch's own std takes ten times as long along the rows
     parts = []
     for block in torch.split(deviation, list(blocks)):
         floor = max(float(block.square().mean().sqrt()) * 0.01, 1e-12)
