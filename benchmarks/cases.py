@@ -1,14 +1,15 @@
 """Which case does the pipeline choose on real images, how good is the model, and what does it cost?
 
-Runs `tlpipeline init` and `tlpipeline run` as a user would on each data set of a folder of `<name>.tar.gz` archives, and prints a table as
-results come; a finished row is kept in benchmarks/results/ and not run again. With --force NAME all four cases are forced on one data set
-in one workspace, one after the other, and each gate's verdict is printed.
+Runs `tlpipeline init` and `tlpipeline run` as a user would on each data set of a folder of `<name>.tar.gz` archives, and prints the table of
+the README. A finished row is kept in benchmarks/results/ and not run again: delete it after a change of the product. With --force NAME all
+four cases are forced on one data set in one workspace, one after the other, and each gate's verdict is printed.
 
     python benchmarks/cases.py [--data DIR] [--work DIR] [NAME ...]
     python benchmarks/cases.py --force NAME
 """
 
 import argparse
+import csv
 import hashlib
 import json
 import os
@@ -128,6 +129,8 @@ def main() -> None:
         forced(options.force, options.data, work, options.workers)
         return
     for name in options.names or list(JOBS):
+        if name in {found["data"] for found in rows()}:
+            continue
         started = time.monotonic()
         folder = workspace(name, options.data, work, options.workers)
         tlpipeline("run", "--workspace", str(folder))
@@ -139,6 +142,22 @@ def main() -> None:
                 print(",".join(COLUMNS), file=file)
             print(",".join(str(found[c]) for c in COLUMNS), file=file)
         print(" | ".join(str(found[c]) for c in COLUMNS), flush=True)
+    print("| data | training images | classes | pixels | case | kept up to | P(similar) | P(large) | test accuracy |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for found in rows():
+        accuracy, low, high = (100 * float(found[key]) for key in ("accuracy", "low", "high"))
+        print(
+            f"| {found['data']} | {found['train']} | {found['classes']} | {found['size']} | `{found['case']}` | {found['slice']} | "
+            f"{float(found['p_similar']):.2f} | {float(found['p_large']):.2f} | {accuracy:.1f} % ({low:.1f} to {high:.1f}) |"
+        )
+
+
+def rows() -> list[dict[str, str]]:
+    """Return the rows that are there."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":
