@@ -43,6 +43,7 @@ class Measured:
     looked: int
     profiled: float
     judges: npt.NDArray[np.bool_]
+    also: tuple[str, ...] = ()
 
     def accuracy(self, arm: str, half: str = "") -> float:
         """Return an arm's accuracy on the test side, or on one half of it."""
@@ -60,8 +61,8 @@ class Measured:
 
     @property
     def rivals(self) -> list[str]:
-        """The arms of the oracle."""
-        return [arm for arm in ORACLE if arm in self.arms]
+        """The arms of the oracle, and what is to be one of them as well."""
+        return [arm for arm in (*ORACLE, *self.also) if arm in self.arms]
 
     def regret(self, arm: str) -> float:
         """Return points lost against the best rival, winner and score on the same test images: an upper bound."""
@@ -144,7 +145,7 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     before, within = float(one.looked), model.settled(one.evidence)
     if weighed.no_race:
         arm = "tuned" if weighed.large else frozen
-        return Chosen(arm, before + one.cost(arm), one.profiled + one.seconds(arm), within)
+        return Chosen(arm, before + one.cost(arm), one.profiled + one.seconds(arm), weighed.settled(tuned=weighed.large))
     row = one.arms["tuned"]
     epochs, images = int(row["epochs"]), len(one.judges)
     before += one.cost(frozen)
@@ -182,6 +183,17 @@ def observed(one: Measured, rule: ChooseParams, heads: dict[str, Any]) -> Observ
         validated=float(unpack(one.arms[frozen]["bits"], len(one.judges)).mean()) if len(one.judges) else 0.0,
         validation=len(one.judges),
     )
+
+
+def others(units: Sequence[Measured], one: Measured) -> list[Measured]:
+    """Return the units of other data sets and other networks."""
+    return [u for u in units if u.unit.data != one.unit.data and u.unit.backbone != one.unit.backbone]
+
+
+def told(name: str, units: Sequence[Measured], chosen: Sequence[Chosen], rule: ChooseParams) -> str:
+    """Say in a few words what a rule reaches."""
+    f = figures(units, chosen, rule.tolerance)
+    return f"{name} {f.half.mean():.2f}..{f.raw.mean():.2f}, {f.good.mean():.0%} within {rule.tolerance:g} points, cost {f.cost.mean():.0%}"
 
 
 def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> dict[str, Outlook]:
@@ -406,10 +418,14 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         print(
             f"{name}: P(within tolerance): Brier {score:.3f}, skill {skill:+.2f}; calibration error {error:.3f} (floor {floor:.3f}); {bins}"
         )
-    mine = tried["product (auto)"]
-    five = [100 * (max(one.accuracy(a) for a in (*one.rivals, "multi")) - one.accuracy(c.arm)) for one, c in zip(units, mine, strict=True)]
-    always = [100 * (max(one.accuracy(a) for a in (*one.rivals, "multi")) - one.accuracy("tuned")) for one in units]
-    print(f"with multi among the rivals, upper bound: product (auto) {np.mean(five):.2f}, always LP-FT {np.mean(always):.2f}")
+    with_multi = [dataclasses.replace(one, also=("multi",)) for one in units]
+    print(
+        "with multi among the rivals: "
+        + ", ".join(told(name, with_multi, tried[name], rule) for name in ("product (auto)", "always LP-FT"))
+    )
+    if len({one.unit.backbone for one in units}) > 1:
+        unseen = [product(fitted_on(others(units, one), rule, PENALTY), rule, one) for one in units]
+        print("fitted without the data set and without the network: " + told("product (auto)", units, unseen, rule))
     for arm in ("plain", "scratch"):
         part = [one for one in units if arm in one.arms]
         if part:

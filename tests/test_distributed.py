@@ -21,7 +21,7 @@ from test_train import decided
 
 from tlpipeline import dataset, distributed
 from tlpipeline.cases import CASES
-from tlpipeline.errors import BackboneError, ClusterError
+from tlpipeline.errors import BackboneError, ClusterError, TrainingError
 from tlpipeline.features import Reading
 from tlpipeline.job import Job
 from tlpipeline.params import ClusterParams
@@ -154,8 +154,28 @@ def test_a_mistake_in_a_worker_reaches_the_user_as_what_it_is(
     tmp_path: Path,
 ) -> None:
     broken = job(decided(CASES[0]), "broken", weights="gone.safetensors")
-    with pytest.raises((BackboneError, ClusterError), match=r"gone\.safetensors"):
-        distributed.run(broken, replace(TWO, max_failures=0), "broken", tmp_path / "runs", silent)
+    with pytest.raises(BackboneError, match=r"gone\.safetensors"):
+        distributed.run(broken, replace(TWO, max_failures=1), "broken", tmp_path / "runs", silent)
+
+
+def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_again(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, tried = job(decided(CASES[0]), "diverges"), []
+
+    def diverge(*_: object) -> None:
+        tried.append(1)
+        raise TrainingError("expected it to converge")
+
+    monkeypatch.setattr(distributed.train, "run", diverge)
+    monkeypatch.setattr(distributed, "_RayWorld", lambda: None)
+    with pytest.raises(TrainingError):
+        distributed._loop(asdict(made))
+    distributed._loop(asdict(made))
+    assert tried == [1]
+    with pytest.raises(TrainingError, match="expected it to converge"):
+        distributed._raise_what_gave_up(made)
+    distributed._raise_what_gave_up(made)  # told once
 
 
 DRIVER = """

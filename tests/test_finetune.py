@@ -15,7 +15,7 @@ import torch
 from test_train import decided, history, trained
 from torch import nn
 
-from tlpipeline import backbones, cache, checkpoint, dataset, finetune
+from tlpipeline import backbones, cache, checkpoint, dataset, finetune, train
 from tlpipeline.augment import mix, rand_augment
 from tlpipeline.backbones import Transforms
 from tlpipeline.cache import Store
@@ -26,7 +26,7 @@ from tlpipeline.errors import ParamsError, TrainingError
 from tlpipeline.features import Images, Reading
 from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.job import Job, Teller
-from tlpipeline.optimise import Average, flat, optimiser, shares, unflat
+from tlpipeline.optimise import Average, decays, flat, optimiser, shares, unflat
 from tlpipeline.workers import Alone
 
 Make = Callable[..., Job]
@@ -163,6 +163,52 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(job: Make, tmp_path: Path) 
     assert same(whole, parts, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_images_are_mixed_before_a_batch_is_taken_in_parts(kind: str, job: Make, tmp_path: Path) -> None:
+    quiet = decided(TUNED, **{kind: 0.5})
+    quiet = replace(quiet, slice="conv3", readings=(replace(quiet.readings[0], tap="conv3", channels=128, grids=(1, 2)),))
+    whole = trained(job(quiet, epochs=1), tmp_path / "whole")
+    parts = trained(job(replace(quiet, recipe=replace(quiet.recipe, accumulate=16)), epochs=1), tmp_path / "parts")
+    assert same(whole, parts, atol=1e-5)
+    plain = trained(job(replace(quiet, recipe=replace(quiet.recipe, **{kind: 0.0})), epochs=1), tmp_path / "plain")
+    assert not same(whole, plain, atol=1e-4)
+
+
+def test_batch_normalisation_is_shared_where_a_pass_sees_few_images(job: Make, tmp_path: Path) -> None:
+    fit = a_fit(linear(), job(decided(TUNED), batch_size=64), [0, 1] * 32, tmp_path, workers=2)
+    fit.world.device, fit.normalisation = torch.device("cuda"), "batch"
+    assert fit.recipe.sync_below == 16
+    assert [fit._few_images_a_worker(parts) for parts in (0, 1, 2, 3, 4)] == [False, False, False, True, True]
+    fit.normalisation = "layer"
+    assert not fit._few_images_a_worker(4)
+
+
+@pytest.mark.parametrize("batch", [32, 2048])
+def test_the_rate_goes_with_the_images_that_a_step_has(batch: int, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    plain = finetune.optimiser
+
+    def noted(model: nn.Module, recipe: Recipe, normalisation: str, rate: float, *rest: Any) -> torch.optim.Optimizer:
+        rates.append(rate)
+        return plain(model, recipe, normalisation, rate, *rest)
+
+    monkeypatch.setattr(finetune, "optimiser", noted)
+    trained(job(decided(TUNED), epochs=1, batch_size=batch), tmp_path / "run")
+    images = len(dataset.read_manifest(tmp_path / "manifest.parquet").used("train"))
+    assert 32 < images < 2048
+    assert rates == [pytest.approx(TUNED.recipe.rate("none", 32) * min(batch, images) / 64)]
+
+
+def test_only_matrices_and_kernels_decay() -> None:
+    shapes = {
+        "features.1.0.layer_scale": (96, 1, 1), "a.relative_position_bias_table": (169, 4), "encoder.pos_embedding": (1, 50, 192),
+        "class_token": (1, 1, 192), "norm.weight": (96,), "attn.logit_scale": (4, 1, 1),
+    }  # fmt: skip
+    assert not any(decays(name, torch.zeros(shape)) for name, shape in shapes.items())
+    assert decays("conv.weight", torch.zeros(8, 1, 3, 3))
+    assert decays("head.weight", torch.zeros(10, 64))
+
+
 def a_fit(net: nn.Module, made: Job, labels: list[int], place: Path, workers: int = 1, rank: int = 0) -> Fit:
     """A fit of this network on images that have these labels; none of them is looked at."""
     rows = [Row(str(i), f"{i:032x}", "", "", 8, 8, "RGB", "") for i in range(len(labels))]
@@ -188,7 +234,7 @@ def test_where_classes_are_uneven_they_weigh_alike_in_the_gradient(recipe: dict[
     net = linear()
     fit = a_fit(net, job(decided(TUNED, **recipe)), labels, tmp_path)
     images = Images(tmp_path, fit.sides.train, fit.sides.transforms)
-    fit._parts(net, list(range(8)), PIXELS, images, 8, 1, 0)
+    fit._parts(net, *fit._inputs(list(range(8)), PIXELS, images, 0), images, 8, 1)
     found = net[1].weight.grad
     weights = torch.tensor([8 / (3 * 5), 8 / (3 * 2), 8 / 3]) if recipe == {"imbalance": 2.0} else torch.ones(3)
     net.zero_grad()
@@ -360,6 +406,95 @@ def test_a_time_budget_ends_a_run_with_the_best_model_so_far(job: Make, tmp_path
     assert len(tuned) < 500
     assert state["best_accuracy"] >= max(state["history"][0]["accuracy"], tuned[-1])
     assert all(v.isfinite().all() for v in weights.values())
+
+
+def test_a_time_budget_gives_back_the_best_finished_epoch(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, seen = [0.95, 0.97, 0.6], {}
+    validated, remember, left = finetune.validated, Checkpoints.keep, list(told)
+
+    def scripted(*given: Any) -> tuple[float, float, str]:
+        return left.pop(0), 1.0, validated(*given)[2]
+
+    def keep(self: Checkpoints, state: State, *rest: Any) -> None:
+        remember(self, state, *rest)
+        seen[state.epoch] = self.current
+
+    monkeypatch.setattr(finetune, "validated", scripted)
+    monkeypatch.setattr(Checkpoints, "keep", keep)
+    monkeypatch.setattr(Deadline, "passed", lambda _: len(left) == 1)
+    weights = trained(job(replace(decided(TUNED), init="plain"), epochs=9, budget_minutes=1000), tmp_path / "run")
+    state = finished(tmp_path / "run")
+    assert [h["accuracy"] for h in state["history"]] == told
+    assert (state["best_epoch"], state["best_accuracy"]) == (2, 0.97)
+    assert same(weights, seen[2])
+
+
+def test_a_time_budget_that_is_not_needed_changes_nothing(job: Make, tmp_path: Path) -> None:
+    bounded = trained(job(decided(TUNED), epochs=3, budget_minutes=1000), tmp_path / "bounded")
+    assert same(trained(job(decided(TUNED), epochs=3), tmp_path / "free"), bounded)
+
+
+def test_a_time_budget_that_ends_before_fine_tuning_leaves_the_head(job: Make, tmp_path: Path) -> None:
+    trained(job(decided(TUNED), epochs=3, budget_minutes=1e-9), tmp_path / "run")
+    state = finished(tmp_path / "run")
+    assert [h["arm"] for h in state["history"]] == ["head"]
+    assert any("before fine-tuning began" in remark for remark in state["remarks"])
+
+
+def test_a_time_budget_ends_the_random_views_of_a_frozen_case(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    compute = train.frozen_features
+
+    def counted(reader: Any, images: Any, world: Any, tell: Any, deadline: Any = None) -> Any:
+        asked.append("view" if images.augment else "image")
+        there = compute(reader, images, world, tell)
+        return there[:-1] if asked.count("view") == 3 and deadline is not None else there  # the third is cut short
+
+    monkeypatch.setattr(train, "frozen_features", counted)
+    trained(job(decided(CASES[0]), views=5, budget_minutes=1000), tmp_path / "run")
+    assert finished(tmp_path / "run")["remarks"] == ["train.budget_minutes ended the features after 2 of 5 random views"]
+    assert asked == ["image", "image", "view", "view", "view"]
+
+
+# --- no validation ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [{}, {"patience": 2}])
+def test_without_validation_images_what_was_trained_is_what_is_kept(recipe: dict[str, Any], job: Make, tmp_path: Path) -> None:
+    made = job(replace(decided(TUNED, scratch_from=1, **recipe), init="auto"), epochs=2)
+    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
+    none = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != "val"))
+    dataset.write_manifest(none, tmp_path / "manifest.parquet", tmp_path / "quarantine.csv")
+    trained(made, tmp_path / "run")
+    state = finished(tmp_path / "run")
+    assert [h["arm"] for h in state["history"]] == ["head", "fine-tune", "fine-tune"]  # nothing says that scratch would be better
+    assert (state["best_arm"], state["best_epoch"]) == ("fine-tune", 2)
+
+
+def test_fine_tuning_gained_if_the_epoch_that_is_kept_did() -> None:
+    line = {"loss": 0.0, "log_loss": 1.0, "correct": ""}
+    head, best, last = (
+        {"arm": arm, "epoch": e, "accuracy": a} | line for arm, e, a in (("head", 0, 0.9), ("fine-tune", 1, 0.95), ("fine-tune", 2, 0.89))
+    )
+    assert State("fine-tune", best_arm="fine-tune", best_epoch=1, best_accuracy=0.95, history=[head, best, last]).gained
+    assert not State("fine-tune", best_arm="fine-tune", best_epoch=2, best_accuracy=0.89, history=[head, last]).gained
+    assert not State("fine-tune", best_arm="head", best_accuracy=0.9, history=[head, last]).gained
+
+
+@pytest.mark.parametrize(("balance", "imbalance"), [("loss", 10.0), ("none", math.inf)])
+def test_the_head_weighs_classes_as_the_recipe_says(
+    balance: str, imbalance: float, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    solve = train.solve_head
+
+    def noted(x: Any, y: Any, blocks: Any, classes: int, asked: float, *rest: Any, **named: Any) -> Any:
+        seen.append(asked)
+        return solve(x, y, blocks, classes, asked, *rest, **named)
+
+    monkeypatch.setattr(train, "solve_head", noted)
+    trained(job(decided(CASES[0], balance=balance)), tmp_path / "run")
+    assert set(seen) == {imbalance}
 
 
 def test_a_time_budget_ends_the_features_of_a_frozen_case(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

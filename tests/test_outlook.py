@@ -470,6 +470,11 @@ def test_beyond_the_points_of_the_fit_the_line_ends_and_less_is_known() -> None:
     assert found.deviation < found.unexplained(beyond, 0.8) <= found.unexplained(far, 0.8)
     assert any(words.startswith("parameters") for words in found.outside(beyond, 0.8))
     assert not found.outside(inside, 0.8)
+    # Doubt takes no side: the same gain is expected as at the edge, in a wider interval.
+    edge_of, further = found.predict(at, 0.8, 0.005), found.predict(far, 0.8, 0.005)
+    assert further.gain == pytest.approx(edge_of.gain, abs=1e-6)
+    assert further.tuned == pytest.approx(edge_of.tuned, abs=1e-6)
+    assert further.high - further.low > 1.5 * (edge_of.high - edge_of.low)
 
 
 def test_classes_beyond_those_of_the_fit_are_said() -> None:

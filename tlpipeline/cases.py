@@ -64,7 +64,7 @@ class Recipe:
     least_epochs: int = 5
     most_epochs: int = 40
     scratch_times: float = 3.0
-    scratch_from: int = 2000
+    scratch_from: int = 50_000
     patience: int = 0
     optimiser: str = AUTO
     weight_decay: float = 5e-4

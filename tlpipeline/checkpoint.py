@@ -77,11 +77,11 @@ class State:
         """Note the end of an arm; say whether it takes the place of what there was.
 
         Fine-tuning takes the place of the head that it started from unless it is clearly worse (two paired standard errors): a validation
-        of 20 images must not undo it. Scratch must be better.
+        of 20 images must not undo it, and one of none says nothing. Scratch must be better.
         """
         line = next((line for line in self.history if line["arm"] == "head"), None)
-        if self.arm == "fine-tune" and line is not None and images:
-            difference, error = paired(correct, str(line["correct"]), images)
+        if self.arm == "fine-tune" and line is not None:
+            difference, error = paired(correct, str(line["correct"]), images) if images else (0.0, 0.0)
             if difference < -2 * error:
                 return False
             self.best_accuracy, self.best_loss = -1.0, math.inf
@@ -89,9 +89,9 @@ class State:
 
     @property
     def gained(self) -> bool:
-        """Whether fine-tuning ended better on validation than the frozen probe that it started from."""
-        last = {str(line["arm"]): float(line["accuracy"]) for line in self.history}
-        return last.get("fine-tune", 0.0) > last.get("head", -1.0)
+        """Whether what fine-tuning left is better on validation than the frozen probe that it started from."""
+        head = next((float(line["accuracy"]) for line in self.history if line["arm"] == "head"), -1.0)
+        return self.best_arm == "fine-tune" and self.best_accuracy > head
 
     def best_epoch_of(self, arm: str) -> int:
         """Return the epoch of an arm's own best validation, 0 before its first: an arm that starts behind may still catch up."""

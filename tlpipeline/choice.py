@@ -93,6 +93,17 @@ class Weighed:
             return float(self.evidence.head_similarity >= self.rule.textbook_similarity)
         return self.evidence.similar
 
+    def settled(self, tuned: bool) -> float:
+        """Return P(this choice, without a race, is not worse than the best of all arms by more than the tolerance).
+
+        By the number of images, as measured; where nothing was read, at most what the prediction gives it. (What the prediction says adds
+        nothing elsewhere, not even where the data are unlike the rows: docs/log.md.)
+        """
+        by_size = self.model.settled(self.evidence)
+        if has_signal(self.evidence):
+            return by_size
+        return min(by_size, self.prediction.safe if tuned else self.prediction.within)
+
     @cached_property
     def gains(self) -> Matrix:
         """Equally likely gains of fine-tuning by the prediction."""
@@ -384,7 +395,8 @@ def _standing(profile: Profile, weighed: Weighed, race: Race | None, head: str, 
         lost = np.maximum(gains, 0.0) + weighed.frozen - own
         return round(float(lost.clip(min=0).mean()), 4), round(float((lost <= tolerance).mean()), 4)
     told = seen if last is None else last
-    return round(told.frozen_regret if head else told.tuned_regret, 4), round(weighed.model.settled(weighed.evidence), 4)
+    within = weighed.settled(tuned=not head) if last is None else weighed.model.settled(weighed.evidence)
+    return round(told.frozen_regret if head else told.tuned_regret, 4), round(within, 4)
 
 
 def _reason(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None) -> str:

@@ -6,6 +6,7 @@ Several GPUs on one machine or on several have never been run: NCCL is chosen on
 """
 
 import contextvars
+import json
 import os
 import shutil
 import signal
@@ -19,11 +20,11 @@ from typing import Any
 
 import torch
 
-from tlpipeline import train
+from tlpipeline import errors, train
 from tlpipeline.checkpoint import MODEL
 from tlpipeline.dataset import cpus
 from tlpipeline.errors import ClusterError, PipelineError
-from tlpipeline.files import NO_ROOM, torn
+from tlpipeline.files import NO_ROOM, torn, write_json
 from tlpipeline.job import Job, Tail
 from tlpipeline.params import AUTO, ClusterParams
 from tlpipeline.progress import Progress
@@ -143,8 +144,28 @@ class _RayWorld:
 
 
 def _loop(config: dict[str, Any]) -> None:
+    job = Job(**config)
+    if _gave_up(job).exists():
+        return  # started again after an error that only the user can mend: it would come back
     with tempfile.TemporaryDirectory(prefix="tlpipeline-") as scratch:
-        train.run(Job(**config), _RayWorld(), Path(scratch))
+        try:
+            train.run(job, _RayWorld(), Path(scratch))
+        except PipelineError as error:
+            write_json({"kind": type(error).__name__, "message": str(error)}, _gave_up(job))
+            raise
+
+
+def _gave_up(job: Job) -> Path:
+    """Return where a worker writes down an error that it would meet again: Ray starts workers anew after any error, and hands on its text alone."""
+    return Path(job.history).with_suffix(".error.json")
+
+
+def _raise_what_gave_up(job: Job) -> None:
+    path = _gave_up(job)
+    if path.exists():
+        told = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+        raise getattr(errors, told["kind"])(told["message"])
 
 
 def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, folder: Path) -> Path:
@@ -174,12 +195,15 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"} | waiting},
             ),
         )
+        _gave_up(job).unlink(missing_ok=True)
         try:
             result = trainer.fit()
         except SystemExit as stopped:
             raise KeyboardInterrupt from stopped  # Ray's own answer to Ctrl-C
         except ray.train.TrainingFailedError as error:
+            _raise_what_gave_up(job)
             raise _translated(error, cluster.max_failures, storage) from error
+    _raise_what_gave_up(job)
     if result.checkpoint is None:
         raise ClusterError(
             "expected a trained model from the workers, but they kept no checkpoint. Run again with fewer workers to see why."

@@ -22,6 +22,7 @@ from tlpipeline import backbones, dataset
 from tlpipeline.backbones import Backbone, Tap, Transforms
 from tlpipeline.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
 from tlpipeline.dataset import Pixels, Row
+from tlpipeline.errors import ClusterError
 
 # Part of every key: other code makes other rows of an image, and another decoder other pixels.
 FORMAT = f"2, Pillow {PIL.__version__}"
@@ -261,7 +262,14 @@ def passes(
             inputs = normalise(pixels.to(device, non_blocking=True), images.transforms)
             if len(batch) < size:
                 inputs = torch.cat([inputs, inputs.new_zeros(size - len(batch), *inputs.shape[1:])]).to(memory_format=torch.channels_last)
-            outputs = [*network(inputs), *([beside()] if beside else [])]
+            try:
+                outputs = [*network(inputs), *([beside()] if beside else [])]
+            except torch.cuda.OutOfMemoryError as error:
+                # Not in smaller steps: a network may answer in other last digits then, and what is kept of it would depend on free memory.
+                raise ClusterError(
+                    f"expected room in the GPU's memory for a forward pass of {size} images of {images.transforms.size} pixels, found none. "
+                    "Set data.size lower, or cluster.gpu to false, or end what else is on this GPU."
+                ) from error
             yield list(batch), [out[: len(batch)] for out in outputs]
 
 

@@ -136,13 +136,14 @@ class Fit:
             return
         if not self.checkpoint.best:
             self.checkpoint.keep_best()
-        rate *= self.batch / 64
-        if self._few_images_a_worker():
+        rate *= min(self.batch, len(self.sides.train)) / 64
+        if self._few_images_a_worker(max(state.accumulate, self.recipe.accumulate)):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         network = self._parallel()
         moving, average = self._start(rate, state)
         images, val = self._images(epochs)
-        patience = self.recipe.patience or epochs
+        judged, bounded = len(self.sides.val) > 0, self.deadline.seconds > 0
+        patience = (self.recipe.patience or epochs) if judged else epochs
         while state.epoch < epochs and state.epoch - state.best_epoch_of(name) < patience and not (self.job.race and state.winner):
             try:
                 loss, speed, waited, whole = self._epoch(network, images, moving, average, rate, state, epochs)
@@ -156,11 +157,13 @@ class Fit:
             accuracy, log_loss, correct = validated(chances, self.sides.val_labels)
             line: dict[str, float | str] = {"arm": name, "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "log_loss": log_loss}
             state.history.append(line | {"correct": correct})
-            if self.recipe.patience or not whole:
+            ended = state.epoch == epochs or not whole
+            if judged and (self.recipe.patience or not whole or (bounded and not ended)):
+                # Where the time may end the schedule, any epoch may be the best one that there will be.
                 keep = state.better(accuracy, log_loss)
             else:
                 # The schedule runs to its end, and its last epoch is the one that counts.
-                keep = state.epoch == epochs and state.replaced(accuracy, log_loss, correct, len(self.sides.val))
+                keep = ended and state.replaced(accuracy, log_loss, correct, len(self.sides.val))
             if keep:
                 self.checkpoint.keep_best()
             average.swap()
@@ -240,8 +243,8 @@ class Fit:
     def _fill(self, decoded: Decoded, rows: Sequence[Row]) -> None:
         decoded.fill(rows, lambda done: self.tell(done, len(rows), f"{done} of {len(rows)} images decoded"))
 
-    def _few_images_a_worker(self) -> bool:
-        few = self.batch // self.world.size < self.recipe.sync_below
+    def _few_images_a_worker(self, parts: int) -> bool:
+        few = self.batch // (self.world.size * max(parts, 1)) < self.recipe.sync_below
         return self.world.size > 1 and self.world.device.type == "cuda" and self.normalisation == "batch" and few
 
     def _parallel(self) -> nn.Module:
@@ -330,6 +333,7 @@ class Fit:
                 state.step, state.loss = step + 1, state.loss + float(reduced(total.cpu(), world, torch.distributed.ReduceOp.SUM))
                 total.zero_()
                 self._one_model(average)
+                state.seconds = self.deadline.spent if self.deadline.seconds else 0.0
                 self.checkpoint.keep(state, moving, average)
                 if self.checkpoint.due():
                     self.checkpoint.write(state)
@@ -347,12 +351,13 @@ class Fit:
     def _step(self, network: nn.Module, indices: list[int], pixels: Tensor, images: Images, batch: int, state: State) -> Tensor:
         """Leave the gradient of a batch in the weights; return the summed loss of this worker's share. Memory that runs out halves the parts."""
         parts = max(state.accumulate, self.recipe.accumulate)
+        inputs, wanted = self._inputs(indices, pixels, images, state.epoch)
         while True:
             for parameter in self.model.parameters():
                 parameter.grad = None
             try:
                 # No more parts than the smallest share has images: all workers must take equally many.
-                return self._parts(network, indices, pixels, images, batch, min(parts, batch // self.world.size), state.epoch)
+                return self._parts(network, inputs, wanted, images, batch, min(parts, batch // self.world.size))
             except torch.cuda.OutOfMemoryError as error:
                 # Other workers wait in the middle of this step: only a new start brings all to the same number of parts.
                 if self.world.size > 1 or 2 * parts > len(indices):
@@ -365,18 +370,29 @@ class Fit:
                 state.remark(f"the GPU's memory ran out: each batch was taken in {parts} parts")
                 torch.cuda.empty_cache()
 
-    def _parts(self, network: nn.Module, indices: list[int], pixels: Tensor, images: Images, batch: int, parts: int, epoch: int) -> Tensor:
-        recipe, world, device = self.recipe, self.world, self.world.device
+    def _inputs(self, indices: list[int], pixels: Tensor, images: Images, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return this worker's share of a batch and its labels: 8-bit pixels, or where images are mixed normalised ones on the device.
+
+        Images are mixed before the share is taken in parts: how much memory there is changes no recipe.
+        """
+        recipe, device = self.recipe, self.world.device
         if recipe.randaugment:
             rows = [images.rows[i] for i in indices]
             pixels = rand_augment(pixels, rows, recipe.randaugment, recipe.randaugment_magnitude, self.job.seed, epoch)
         labels = torch.from_numpy(self.sides.train_labels[indices])
+        if not (recipe.mixup or recipe.cutmix):
+            return pixels, labels
+        inputs = normalise(pixels.to(device, non_blocking=True), images.transforms)
+        return mix(inputs, labels.to(device, non_blocking=True), self.classes, recipe.mixup, recipe.cutmix)
+
+    def _parts(self, network: nn.Module, share: Tensor, labels: Tensor, images: Images, batch: int, parts: int) -> Tensor:
+        recipe, world, device = self.recipe, self.world, self.world.device
         total = torch.zeros((), dtype=torch.float64, device=device)
-        pieces = list(zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True))
+        pieces = list(zip(share.tensor_split(parts), labels.tensor_split(parts), strict=True))
         for number, (piece, truth) in enumerate(pieces, 1):
-            inputs, wanted = normalise(piece.to(device, non_blocking=True), images.transforms), truth.to(device, non_blocking=True)
-            if recipe.mixup or recipe.cutmix:
-                inputs, wanted = mix(inputs, wanted, self.classes, recipe.mixup, recipe.cutmix)
+            inputs, wanted = piece.to(device, non_blocking=True), truth.to(device, non_blocking=True)
+            if inputs.dtype == torch.uint8:
+                inputs = normalise(inputs, images.transforms)
             quiet: AbstractContextManager[None] = nullcontext()
             if isinstance(network, nn.parallel.DistributedDataParallel) and number < len(pieces):
                 quiet = network.no_sync()

@@ -29,12 +29,17 @@ def optimiser(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = depth.get(name, 1.0), decay if parameter.dim() > 1 else 0.0
+            key = depth.get(name, 1.0), decay if decays(name, parameter) else 0.0
             groups.setdefault(key, []).append(parameter)
     listed = [{"params": p, "weight_decay": d, "lr": rate * s, "share": s} for (s, d), p in groups.items()]
     if kind == ADAMW:
         return torch.optim.AdamW(listed, lr=rate, fused=fused)
     return torch.optim.SGD(listed, lr=rate, momentum=0.9, nesterov=True, fused=fused)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Say whether a parameter is a matrix or a kernel: no decay on norms, biases, scales of channels, tokens and tables of positions."""
+    return parameter.squeeze().dim() > 1 and not any(word in name for word in ("bias", "pos_embedding", "class_token"))
 
 
 def shares(blocks: Sequence[Sequence[str]], decay: float) -> dict[str, float]:

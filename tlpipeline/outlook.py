@@ -291,11 +291,13 @@ class Outlook:
             tolerance: as a share (0 to 1).
         """
         base, gains = log_odds(frozen, seen.sampled), self.gains(seen, frozen)
+        # What is unlike the rows is doubted more, and doubt takes no side: spread wide, log odds would pull every gain below zero.
+        expected = float((_share(base + self.shift(seen, frozen) + self.deviation * QUANTILES) - _share(base)).mean())
         raw = log_odds(float((gains <= tolerance).mean()), DRAWS)
         return Prediction(
             frozen=float(_share(base)),
-            tuned=float(_share(base) + gains.mean()),
-            gain=float(gains.mean()),
+            tuned=float(_share(base)) + expected,
+            gain=expected,
             low=float(np.quantile(gains, 0.1)),
             high=float(np.quantile(gains, 0.9)),
             frozen_regret=float(gains.clip(min=0).mean()),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tlpipeline import backbones
 from tlpipeline.augment import augmentation
 from tlpipeline.cache import Store, Table
-from tlpipeline.cases import Decision, Recipe
+from tlpipeline.cases import NONE, Decision, Recipe
 from tlpipeline.checkpoint import MODEL, STATE, Checkpoints, State
 from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
 from tlpipeline.errors import ClusterError
@@ -82,11 +82,15 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
         fit = Fit(model, sides, recipe, job, world, checkpoint, tell, backbone.normalisation, store, deadline, blocks)
         epochs = job.epochs if isinstance(job.epochs, int) else recipe.epochs(len(train))
         if decision.init != "random" and state.arm in ("head", "fine-tune"):
-            fit.arm("fine-tune", epochs, rate, state)
+            if state.arm == "head" and state.history and deadline.passed():
+                state.remark("train.budget_minutes ended before fine-tuning began: the head on frozen features is what there is")
+                checkpoint.keep_best()
+            else:
+                fit.arm("fine-tune", epochs, rate, state)
         if job.race is not None:
             checkpoint.write(state)
             return checkpoint.written if world.rank == 0 else None
-        again = decision.init == "auto" and len(train) >= recipe.scratch_from and not state.gained
+        again = decision.init == "auto" and len(train) >= recipe.scratch_from and len(val) > 0 and not state.gained
         if decision.init == "random" or state.arm == "scratch" or (again and not deadline.passed()):
             if state.arm != "scratch":
                 fresh = backbones.load(job.backbone, backbones.NONE, size=decision.size, seed=job.seed)
@@ -114,6 +118,7 @@ def _solve(
 ) -> None:
     """Compute the frozen features that are not kept yet, each by one worker; solve the head on the first; validate it."""
     blocks, classes = model.blocks, model.head.out_features
+    imbalance = math.inf if recipe.balance == NONE else recipe.imbalance
     found: tuple[Tensor, Tensor, float] | None = None
     chances = torch.zeros(len(sides.val), classes)
     reader = reader_of(model, store, sides.transforms, world.device)
@@ -132,14 +137,18 @@ def _solve(
     for view in range(1, views + 1):
         augment = augmentation(recipe.crop, job.flip, job.seed, view)
         name = f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})"
-        readers.append(reader.of_view(name))
-        frozen_features(readers[-1], Images(sides.root, train, sides.transforms, augment), world, tell)
+        of_view = reader.of_view(name)
+        if len(frozen_features(of_view, Images(sides.root, train, sides.transforms, augment), world, tell, deadline)) < len(train):
+            state.remark(f"train.budget_minutes ended the features after {view - 1} of {views} random views")
+            break
+        readers.append(of_view)
+    views = len(readers) - 1
     if world.rank == 0:
         x, val = Table(reader.rows(train)), Table(reader.rows(sides.val))
         for other in readers[1:]:
             x = x.below(Table(other.rows(train)))
         y = np.tile(labels, views + 1)
-        found = solve_head(x, y, blocks, classes, recipe.imbalance, job.seed, views=views, tolerance=1e-4)
+        found = solve_head(x, y, blocks, classes, imbalance, job.seed, views=views, tolerance=1e-4)
         head = nn.Linear(model.head.in_features, classes)
         head.weight.data, head.bias.data = found[0], found[1]
         with torch.inference_mode():
@@ -148,7 +157,7 @@ def _solve(
         if model.frozen and len(val):
             # Nothing is left to select: the head is solved once more, on the validation images as well. Fine-tuning must start without them.
             both = np.concatenate([y, sides.val_labels])
-            found = solve_head(x.below(val), both, blocks, classes, recipe.imbalance, job.seed, found[2], found[:2])
+            found = solve_head(x.below(val), both, blocks, classes, imbalance, job.seed, found[2], found[:2])
     from_first([chances], world)
     accuracy, loss, correct = validated(chances, sides.val_labels)
     state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct})
