@@ -106,3 +106,9 @@ def test_no_recipe_value_is_also_a_param() -> None:
 def test_the_rule_of_the_tests_is_the_one_that_is_documented() -> None:
     """Only the draws of the bootstrap are fewer, for speed."""
     assert replace(RULE, draws=1000) == load(Path(__file__).parent.parent / "params.yaml").choose
+
+
+@pytest.mark.parametrize("changes", [{"patience": True}, {"rate_none": True}, {"compile": 1}])
+def test_yes_is_no_number_and_a_number_is_not_yes(changes: dict[str, object]) -> None:
+    with pytest.raises(ParamsError, match=next(iter(changes))):
+        override(decide(planted(SIMILAR_LARGE)), changes)

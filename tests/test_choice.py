@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_outlook import model
-from test_profiling import from_bits, known, planted, right  # noqa: F401  (known is a fixture)
+from test_profiling import exact, from_bits, known, planted, right  # noqa: F401  (known is a fixture)
 
 from tlpipeline import choice, outlook
-from tlpipeline.cases import CASES, Decision, Look
+from tlpipeline.cases import CASES, Decision, Look, Race, find
 from tlpipeline.choice import SPENT, Weighed, look, look_epochs, turning_point, undecided, verdict, weigh
 from tlpipeline.errors import BackboneError, ParamsError
 from tlpipeline.outlook import Outlook, fitted
 from tlpipeline.params import ChooseParams, load
-from tlpipeline.profiling import Profile
+from tlpipeline.profiling import Profile, slice_test
 
 RULE = replace(
     load(Path(__file__).parent.parent / "params.yaml").choose,
@@ -690,3 +690,73 @@ def test_where_nothing_is_at_stake_there_is_no_race_however_even_the_odds() -> N
     assert not decision.race_wanted
     assert "the prediction is clear" in decision.no_race
     assert decide(planted([0.6, 0.8, 0.99]), replace(RULE, effort="full"), even).race_wanted
+
+
+def test_the_less_a_look_foretells_the_end_the_less_it_moves_the_prediction() -> None:
+    prior = float(RACED.gains.mean())
+    moved = []
+    for spread in (0.01, 1.0):
+        vague = replace(RACED, model=replace(RACED.model, lag=((0.0, spread),) * 3))
+        moved.append(abs(float(vague.posterior(0, 0.12, 0.005) @ vague.gains) - prior))
+    assert moved[1] < moved[0] / 2
+
+
+def test_a_larger_sample_is_asked_for_while_the_slice_test_is_close() -> None:
+    """The best head leaves nothing open; whether the earlier tap is better by luck does."""
+    close, far = exact([0, 503, 500]), exact([0, 500, 503])
+    assert RULE.alpha / 4 < slice_test(close, RULE.gain / 100, RULE.draws).significance < 3 * RULE.alpha
+    assert undecided(close, RULE)
+    assert not undecided(far, RULE)
+
+
+def test_what_is_read_must_beat_the_largest_class_by_more_than_chance_or_by_the_gradients() -> None:
+    seen = replace(weigh(planted(SIMILAR_SMALL), RULE, MODEL).evidence, majority=0.1)
+    lucky, read = (replace(seen, last=a, cut=a, multi=a) for a in (0.12, 0.14))
+    assert (choice.has_signal(lucky), choice.has_signal(read)) == (False, True)
+    assert not choice.has_signal(replace(lucky, tangent_gain=choice.SIGNAL))
+    assert choice.has_signal(replace(lucky, tangent_gain=choice.SIGNAL + 0.01))
+
+
+def test_the_arms_cost_what_they_pass() -> None:
+    """A frozen head passes all images up to its deepest tap; fine-tuning that and then each epoch's, with two passes back."""
+    profile = planted(DIFFERENT_SMALL, multi=0.94)
+    cost = {arm.name: arm.cost for arm in decide(profile).arms}
+    once = profile.images + 2 * profile.validation
+    epochs = find("large_similar").recipe.epochs(profile.images)
+    assert (cost["frozen"], cost["multi"]) == (once, once)
+    assert cost["cut"] == pytest.approx(once * 2 / 3, abs=0.1)
+    assert cost["tuned"] == once + epochs * (3 * profile.images + 2 * profile.validation)
+
+
+def test_a_cut_saves_what_lies_behind_it() -> None:
+    decision = decide(planted(DIFFERENT_SMALL))
+    assert (decision.saved_parameters, decision.saved_ops) == (pytest.approx(1 / 3, abs=1e-4), pytest.approx(1 / 3, abs=1e-4))
+    assert decide(planted(SIMILAR_SMALL)).saved_parameters == 0
+
+
+def test_who_asks_for_fewer_judges_gets_them_where_labels_are_few() -> None:
+    profile = replace(planted([0.5, 0.6, 0.8]), classes=300, validation=10)
+    assert decide(profile, replace(RULE, race_images=10)).race_wanted
+    assert not decide(profile, RULE).race_wanted
+
+
+def test_a_forced_tap_is_held_to_its_own_probe() -> None:
+    free = decide(planted(DIFFERENT_SMALL), model=FROZEN)
+    worse = decide(planted(DIFFERENT_SMALL), replace(RULE, case="small_different", slice="tap0"), FROZEN)
+    assert worse.regret > free.regret + 0.1
+
+
+def test_after_a_race_the_regret_is_what_its_last_look_says() -> None:
+    profile = planted(SIMILAR_LARGE)
+    weighed = weigh(profile, RULE, MODEL)
+    race = Race((Look(20, 20, 400, 0.6, 0.9, 0.02, 0.99, 1.0, 0.3, 0.0123),), "tuned", "ahead", 1e4)
+    decision = choice.decide(profile, weighed, True, race)
+    assert (decision.regret, decision.large) == (0.0123, 0.99)
+
+
+def test_the_regrets_of_a_look_are_those_of_the_arm_that_they_are_named_after() -> None:
+    ahead, behind = look(RACED, 2, 20, 20, *judged(8, 60)), look(RACED, 2, 20, 20, *judged(60, 8))
+    assert ahead.frozen_regret > 0.05 > 0.001 >= ahead.tuned_regret
+    assert behind.tuned_regret > 0.05 > 0.001 >= behind.frozen_regret
+    assert ahead.safe > 0.99
+    assert behind.safe < 0.01

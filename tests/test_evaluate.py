@@ -203,3 +203,7 @@ def test_the_confusion_matrix_is_written_as_one_line_an_image(tmp_path: Path) ->
     with (tmp_path / "plots" / "confusion.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))
     assert lines == [["actual", "predicted"], ['a "b", c', 'a "b", c'], ["d", 'a "b", c'], ["d", "d"]]
+
+
+def test_of_equal_majorities_the_first_by_name_is_taken_in_whatever_order_they_come() -> None:
+    assert metrics(drawn(100, 3), 0.95, {"class 2": 90, "class 1": 90, "class 0": 5})["majority_class"] == "class 1"

@@ -684,3 +684,37 @@ def test_a_frozen_case_cannot_start_from_random_weights() -> None:
 
 def test_a_state_from_before_a_field_was_added_can_be_read() -> None:
     assert State(arm="head").remarks == []
+
+
+def test_of_validations_of_equal_accuracy_the_one_of_less_loss_is_better() -> None:
+    state = State(arm="fine-tune", epoch=1)
+    assert state.better(0.9, 0.5)
+    state.epoch = 2
+    assert state.better(0.9, 0.4)
+    assert not state.better(0.9, 0.4)
+    assert not state.better(0.8, 0.1)
+    assert (state.best_epoch, state.best_loss) == (2, 0.4)
+
+
+def test_the_best_epoch_of_an_arm_is_its_own_and_of_equals_the_one_of_less_loss() -> None:
+    state = State(arm="scratch")
+    state.history = [
+        {"arm": arm, "epoch": epoch, "accuracy": accuracy, "log_loss": loss}
+        for arm, epoch, accuracy, loss in (
+            ("fine-tune", 1, 0.99, 0.1),
+            ("scratch", 1, 0.8, 0.7),
+            ("scratch", 2, 0.8, 0.5),
+            ("scratch", 3, 0.8, 0.6),
+        )
+    ]
+    assert (state.best_epoch_of("scratch"), state.best_epoch_of("fine-tune"), state.best_epoch_of("head")) == (2, 1, 0)
+
+
+def test_the_average_counts_batches_as_the_model_does() -> None:
+    net = nn.BatchNorm1d(2)
+    average = Average(net, 0.9)
+    net.train()(torch.randn(4, 2))
+    net(torch.randn(4, 2))
+    average.update()
+    assert average.weights["num_batches_tracked"] == 2
+    assert average.weights["running_mean"].abs().sum() > 0

@@ -182,3 +182,29 @@ def test_a_class_with_a_single_image_is_survived() -> None:
     weight, bias, _ = solve_head(x, labels, BLOCKS, 3, 10, 0)
     assert weight.isfinite().all()
     assert bias.isfinite().all()
+
+
+def test_the_penalty_is_found_with_each_image_s_own_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are shuffled before they are held out: their weights have to be shuffled with them."""
+    x, _ = drawn(240, 2)
+    labels = np.arange(240) % 12 // 11  # 220 against 20
+    weighed: list[np.ndarray] = []
+
+    class Watched(Problem):
+        def __init__(self, features: Features, labels: np.ndarray, classes: int, shares: np.ndarray, scale: object) -> None:
+            weighed.append(np.bincount(labels, shares))
+            super().__init__(features, labels, classes, shares, scale)
+
+    monkeypatch.setattr(heads, "Problem", Watched)
+    solve_head(x, labels, BLOCKS, 2, 10, 0)
+    assert len(weighed) == heads.FOLDS + 1
+    assert np.allclose(weighed, 0.5, atol=0.03)
+
+
+def test_the_moments_of_parts_that_drift_apart_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "CHUNK", 70)
+    x, _ = drawn(300, 3)
+    x += torch.linspace(-20, 40, 300)[:, None]
+    found, wanted = Features(x).scaling(BLOCKS), scaling(x, BLOCKS)
+    assert torch.allclose(found.mean, wanted.mean, rtol=1e-5)
+    assert torch.allclose(found.scale, wanted.scale, rtol=1e-5)

@@ -14,7 +14,7 @@ from test_profiling import planted
 from tlpipeline import outlook
 from tlpipeline.outlook import GROWING, NEUTRAL, Evidence, Observed, Outlook, evidence, figures, fit, fitted, log_odds
 from tlpipeline.probes import paired
-from tlpipeline.profiling import slice_test
+from tlpipeline.profiling import Tangent, slice_test
 
 SEEN = Evidence(
     images=1000,
@@ -509,3 +509,44 @@ def test_with_more_images_the_choice_is_likelier_to_have_been_right() -> None:
     assert told == sorted(told)
     assert told[-1] > told[0] + 0.1
     assert fitted().settled(replace(SEEN, images=4000)) >= fitted().settled(replace(SEEN, images=100))
+
+
+def test_the_evidence_holds_what_the_tangent_probe_says_on_its_own_images() -> None:
+    profile = replace(planted([0.6, 0.92, 0.80]), tangent=Tangent(50, 1.0, 0.2, 0.8, 0.4))
+    seen = evidence(profile, slice_test(profile, 0.01, 100))
+    assert seen.tangent_gain == pytest.approx(log_odds(1.0, 50) - log_odds(0.8, 50))
+    assert seen.tangent_error == pytest.approx(math.log(0.5))
+
+
+def test_the_deviation_is_not_that_of_the_rows_that_were_fitted() -> None:
+    """Eight rows and eight figures: in the rows of the fit nothing is left unexplained."""
+    found = fit(observed(lambda seen, frozen: 0.0, sets=4, each=2, noise=0.4), penalty=1e-4, tolerance=0.005)
+    assert found.deviation > 0.3
+
+
+def test_calibration_asks_models_that_have_not_seen_the_data_set() -> None:
+    """Of their own rows figures as many as rows know everything, of other data sets nothing."""
+    rows = observed(lambda seen, frozen: 0.0, sets=6, each=2, noise=1.0)
+    assert fit(rows, penalty=1e-4, tolerance=0.005).slant < 0.9
+
+
+def test_what_is_settled_and_who_wins_are_told_by_the_tolerance() -> None:
+    rows = observed(lambda seen, frozen: 1.0)
+    near = [replace(r, best_test=r.tuned_test + 0.003) for r in rows]
+    assert fit(near, penalty=0.1, tolerance=0.005).settled(SEEN) > 0.9
+    barely = [replace(r, tuned_test=r.frozen_test + 0.003, best_test=r.frozen_test + 0.003) for r in rows]
+    assert fit(barely, penalty=0.1, tolerance=0.005).prior_chance(SEEN) < 0.1
+    assert fit(barely, penalty=0.1, tolerance=0.001).prior_chance(SEEN) > 0.9
+
+
+def test_the_spread_of_the_lag_is_fine_tuning_s_own_and_not_that_of_the_judges() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        replace(
+            r,
+            looks=(r.tuned_test - 0.6 * (1 - r.frozen), r.tuned_test - 0.1 * (1 - r.frozen), r.tuned_test),
+            validated=r.frozen + rng.normal(0, 0.05),
+        )
+        for r in observed(headroom)
+    ]
+    assert [spread for _, spread in fit(rows, penalty=0.01, tolerance=0.005).lag] == pytest.approx([0, 0, 0], abs=1e-3)

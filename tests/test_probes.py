@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tlpipeline.probes import PENALTIES, head_similarity, leave_one_out, one_hot, pack, paired, unpack, wilson
+from tlpipeline.probes import PENALTIES, guesses, head_similarity, leave_one_out, one_hot, pack, paired, unpack, wilson
 
 
 def noise(seed: int, images: int, features: int) -> np.ndarray:
@@ -150,3 +150,29 @@ def test_two_equal_records_are_no_certainty() -> None:
     difference, error = paired(bits, bits, 100)
     assert difference == 0
     assert error > 0
+
+
+def test_what_is_spread_over_many_rare_source_classes_is_read_together() -> None:
+    """One class is seen as one source class, the other as any of a thousand that hold a tenth of an image each."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    chances = np.zeros((200, 1001))
+    chances[labels == 0, 0] = 1.0
+    chances[np.flatnonzero(labels), rng.permutation(1000)[:100] + 1] = 1.0
+    chances[labels == 1] = 0.5 * chances[labels == 1] + 0.5 / 1001
+    assert head_similarity(chances, labels) > 0.8
+
+
+def test_left_out_scores_of_noise_are_guesses_and_not_the_other_class() -> None:
+    """Two equally large classes and nothing to read: the left-out mean of the own class is always the lower one."""
+    y = np.arange(60) % 2
+    targets = one_hot(y)
+    scores = leave_one_out(np.zeros((60, 60)), targets, [1.0]).scores
+    assert (scores.argmax(1) == y).mean() == 0
+    assert np.allclose((scores + (targets - targets.mean(0)) / 59), 0)
+    x = noise(7, 60, 4)
+    hits = [
+        (guesses(leave_one_out(x @ x.T, one_hot(z), [10.0]).scores, one_hot(z)) == z).mean()
+        for z in (np.random.default_rng(s).permutation(y) for s in range(40))
+    ]
+    assert 0.4 < np.mean(hits) < 0.6

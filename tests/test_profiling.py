@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from test_backbones import take
 
-from tlpipeline import backbones, dataset, profiling
+from tlpipeline import backbones, dataset, profiling, shift
 from tlpipeline.choice import choose, weaknesses
 from tlpipeline.dataset import Manifest, Row, ingest
 from tlpipeline.errors import DataError
-from tlpipeline.features import normalise, prepare
+from tlpipeline.features import Reading, normalise, prepare
 from tlpipeline.params import load
-from tlpipeline.probes import head_similarity, pack, wilson
+from tlpipeline.probes import head_similarity, leave_one_out, one_hot, pack, wilson
 from tlpipeline.profiling import Head, Probe, Profile, slice_point, slice_test
 from tlpipeline.progress import Event, silent
 
@@ -547,3 +547,82 @@ def test_head_similarity_is_higher_for_the_source_than_for_other_real_sets(real_
         assert head_similarity(chances, np.random.default_rng(0).permutation(labels)) < 0.05
     assert similarity["cifar10"] > 0.5
     assert max(v for k, v in similarity.items() if k != "cifar10") + 0.1 < similarity["cifar10"], similarity
+
+
+def test_a_slice_that_is_as_good_on_held_out_images_is_confirmed() -> None:
+    assert slice_test(planted([0.6, 0.92, 0.80], last_held_out=0.9), gain=0.01, draws=200).confirmed
+
+
+def test_heads_are_held_against_images_of_classes_that_they_know(tmp_path: Path) -> None:
+    folder = write(tmp_path, [(f"c{i % 40:02d}", scene(i)) for i in range(400)])
+    manifest = ingest(folder, {}, lambda done, total: None)
+    found = measured(folder, manifest, images=64)
+    known = {r.label for r in profiling.sample(manifest.used("train"), 256, 0)}
+    aside = [r for r in manifest.used("val") if dataset.selects(r)]
+    assert found.probed == len(known) == 32
+    assert 0 < found.held_out == sum(r.label in known for r in aside) < len(aside)
+
+
+def test_a_slice_is_confirmed_by_heads_that_weigh_taps_as_training_does(
+    make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block of features has a variance of one: a tap of more blocks counts more, and the penalties mean what they mean in training."""
+    given: list[float] = []
+    real = profiling.solve_kernel
+    monkeypatch.setattr(
+        profiling,
+        "solve_kernel",
+        lambda kernel, *rest, **more: (given.append(kernel.trace() / len(kernel)), real(kernel, *rest, **more))[1],
+    )
+    found = measured(make_images(classes=3, each=40))
+    assert found.cut is not None
+    blocks = {tap.name: len(tap.reading.blocks) for tap in found.taps}
+    assert given == pytest.approx([sum(blocks[tap] for tap in head.taps) for head in (found.last, found.cut)], rel=0.1)
+    assert given[1] > given[0]
+
+
+def test_gradients_are_held_against_features_that_are_centred_over_the_same_images() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 6, generator=draw)
+    labels = (x[:, 1] + 0.5 * torch.randn(80, generator=draw) > 0).long().numpy()
+    kernels = profiling._kernels([Reading("tap", 6, (1,))], [x], labels, {})
+    first = [i for i in range(80) if x[i, 0] > 0]  # far from the middle of the sample
+    own = kernels.read[0][first].astype(float)
+    own -= own.mean(0)
+    kernel = own @ own.T
+    kernel /= kernel.trace() / len(first)
+    targets = one_hot(labels[first])
+    told = kernels.tangent([0], kernel, first)
+    assert [told.error, told.frozen_error] == pytest.approx(
+        [float(((leave_one_out(kernel, targets).scores - targets) ** 2).mean())] * 2, rel=1e-5
+    )
+
+
+def test_the_gain_of_a_tap_is_over_the_last_one(tmp_path: Path) -> None:
+    found = measured(write(tmp_path, [(f"c{i % 3}", scene(i) + 5 * texture(i % 3)) for i in range(150)]))
+    assert found.taps[0].accuracy != found.taps[-1].accuracy
+    for tap in found.taps:
+        assert tap.gain == pytest.approx(tap.accuracy - found.taps[-1].accuracy)
+    assert found.taps[-1].gain_error == 0
+
+
+def test_pretrained_weights_read_the_own_classes_better_than_random_ones(tmp_path: Path) -> None:
+    folder = write(tmp_path, own_pairs(each=40))
+    manifest = ingest(folder, {}, lambda done, total: None)
+    net = backbones.load("demonstration", "DEFAULT")
+    found = profiling.measure(net, folder, manifest, 32, replace(PARAMS, affinity=True), lambda _: False, silent, torch.device("cpu"))
+    print(found.affinity, found.best.accuracy, found.majority)
+    assert found.affinity is not None
+    assert 0.02 < found.affinity < 1
+
+
+def test_the_floor_of_a_reference_stands_beside_the_curve(make_images: Callable[..., Path]) -> None:
+    folder = make_images(classes=3, each=30)
+    manifest = ingest(folder, {}, lambda done, total: None)
+    net = backbones.load("nets:resnet20", "none")
+    reference = shift.measure_reference(net, folder, manifest.used("train"), 32, torch.device("cpu"), lambda done: None)
+    found = profiling.measure(
+        net, folder, manifest, 32, replace(PARAMS, shift=True), lambda _: False, silent, torch.device("cpu"), reference
+    )
+    assert [layer.floor for layer in found.shift] == [layer.raw for layer in reference.layers]
+    assert [tap.name for tap in found.distances] == [tap.name for tap in reference.taps]

@@ -22,7 +22,7 @@ from tlpipeline.backbones import Backbone
 from tlpipeline.dataset import Row, decode
 from tlpipeline.errors import BackboneError, DataError
 from tlpipeline.features import Images, extract, normalise, prepare
-from tlpipeline.shift import BatchNormShift, Reference, Watcher
+from tlpipeline.shift import BatchNormShift, Reference, TapStatistics, Watcher, tap_shift
 
 CPU = torch.device("cpu")
 CHANNELS = 32
@@ -480,3 +480,22 @@ def test_steel_is_farther_from_cifar_weights_than_cifar(real_data: Path) -> None
     assert np.mean([raw for raw, _ in own]) < 0.1
     assert np.mean([raw for raw, _ in steel]) > 5 * np.mean([raw for raw, _ in own])
     assert np.mean([adapted for _, adapted in steel]) > np.mean([adapted for _, adapted in own])
+
+
+def test_what_a_small_reference_does_not_know_is_not_taken_for_a_distance() -> None:
+    """Mean and variance of 20 images are off by a twentieth of the variance: other images of the source lie no farther away."""
+    found = []
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        source = torch.randn(20, 64, generator=draw)
+        reference = Reference(
+            "net", "w", 32, 20, (TapStatistics("tap", tuple(source.mean(0).tolist()), tuple(source.var(0).tolist())),), ()
+        )
+        found.append(tap_shift({"tap": torch.randn(400, 64, generator=draw)}, reference)[0].distance)
+    assert abs(np.mean(found)) < 0.025
+
+
+def test_a_channel_that_hardly_moves_does_not_make_a_tap_far() -> None:
+    reference = Reference("net", "w", 32, 500, (TapStatistics("tap", (0.0, 0.0), (1.0, 0.0)),), ())
+    features = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-3])
+    assert abs(tap_shift({"tap": features}, reference)[0].distance) < 0.1

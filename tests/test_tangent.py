@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tlpipeline import backbones
+from tlpipeline import backbones, tangent
 from tlpipeline.probes import guesses, leave_one_out, one_hot
 from tlpipeline.tangent import Sketcher, tangent_kernel
 
@@ -113,3 +113,23 @@ def test_every_kind_of_network_has_a_tangent_kernel(name: str) -> None:
     found = kernel(trunk, images(3, size))
     assert found.shape == (3, 3)
     assert np.isfinite(found).all()
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Conv2d(4096, 1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.only(x),)
+
+
+def test_where_weights_share_a_bucket_their_gradients_cancel_instead_of_adding_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images that touch different weights, 64 of them a bucket: their gradients are as good as orthogonal, and so are the sketches."""
+    monkeypatch.setattr(tangent, "BUCKETS", 64)
+    x = torch.zeros(2, 4096, 1, 1)
+    x[0, :2048], x[1, 2048:] = 1.0, 1.0
+    net = Wide()
+    net.only.bias.requires_grad_(False)
+    one, other = Sketcher(net, torch.device("cpu"), 0).sketch(x)
+    assert abs(float(one @ other)) < 0.5

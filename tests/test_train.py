@@ -792,3 +792,10 @@ def test_learning_rates_follow_normalisation_and_size() -> None:
     assert recipe.rate("batch", 224) == 0.01
     assert recipe.rate("none", 224) == 0.004
     assert recipe.rate("layer", 224) == 5e-5
+
+
+def test_the_warm_up_is_a_share_of_the_steps_and_at_most_500() -> None:
+    assert schedule(498, 1_000_000, 0.05) == pytest.approx(499 / 500)
+    assert schedule(499, 1_000_000, 0.05) == 1.0
+    assert schedule(500, 1_000_000, 0.05) == pytest.approx(1.0)
+    assert schedule(105, 200, 0.05) == pytest.approx(0.5)  # halfway down the cosine
