@@ -144,8 +144,9 @@ def test_training_changes_each_image_by_its_index_and_keeps_what_it_decoded(list
     folder, rows = listed
     seen: list[int] = []
 
-    def turned(image: Image.Image, row: Row, side: int) -> Image.Image:
+    def turned(image: Image.Image, row: Row, side: int, turn: int) -> Image.Image:
         seen.append(rows.index(row))
+        assert turn == 0
         return image.resize((side, side)).transpose(Image.Transpose.ROTATE_90)
 
     decoded = squeezed(Store(), folder, 32)

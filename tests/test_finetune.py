@@ -16,7 +16,7 @@ from test_train import decided, history, trained
 from torch import nn
 
 from tlpipeline import backbones, cache, checkpoint, dataset, finetune, train
-from tlpipeline.augment import mix, rand_augment
+from tlpipeline.augment import augmentation, mix, rand_augment
 from tlpipeline.backbones import Transforms
 from tlpipeline.cache import Store
 from tlpipeline.cases import CASES, Decision, Recipe, override
@@ -126,13 +126,15 @@ def test_randaugment_follows_seed_epoch_and_content_and_leaves_the_random_state_
     rows = [Row(str(i), f"{i + 1:032x}", "", "", 32, 32, "RGB", "") for i in range(3)]
     rows = [replace(r, md5=f"{i + 1:x}".ljust(32, "0")) for i, r in enumerate(rows)]
     torch.manual_seed(5)
-    one = rand_augment(pixels, rows, 2, 9, seed=0, epoch=1)
+    first = [0] * len(rows)
+    one = rand_augment(pixels, rows, first, 2, 9, seed=0, epoch=1)
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(1))
     order = [2, 0, 1]
-    assert torch.equal(rand_augment(pixels[order], [rows[i] for i in order], 2, 9, 0, 1), one[order])
-    assert not torch.equal(rand_augment(pixels, rows, 2, 9, 0, 2), one)
+    assert torch.equal(rand_augment(pixels[order], [rows[i] for i in order], first, 2, 9, 0, 1), one[order])
+    assert not torch.equal(rand_augment(pixels, rows, first, 2, 9, 0, 2), one)
+    assert not torch.equal(rand_augment(pixels, rows, [1] * len(rows), 2, 9, 0, 1), one)
     assert one.dtype == torch.uint8
     assert not torch.equal(one, pixels)
 
@@ -282,10 +284,23 @@ def test_the_balanced_sampler_draws_classes_alike(job: Make) -> None:
     fit.job, fit.drawn = job(decided(TUNED)), True
     fit.sides = type("Sides", (), {"train": labels})()
     fit.shares = finetune.image_weights(labels, imbalance=2)
-    drawn = np.concatenate([labels[fit._order(epoch)] for epoch in range(20)])
+    drawn = np.concatenate([labels[fit._order(epoch) % 100] for epoch in range(20)])
     assert 0.45 < drawn.mean() < 0.55
+    order = fit._order(0)
+    assert len(set(order.tolist())) == 100  # who comes back comes as another view
+    assert order.max() >= 300
     fit.drawn = False
     assert sorted(fit._order(3)) == list(range(100))
+
+
+def test_an_image_that_comes_back_in_an_epoch_is_seen_from_elsewhere(make_images: Callable[..., Path]) -> None:
+    folder = make_images(classes=2, each=10, name="again", size=64)
+    rows = list(dataset.ingest(folder, {}, lambda done, total: None).rows)
+    images = Images(folder, rows, Transforms(32, 32, (0.5,) * 3, (0.2,) * 3, "bilinear"), augmentation(0.3, True, 0, 1))
+    first, again, third = (next(iter(images.batches([[3 + turn * len(rows)]])))[1] for turn in range(3))
+    assert not torch.equal(first, again)
+    assert not torch.equal(again, third)
+    assert torch.equal(again, next(iter(images.batches([[3 + len(rows)]])))[1])
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ MAX_WIDTH = 3072
 STEP = {"cpu": 16, "cuda": 128}
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
-Augment = Callable[[Image.Image, Row, int], Image.Image]
+Augment = Callable[[Image.Image, Row, int, int], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Images:
 
     Args:
         root: folder that the rows' paths start from.
-        augment: makes a random square view of an image; it is given the image (maybe squeezed), its row, and the side of the square.
+        augment: makes a random square view of an image; it is given the image (maybe squeezed), its row, the side of the square, and the turn: an
+            image that comes back is asked for by its index plus `turn` times the number of images.
         decoded: gives the images decoded: squeezed ones for `augment`, else prepared ones; None decodes the files each time.
     """
 
@@ -118,13 +119,14 @@ class Images:
         return len(self.rows)
 
     def _input(self, index: int) -> Pixels:
+        turn, index = divmod(index, len(self.rows))
         row = self.rows[index]
         pixels = None if self.decoded is None else self.decoded.pixels(row)
         if self.augment is None:
             # Twice the side, so that what is thrown away while decoding cannot be told from a full decoding.
             return prepare(dataset.read(self.root, row, 2 * self.transforms.resize), self.transforms) if pixels is None else pixels
         image = dataset.read(self.root, row, 4 * self.transforms.resize) if pixels is None else Image.fromarray(pixels)
-        return prepare(self.augment(image, row, self.transforms.resize), self.transforms)
+        return prepare(self.augment(image, row, self.transforms.resize, turn), self.transforms)
 
     def batches(self, batches: Sequence[Sequence[int]], ahead: int = 3, pinned: bool = False) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Yield (indices, 8-bit tensor (batch, size, size, 3)) for each batch of indices, in order; `waited` counts the seconds idle.

@@ -276,9 +276,16 @@ class Fit:
     # --- an epoch ---------------------------------------------------------------------------------------------------------------------
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the images of an epoch: each once, or drawn so that classes come alike."""
+        """Return the images of an epoch: each once, or drawn so that classes come alike, with the turn of those that come back (see Images)."""
         rng, images = np.random.default_rng([self.job.seed, epoch]), len(self.sides.train)
-        return rng.choice(images, images, p=self.shares) if self.drawn else rng.permutation(images)
+        if not self.drawn:
+            return rng.permutation(images)
+        order, turns = rng.choice(images, images, p=self.shares), np.zeros(images, dtype=np.int64)
+        out = np.empty_like(order)
+        for place, image in enumerate(order):
+            out[place] = image + images * turns[image]
+            turns[image] += 1
+        return out
 
     def _epoch(
         self, network: nn.Module, images: Images, moving: torch.optim.Optimizer, average: Average, rate: float, state: State, epochs: int
@@ -377,9 +384,10 @@ class Fit:
         """
         recipe, device = self.recipe, self.world.device
         if recipe.randaugment:
-            rows = [images.rows[i] for i in indices]
-            pixels = rand_augment(pixels, rows, recipe.randaugment, recipe.randaugment_magnitude, self.job.seed, epoch)
-        labels = torch.from_numpy(self.sides.train_labels[indices])
+            turns, places = zip(*(divmod(i, len(images)) for i in indices), strict=True)
+            rows = [images.rows[i] for i in places]
+            pixels = rand_augment(pixels, rows, list(turns), recipe.randaugment, recipe.randaugment_magnitude, self.job.seed, epoch)
+        labels = torch.from_numpy(self.sides.train_labels[np.array(indices) % len(images)])
         if not (recipe.mixup or recipe.cutmix):
             return pixels, labels
         inputs = normalise(pixels.to(device, non_blocking=True), images.transforms)
