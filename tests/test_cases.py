@@ -10,7 +10,7 @@ import pytest
 from test_choice import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from test_profiling import planted
 
-from tlpipeline.cases import CASES, Case, Decision, Look, Race, Recipe, find, override
+from tlpipeline.cases import CASES, Case, Decision, Look, Race, Recipe, find, idle, override
 from tlpipeline.choice import choose
 from tlpipeline.errors import ParamsError
 from tlpipeline.features import Reading
@@ -106,6 +106,12 @@ def test_no_recipe_value_is_also_a_param() -> None:
 def test_the_rule_of_the_tests_is_the_one_that_is_documented() -> None:
     """Only the draws of the bootstrap are fewer, for speed."""
     assert replace(RULE, draws=1000) == load(Path(__file__).parent.parent / "params.yaml").choose
+
+
+def test_what_an_override_cannot_change_in_a_frozen_case_is_told() -> None:
+    changes = {"patience": 3, "balance": "none", "crop": 0.5, "average": 0.9}
+    assert idle(decide(planted(SIMILAR_SMALL)), changes) == ("patience", "average")
+    assert idle(decide(planted(SIMILAR_LARGE)), changes) == ()
 
 
 @pytest.mark.parametrize("changes", [{"patience": True}, {"rate_none": True}, {"compile": 1}])

@@ -311,6 +311,12 @@ def override(case: Decision, changes: Mapping[str, Any]) -> Decision:
     return dataclasses.replace(case, init=init, recipe=dataclasses.replace(case.recipe, **recipe))
 
 
+def idle(case: Decision, changes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names in train.override that change nothing in this case: where nothing but the head is trained it is solved, without epochs."""
+    return () if case.freeze != "kept" else tuple(name for name in changes if name not in _OF_A_HEAD)
+
+
+_OF_A_HEAD = ("init", "balance", "imbalance", "crop")  # crop: of train.views
 _CHOICES: dict[str, tuple[str, ...]] = {"optimiser": OPTIMISERS, "balance": BALANCES}
 _RANGES = {
     "batch": (2, math.inf), "batch_large": (2, math.inf), "least_epochs": (1, math.inf), "most_epochs": (1, math.inf),

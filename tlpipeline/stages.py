@@ -160,6 +160,12 @@ def train(root: Path, progress: Progress) -> None:
 
     params = params_of(root)
     decision = cases.override(read_case(root), params.train.override)
+    if unused := cases.idle(decision, params.train.override):
+        progress(
+            Event(
+                "train", 0, 0, f"train.override: {', '.join(unused)} changes nothing in {decision.case}, whose head is solved, not trained"
+            )
+        )
     runs = (root / RUNS).resolve()
     name = f"{decision.case}-{_code_key(versioning.stage_key(root, 'train'), params)}"
     start = str((root / RACE).resolve()) if decision.race is not None else ""
