@@ -760,3 +760,21 @@ def test_the_regrets_of_a_look_are_those_of_the_arm_that_they_are_named_after() 
     assert behind.tuned_regret > 0.05 > 0.001 >= behind.frozen_regret
     assert ahead.safe > 0.99
     assert behind.safe < 0.01
+
+
+@pytest.mark.parametrize("multi", [None, 0.86, 0.90])
+@pytest.mark.parametrize("prefer", ["accuracy", "balanced", "cost"])
+def test_the_tolerance_that_is_named_is_the_one_at_which_a_frozen_head_is_chosen(multi: float | None, prefer: str) -> None:
+    """With a larger tolerance a simpler head is frozen, which loses more: what is told counts with that."""
+    profile = planted([0.6, 0.7, 0.8], multi=multi)
+    tuned = model(intercept=0.35, deviation=0.1)
+    rule = replace(RULE, prefer=prefer, race_images=10**6)
+    decision = decide(profile, rule, tuned)
+    assert decision.case == "large_similar"
+    (said,) = (words for words in decision.changes if "choose.tolerance above" in words)
+    named, lost = (float(number) for number in re.findall(r"(\d+\.\d) points", said))
+    cheap = replace(rule, prefer="balanced") if prefer == "accuracy" else rule
+    assert decide(profile, replace(cheap, tolerance=named - 0.1), tuned).case == "large_similar"
+    after = decide(profile, replace(cheap, tolerance=named + 0.1), tuned)
+    assert after.case.startswith("small")
+    assert weigh(profile, replace(cheap, tolerance=named + 0.1), tuned).prediction.gain * 100 == pytest.approx(lost, abs=0.06)

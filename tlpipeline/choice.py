@@ -455,14 +455,15 @@ def _changes(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, la
             said.append(f"With fewer than about {_round(turn):,} images a frozen head would do.")
     # The tolerance is what the user trades: it says directly what the other choice costs. `prefer: accuracy` makes nothing of it.
     lenience = LENIENCE[rule.prefer]
-    price = f"{seen.gain * 100 / (lenience or 1):.1f} points"
     how = "" if lenience else " and choose.prefer: balanced"
     if race is None and large and seen.gain > 0:
+        lost = _price(weighed)
         said.append(
-            f"With choose.tolerance above {price}{how} a frozen head would be chosen; it is expected to lose {seen.gain * 100:.1f} points."
+            f"With choose.tolerance above {lost * 100 / (lenience or 1):.1f} points{how} a frozen head would be chosen; it is expected to lose "
+            f"{lost * 100:.1f} points."
         )
     elif race is None and not large and seen.gain > 0:
-        said.append(f"With choose.tolerance below {price} fine-tuning would be chosen.")
+        said.append(f"With choose.tolerance below {seen.gain * 100 / (lenience or 1):.1f} points fine-tuning would be chosen.")
     if case.size == SMALL and weighed.head == "cut":
         said.append(
             f"Without the slice at {test.tap} the head would be expected at {profile.last.accuracy:.1%} instead of {weighed.evidence.cut:.1%}."
@@ -474,6 +475,18 @@ def _changes(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, la
             else f"Slicing at {test.tap} is beaten by the head on several taps."
         )
     return tuple(said)
+
+
+def _price(weighed: Weighed) -> float:
+    """Return the tolerance (as a share) above which a frozen head would be chosen: a larger one may take a simpler head, which loses more."""
+    lost = weighed.prediction.gain
+    for _ in range(3):  # there are three heads
+        rule = dataclasses.replace(weighed.rule, prefer="balanced", tolerance=100 * lost / LENIENCE["balanced"] + 1e-6)
+        other = dataclasses.replace(weighed, rule=rule)
+        if not other.large:
+            break
+        lost = other.prediction.gain
+    return lost
 
 
 def grown(weighed: Weighed, images: int) -> tuple[Evidence, float]:
