@@ -131,7 +131,7 @@ def test_a_cut_says_what_it_saves_and_what_the_head_reads() -> None:
     [
         ("small_similar", "small_similar: everything frozen, a new head on fc2 Only the old head goes: all 5,000 parameters stay."),
         ("large_similar", "large_similar: the whole network is fine-tuned Only the old head goes"),
-        ("large_different", "large_different: the whole network is fine-tuned, from random weights where that validates better"),
+        ("large_different", "large_different: the whole network is fine-tuned Only the old head goes"),
     ],
 )
 def test_without_a_cut_nothing_is_said_to_be_saved(case: str, says: str) -> None:
@@ -139,6 +139,12 @@ def test_without_a_cut_nothing_is_said_to_be_saved(case: str, says: str) -> None
         assert says in words
         assert "cut off" not in words
         assert "The cut saves" not in words
+
+
+def test_random_weights_are_spoken_of_where_there_are_images_for_them() -> None:
+    many = replace(profile(), images=decision("large_different").recipe.scratch_from)
+    for words in both(decision("large_different"), many):
+        assert "the whole network is fine-tuned, and from random weights where that does not beat the frozen head" in words
 
 
 def test_every_arm_stands_with_its_accuracy_interval_and_relative_cost_and_the_chosen_one_is_marked() -> None:

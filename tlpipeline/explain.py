@@ -175,7 +175,8 @@ def is_cut(decision: Decision, profile: Profile) -> bool:
 def _what(decision: Decision, profile: Profile) -> Section:
     whole = f"all {profile.parameters:,} parameters stay"
     if decision.freeze == "nothing":
-        scratch = ", from random weights where that validates better" if decision.init == "auto" else ""
+        tried = decision.init == "auto" and profile.images >= decision.recipe.scratch_from
+        scratch = ", and from random weights where that does not beat the frozen head" if tried else ""
         return Section("what", f"{decision.case}: the whole network is fine-tuned{scratch}", (f"Only the old head goes: {whole}.",))
     done = f"everything frozen, a new head on {' + '.join(r.tap for r in decision.readings)}"
     if not is_cut(decision, profile):
