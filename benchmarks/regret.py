@@ -456,6 +456,11 @@ def similarity(results: Path, unit: Unit) -> float:
     sys.exit(f"expected a profile of {'/'.join(map(str, unit.key))}, found none. Run `python benchmarks/regret.py profile` first.")
 
 
+def percent(row: dict[str, str]) -> float:
+    """Return the share of the test side that a row got right."""
+    return 100 * (int(row["hits_a"]) + int(row["hits_b"])) / (int(row["test_a"]) + int(row["test_b"]))
+
+
 def rates(options: argparse.Namespace) -> None:
     """Train LP-FT at other rates where it has no row yet, and print what the rate that validation likes best would bring."""
     found = folders(options.data, options.work)
@@ -478,7 +483,7 @@ def rates(options: argparse.Namespace) -> None:
     for unit_of, tried in sorted(at.items()):
         # Equals go to the recipe's rate: validation is small.
         chosen = max(tried, key=lambda f: (int(tried[f]["val_hits"]), f == 1.0))
-        right = {f: 100 * (int(r["hits_a"]) + int(r["hits_b"])) / (int(r["test_a"]) + int(r["test_b"])) for f, r in sorted(tried.items())}
+        right = {f: percent(r) for f, r in sorted(tried.items())}
         gained.append(right[chosen] - right[1.0])
         texts = (f"x {f:.2f}: {value:5.1f} % ({tried[f]['val_hits']} of {tried[f]['val']})" for f, value in right.items())
         print(f"{unit_of[0]:12} {unit_of[1]:10}", *texts, f"chosen x {chosen:.2f}, {gained[-1]:+.1f}", sep="  ")
@@ -499,17 +504,20 @@ def above(options: argparse.Namespace) -> None:
                 manifest = split(rows, unit.n, largest, unit.seed)
                 row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, fixed=share)
                 append(path, (*COLUMNS, "fixed"), row | {"fixed": key[-1]})
-
-    def right(row: dict[str, str]) -> float:
-        return 100 * (int(row["hits_a"]) + int(row["hits_b"])) / (int(row["test_a"]) + int(row["test_b"]))
-
     arms = {(r["data"], r["backbone"], r["n"], r["seed"], r["arm"]): r for r in rows_of(options.results / ARMS)}
     lost: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in rows_of(path):
         unit_of = row["data"], row["backbone"], row["n"], row["seed"]
-        whole, frozen = arms[*unit_of, "tuned"], max((arms[*unit_of, arm] for arm in FROZEN), key=right)
-        lost.setdefault((row["fixed"], row["backbone"], row["n"]), []).append((right(row) - right(whole), right(row) - right(frozen)))
-        print(f"{row['fixed']} fixed", *unit_of, f"{right(row):.1f} % all {right(whole):.1f} % best frozen {right(frozen):.1f} %", sep="  ")
+        whole, frozen = arms[*unit_of, "tuned"], max((arms[*unit_of, arm] for arm in FROZEN), key=percent)
+        lost.setdefault((row["fixed"], row["backbone"], row["n"]), []).append(
+            (percent(row) - percent(whole), percent(row) - percent(frozen))
+        )
+        print(
+            f"{row['fixed']} fixed",
+            *unit_of,
+            f"{percent(row):.1f} % all {percent(whole):.1f} % best frozen {percent(frozen):.1f} %",
+            sep="  ",
+        )
     for kind, points in sorted(lost.items()):
         found_points = np.array(points)
         error = found_points[:, 0].std(ddof=1) / len(points) ** 0.5 if len(points) > 1 else float("nan")

@@ -424,7 +424,9 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         + ", ".join(told(name, with_multi, tried[name], rule) for name in ("product (auto)", "always LP-FT"))
     )
     if len({one.unit.backbone for one in units}) > 1:
-        unseen = [product(fitted_on(others(units, one), rule, PENALTY), rule, one) for one in units]
+        kinds = {(one.unit.data, one.unit.backbone): one for one in units}
+        without = {kind: fitted_on(others(units, one), rule, PENALTY) for kind, one in kinds.items()}
+        unseen = [product(without[one.unit.data, one.unit.backbone], rule, one) for one in units]
         print("fitted without the data set and without the network: " + told("product (auto)", units, unseen, rule))
     for arm in ("plain", "scratch"):
         part = [one for one in units if arm in one.arms]

@@ -241,17 +241,15 @@ def solvers(options: argparse.Namespace) -> None:
     asked = params.load(HERE.parent / "params.yaml").profile
     backbone, looked = load(options), [0.0]
 
-    def counted(work: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*given: Any, **named: Any) -> Any:
-            before = regret.cpu_seconds()
-            answer = work(*given, **named)
-            looked[0] += regret.cpu_seconds() - before
-            return answer
+    look = profiling.sequential
 
-        return timed
+    def timed(*given: Any) -> Any:
+        before = regret.cpu_seconds()
+        answer = look(*given)
+        looked[0] += regret.cpu_seconds() - before
+        return answer
 
-    # BatchNorm's second look is a pass that is never kept.
-    profiling.sequential = counted(profiling.sequential)
+    profiling.sequential = timed  # BatchNorm's second look is a pass that is never kept
     print(f"CPU s at {options.size} pixels, the sample doubled as long as the product would at most; median of {options.times}")
     print("data          sample  passes  solvers  share")
     for name in options.only or ("caltech24", "eurosat", "pacs_sketch", "flowers", "neu_steel"):

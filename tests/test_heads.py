@@ -208,3 +208,8 @@ def test_the_moments_of_parts_that_drift_apart_are_those_of_the_whole(monkeypatc
     found, wanted = Features(x).scaling(BLOCKS), scaling(x, BLOCKS)
     assert torch.allclose(found.mean, wanted.mean, rtol=1e-5)
     assert torch.allclose(found.scale, wanted.scale, rtol=1e-5)
+
+
+def test_inner_products_that_are_no_numbers_are_an_error_and_no_endless_search() -> None:
+    with pytest.raises(RuntimeError, match="cholesky"):
+        Span(np.full((4, 4), np.nan), heads.ROUNDED)

@@ -481,8 +481,7 @@ def _price(weighed: Weighed) -> float:
     """Return the tolerance (as a share) above which a frozen head would be chosen: a larger one may take a simpler head, which loses more."""
     lost = weighed.prediction.gain
     for _ in range(3):  # there are three heads
-        rule = dataclasses.replace(weighed.rule, prefer="balanced", tolerance=100 * lost / LENIENCE["balanced"] + 1e-6)
-        other = dataclasses.replace(weighed, rule=rule)
+        other = dataclasses.replace(weighed, rule=dataclasses.replace(weighed.rule, prefer="balanced", tolerance=100 * lost + 1e-6))
         if not other.large:
             break
         lost = other.prediction.gain

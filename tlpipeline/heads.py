@@ -194,7 +194,7 @@ def solve_head(
     if len(labels) <= min(SPAN_BELOW, SPAN_SHARE * whole.width) and isinstance(whole.source, Tensor):
         x = scale(whole.source)
         rows = x.numpy()
-        span = Span(rows @ rows.T, EXACT)
+        span = Span(rows @ rows.T, EXACT)  # numpy sees that both sides are one, and computes half
         if start is not None:
             start = span.inside(x @ start[0].T), start[1]
         w, b, penalty = _solve(Features(span.rows), None, labels, plain, classes, imbalance, seed, penalty, start, tolerance)
@@ -260,11 +260,13 @@ class Span:
     """
 
     def __init__(self, kernel: Matrix, rounding: float) -> None:
-        self.lower, failed, lift = torch.empty(0), True, rounding * max(float(kernel.diagonal().mean()), 1e-12)
+        mean = max(float(kernel.diagonal().mean()), 1e-12)
+        lift, failed = rounding * mean, True
         while failed:
             lifted = torch.from_numpy(np.array(kernel, dtype=np.float64))
             lifted.diagonal().add_(lift)
-            self.lower, info = torch.linalg.cholesky_ex(lifted)
+            # What is lifted by its own size and still no kernel is no number.
+            self.lower, info = torch.linalg.cholesky_ex(lifted, check_errors=not lift < mean)
             failed, lift = bool(info), 10 * lift
         self.rows = self.lower.float()
 

@@ -279,8 +279,11 @@ class Outlook:
 
     def gains(self, seen: Evidence, frozen: float, size: bool = False) -> Matrix:
         """Return equally likely gains of fine-tuning against the frozen head, as shares: (DRAWS,). `size` as in `unexplained`."""
+        return self._drawn(seen, frozen, self.unexplained(seen, frozen, size))
+
+    def _drawn(self, seen: Evidence, frozen: float, deviation: float) -> Matrix:
         base = log_odds(frozen, seen.sampled)
-        return np.asarray(_share(base + self.shift(seen, frozen) + self.unexplained(seen, frozen, size) * QUANTILES) - _share(base))
+        return np.asarray(_share(base + self.shift(seen, frozen) + deviation * QUANTILES) - _share(base))
 
     def predict(self, seen: Evidence, frozen: float, tolerance: float) -> Prediction:
         """Predict.
@@ -292,7 +295,7 @@ class Outlook:
         """
         base, gains = log_odds(frozen, seen.sampled), self.gains(seen, frozen)
         # What is unlike the rows is doubted more, and doubt takes no side: spread wide, log odds would pull every gain below zero.
-        expected = float((_share(base + self.shift(seen, frozen) + self.deviation * QUANTILES) - _share(base)).mean())
+        expected = float(self._drawn(seen, frozen, self.deviation).mean())
         raw = log_odds(float((gains <= tolerance).mean()), DRAWS)
         return Prediction(
             frozen=float(_share(base)),

@@ -459,7 +459,6 @@ class _Kernels:
     read: Sequence[npt.NDArray[np.float32]]
     own: Sequence[Matrix]
     scales: Sequence[tuple[Scaling, float]]
-    blocks: Sequence[tuple[int, ...]]
     labels: npt.NDArray[np.int64]
     before: Mapping[tuple[int, ...], float]
     penalties: dict[tuple[int, ...], float]
@@ -494,16 +493,16 @@ class _Kernels:
         names = [t.name for t in profile.taps]
         classes = int(max(self.labels.max(), labels.max())) + 1
         few = slice(0, CONFIRMED_ON)
-        held = [scale(x).float() / norm for x, (scale, norm) in zip(features, self.scales, strict=False)]
         reached = []
         for number, head in enumerate((profile.last, profile.cut)):
             assert head is not None
             taps = [names.index(name) for name in head.taps]
-            # Each tap counts as often as it has blocks, of a total variance of one each, as in training.
-            parts = [(self.scales[i][1] ** 2, torch.from_numpy(self.read[i][few]), held[i]) for i in taps]
-            kernel = sum(weight * self.own[i][few, few] for i, (weight, _, _) in zip(taps, parts, strict=True))
-            alpha, bias = solve_kernel(np.asarray(kernel), self.labels[few], classes, IMBALANCE, 0, tolerance=1e-4)
-            logits = bias + sum(weight * (h @ (alpha.float() @ x).T) for weight, x, h in parts)
+            # Each tap counts as often as it has blocks, of a total variance of one each, as in training: without the norm that probes take out.
+            kernel = sum(self.scales[i][1] ** 2 * self.own[i][few, few] for i in taps)
+            alpha, logits = solve_kernel(np.asarray(kernel), self.labels[few], classes, IMBALANCE, 0, tolerance=1e-4)
+            for i in taps:
+                scale, norm = self.scales[i]
+                logits = logits + scale(features[i]).float() @ (norm * alpha.float() @ torch.from_numpy(self.read[i][few])).T
             right = logits.argmax(1).numpy() == labels
             reached.append(replace(head, held_out=float(right.mean())))
             progress(Event("profile", number + 1, 2, f"head on {' + '.join(head.taps)} held against {len(labels)} other images"))
@@ -572,7 +571,7 @@ def _kernels(
         scaled.append(a)
         own.append((a @ a.T).astype(np.float64))
         scales.append((scale, norm))
-    return _Kernels(scaled, own, scales, [r.blocks for r in readings], labels, before, {})
+    return _Kernels(scaled, own, scales, labels, before, {})
 
 
 def _probe(taps: Sequence[backbones.Tap], readings: Sequence[Reading], kernels: _Kernels, seed: int) -> dict[str, Any]:
