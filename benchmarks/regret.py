@@ -46,13 +46,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from tlpipeline import backbones, cases, choice, dataset, outlook, params, profiling, train  # noqa: E402
+from tlpipeline import backbones, cases, choice, dataset, outlook, params, profiling, train, weighing  # noqa: E402
 from tlpipeline import model as models  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
 from tlpipeline.features import Images, extract, reading  # noqa: E402
 from tlpipeline.heads import solve_head  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.probes import pack  # noqa: E402
+from tlpipeline.profile import slice_test  # noqa: E402
 from tlpipeline.progress import silent  # noqa: E402
 from tlpipeline.shift import FIRST_IMAGES  # noqa: E402
 from tlpipeline.workers import Alone  # noqa: E402
@@ -303,7 +304,7 @@ def frozen_arms(
         backbone, folder, manifest, net.size, rule.profile, lambda seen: choice.undecided(seen, rule.choose), silent, torch.device("cpu")
     )
     profiled = cpu_seconds() - started
-    found = dataclasses.asdict(outlook.evidence(profile, profiling.slice_test(profile, rule.choose.gain / 100, rule.choose.draws)))
+    found = dataclasses.asdict(outlook.evidence(profile, slice_test(profile, rule.choose.gain / 100, rule.choose.draws)))
     # A gradient is a forward and a backward pass; BatchNorm's statistics layer by layer take a second pass of the first images.
     looked = profile.sampled + profile.held_out + (3 * profile.tangent.images if profile.tangent else 0)
     looked += min(FIRST_IMAGES, profile.sampled) if profile.shift else 0
@@ -537,7 +538,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=GRIDS, default="core")
     parser.add_argument("--arms", nargs="+", choices=TRAINED, default=TRAINED)
     parser.add_argument("--only", nargs="*", default=(), help="only units whose data/backbone/n/seed has one of these in it")
-    parser.add_argument("--prefer", choices=choice.LENIENCE, default="balanced", help="choose.prefer of the replayed product")
+    parser.add_argument("--prefer", choices=weighing.LENIENCE, default="balanced", help="choose.prefer of the replayed product")
     parser.add_argument("--units", action="store_true", help="print a line for each unit, too")
     options = parser.parse_args()
     options.data, options.weights = options.data.resolve(), options.weights.resolve()  # jobs take paths from a workspace of their own

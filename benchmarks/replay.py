@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from regret import ARMS, SEED, UNITS, Unit, rank, rows_of
 
-from tlpipeline import choice, outlook
-from tlpipeline.outlook import Evidence, Observed, Outlook
+from tlpipeline import fitting, outlook, weighing
+from tlpipeline.fitting import Observed
+from tlpipeline.outlook import Evidence, Outlook
 from tlpipeline.params import ChooseParams
 from tlpipeline.probes import unpack, wilson
 
@@ -140,7 +141,7 @@ class Chosen:
 
 def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     """Choose as the product does: the profile, the prediction, and where it is open the race."""
-    weighed = choice.Weighed(one.evidence, rule, model)
+    weighed = weighing.Weighed(one.evidence, rule, model)
     frozen = HEADS[weighed.head]
     before, within = float(one.looked), model.settled(one.evidence)
     if weighed.no_race:
@@ -151,10 +152,10 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     before += one.cost(frozen)
     spent = one.profiled + one.seconds(frozen)
     solved = int(row["train"]) + images
-    for part, epoch in enumerate(choice.look_epochs(epochs), choice.LOOKS - len(choice.look_epochs(epochs))):
+    for part, epoch in enumerate(weighing.look_epochs(epochs), weighing.LOOKS - len(weighing.look_epochs(epochs))):
         bits = [unpack(text, images)[one.judges] for text in (one.arms[frozen]["bits"], row["looks"].split()[part])]
-        seen = choice.look(weighed, part, epoch, epochs, *bits)
-        winner, _ = choice.verdict(weighed, part, seen)
+        seen = weighing.look(weighed, part, epoch, epochs, *bits)
+        winner, _ = weighing.verdict(weighed, part, seen)
         if winner == "tuned":
             return Chosen("tuned", before + one.cost("tuned"), spent + one.seconds("tuned"), within, raced=True)
         if winner == "frozen":
@@ -165,7 +166,7 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
 
 def observed(one: Measured, rule: ChooseParams, heads: dict[str, Any]) -> Observed:
     """Return a row of the fit."""
-    weighed = choice.Weighed(one.evidence, rule, dataclasses.replace(outlook.NEUTRAL, heads=heads))
+    weighed = weighing.Weighed(one.evidence, rule, dataclasses.replace(outlook.NEUTRAL, heads=heads))
     frozen = HEADS[weighed.head]
     row = one.arms["tuned"]
     looks = [float(unpack(bits, len(one.judges)).mean()) for bits in row["looks"].split()] if len(one.judges) else []
@@ -207,8 +208,8 @@ def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: floa
 
 def fitted_on(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> Outlook:
     """Fit in two steps: first which frozen head would be trained, then how far fine-tuning lies above it."""
-    heads = outlook.fit_heads([observed(one, rule, outlook.NEUTRAL.heads) for one in units])
-    return outlook.fit([observed(one, rule, heads) for one in units], penalty, rule.tolerance / 100)
+    heads = fitting.fit_heads([observed(one, rule, outlook.NEUTRAL.heads) for one in units])
+    return fitting.fit([observed(one, rule, heads) for one in units], penalty, rule.tolerance / 100)
 
 
 def rules(units: Sequence[Measured], rule: ChooseParams) -> dict[str, list[Chosen]]:
@@ -217,7 +218,7 @@ def rules(units: Sequence[Measured], rule: ChooseParams) -> dict[str, list[Chose
     quick = dataclasses.replace(rule, effort="quick")
 
     def best(one: Measured) -> str:
-        return HEADS[choice.Weighed(one.evidence, rule, models[one.unit.data]).head]
+        return HEADS[weighing.Weighed(one.evidence, rule, models[one.unit.data]).head]
 
     def probed(arm: str, one: Measured) -> Chosen:
         return Chosen(arm, one.looked + one.cost(arm), one.profiled + one.seconds(arm))

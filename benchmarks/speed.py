@@ -47,7 +47,7 @@ from tlpipeline.features import STEP, Images, in_batches, normalise, prepare  # 
 from tlpipeline.heads import IN_MEMORY_BYTES, solve_head  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.model import Classifier, reader_of  # noqa: E402
-from tlpipeline.profiling import Profile  # noqa: E402
+from tlpipeline.profile import Profile  # noqa: E402
 from tlpipeline.progress import silent  # noqa: E402
 from tlpipeline.workers import Alone  # noqa: E402
 
@@ -56,7 +56,8 @@ NET = regret.NETWORKS["squeezenet"]
 
 
 def load(options: argparse.Namespace) -> backbones.Backbone:
-    return backbones.load(NET.name, str(options.weights / NET.weights), md5=NET.md5, size=NET.size)
+    net = regret.NETWORKS[options.network]
+    return backbones.load(net.name, str(options.weights / net.weights), md5=net.md5, size=net.size)
 
 
 def listed(options: argparse.Namespace, name: str, n: int) -> tuple[Path, Manifest]:
@@ -658,6 +659,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=(1000, 10_000, 100_000), help="of `memory`")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--size", type=int, default=NET.size, help="of `cache`: input side in pixels; data.size: auto is 128 here")
+    parser.add_argument("--network", choices=regret.NETWORKS, default="squeezenet", help="of `solvers`; give --size as well")
     parser.add_argument("--only", nargs="*", default=())
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_choice import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
-from test_profiling import planted
+from test_profile import planted
 
 from tlpipeline.cases import CASES, Case, Decision, Look, Race, Recipe, find, idle, override
 from tlpipeline.choice import choose

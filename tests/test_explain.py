@@ -14,7 +14,7 @@ import yaml
 from tests.conftest import REPOSITORY
 from tlpipeline import acts, explain, report
 from tlpipeline.cases import CASES, Arm, Decision, Look, Race, find
-from tlpipeline.profiling import Head, Probe, Profile
+from tlpipeline.profile import Head, Probe, Profile
 from tlpipeline.shift import BatchNormShift, TapShift
 
 NAMES = ("conv1", "conv2", "conv3", "fc1", "fc2")

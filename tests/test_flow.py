@@ -19,8 +19,9 @@ from uuid import UUID
 import pytest
 
 from tests.conftest import set_param
-from tlpipeline import acts, choice, profiling, registry, stages, versioning
+from tlpipeline import acts, choice, registry, stages, versioning
 from tlpipeline.errors import DataError, WorkspaceError
+from tlpipeline.profile import Profile
 from tlpipeline.progress import Event, silent
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -328,7 +329,7 @@ def test_whoever_starts_from_other_weights_is_told_why_there_is_no_race(first: R
     workspace = copy(first.workspace, tmp_path / "workspace")
     set_param(workspace, "choose.effort", "full")
     set_param(workspace, "train.override", "{init: plain}")
-    profile = profiling.Profile.from_json(stages.read_json(workspace, stages.PROFILE))
+    profile = Profile.from_json(stages.read_json(workspace, stages.PROFILE))
     assert choice.choose(profile, stages.params_of(workspace).choose).race_wanted
     assert stages.bring_up_to_date(workspace, "choose", silent)
     case = stages.read_case(workspace)

@@ -1,4 +1,4 @@
-"""The profile: honest tests of the taps, and on images whose truth is planted what is measured is what was planted."""
+"""Profiling: on images whose truth is planted what is measured is what was planted."""
 
 import json
 import re
@@ -11,16 +11,18 @@ import pytest
 import torch
 from PIL import Image
 from test_backbones import take
+from test_profile import planted
 
-from tlpipeline import backbones, dataset, profiling, shift
-from tlpipeline.choice import choose, weaknesses
+from tlpipeline import backbones, dataset, kernels, profiling, shift
+from tlpipeline.choice import choose
 from tlpipeline.dataset import Manifest, Row, ingest
 from tlpipeline.errors import DataError
 from tlpipeline.features import Reading, normalise, prepare
 from tlpipeline.params import load
-from tlpipeline.probes import head_similarity, leave_one_out, one_hot, pack, wilson
-from tlpipeline.profiling import Head, Probe, Profile, slice_point, slice_test
+from tlpipeline.probes import head_similarity, leave_one_out, one_hot
+from tlpipeline.profile import Profile, slice_test
 from tlpipeline.progress import Event, silent
+from tlpipeline.reasons import weaknesses
 
 PARAMS = replace(
     load(Path(__file__).parent.parent / "params.yaml").profile,
@@ -31,126 +33,6 @@ PARAMS = replace(
     shift=False,
     affinity=False,
 )
-
-
-def probe(name: str, correct: np.ndarray, head: tuple[str, ...] = (), ops: int = 1000) -> Probe:
-    accuracy = float(correct.mean())
-    return Probe(name, 8, 4, 4, ops // 10, ops, (1, 2), accuracy, 0.0, 1.0, accuracy, 0.0, 0.0, 0.1, pack(correct), head or (name,))
-
-
-def head_of(taps: Sequence[str], correct: np.ndarray, held_out: float) -> Head:
-    return Head(tuple(taps), float(correct.mean()), *wilson(int(correct.sum()), len(correct)), pack(correct), held_out)
-
-
-def from_bits(correct: np.ndarray, last_held_out: float = 0.8, multi: np.ndarray | None = None) -> Profile:
-    """A profile of 1,000 images in ten classes whose taps were right on these sample images: (images, taps).
-
-    The cut head is as good as its tap and reaches 90 % on held-out images; the multi-tap head is the last tap's unless it is given.
-    """
-    m, count = correct.shape
-    names = [f"tap{i}" for i in range(count)]
-    taps = tuple(probe(name, correct[:, i], ops=1000 * (i + 1)) for i, name in enumerate(names))
-    at = slice_point(correct)
-    return Profile(
-        backbone="net",
-        weights="w",
-        size=32,
-        normalisation="batch",
-        images=1000,
-        classes=10,
-        majority=0.1,
-        smallest=90,
-        largest=110,
-        validation=200,
-        sampled=m,
-        held_out=100,
-        probed=10,
-        head_similarity=0.3,
-        hunger=((m, float(correct[:, -1].mean())),),
-        taps=taps,
-        last=head_of(names[-1:], correct[:, -1], last_held_out),
-        multi=head_of(names[-1:], correct[:, -1], last_held_out) if multi is None else head_of(names[:-4:-1], multi, 0.95),
-        cut=None if at is None else head_of([names[at]], correct[:, at], 0.9),
-    )
-
-
-def right(accuracies: Sequence[float], m: int = 512, seed: int = 0) -> np.ndarray:
-    """Who is right at taps of these accuracies, mostly on the same images."""
-    difficulty = np.random.default_rng(seed).uniform(size=m)
-    noise = np.random.default_rng(seed + 1).normal(0, 0.03, (m, len(accuracies)))
-    return (difficulty[:, None] + noise) < np.array(accuracies)
-
-
-def planted(accuracies: Sequence[float], m: int = 512, seed: int = 0, last_held_out: float = 0.8, multi: float | None = None) -> Profile:
-    """A profile whose taps, and multi-tap head, are right with these probabilities."""
-    bits = right([*accuracies, multi or 0.0], m, seed)
-    return from_bits(bits[:, :-1], last_held_out, None if multi is None else bits[:, -1])
-
-
-def exact(counts: Sequence[int], m: int = 512) -> Profile:
-    """A profile whose taps are right on exactly the first so many images."""
-    return from_bits(np.arange(m)[:, None] < np.array(counts))
-
-
-# --- the slice test -------------------------------------------------------------------------------------------------------------------
-
-
-def test_an_earlier_tap_that_is_clearly_better_is_found() -> None:
-    found = slice_test(planted([0.6, 0.92, 0.80]), gain=0.01, draws=1000)
-    assert (found.best_earlier, found.tap) == ("tap1", "tap1")
-    assert found.significance < 0.01
-    assert found.similar < 0.05
-
-
-def test_where_the_last_tap_is_best_the_data_are_similar() -> None:
-    found = slice_test(planted([0.6, 0.8, 0.92]), gain=0.01, draws=1000)
-    assert found.similar > 0.9
-    assert found.significance > 0.5
-    assert found.gain < 0
-
-
-def test_the_deepest_tap_within_one_standard_error_is_chosen() -> None:
-    bits = np.arange(512)[:, None] < np.array([400, 476, 0, 420])
-    # Two fewer right than the best, four lost and two won: 0.4 points behind with a standard error of 0.5.
-    bits[:, 2] = np.isin(np.arange(512), np.arange(4, 478))
-    found = slice_test(from_bits(bits), gain=0.01, draws=500)
-    assert (found.best_earlier, found.tap) == ("tap1", "tap2")
-    # Ten lost and none won is more than one standard error.
-    bits[:, 2] = np.arange(512) < 466
-    assert slice_test(from_bits(bits), gain=0.01, draws=500).tap == "tap1"
-
-
-def test_the_slice_point_is_the_deepest_of_equals_and_never_the_last_tap() -> None:
-    assert slice_point(np.ones((20, 4), dtype=bool)) == 2
-    assert slice_point(np.arange(20)[:, None] < np.array([5, 10, 20])) == 1
-    assert slice_point(np.ones((20, 1), dtype=bool)) is None
-
-
-def test_the_best_of_many_noisy_taps_is_no_evidence() -> None:
-    """Sixteen taps of pure noise: the family-wise test must not fire more often than it says."""
-    fired = 0
-    for seed in range(60):
-        profile = from_bits(np.random.default_rng(seed).random((256, 16)) < 0.5)
-        fired += slice_test(profile, gain=0.01, draws=300, seed=seed).significance < 0.10
-    assert fired <= 12  # 6 expected; 12 has a probability of 1 %
-
-
-def test_a_slice_that_is_worse_on_held_out_images_is_not_confirmed() -> None:
-    assert slice_test(planted([0.6, 0.92, 0.80]), gain=0.01, draws=200).confirmed
-    found = slice_test(planted([0.6, 0.92, 0.80], last_held_out=0.95), gain=0.01, draws=200)
-    assert not found.confirmed
-    assert "was not confirmed on held-out images" in found.why_not(0.1, 0.01)
-
-
-def test_a_network_with_one_tap_cannot_be_sliced() -> None:
-    found = slice_test(planted([0.8]), gain=0.01, draws=100)
-    assert (found.tap, found.similar) == (None, 1.0)
-    assert "one tap" in found.why_not(0.1, 0.01)
-
-
-def test_the_same_seed_tests_the_same() -> None:
-    profile = planted([0.85, 0.9, 0.88])
-    assert slice_test(profile, gain=0.01, draws=300) == slice_test(profile, gain=0.01, draws=300)
 
 
 # --- the sample -----------------------------------------------------------------------------------------------------------------------
@@ -568,9 +450,9 @@ def test_a_slice_is_confirmed_by_heads_that_weigh_taps_as_training_does(
 ) -> None:
     """Each block of features has a variance of one: a tap of more blocks counts more, and the penalties mean what they mean in training."""
     given: list[float] = []
-    real = profiling.solve_kernel
+    real = kernels.solve_kernel
     monkeypatch.setattr(
-        profiling,
+        kernels,
         "solve_kernel",
         lambda kernel, *rest, **more: (given.append(kernel.trace() / len(kernel)), real(kernel, *rest, **more))[1],
     )
@@ -585,14 +467,14 @@ def test_gradients_are_held_against_features_that_are_centred_over_the_same_imag
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(80, 6, generator=draw)
     labels = (x[:, 1] + 0.5 * torch.randn(80, generator=draw) > 0).long().numpy()
-    kernels = profiling._kernels([Reading("tap", 6, (1,))], [x], labels, {})
+    sample = kernels.kernels_of([Reading("tap", 6, (1,))], [x], labels, {})
     first = [i for i in range(80) if x[i, 0] > 0]  # far from the middle of the sample
-    own = kernels.read[0][first].astype(float)
+    own = sample.read[0][first].astype(float)
     own -= own.mean(0)
     kernel = own @ own.T
     kernel /= kernel.trace() / len(first)
     targets = one_hot(labels[first])
-    told = kernels.tangent([0], kernel, first)
+    told = sample.tangent([0], kernel, first)
     assert [told.error, told.frozen_error] == pytest.approx(
         [float(((leave_one_out(kernel, targets).scores - targets) ** 2).mean())] * 2, rel=1e-5
     )

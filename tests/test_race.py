@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_profiling import scene
 
-from tlpipeline import backbones, cache, checkpoint, choice, dataset, distributed, finetune, outlook, profiling, race
+from tlpipeline import backbones, cache, checkpoint, dataset, distributed, finetune, outlook, profiling, race, weighing
 from tlpipeline.cases import Decision
 from tlpipeline.dataset import Manifest
 from tlpipeline.job import Job
 from tlpipeline.outlook import Outlook
 from tlpipeline.params import ChooseParams, ClusterParams, ProfileParams, load
-from tlpipeline.profiling import Profile
+from tlpipeline.profile import Profile
 from tlpipeline.progress import Event, silent
 
 RULE = ChooseParams(
@@ -57,7 +57,7 @@ class Setting:
         patch.setattr(finetune, "fitted", lambda: model)
         kept = self.place / f"kept-{name}"
         kept.mkdir()
-        weighed = choice.weigh(self.profile, RULE, model)
+        weighed = weighing.weigh(self.profile, RULE, model)
         return race.run(self.profile, weighed, self.job, HERE, name, self.place / "runs", kept, progress), kept
 
 
@@ -88,7 +88,7 @@ def test_a_race_that_is_decided_ends_at_its_first_look(setting: Setting, monkeyp
     decision, kept = setting.run(sure(-4.0), monkeypatch, "early")
     assert decision.race is not None
     assert (decision.race.winner, len(decision.race.looks), decision.freeze) == ("frozen", 1, "kept")
-    assert decision.race.looks[0].epoch == choice.look_epochs(EPOCHS)[0]
+    assert decision.race.looks[0].epoch == weighing.look_epochs(EPOCHS)[0]
     assert (kept / "model" / "weights.safetensors").exists()
     assert not decision.race_wanted
     assert "raced over 1 look" in decision.reason
@@ -210,7 +210,7 @@ def test_many_images_of_what_no_layer_knows_are_raced_and_found_to_be_large_and_
     look = dataclasses.replace(shipped.profile, images=512, images_max=512)
     profile = profiling.measure(net, folder, manifest, 32, look, lambda seen: False, silent, torch.device("cpu"))
     made = Setting(folder, tmp_path, manifest, profile)
-    weighed = choice.weigh(profile, shipped.choose)
+    weighed = weighing.weigh(profile, shipped.choose)
     assert weighed.no_race == ""
     assert weighed.similar < 0.05
 
@@ -226,7 +226,7 @@ def test_many_images_of_what_no_layer_knows_are_raced_and_found_to_be_large_and_
 @pytest.mark.ray
 def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The workers look with the package's own model, so the prediction is what the package says of these images."""
-    weighed = choice.weigh(setting.profile, RULE)
+    weighed = weighing.weigh(setting.profile, RULE)
     found: list[Decision] = []
     plain, fits = distributed.run, []
 

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from tlpipeline.dataset import ingest
     from tlpipeline.errors import PipelineError
     from tlpipeline.model import load as load_model
-    from tlpipeline.profiling import Profile, measure
+    from tlpipeline.profile import Profile
+    from tlpipeline.profiling import measure
 
 _WHERE = {
     "CASES": ("cases", "CASES"),
     "Decision": ("cases", "Decision"),
     "PipelineError": ("errors", "PipelineError"),
-    "Profile": ("profiling", "Profile"),
+    "Profile": ("profile", "Profile"),
     "choose": ("choice", "choose"),
     "ingest": ("dataset", "ingest"),
     "load_backbone": ("backbones", "load"),

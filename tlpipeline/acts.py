@@ -277,7 +277,8 @@ def bounded(root: Path) -> tuple[str, ...]:
 
 def write_report(root: Path, registration: Registration) -> Path:
     """Write report.html: one self-contained page about the run."""
-    from tlpipeline import dataset, evaluate, profiling, report
+    from tlpipeline import dataset, evaluate, report
+    from tlpipeline.profile import Profile
 
     params = stages.params_of(root)
     manifest = dataset.read_manifest(root / stages.MANIFEST, root / stages.QUARANTINE)
@@ -297,7 +298,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         name=params.data.name,
         registration=registration,
         case=stages.read_case(root),
-        profile=profiling.Profile.from_json(stages.read_json(root, stages.PROFILE)),
+        profile=Profile.from_json(stages.read_json(root, stages.PROFILE)),
         metrics=stages.read_metrics(root),
         matrix=evaluate.confusion(found).tolist(),
         manifest=manifest,
@@ -389,7 +390,7 @@ def decided(root: Path) -> tuple[Any, Any]:
     Raises:
         WorkspaceError: it is no workspace, nothing was decided in it yet, or by another version or profile.
     """
-    from tlpipeline import profiling
+    from tlpipeline.profile import Profile
 
     for name in (stages.PROFILE, stages.CASE):
         if not (root / name).is_file():
@@ -398,7 +399,7 @@ def decided(root: Path) -> tuple[Any, Any]:
                 f"expected a decision in {root / name}, found no such file. `tlpipeline run` or `dvc repro choose` makes the decision."
             )
     try:
-        case, profile = stages.read_case(root), profiling.Profile.from_json(stages.read_json(root, stages.PROFILE))
+        case, profile = stages.read_case(root), Profile.from_json(stages.read_json(root, stages.PROFILE))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WorkspaceError(
             f"expected {stages.PROFILE} and {stages.CASE} in {root} as this version writes them, found others ({error!r}). "

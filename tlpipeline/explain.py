@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from tlpipeline.cases import CASES, LARGE, SIMILAR, Decision, find
-from tlpipeline.profiling import Profile
+from tlpipeline.profile import Profile
 
 ARMS = {"frozen": "frozen", "cut": "cut", "multi": "multi-tap", "tuned": "fine-tuned"}
 LEAST, MOST, MARKDOWN = 40, 110, 76  # columns; longer lines are hard to read

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tlpipeline import choice, dataset
+from tlpipeline import dataset, weighing
 from tlpipeline.augment import augmentation, mix, rand_augment, seed_of
 from tlpipeline.backbones import Transforms
 from tlpipeline.cache import Store
@@ -256,16 +256,16 @@ class Fit:
 
     def _look(self, state: State, epochs: int, correct: str) -> None:
         """At a planned look of a race, say who is ahead; every worker comes to the same answer from the same predictions."""
-        race, at = self.job.race, choice.look_epochs(epochs)
+        race, at = self.job.race, weighing.look_epochs(epochs)
         if race is None or state.epoch not in at:
             return
-        weighed = choice.Weighed(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), fitted())
+        weighed = weighing.Weighed(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), fitted())
         judges = np.array([not dataset.selects(row) for row in self.sides.val])
         frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (str(race["frozen"]), correct))
-        part = choice.LOOKS - len(at) + at.index(state.epoch)
-        seen = choice.look(weighed, part, state.epoch, epochs, frozen, tuned)
+        part = weighing.LOOKS - len(at) + at.index(state.epoch)
+        seen = weighing.look(weighed, part, state.epoch, epochs, frozen, tuned)
         state.looks.append(asdict(seen))
-        state.winner, state.ended = choice.verdict(weighed, part, seen)
+        state.winner, state.ended = weighing.verdict(weighed, part, seen)
         self.tell(
             state.epoch,
             epochs,

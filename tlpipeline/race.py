@@ -14,11 +14,11 @@ from pathlib import Path
 from tlpipeline import choice, distributed
 from tlpipeline.cases import Decision, Look, Race
 from tlpipeline.checkpoint import STATE
-from tlpipeline.choice import Weighed
 from tlpipeline.job import Job
 from tlpipeline.params import ClusterParams
-from tlpipeline.profiling import Profile
+from tlpipeline.profile import Profile
 from tlpipeline.progress import Event, Progress
+from tlpipeline.weighing import Weighed
 
 
 def run(

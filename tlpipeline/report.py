@@ -14,7 +14,7 @@ from PIL import Image
 from tlpipeline import explain
 from tlpipeline.cases import CASES, LARGE, SIMILAR
 from tlpipeline.dataset import SIDES, TRAIN, Manifest
-from tlpipeline.profiling import Profile
+from tlpipeline.profile import Profile
 
 TEMPLATE = Path(__file__).with_name("template")
 THUMBNAIL = 96

@@ -38,8 +38,8 @@ GIGABYTE = 1e9
 # The files that decide what a training run or a race does: an interrupted one is resumed only by the same.
 TRAINING = (
     "augment.py", "backbones.py", "cache.py", "cases.py", "checkpoint.py", "choice.py", "dataset.py", "distributed.py", "features.py",
-    "finetune.py", "heads.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "probes.py", "profiling.py", "race.py",
-    "train.py", "workers.py",
+    "finetune.py", "heads.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "probes.py", "profile.py", "race.py",
+    "train.py", "weighing.py", "workers.py",
 )  # fmt: skip
 RUNS = OWN / "runs"
 CACHE = OWN / "cache"
@@ -102,12 +102,13 @@ def ingest(root: Path, progress: Progress) -> None:
 def profile(root: Path, progress: Progress) -> None:
     """Measure the data set on a bounded sample: profile.json."""
     from tlpipeline import choice, dataset, profiling, shift
+    from tlpipeline.profile import Profile
 
     params = params_of(root)
     manifest = dataset.read_manifest(root / MANIFEST)
     backbone, size = _backbone_and_size(root, params, manifest)
 
-    def undecided(seen: profiling.Profile) -> bool:
+    def undecided(seen: Profile) -> bool:
         return choice.undecided(seen, params.choose)
 
     reference = None if params.profile.reference == "none" else shift.read_reference(root / params.profile.reference, backbone)
@@ -125,10 +126,11 @@ def profile(root: Path, progress: Progress) -> None:
 
 def choose(root: Path, progress: Progress) -> None:
     """Decide the case: case.json and its plots, and in race/ what was trained to decide it, for the train stage to go on with."""
-    from tlpipeline import cases, choice, explain, profiling, race
+    from tlpipeline import cases, choice, explain, race, weighing
+    from tlpipeline.profile import Profile
 
     params = params_of(root)
-    found = profiling.Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
+    found = Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
     decision = choice.choose(found, params.choose)
     if decision.race_wanted and "init" in params.train.override:
         decision = dataclasses.replace(
@@ -145,7 +147,7 @@ def choose(root: Path, progress: Progress) -> None:
                 return dataclasses.replace(made, budget_minutes=0.0)  # the bound is the train stage's
 
             with store(root):
-                decision = race.run(found, choice.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
+                decision = race.run(found, weighing.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
         progress(Event("choose", 1, 1, decision.reason))
         written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
         # DVC's plots sort the taps by name: their numbers go first.
