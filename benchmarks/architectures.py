@@ -449,6 +449,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints and exports go, deleted after")
     options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
     if options.verb == "run":
         sys.exit(1 if run(options) else 0)
     if options.verb == "taps":

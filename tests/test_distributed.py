@@ -21,7 +21,7 @@ from test_train import decided
 
 from tlpipeline import dataset, distributed
 from tlpipeline.cases import CASES
-from tlpipeline.errors import BackboneError, ClusterError, TrainingError
+from tlpipeline.errors import BackboneError, ClusterError, MemoryFull, TrainingError
 from tlpipeline.features import Reading
 from tlpipeline.job import Job
 from tlpipeline.params import ClusterParams
@@ -156,6 +156,37 @@ def test_a_mistake_in_a_worker_reaches_the_user_as_what_it_is(
     broken = job(decided(CASES[0]), "broken", weights="gone.safetensors")
     with pytest.raises(BackboneError, match=r"gone\.safetensors"):
         distributed.run(broken, replace(TWO, max_failures=1), "broken", tmp_path / "runs", silent)
+
+
+def test_workers_without_room_begin_again_in_as_many_parts_as_they_ask_for(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def full(made: Job, *_: object) -> Path:
+        tried.append(made.parts)
+        if made.parts < 4:
+            raise MemoryFull("expected room", 2 * made.parts)
+        return tmp_path
+
+    monkeypatch.setattr(distributed, "_on_workers", full)
+    assert distributed.run(job(decided(CASES[0]), "parts"), TWO, "name", tmp_path / "runs", silent) == tmp_path
+    assert tried == [1, 2, 4]
+
+
+def test_an_error_that_says_more_than_its_text_comes_back_whole(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = job(decided(CASES[0]), "full")
+
+    def full(*_: object) -> None:
+        raise MemoryFull("expected room", 8)
+
+    monkeypatch.setattr(distributed.train, "run", full)
+    monkeypatch.setattr(distributed, "_RayWorld", lambda: None)
+    with pytest.raises(MemoryFull):
+        distributed._loop(asdict(made))
+    with pytest.raises(MemoryFull, match=r"^expected room$") as error:
+        distributed._raise_what_gave_up(made)
+    assert error.value.parts == 8
 
 
 def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_again(

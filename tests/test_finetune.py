@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from tlpipeline.cache import Store
 from tlpipeline.cases import CASES, Decision, Recipe, override
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import Row
-from tlpipeline.errors import ParamsError, TrainingError
-from tlpipeline.features import Images, Reading
+from tlpipeline.errors import MemoryFull, ParamsError, TrainingError
+from tlpipeline.features import Decoded, Images, Reading
 from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.job import Job, Teller
 from tlpipeline.optimise import Average, decays, flat, optimiser, shares, unflat
@@ -412,6 +413,34 @@ def test_memory_for_not_even_one_image_is_a_clear_error(job: Make, tmp_path: Pat
         trained(job(decided(TUNED)), tmp_path / "run")
 
 
+def test_workers_whose_memory_runs_out_all_begin_again_in_more_parts(job: Make, tmp_path: Path) -> None:
+    """One cannot go on alone: the others wait for its gradient."""
+    net = linear()
+    fit = a_fit(net, job(decided(TUNED)), [0, 1, 2, 0, 1, 2, 0, 1], tmp_path, workers=2, rank=0)
+    images = Images(tmp_path, fit.sides.train, fit.sides.transforms)
+
+    def full(_: Any, given: Any) -> None:
+        if len(given[0]) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    net.register_forward_pre_hook(full)
+    for known, asked in ((0, 2), (2, 4)):
+        with pytest.raises(MemoryFull, match=r"memory for [24] images at a time") as error:
+            fit._step(net, [0, 1, 2, 3], PIXELS[:4], images, 8, State(arm="fine-tune", accumulate=known))
+        assert error.value.parts == asked
+    fit._step(net, [0, 1, 2, 3], PIXELS[:4], images, 8, State(arm="fine-tune", accumulate=4))
+
+
+def test_a_run_that_begins_again_in_parts_takes_them_and_says_so(job: Make, tmp_path: Path) -> None:
+    quiet = replace(decided(TUNED), slice="conv3")
+    quiet = replace(quiet, readings=(replace(quiet.readings[0], tap="conv3", channels=128, grids=(1, 2)),))
+    whole = trained(job(quiet, epochs=1), tmp_path / "whole")
+    parts = trained(replace(job(quiet, epochs=1), parts=4), tmp_path / "parts")
+    state = finished(tmp_path / "parts")
+    assert (state["accumulate"], state["remarks"]) == (4, ["the GPU's memory ran out: each batch was taken in 4 parts"])
+    assert same(parts, whole, atol=1e-5)
+
+
 def test_a_time_budget_ends_a_run_with_the_best_model_so_far(job: Make, tmp_path: Path) -> None:
     weights = trained(job(decided(TUNED), epochs=500, budget_minutes=0.03), tmp_path / "run")
     state = finished(tmp_path / "run")
@@ -513,10 +542,22 @@ def test_the_head_weighs_classes_as_the_recipe_says(
 
 
 def test_a_time_budget_ends_the_features_of_a_frozen_case(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlpipeline.train.AT_ONCE", 16)
+    monkeypatch.setattr("tlpipeline.train.AT_ONCE", 8)
     trained(job(decided(CASES[0]), budget_minutes=1e-9), tmp_path / "run")
-    (remark,) = finished(tmp_path / "run")["remarks"]
-    assert remark.startswith("train.budget_minutes ended the features after 16 of ")
+    first, second = finished(tmp_path / "run")["remarks"]
+    assert re.fullmatch(r"train\.budget_minutes ended the features after 8 of \d+ validation images", first)
+    assert re.fullmatch(r"train\.budget_minutes ended the features after 8 of \d+ training images", second)
+
+
+def test_a_time_budget_ends_the_decoding(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "AT_ONCE", 16)
+    fit = a_fit(linear(), job(decided(TUNED), budget_minutes=1000), [0, 1, 2] * 16, tmp_path)
+    made: list[int] = []
+    monkeypatch.setattr(Decoded, "fill", lambda _, rows, told: made.append(len(rows)))
+    monkeypatch.setattr(Decoded, "open", lambda *_: made.append(0))
+    monkeypatch.setattr(Deadline, "passed", lambda _: len(made) == 2)
+    fit._images(epochs=2)
+    assert made == [16, 16]
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,11 @@ class State:
         if text not in self.remarks:
             self.remarks.append(text)
 
+    def in_parts(self, parts: int) -> None:
+        """Have each batch taken in so many parts from now on, because a GPU's memory ran out."""
+        self.accumulate = parts
+        self.remark(f"the GPU's memory ran out: each batch was taken in {parts} parts")
+
     def better(self, accuracy: float, loss: float) -> bool:
         """Note a validation; say whether it is the best so far (by accuracy, equals by loss)."""
         if (accuracy, -loss) > (self.best_accuracy, -self.best_loss):

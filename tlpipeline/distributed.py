@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from tlpipeline import errors, train
 from tlpipeline.checkpoint import MODEL
 from tlpipeline.dataset import cpus
-from tlpipeline.errors import ClusterError, PipelineError
+from tlpipeline.errors import ClusterError, MemoryFull, PipelineError
 from tlpipeline.files import NO_ROOM, torn, write_json
 from tlpipeline.job import Job, Tail
 from tlpipeline.params import AUTO, ClusterParams
@@ -95,7 +95,12 @@ def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Pro
     try:
         if cluster.workers == 0:
             return _in_process(job, use_gpu, folder / name)
-        return _on_workers(job, cluster, use_gpu, name, folder)
+        while True:
+            try:
+                return _on_workers(job, cluster, use_gpu, name, folder)
+            except MemoryFull as full:
+                # All workers must take equally many parts, so all begin again, at the last checkpoint.
+                job = replace(job, parts=full.parts)
     finally:
         stop.set()
         follower.join()
@@ -151,7 +156,7 @@ def _loop(config: dict[str, Any]) -> None:
         try:
             train.run(job, _RayWorld(), Path(scratch))
         except PipelineError as error:
-            write_json({"kind": type(error).__name__, "message": str(error)}, _gave_up(job))
+            write_json({"kind": type(error).__name__, "values": list(error.args)}, _gave_up(job))
             raise
 
 
@@ -165,7 +170,7 @@ def _raise_what_gave_up(job: Job) -> None:
     if path.exists():
         told = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
-        raise getattr(errors, told["kind"])(told["message"])
+        raise getattr(errors, told["kind"])(*told["values"])
 
 
 def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, folder: Path) -> Path:

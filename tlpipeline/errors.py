@@ -7,6 +7,7 @@
     ├── BackboneError     an unknown backbone or weights name, weights that do not fit, a tap that does not exist
     ├── ClusterError      more workers than the machine or cluster has, or a training job that failed for good
     ├── TrainingError     training that diverges, or does not fit into a GPU's memory
+    │   └── MemoryFull    a GPU has no room for its share of a batch; in smaller parts it may
     ├── WorkspaceError    not a git + DVC repository, a busy workspace, a stage that cannot be recorded
     │   └── Unreachable   a remote that could not be reached: a second try may succeed
     └── RegistryError     a version or stage name that does not exist, a publication that was refused
@@ -49,6 +50,22 @@ class ClusterError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training diverged again and again, or its smallest part does not fit into memory."""
+
+
+class MemoryFull(TrainingError):
+    """A GPU has no room for its share of a batch.
+
+    Args:
+        message: as of any error.
+        parts: into how many the share would have to be cut next.
+    """
+
+    def __init__(self, message: str, parts: int) -> None:
+        super().__init__(message, parts)
+        self.parts = parts
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class WorkspaceError(PipelineError):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from tlpipeline.cache import Store
 from tlpipeline.cases import LOSS, SAMPLER, Recipe
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import Row
-from tlpipeline.errors import ClusterError, TrainingError
+from tlpipeline.errors import ClusterError, MemoryFull, TrainingError
 from tlpipeline.features import Decoded, Images, normalise, prepared, shard, squeezed
 from tlpipeline.heads import image_weights, validated
 from tlpipeline.job import Job, Tell, clock
@@ -37,12 +38,12 @@ from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.probes import unpack
 from tlpipeline.workers import World, from_first, gather, reduced
 
-CHECKPOINT_IMAGES = (
-    100_000  # a longer epoch is kept in parts, so that an interruption costs no more than this, or what a checkpoint is worth
-)
+# A longer epoch is kept in parts, so that an interruption costs no more than this, or what a checkpoint is worth.
+CHECKPOINT_IMAGES = 100_000
 SLOWER_AT_MOST = 2
 LOOK_STEPS = 16  # between two looks of a GPU at whether gradients are numbers
 IN_MEMORY_BYTES = 1 << 30
+AT_ONCE = 1024  # images that are decoded between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class Fit:
         if not self.checkpoint.best:
             self.checkpoint.keep_best()
         rate *= min(self.batch, len(self.sides.train)) / 64
+        if self.job.parts > max(state.accumulate, self.recipe.accumulate):
+            state.in_parts(self.job.parts)
         if self._few_images_a_worker(max(state.accumulate, self.recipe.accumulate)):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         network = self._parallel()
@@ -233,15 +236,26 @@ class Fit:
         train, val = squeezed(self.store, sides.root, side), prepared(self.store, sides.root, sides.transforms)
         if epochs > 1 and 3 * (len(sides.train) * side**2 + len(sides.val) * sides.transforms.size**2) <= room:
             for decoded, rows, needed in ((train, list(sides.train), list(sides.train)), (val, list(sides.val), mine)):
-                self._fill(decoded, [rows[i] for i in shard(len(rows), world.rank, world.size)])
+                if not self._fill(decoded, rows):
+                    break  # the time is up: no epoch will want them
                 if world.size > 1:
                     torch.distributed.barrier()
-                    self._fill(decoded, needed)  # from a disk that is not shared the others' part cannot be read
+                    decoded.fill(needed, lambda done: None)  # from a disk that is not shared the others' part cannot be read
                 decoded.open(needed)
         return Images(sides.root, sides.train, sides.transforms, None, train), Images(sides.root, mine, sides.transforms, None, val)
 
-    def _fill(self, decoded: Decoded, rows: Sequence[Row]) -> None:
-        decoded.fill(rows, lambda done: self.tell(done, len(rows), f"{done} of {len(rows)} images decoded"))
+    def _fill(self, decoded: Decoded, rows: Sequence[Row]) -> bool:
+        """Decode this worker's share of these images; say whether it came to its end before the time was up."""
+        mine = [rows[i] for i in shard(len(rows), self.world.rank, self.world.size)]
+
+        def told(before: int, part: int) -> None:
+            self.tell(before + part, len(mine), f"{before + part} of {len(mine)} images decoded")
+
+        for start in range(0, math.ceil(len(rows) / self.world.size), AT_ONCE):
+            decoded.fill(mine[start : start + AT_ONCE], partial(told, start))
+            if self.deadline.passed():
+                return False
+        return True
 
     def _few_images_a_worker(self, parts: int) -> bool:
         few = self.batch // (self.world.size * max(parts, 1)) < self.recipe.sync_below
@@ -366,15 +380,18 @@ class Fit:
                 # No more parts than the smallest share has images: all workers must take equally many.
                 return self._parts(network, inputs, wanted, images, batch, min(parts, batch // self.world.size))
             except torch.cuda.OutOfMemoryError as error:
-                # Other workers wait in the middle of this step: only a new start brings all to the same number of parts.
-                if self.world.size > 1 or 2 * parts > len(indices):
-                    raise TrainingError(
-                        f"expected room in the GPU's memory for {math.ceil(len(indices) / parts)} images at a time, found none. "
-                        f"Set train.override.accumulate to {2 * parts} (the batch stays as large), or data.size or train.batch_size lower."
-                    ) from error
+                found = f"expected room in the GPU's memory for {math.ceil(len(indices) / parts)} images at a time, found none. "
+                if 2 * parts > len(indices):
+                    raise TrainingError(found + "Set data.size or train.batch_size lower.") from error
                 parts *= 2
-                state.accumulate = parts
-                state.remark(f"the GPU's memory ran out: each batch was taken in {parts} parts")
+                if self.world.size > 1:
+                    # Other workers wait in the middle of this step: only a new start brings all to the same number of parts.
+                    raise MemoryFull(
+                        found
+                        + f"Set train.override.accumulate to {parts} (the batch stays as large), or data.size or train.batch_size lower.",
+                        parts,
+                    ) from error
+                state.in_parts(parts)
                 torch.cuda.empty_cache()
 
     def _inputs(self, indices: list[int], pixels: Tensor, images: Images, epoch: int) -> tuple[Tensor, Tensor]:

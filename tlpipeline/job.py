@@ -22,6 +22,7 @@ class Job:
         history: file to which the first worker appends its progress, a JSON line each.
         cache: folder of features and decoded images, "" to keep them in memory; cache_bytes: what decoded images may take of it.
         start: folder of a checkpoint to go on from where this run has none of its own, "" for none: what a race trained.
+        parts: at least so many parts of a batch are taken one after the other, because a GPU had no room for fewer.
         race: None, or what the looks of a race need: evidence and rule as JSON, and who was right on validation by the frozen arm (packed).
     """
 
@@ -43,6 +44,7 @@ class Job:
     cache: str = ""
     cache_bytes: float = 0.0
     start: str = ""
+    parts: int = 1
     race: Mapping[str, Any] | None = None
 
 

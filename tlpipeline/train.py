@@ -120,10 +120,12 @@ def _solve(
     blocks, classes = model.blocks, model.head.out_features
     imbalance = math.inf if recipe.balance == NONE else recipe.imbalance
     found: tuple[Tensor, Tensor, float] | None = None
-    chances = torch.zeros(len(sides.val), classes)
     reader = reader_of(model, store, sides.transforms, world.device)
-    # Validation first: where the time is up, some of the training images are missing, which come in the order of their hashes: at random.
-    frozen_features(reader, Images(sides.root, sides.val, sides.transforms), world, tell)
+    # Where the time is up, some of the images are missing, which come in the order of their hashes: at random.
+    judges = frozen_features(reader, Images(sides.root, sides.val, sides.transforms), world, tell, deadline)
+    if len(judges) < len(sides.val):
+        state.remark(f"train.budget_minutes ended the features after {len(judges)} of {len(sides.val)} validation images")
+    held, held_labels = [sides.val[i] for i in judges], sides.val_labels[judges]
     images, lacking, started = Images(sides.root, sides.train, sides.transforms), reader.missing(sides.train).sum(), time.monotonic()
     there = frozen_features(reader, images, world, tell, deadline)
     took = max(time.monotonic() - started, 1e-6)
@@ -142,9 +144,9 @@ def _solve(
             state.remark(f"train.budget_minutes ended the features after {view - 1} of {views} random views")
             break
         readers.append(of_view)
-    views = len(readers) - 1
+    views, chances = len(readers) - 1, torch.zeros(len(held), classes)
     if world.rank == 0:
-        x, val = Table(reader.rows(train)), Table(reader.rows(sides.val))
+        x, val = Table(reader.rows(train)), Table(reader.rows(held))
         for other in readers[1:]:
             x = x.below(Table(other.rows(train)))
         y = np.tile(labels, views + 1)
@@ -156,10 +158,10 @@ def _solve(
                 chances[part.start : part.stop] = head(val.take(slice(part.start, part.stop))).softmax(1)
         if model.frozen and len(val):
             # Nothing is left to select: the head is solved once more, on the validation images as well. Fine-tuning must start without them.
-            both = np.concatenate([y, sides.val_labels])
+            both = np.concatenate([y, held_labels])
             found = solve_head(x.below(val), both, blocks, classes, imbalance, job.seed, found[2], found[:2])
     from_first([chances], world)
-    accuracy, loss, correct = validated(chances, sides.val_labels)
+    accuracy, loss, correct = validated(chances, held_labels)
     state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct})
     state.better(accuracy, loss)
     if found is not None:
@@ -167,7 +169,7 @@ def _solve(
         model.head.bias.data.copy_(found[1])
         state.head_penalty = found[2]
     from_first([model.head.weight, model.head.bias], world)
-    count = len(train) + len(sides.val)
+    count = len(train) + len(held)
     tell(count, count, f"head solved, validation accuracy {accuracy:.1%}", important=True)
 
 
