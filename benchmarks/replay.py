@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from regret import ARMS, SEED, UNITS, Unit, rank, rows_of
+from regret import ARMS, GRIDS, MORE, SEED, UNITS, Unit, rank, rows_of
 
 from tlpipeline import fitting, outlook, weighing
 from tlpipeline.fitting import Observed
@@ -197,11 +197,16 @@ def told(name: str, units: Sequence[Measured], chosen: Sequence[Chosen], rule: C
     return f"{name} {f.half.mean():.2f}..{f.raw.mean():.2f}, {f.good.mean():.0%} within {rule.tolerance:g} points, cost {f.cost.mean():.0%}"
 
 
+def core_of(units: Sequence[Measured]) -> list[Measured]:
+    """Return the units of the core grid: what is fitted on. Three more data sets and a third network are what nothing was fitted on."""
+    return [one for one in units if one.unit.backbone in GRIDS["core"] and one.unit.data not in MORE]
+
+
 def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> dict[str, Outlook]:
-    """Return for each data set a model that has not seen it: the package's own, or where that was fitted on it, one fitted on all the others."""
-    shipped = outlook.fitted()
+    """Return for each data set a model that has not seen it: the package's own, or where that was fitted on it, one fitted on the rest of the core grid."""
+    shipped, core = outlook.fitted(), core_of(units)
     return {
-        name: shipped if name not in shipped.data else fitted_on([one for one in units if one.unit.data != name], rule, penalty)
+        name: shipped if name not in shipped.data else fitted_on([one for one in core if one.unit.data != name], rule, penalty)
         for name in sorted({one.unit.data for one in units})
     }
 
@@ -212,9 +217,8 @@ def fitted_on(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> 
     return fitting.fit([observed(one, rule, heads) for one in units], penalty, rule.tolerance / 100)
 
 
-def rules(units: Sequence[Measured], rule: ChooseParams) -> dict[str, list[Chosen]]:
-    """Return what every rule chooses for every unit; everything fitted is fitted on the other data sets."""
-    models = held_out_models(units, rule, PENALTY)
+def rules(units: Sequence[Measured], rule: ChooseParams, models: dict[str, Outlook]) -> dict[str, list[Chosen]]:
+    """Return what every rule chooses for every unit; `models` holds for each data set one that was fitted on the others."""
     quick = dataclasses.replace(rule, effort="quick")
 
     def best(one: Measured) -> str:
@@ -374,8 +378,8 @@ def drawing(found: dict[str, Figures]) -> str:
 
 
 def fit(results: Path, rule: ChooseParams) -> None:
-    """Refit the model that comes with the package on all units, and write it as readable data."""
-    units = measured(results)
+    """Refit the model that comes with the package on the core grid, and write it as readable data."""
+    units = core_of(measured(results))
     model = fitted_on(units, rule, PENALTY)
     outlook.FITTED.write_text(json.dumps(model.to_json(), indent=2) + "\n", encoding="utf-8")
     print(f"{len(units)} units of {len(model.data)} data sets: {outlook.FITTED.name}")
@@ -393,7 +397,14 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         sys.exit(
             f"expected units with the arms frozen, cut, multi and tuned in {results}, found none. Run `profile` and `collect --arms tuned` first."
         )
-    tried = rules(units, rule)
+    models = held_out_models(units, rule, PENALTY)
+    core = core_of(units)
+    beside = {
+        "three more data sets": [u for u in units if u.unit.data in MORE and u.unit.backbone in GRIDS["core"]],
+        "a third network": [u for u in units if u.unit.backbone not in GRIDS["core"]],
+    }
+    units, every = core or units, units
+    tried = rules(units, rule, models)
     found = {name: figures(units, chosen, rule.tolerance) for name, chosen in tried.items()}
     full = np.array([one.cost("tuned") for one in units])
     print(
@@ -424,11 +435,18 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         "with multi among the rivals: "
         + ", ".join(told(name, with_multi, tried[name], rule) for name in ("product (auto)", "always LP-FT"))
     )
-    if len({one.unit.backbone for one in units}) > 1:
-        kinds = {(one.unit.data, one.unit.backbone): one for one in units}
-        without = {kind: fitted_on(others(units, one), rule, PENALTY) for kind, one in kinds.items()}
-        unseen = [product(without[one.unit.data, one.unit.backbone], rule, one) for one in units]
-        print("fitted without the data set and without the network: " + told("product (auto)", units, unseen, rule))
+    if core:
+        kinds = {(one.unit.data, one.unit.backbone): one for one in core}
+        without = {kind: fitted_on(others(core, one), rule, PENALTY) for kind, one in kinds.items()}
+        unseen = [product(without[one.unit.data, one.unit.backbone], rule, one) for one in core]
+        print("fitted without the data set and without the network: " + told("product (auto)", core, unseen, rule))
+    for where, part in beside.items() if len(every) > len(units) else ():
+        names = sorted({f"{one.unit.data if where.startswith('three') else one.unit.backbone}" for one in part})
+        arms = rules(part, rule, models)
+        said = "; ".join(
+            told(name, part, arms[name], rule) for name in ("product (auto)", "product (quick)", "always LP-FT", "always multi", "oracle")
+        )
+        print(f"on {where} that nothing was fitted on ({', '.join(names)}; {len(part)} units): {said}")
     for arm in ("plain", "scratch"):
         part = [one for one in units if arm in one.arms]
         if part:

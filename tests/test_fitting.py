@@ -297,20 +297,29 @@ def test_the_spread_of_the_lag_is_fine_tuning_s_own_and_not_that_of_the_judges()
 
 
 def test_beyond_the_points_of_the_fit_the_line_ends_and_less_is_known() -> None:
-    found = fit(observed(lambda seen, frozen: -0.5 * (math.log10(seen.parameters) - 6)), penalty=0.01, tolerance=0.005)
-    edge = 10 ** (found.highest["log10 parameters"] + 0.1 * (found.highest["log10 parameters"] - found.lowest["log10 parameters"]))
-    inside, at, beyond, far = (replace(SEEN, parameters=round(n)) for n in (edge / 10, edge, edge * 100, edge * 10_000))
+    found = fit(observed(lambda seen, frozen: 0.4 - (seen.head_similarity or 0)), penalty=0.01, tolerance=0.005)
+    edge = found.highest["head similarity"] + 0.1 * (found.highest["head similarity"] - found.lowest["head similarity"])
+    inside, at, beyond, far = (replace(SEEN, head_similarity=s) for s in (edge / 3, edge - 1e-9, edge + 0.9, edge + 9))
     assert found.shift(at, 0.8) < found.shift(inside, 0.8) - 0.3
     assert found.shift(beyond, 0.8) == pytest.approx(found.shift(at, 0.8), abs=1e-6)
     assert found.unexplained(inside, 0.8) == found.unexplained(at, 0.8) == found.deviation
     assert found.deviation < found.unexplained(beyond, 0.8) <= found.unexplained(far, 0.8)
-    assert any(words.startswith("parameters") for words in found.outside(beyond, 0.8))
+    assert any(words.startswith("head similarity") for words in found.outside(beyond, 0.8))
     assert not found.outside(inside, 0.8)
     # Doubt takes no side: the same gain is expected as at the edge, in a wider interval.
     edge_of, further = found.predict(at, 0.8, 0.005), found.predict(far, 0.8, 0.005)
     assert further.gain == pytest.approx(edge_of.gain, abs=1e-6)
     assert further.tuned == pytest.approx(edge_of.tuned, abs=1e-6)
     assert further.high - further.low > 1.5 * (edge_of.high - edge_of.low)
+
+
+def test_the_size_of_the_network_tells_the_prior_and_the_range_and_not_the_prediction() -> None:
+    found = fit(observed(lambda seen, frozen: 0.5 * (math.log10(seen.parameters) - 6)), penalty=0.01, tolerance=0.005)
+    small, large, huge = (replace(SEEN, parameters=n) for n in (400_000, 20_000_000, 2_000_000_000))
+    assert found.shift(small, 0.8) == found.shift(large, 0.8)
+    assert found.prior_chance(large) > found.prior_chance(small) + 0.2
+    assert any(words.startswith("parameters") for words in found.outside(huge, 0.8))
+    assert found.unexplained(huge, 0.8) > found.unexplained(large, 0.8) == found.deviation
 
 
 def test_an_outlook_survives_json() -> None:

@@ -103,8 +103,23 @@ def units() -> list[replay.Measured]:
 
 
 @pytest.fixture(scope="module")
-def found(units: list[replay.Measured]) -> dict[str, replay.Figures]:
-    return {name: replay.figures(units, chosen, RULE.tolerance) for name, chosen in replay.rules(units, RULE).items()}
+def models(units: list[replay.Measured]) -> dict[str, outlook.Outlook]:
+    return replay.held_out_models(units, RULE, replay.PENALTY)
+
+
+@pytest.fixture(scope="module")
+def core(units: list[replay.Measured]) -> list[replay.Measured]:
+    return replay.core_of(units)
+
+
+@pytest.fixture(scope="module")
+def found(core: list[replay.Measured], models: dict[str, outlook.Outlook]) -> dict[str, replay.Figures]:
+    return {name: replay.figures(core, chosen, RULE.tolerance) for name, chosen in replay.rules(core, RULE, models).items()}
+
+
+def test_the_core_grid_is_whole(core: list[replay.Measured]) -> None:
+    assert len(core) == 79
+    assert len({one.unit.data for one in core}) == 8
 
 
 def test_every_row_stands_once_with_a_test_side_that_can_tell() -> None:
@@ -122,9 +137,9 @@ def numbers(content: object) -> list[float]:
     return [float(content)] if isinstance(content, int | float) else []
 
 
-def test_the_shipped_model_is_the_one_that_these_rows_give(units: list[replay.Measured]) -> None:
+def test_the_shipped_model_is_the_one_that_these_rows_give(core: list[replay.Measured]) -> None:
     """Within what another processor's last digits may change in an optimiser's answer."""
-    again, shipped = replay.fitted_on(units, RULE, replay.PENALTY).to_json(), json.loads(outlook.FITTED.read_text())
+    again, shipped = replay.fitted_on(core, RULE, replay.PENALTY).to_json(), json.loads(outlook.FITTED.read_text())
     assert again.keys() == shipped.keys()
     assert numbers(again) == pytest.approx(numbers(shipped), abs=0.003)
 
@@ -139,15 +154,28 @@ def test_the_choice_loses_less_and_costs_less_than_always_fine_tuning(found: dic
 
 
 def test_the_probability_of_having_chosen_well_says_more_than_a_base_rate(
-    units: list[replay.Measured], found: dict[str, replay.Figures]
+    core: list[replay.Measured], found: dict[str, replay.Figures]
 ) -> None:
-    assert replay.brier_skill(units, found["product (auto)"])[1] > 0
+    assert replay.brier_skill(core, found["product (auto)"])[1] > 0
 
 
-def test_a_forecast_that_knows_has_skill_and_one_that_errs_has_none(units: list[replay.Measured], found: dict[str, replay.Figures]) -> None:
+def test_a_forecast_that_knows_has_skill_and_one_that_errs_has_none(core: list[replay.Measured], found: dict[str, replay.Figures]) -> None:
     mine = found["product (auto)"]
-    assert replay.brier_skill(units, replace(mine, within=mine.good.astype(float)))[1] == 1
-    assert replay.brier_skill(units, replace(mine, within=1 - mine.good.astype(float)))[1] < 0
+    assert replay.brier_skill(core, replace(mine, within=mine.good.astype(float)))[1] == 1
+    assert replay.brier_skill(core, replace(mine, within=1 - mine.good.astype(float)))[1] < 0
+
+
+@pytest.mark.parametrize("where", ["more", "third"])
+def test_on_other_data_and_on_a_third_network_it_loses_less_than_fine_tuning_too(
+    where: str, units: list[replay.Measured], models: dict[str, outlook.Outlook]
+) -> None:
+    part = [u for u in units if (u.unit.data in regret.MORE if where == "more" else u.unit.backbone not in regret.GRIDS["core"])]
+    assert not {u.unit.data for u in part} & set(outlook.fitted().data) or where == "third"
+    assert len(part) >= 25
+    chosen = [replay.product(models[u.unit.data], RULE, u) for u in part]
+    mine = replay.figures(part, chosen, RULE.tolerance)
+    assert mine.half.mean() < np.mean([u.half_regret("tuned") for u in part])
+    assert mine.cost.mean() < 1
 
 
 def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]) -> None:

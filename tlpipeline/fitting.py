@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tlpipeline.outlook import DRAWS, GROWING, HEADS, NEUTRAL, PRIOR, Evidence, Outlook, figures, log_odds
+from tlpipeline.outlook import DRAWS, GROWING, HEADS, NEUTRAL, PRIOR, UNUSED, Evidence, Outlook, figures, log_odds
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
     z = (x - centre) / spread
     intercept = float(weight @ y)
     # More images never speak against fine-tuning: a figure of the size whose coefficient comes out negative is left out.
-    used = np.ones(len(names), dtype=bool)
+    used = np.array([name not in UNUSED for name in names])
     while True:
         beta = np.zeros(len(names))
         inner = z[:, used].T @ (weight[:, None] * z[:, used]) + penalty * np.eye(int(used.sum()))

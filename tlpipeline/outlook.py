@@ -27,6 +27,9 @@ GROWING = ("log10 images", "log10 images per class")
 # Figures of which the fit must have seen the like, and by how much of their range they may lie beyond it.
 RANGES = ("log10 images", "log10 classes", "log10 images per class", "log10 parameters", "head similarity")
 MARGIN = 0.1
+# Not predicted from: a line through the sizes of three networks says nothing of a fourth (docs/log.md). What capacity is worth on these data the
+# gradients say; the number of parameters tells the prior, and whether a network is like those of the fit.
+UNUSED = ("log10 parameters",)
 # How much less is known for each range that a figure lies beyond what was seen (log odds), and at most so many ranges are counted.
 UNKNOWN, FARTHEST = 0.25, 2.0
 # What is known before anything was probed.
