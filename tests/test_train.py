@@ -773,7 +773,7 @@ def test_an_interrupted_run_is_resumed_by_the_same_code_only() -> None:
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tlpipeline":
                 named = node.module.split(".")[1:2] or [alias.name for alias in node.names]
                 waiting += [name for name in named if name not in reached]
-    told = {"errors", "files", "progress"}  # what people read, and how files are written
+    told = {"errors", "files", "progress", "reasons"}  # what people read, and how files are written
     given = {"params"}  # values are part of the key
     measured = {"shift", "tangent"}  # parts of the profile, which is an input
     assert {Path(name).stem for name in stages.TRAINING} == reached - told - given - measured
