@@ -55,8 +55,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cases import change
+from grid import DATA, NETWORKS, NO_FLIP, RESULTS, append, rows_of
 from PIL import Image
-from regret import DATA, NETWORKS, NO_FLIP, RESULTS, append, folders, pool, rows_of, sizes, split
+from regret import folders, pool, sizes, split
 from torch import Tensor, nn
 
 from tlpipeline.cases import Recipe

@@ -27,16 +27,13 @@ import tlpipeline  # noqa: F401  (before torch, which reads how threads wait whe
 import argparse
 import csv
 import dataclasses
-import hashlib
 import json
-import os
 import resource
 import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +43,37 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
+
+import replay  # noqa: E402
+from grid import (  # noqa: E402
+    ABOVE,
+    ARMS,
+    COLUMNS,
+    DATA,
+    DRAWN,
+    FACTORS,
+    FIXED,
+    FIXED_AT,
+    FROZEN,
+    GRIDS,
+    LEAST_TEST,
+    LEFT_OUT,
+    NETWORKS,
+    NO_FLIP,
+    RATES,
+    RESULTS,
+    SCRATCH_FROM,
+    SECOND_SEED_UNTIL,
+    SEED,
+    SLICES_AT,
+    TRAINED,
+    UNITS,
+    VALIDATION,
+    Unit,
+    append,
+    rank,
+    rows_of,
+)
 
 from tlpipeline import backbones, cases, choice, dataset, outlook, params, profiling, train, weighing  # noqa: E402
 from tlpipeline import model as models  # noqa: E402
@@ -59,73 +87,7 @@ from tlpipeline.progress import silent  # noqa: E402
 from tlpipeline.shift import FIRST_IMAGES  # noqa: E402
 from tlpipeline.workers import Alone  # noqa: E402
 
-DATA = Path(os.environ.get("TLPIPELINE_DATA", HERE.parent.parent / "shared" / "data"))
-RESULTS = HERE / "results"
-ARMS, UNITS, RATES, ABOVE = "regret.csv", "regret-units.csv", "regret-rates.csv", "regret-above.csv"
-FACTORS = (1 / 3, 3.0)
-FIXED, FIXED_AT = (1 / 3, 2 / 3), (500, 2000)
-SEED = 11
-VALIDATION = 6  # every sixth image of a class in a subset
-LEAST_TEST = 500
-LEFT_OUT = {"weather"}
-PENALTY = 0.1
-DRAWN = {"cifar10": 8000}
-NO_FLIP = {"sign_digits", "mnist"}
-MORE = ("clipart", "emoji", "mnist")  # of packages.py: nothing is fitted on them
-
-
-@dataclass(frozen=True)
-class Network:
-    """A backbone of the grid: name in the catalogue, weights file, its md5, input side, and data sets its weights were trained on."""
-
-    name: str
-    weights: str
-    md5: str
-    size: int
-    source: str = ""
-
-
-NETWORKS = {
-    "squeezenet": Network("squeezenet1_0", "squeezenet1_0-imagenet.safetensors", "d4e17381cc01d25121c9e9422290fa2b", 96),
-    "resnet20": Network("nets:resnet20", "resnet20-cifar10.safetensors", "96d1bb00d7f262f37d91da468c48e421", 32, "cifar10"),
-    "resnet56": Network("nets:resnet56", "resnet56-cifar10.safetensors", "822ac32fba8a8d6ee8b78362d9e9bbd8", 32, "cifar10"),
-}
-GRIDS = {
-    "core": {"squeezenet": (100, 500, 2000), "resnet20": (100, 500, 2000, 4000)},
-    "full": {"squeezenet": (100, 500, 2000, 4000), "resnet20": (100, 500, 2000, 4000), "resnet56": (100, 500, 2000, 4000)},
-}
-FROZEN = ("frozen", "cut", "multi")
-TRAINED = ("tuned", "plain", "scratch")
-SCRATCH_FROM = 2000
-SECOND_SEED_UNTIL = 500
-SLICES_AT = 500
-COLUMNS = ("data", "backbone", "n", "seed", "arm", "classes", "train", "val", "test_a", "test_b", "hits_a", "hits_b", "val_hits", "slice",
-           "rate", "epochs", "forward", "backward", "cpu_s", "looks", "bits")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One point of the grid."""
-
-    data: str
-    backbone: str
-    n: int
-    seed: int
-
-    @property
-    def network(self) -> Network:
-        return NETWORKS[self.backbone]
-
-    @property
-    def key(self) -> tuple[str, str, int, int]:
-        return self.data, self.backbone, self.n, self.seed
-
-
 # --- data -----------------------------------------------------------------------------------------------------------------------------
-
-
-def rank(seed: int, text: str) -> str:
-    return hashlib.md5(f"{seed}:{text}".encode(), usedforsecurity=False).hexdigest()
 
 
 def folders(data: Path, work: Path) -> dict[str, Path]:
@@ -392,25 +354,6 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """Read a table of results, [] where there is none yet."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, columns: Sequence[str], row: dict[str, object]) -> None:
-    """Add a line to a table of results at once, so that nothing is lost when the run is stopped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def tidy(results: Path) -> None:
     """Put the rows into the order in which they are committed: images, seed, network, data set, then the arm."""
     order = [*FROZEN, *TRAINED, "at"]
@@ -556,8 +499,6 @@ def main() -> None:
         profiles(options)
         tidy(options.results)
     else:
-        import replay
-
         rule = params.load(HERE.parent / "params.yaml").choose
         rule = dataclasses.replace(rule, prefer=options.prefer)
         if options.verb == "fit":

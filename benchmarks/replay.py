@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from regret import ARMS, GRIDS, MORE, SEED, UNITS, Unit, rank, rows_of
+from grid import ARMS, GRIDS, LEFT_OUT, MORE, SEED, UNITS, Unit, rank, rows_of
 
 from tlpipeline import fitting, outlook, weighing
 from tlpipeline.fitting import Observed
@@ -22,7 +22,6 @@ from tlpipeline.outlook import Evidence, Outlook
 from tlpipeline.params import ChooseParams
 from tlpipeline.probes import unpack, wilson
 
-LEFT_OUT = {"weather"}
 ORACLE = ("frozen", "cut", "tuned", "scratch")
 HEADS = {"last": "frozen", "cut": "cut", "multi": "multi"}
 PENALTY = 0.1

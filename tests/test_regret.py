@@ -15,6 +15,7 @@ from tlpipeline.dataset import TEST, TRAIN, VAL, Row
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import grid  # noqa: E402
 import regret  # noqa: E402
 import replay  # noqa: E402
 
@@ -169,7 +170,7 @@ def test_a_forecast_that_knows_has_skill_and_one_that_errs_has_none(core: list[r
 def test_on_other_data_and_on_a_third_network_it_loses_less_than_fine_tuning_too(
     where: str, units: list[replay.Measured], models: dict[str, outlook.Outlook]
 ) -> None:
-    part = [u for u in units if (u.unit.data in regret.MORE if where == "more" else u.unit.backbone not in regret.GRIDS["core"])]
+    part = [u for u in units if (u.unit.data in grid.MORE if where == "more" else u.unit.backbone not in regret.GRIDS["core"])]
     assert not {u.unit.data for u in part} & set(outlook.fitted().data) or where == "third"
     assert len(part) >= 25
     chosen = [replay.product(models[u.unit.data], RULE, u) for u in part]
