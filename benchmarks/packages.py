@@ -68,7 +68,7 @@ def clipart(package: Path, out: Path) -> None:
                     if image.width * image.height > MOST_PIXELS:
                         continue
                     image.load()
-                except OSError:  # the library has a few that do not decode
+                except (OSError, Image.DecompressionBombError):  # the library has a few that do not decode, or are larger by far
                     continue
                 count += put(image, out / "clipart" / label / f"{count:03d}.png")
                 if count == EACH:
