@@ -266,38 +266,52 @@ class Chaos:
     def disk(self) -> None:
         for workers in (0, 2):
             self.undisturbed(workers)
-            # A worker that meets the full disk meets it again: one more try is enough.
-            workspace = self.workspace(f"disk{workers}", workers, max_failures=1, storage=str(self.work / "small") if workers else "none")
-            small = self.work / "small" if workers else workspace / ".tlpipeline" / "runs"
-            small.mkdir(parents=True)
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(small)], check=True)
-            run = Run(workspace)
-            run.reach(2, self.rng)
-            before = run.epochs(), run.seconds
-            # Room that comes free, such as that of an older checkpoint, goes at once, so that whatever is written next meets the end of it.
-            number = 0
-            while run.process.poll() is None:
-                if (free := shutil.disk_usage(small).free) > LEFT:
-                    number += 1
-                    with (small / f"ballast{number}").open("wb") as file, suppress(OSError):
-                        os.posix_fallocate(file.fileno(), 0, free - LEFT)
-                time.sleep(0.05)
-            code = run.end()
-            free, said = shutil.disk_usage(small).free, run.text().rpartition("error: ")[2].strip()
-            half = [str(path.relative_to(small)) for path in sorted(small.rglob("*.safetensors")) if not _readable(path)]
-            say(
-                "disk",
-                f"{workers} workers: {free // 1024} KiB left, half-written {half or 'nothing'}; exit code {code}, said: {said[-1500:]}",
-            )
-            problems = [] if code == 2 else [f"exit code {code} on a full disk, not 2"]
-            problems += [f"the error does not say {word!r}" for word in ("expected room", "found none", "run again") if word not in said]
-            for ballast in small.glob("ballast*"):
-                ballast.unlink()
-            again = Run(workspace)
-            again.end()
+            # On a busy machine a run may be over before its disk is full: then nothing was tried.
+            for last in (False, False, True):
+                if self._full_disk(workers, last):
+                    break
+
+    def _full_disk(self, workers: int, last: bool) -> bool:
+        """Have the disk of the checkpoints run full in the middle of a run; say whether it did, which the last try does not excuse."""
+        # A worker that meets the full disk meets it again: one more try is enough.
+        workspace = self.workspace(f"disk{workers}", workers, max_failures=1, storage=str(self.work / "small") if workers else "none")
+        small = self.work / "small" if workers else workspace / ".tlpipeline" / "runs"
+        small.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(small)], check=True)
+        run = Run(workspace)
+        run.reach(1)
+        before = run.epochs(), run.seconds
+        # Room that comes free, such as that of an older checkpoint, goes at once, so that whatever is written next meets the end of it.
+        number = 0
+        while run.process.poll() is None:
+            if (free := shutil.disk_usage(small).free) > LEFT:
+                number += 1
+                with (small / f"ballast{number}").open("wb") as file, suppress(OSError):
+                    os.posix_fallocate(file.fileno(), 0, free - LEFT)
+            time.sleep(0.05)
+        code = run.end()
+        if code == 0 and not last:
+            say("disk", f"{workers} workers: the run was over before its disk was full, once more")
             subprocess.run(["umount", str(small)], check=True)
-            story = f"{workers} workers, the disk of the checkpoints ran full"
-            self._resumed("disk", story, workspace, workers, before, again.epochs(), again, problems)
+            shutil.rmtree(workspace)
+            shutil.rmtree(small, ignore_errors=True)
+            return False
+        free, said = shutil.disk_usage(small).free, run.text().rpartition("error: ")[2].strip()
+        half = [str(path.relative_to(small)) for path in sorted(small.rglob("*.safetensors")) if not _readable(path)]
+        say(
+            "disk",
+            f"{workers} workers: {free // 1024} KiB left, half-written {half or 'nothing'}; exit code {code}, said: {said[-1500:]}",
+        )
+        problems = [] if code == 2 else [f"exit code {code} on a full disk, not 2"]
+        problems += [f"the error does not say {word!r}" for word in ("expected room", "found none", "run again") if word not in said]
+        for ballast in small.glob("ballast*"):
+            ballast.unlink()
+        again = Run(workspace)
+        again.end()
+        subprocess.run(["umount", str(small)], check=True)
+        story = f"{workers} workers, the disk of the checkpoints ran full"
+        self._resumed("disk", story, workspace, workers, before, again.epochs(), again, problems)
+        return True
 
     def _resumed(
         self, name: str, story: str, workspace: Path, workers: int, before: tuple[list[int], float], after: list[int], run: Run,
