@@ -398,11 +398,12 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         )
     models = held_out_models(units, rule, PENALTY)
     core = core_of(units)
+    # By what differs from the core grid: other data sets, another network.
     beside = {
-        "three more data sets": [u for u in units if u.unit.data in MORE and u.unit.backbone in GRIDS["core"]],
-        "a third network": [u for u in units if u.unit.backbone not in GRIDS["core"]],
+        "data": [u for u in units if u.unit.data in MORE and u.unit.backbone in GRIDS["core"]],
+        "backbone": [u for u in units if u.unit.backbone not in GRIDS["core"]],
     }
-    units, every = core or units, units
+    units = core or units
     tried = rules(units, rule, models)
     found = {name: figures(units, chosen, rule.tolerance) for name, chosen in tried.items()}
     full = np.array([one.cost("tuned") for one in units])
@@ -439,13 +440,12 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         without = {kind: fitted_on(others(core, one), rule, PENALTY) for kind, one in kinds.items()}
         unseen = [product(without[one.unit.data, one.unit.backbone], rule, one) for one in core]
         print("fitted without the data set and without the network: " + told("product (auto)", core, unseen, rule))
-    for where, part in beside.items() if len(every) > len(units) else ():
-        names = sorted({f"{one.unit.data if where.startswith('three') else one.unit.backbone}" for one in part})
-        arms = rules(part, rule, models)
-        said = "; ".join(
-            told(name, part, arms[name], rule) for name in ("product (auto)", "product (quick)", "always LP-FT", "always multi", "oracle")
-        )
-        print(f"on {where} that nothing was fitted on ({', '.join(names)}; {len(part)} units): {said}")
+        shown = ("product (auto)", "product (quick)", "always LP-FT", "always multi", "oracle")
+        for kind, part in beside.items():
+            names = sorted({getattr(one.unit, kind) for one in part})
+            chosen = rules(part, rule, models)
+            said = "; ".join(told(name, part, chosen[name], rule) for name in shown)
+            print(f"not fitted on {', '.join(names)} ({len(part)} units): {said}")
     for arm in ("plain", "scratch"):
         part = [one for one in units if arm in one.arms]
         if part:

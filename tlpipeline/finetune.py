@@ -43,7 +43,7 @@ CHECKPOINT_IMAGES = 100_000
 SLOWER_AT_MOST = 2
 LOOK_STEPS = 16  # between two looks of a GPU at whether gradients are numbers
 IN_MEMORY_BYTES = 1 << 30
-AT_ONCE = 1024  # images that are decoded between two looks at the clock
+AT_ONCE = 1024  # images that a worker reads between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ class Fit:
         network = self._parallel()
         moving, average = self._start(rate, state)
         images, val = self._images(epochs)
-        judged, bounded = len(self.sides.val) > 0, self.deadline.seconds > 0
-        patience = (self.recipe.patience or epochs) if judged else epochs
+        patience = (self.recipe.patience or epochs) if len(self.sides.val) else epochs
         while state.epoch < epochs and state.epoch - state.best_epoch_of(name) < patience and not (self.job.race and state.winner):
             try:
                 loss, speed, waited, whole = self._epoch(network, images, moving, average, rate, state, epochs)
@@ -156,19 +155,7 @@ class Fit:
             state.epoch, state.step, state.loss = state.epoch + 1, 0, 0.0
             self._one_model(average)
             average.swap()
-            chances = gather(probabilities(self.model, val, self.world.device, lambda _: None), len(self.sides.val), self.world)
-            accuracy, log_loss, correct = validated(chances, self.sides.val_labels)
-            line: dict[str, float | str] = {"arm": name, "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "log_loss": log_loss}
-            state.history.append(line | {"correct": correct})
-            ended = state.epoch == epochs or not whole
-            if judged and (self.recipe.patience or not whole or (bounded and not ended)):
-                # Where the time may end the schedule, any epoch may be the best one that there will be.
-                keep = state.better(accuracy, log_loss)
-            else:
-                # The schedule runs to its end, and its last epoch is the one that counts.
-                keep = ended and state.replaced(accuracy, log_loss, correct, len(self.sides.val))
-            if keep:
-                self.checkpoint.keep_best()
+            accuracy, correct = self._judge(val, loss, whole, state, epochs)
             average.swap()
             self._look(state, epochs, correct)
             state.speed, state.waited = round(speed, 1), round(waited, 4)
@@ -189,6 +176,27 @@ class Fit:
             if not whole:
                 self.tell(state.epoch, epochs, f"{state.remarks[-1]}; the best model so far is kept", important=True)
                 return
+
+    def _judge(self, val: Images, loss: float, whole: bool, state: State, epochs: int) -> tuple[float, str]:
+        """Validate the epoch that was just trained, and keep the model if it counts; return the accuracy and who was right, packed.
+
+        Args:
+            loss: mean training loss of the epoch; whole: whether it came to its end.
+        """
+        chances = gather(probabilities(self.model, val, self.world.device, lambda _: None), len(self.sides.val), self.world)
+        accuracy, log_loss, correct = validated(chances, self.sides.val_labels)
+        line: dict[str, float | str] = {"arm": state.arm, "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "log_loss": log_loss}
+        state.history.append(line | {"correct": correct})
+        ended = state.epoch == epochs or not whole
+        if len(self.sides.val) and (self.recipe.patience or not whole or (self.deadline.seconds and not ended)):
+            # Where the time may end the schedule, any epoch may be the best one that there will be.
+            keep = state.better(accuracy, log_loss)
+        else:
+            # The schedule runs to its end, and its last epoch is the one that counts.
+            keep = ended and state.replaced(accuracy, log_loss, correct, len(self.sides.val))
+        if keep:
+            self.checkpoint.keep_best()
+        return accuracy, correct
 
     def _start(self, rate: float, state: State) -> tuple[torch.optim.Optimizer, Average]:
         """Return optimiser and moving average as the last checkpoint left them."""

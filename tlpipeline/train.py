@@ -24,14 +24,13 @@ from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
 from tlpipeline.errors import ClusterError
 from tlpipeline.features import Images, Reader, in_batches
 from tlpipeline.files import write_json
-from tlpipeline.finetune import Deadline, Fit, Sides, batch_size
+from tlpipeline.finetune import AT_ONCE, Deadline, Fit, Sides, batch_size
 from tlpipeline.heads import Labels, solve_head, validated
 from tlpipeline.job import Job, Tell, Teller, clock
 from tlpipeline.model import Classifier, Description, reader_of, save
 from tlpipeline.workers import World, from_first, reduced
 
 CHUNK = 1024
-AT_ONCE = 1024  # images between two looks at the clock
 
 
 def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
@@ -100,7 +99,11 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     if world.rank:
         world.report({"accuracy": state.best_accuracy}, None)
         return None
-    finished = scratch_folder / "finished"
+    return _finish(model, description, state, world, scratch_folder / "finished")
+
+
+def _finish(model: Classifier, description: Description, state: State, world: World, finished: Path) -> Path:
+    """Write the finished model and what became of it, and report it."""
     save(model, replace(description, remarks=tuple(state.remarks)), finished / MODEL)
     speed = {"images_per_second": state.speed, "waited_for_data": state.waited}
     told = {"arm": state.best_arm, "validation": state.summary(), "remarks": state.remarks, "speed": speed, "history": state.history}
@@ -122,10 +125,10 @@ def _solve(
     found: tuple[Tensor, Tensor, float] | None = None
     reader = reader_of(model, store, sides.transforms, world.device)
     # Where the time is up, some of the images are missing, which come in the order of their hashes: at random.
-    judges = frozen_features(reader, Images(sides.root, sides.val, sides.transforms), world, tell, deadline)
-    if len(judges) < len(sides.val):
-        state.remark(f"train.budget_minutes ended the features after {len(judges)} of {len(sides.val)} validation images")
-    held, held_labels = [sides.val[i] for i in judges], sides.val_labels[judges]
+    seen = frozen_features(reader, Images(sides.root, sides.val, sides.transforms), world, tell, deadline)
+    if len(seen) < len(sides.val):
+        state.remark(f"train.budget_minutes ended the features after {len(seen)} of {len(sides.val)} validation images")
+    held, held_labels = [sides.val[i] for i in seen], sides.val_labels[seen]
     images, lacking, started = Images(sides.root, sides.train, sides.transforms), reader.missing(sides.train).sum(), time.monotonic()
     there = frozen_features(reader, images, world, tell, deadline)
     took = max(time.monotonic() - started, 1e-6)
