@@ -42,10 +42,11 @@ from tlpipeline.cache import Store
 from tlpipeline.checkpoint import Checkpoints
 from tlpipeline.dataset import TRAIN, VAL, Manifest
 from tlpipeline.features import Images, in_batches, normalise, pooled, step
-from tlpipeline.finetune import Deadline, Fit, Sides, computes_in_bfloat16
+from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.job import Job, Teller
 from tlpipeline.model import Classifier
 from tlpipeline.optimise import optimiser
+from tlpipeline.precision import computes_in_bfloat16
 from tlpipeline.workers import Alone
 
 TARGET = 0.9

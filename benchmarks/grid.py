@@ -37,10 +37,11 @@ NETWORKS = {
     "squeezenet": Network("squeezenet1_0", "squeezenet1_0-imagenet.safetensors", "d4e17381cc01d25121c9e9422290fa2b", 96),
     "resnet20": Network("nets:resnet20", "resnet20-cifar10.safetensors", "96d1bb00d7f262f37d91da468c48e421", 32, "cifar10"),
     "resnet56": Network("nets:resnet56", "resnet56-cifar10.safetensors", "822ac32fba8a8d6ee8b78362d9e9bbd8", 32, "cifar10"),
+    "lite0": Network("nets:EfficientNetLite0", "efficientnet_lite0-imagenet.safetensors", "3e5ce6d2cf9b8dfbf6f7e09f386fe6af", 96),
 }
 GRIDS = {
     "core": {"squeezenet": (100, 500, 2000), "resnet20": (100, 500, 2000, 4000)},
-    "full": {"squeezenet": (100, 500, 2000, 4000), "resnet20": (100, 500, 2000, 4000), "resnet56": (100, 500, 2000, 4000)},
+    "full": {name: (100, 500, 2000, 4000) for name in ("squeezenet", "resnet20", "resnet56")} | {"lite0": (100, 500, 2000)},
 }
 FROZEN = ("frozen", "cut", "multi")
 TRAINED = ("tuned", "plain", "scratch")

@@ -7,6 +7,7 @@
     python benchmarks/speed.py ray      where each second of a two-worker Ray fit goes that is not compute
     python benchmarks/speed.py solvers  what the profile's solvers cost beside its passes through the network
     python benchmarks/speed.py views    what random views bring a frozen head, and what they cost
+    python benchmarks/speed.py precision  training steps in float32, in bfloat16 as torch has it, and as it is used here
     python benchmarks/speed.py half     what half precision in the cache would change in a head's answers
 
 Real images and weights come from --data (see benchmarks/regret.py); SqueezeNet at 96 pixels, the smallest network that is of any use, so
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 import regret  # noqa: E402
 
-from tlpipeline import backbones, cases, dataset, finetune, params, profiling, train  # noqa: E402
+from tlpipeline import backbones, cases, dataset, finetune, params, precision, profiling, train  # noqa: E402
 from tlpipeline.augment import augmentation  # noqa: E402
 from tlpipeline.cache import SHARD_ROWS, Store  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
@@ -295,7 +297,7 @@ def loop(options: argparse.Namespace) -> None:
     labels = np.array([manifest.classes.index(r.label) for r in rows])
     backbone = load(options)
     decided = decision(backbone, "large_similar", NET.size)
-    half = finetune.computes_in_bfloat16(CPU)
+    half = precision.computes_in_bfloat16(CPU)
     rates: dict[str, list[float]] = {"bare loop": [], "product": []}
     speeds: list[float] = []
     plain = finetune.Fit._epoch
@@ -635,6 +637,36 @@ def half(options: argparse.Namespace) -> None:
         print(f"{name:12} {len(labels[TEST])} test images   {'   '.join(told)}", flush=True)
 
 
+def precisions(options: argparse.Namespace) -> None:
+    """Time steps of fine-tuning; networks have random weights, because how fast they are does not depend on them."""
+    names = options.only or ("resnet18", "squeezenet1_0", "mobilenet_v2", "mobilenet_v3_small", "mnasnet1_0", "shufflenet_v2_x1_0", "efficientnet_b0",
+                             "regnet_y_400mf", "convnext_tiny")  # fmt: skip
+    ways: dict[str, Callable[[], AbstractContextManager[object]]] = {
+        "float32": nullcontext,
+        "bfloat16 everywhere": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        "product": lambda: precision.autocast(CPU, half=True),
+    }
+    print(f"training images per CPU second, batches of 16 images of {options.size} pixels, median of {options.times}")
+    for name in names:
+        net = backbones.load(name, backbones.NONE, size=options.size).module.to(memory_format=torch.channels_last).train()
+        inputs = torch.randn(16, 3, options.size, options.size).to(memory_format=torch.channels_last)
+        found: dict[str, list[float]] = {way: [] for way in ways}
+
+        def step(around: AbstractContextManager[object]) -> None:
+            with around:
+                logits = net(inputs)  # noqa: B023
+            logits.float().logsumexp(1).mean().backward()  # type: ignore[no-untyped-call]
+
+        for turn in range(options.times + 1):
+            for way, around in ways.items():
+                cpu, _ = spent(lambda: step(around()))  # noqa: B023
+                if turn:  # the first one warms up
+                    found[way].append(16 / cpu)
+        middle = {way: statistics.median(values) for way, values in found.items()}
+        fastest = max(middle["float32"], middle["bfloat16 everywhere"])
+        print(f"{name:20}", *(f"{way} {value:6.1f}" for way, value in middle.items()), f"product {middle['product'] / fastest:.2f} of the faster one", sep="  ", flush=True)  # fmt: skip
+
+
 VERBS = {
     "solvers": solvers,
     "cache": cache,
@@ -645,6 +677,7 @@ VERBS = {
     "ray": ray,
     "fits": fits,
     "views": views,
+    "precision": precisions,
     "half": half,
 }
 

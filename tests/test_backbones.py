@@ -237,6 +237,19 @@ def test_an_own_network_is_named_by_module_and_callable() -> None:
     assert [(t.channels, t.height) for t in describe(net, 32)] == [(c, h) for c, h in ((16, 32), (32, 16), (64, 8)) for _ in range(3)]
 
 
+def test_an_own_network_with_many_taps_is_cut_at_any_of_them() -> None:
+    net = load("nets:EfficientNetLite0", "none")
+    assert sum(p.numel() for p in net.module.parameters()) == 4_652_008  # as published
+    taps = describe(net, 64)
+    assert [t.channels for t in taps] == [16, *[24] * 2, *[40] * 2, *[80] * 3, *[112] * 3, *[192] * 4, 320, 1280]
+    assert [t.height for t in taps] == [32, *[16] * 2, *[8] * 2, *[4] * 6, *[2] * 6]
+    assert [t.parameters for t in taps] == sorted(t.parameters for t in taps)
+    inputs = images(net)
+    whole = cut(net, net.tap_names)(inputs)
+    for name, values in zip(net.tap_names, whole, strict=True):
+        assert torch.equal(cut(net, [name])(inputs)[0], values)
+
+
 def test_where_no_taps_are_said_the_blocks_are_found_in_the_order_in_which_they_run() -> None:
     net = load("nets:Undeclared", "none")
     assert net.tap_names == ("stem.0", "body.0", "body.1")  # not the ReLU, not what never runs or runs twice, not the head

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -318,14 +319,42 @@ def test_the_least_recently_used_goes_first_and_mapped_rows_stay_readable(tmp_pa
     kept = cache.info(tmp_path)
     assert [k.label for k in kept] == ["label 0", "label 3", "label 2", "label 1"]
     size = kept[0].bytes
+    assert cache.prune(tmp_path, 2.5 * size, before=1.5) == 4 * size  # of columns 1 to 3, used at 2 to 4
     assert cache.prune(tmp_path, 2.5 * size) == 2 * size
     assert [k.label for k in cache.info(tmp_path)] == ["label 0", "label 3"]
-    assert cache.prune(tmp_path, 2.5 * size) == 0
+    assert cache.prune(tmp_path, 2.5 * size) == 2 * size
     cache.prune(tmp_path, 0)
     assert cache.info(tmp_path) == []
     assert torch.equal(first.all(), numbers(1, 1000, 0))
     cache.clear(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_a_run_that_needs_room_takes_it_from_what_was_not_used_for_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MEASURED_EACH", 0)
+    for number, age in ((0, 2 * 3600), (1, 3 * 3600), (2, 60)):
+        Store(tmp_path).column(f"column {number}", f"label {number}").add([md5(number)], numbers(1, 1000, number))
+        (path,) = tmp_path.glob(f"{hashlib.md5(f'column {number}'.encode()).hexdigest()}/*.safetensors")
+        os.utime(path, (time.time() - age, time.time() - age))
+    size = cache.info(tmp_path)[0].bytes
+    store = Store(tmp_path, 3.5 * size)
+    mine = store.column("column 3", "label 3")
+    mine.add([md5(3)], numbers(1, 1000, 3))
+    assert {k.label for k in cache.info(tmp_path)} == {"label 0", "label 2", "label 3"}  # the oldest made room, and only that
+    for number in range(4, 9):
+        mine.add([md5(number)], numbers(1, 1000, number))
+    # All that it works on stays, past the bound; so does what another run used a minute ago.
+    assert {k.label: k.files for k in cache.info(tmp_path)} == {"label 2": 1, "label 3": 6}
+
+
+def test_how_large_the_cache_is_is_not_measured_at_each_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[float] = []
+    prune = cache.prune
+    monkeypatch.setattr(cache, "prune", lambda *given: measured.append(0) or prune(*given))  # type: ignore[func-returns-value]
+    column = Store(tmp_path, 1e9).column("key", "label")
+    for number in range(5):
+        column.add([md5(number)], numbers(1, 1000, number))
+    assert len(measured) == 1
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -175,6 +175,29 @@ def test_a_thin_problem_is_walked_by_one_thread_and_the_others_are_given_back() 
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("images", [100, 900], ids=["in the span", "in the features"])
+def test_a_solver_whose_time_is_up_takes_a_few_steps_and_tries_no_other_penalty(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(images) % 3
+    x = torch.randn(images, 200, generator=generator) + 0.3 * torch.from_numpy(labels)[:, None]
+    walks: list[float] = []
+    plain = Problem.__call__
+    monkeypatch.setattr(Problem, "__call__", lambda self, flat, penalty: walks.append(penalty) or plain(self, flat, penalty))  # type: ignore[func-returns-value]
+    whole = solve_head(x, labels, (200,), 3, 10, 0, tolerance=1e-8)
+    free, ended = list(walks), len(walks)
+    late = solve_head(x, labels, (200,), 3, 10, 0, tolerance=1e-8, late=lambda: True)
+    assert len(set(free)) > 1
+    assert set(walks[ended:]) == {heads.PENALTIES[heads.START]}
+    assert len(walks) - ended < (heads.FOLDS + 1) * 2 * heads.LEAST_STEPS
+    assert len(walks) - ended < ended / 2
+
+    def accuracy(head: tuple[torch.Tensor, torch.Tensor, float]) -> float:
+        return float(((x @ head[0].T + head[1]).argmax(1).numpy() == labels).mean())
+
+    assert accuracy(late) > accuracy(whole) - 0.1
+    assert late[2] == heads.PENALTIES[heads.START]
+
+
 def test_a_class_with_a_single_image_is_survived() -> None:
     x, labels = drawn(60, 3)
     labels[labels == 2] = 0

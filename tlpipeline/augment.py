@@ -1,7 +1,8 @@
 """Random views of images: crops, mirroring, RandAugment, mixup and cutmix.
 
-Crops and mirroring are drawn for each image from (seed, epoch, content, turn in the epoch), whoever trains on it, so that a run does not
-depend on how many workers share it, or on where it was interrupted. What mixes images of a batch follows from (seed, epoch, step, worker).
+Crops, mirroring and RandAugment are drawn for each image from (seed, epoch, content, turn in the epoch), whoever trains on it, so that a run
+does not depend on how many workers share it, or on where it was interrupted. What mixes images of a batch follows from (seed, epoch, step,
+worker).
 """
 
 import math
@@ -14,13 +15,24 @@ from torch import Tensor
 from tlpipeline.dataset import Row
 from tlpipeline.features import Augment
 
+# Degrees clockwise, shares of the side along and across, tangents of the shear along and across: each operation at its strongest.
+SHIFTS = {
+    "rotate": (-30.0, 0.0, 0.0, 0.0, 0.0),
+    "translate_x": (0.0, 150 / 331, 0.0, 0.0, 0.0),
+    "translate_y": (0.0, 0.0, 150 / 331, 0.0, 0.0),
+    "shear_x": (0.0, 0.0, 0.0, 0.3, 0.0),
+    "shear_y": (0.0, 0.0, 0.0, 0.0, 0.3),
+}
+ENHANCED = ("brightness", "saturation", "contrast", "sharpness")
+OPERATIONS = ("identity", *SHIFTS, *ENHANCED, "posterize", "solarize", "autocontrast", "equalize")
+MAGNITUDES = 31
 _BILINEAR, _MIRROR = Image.Resampling.BILINEAR, Image.Transpose.FLIP_LEFT_RIGHT
 
 
-def augmentation(crop: float, flip: bool, seed: int, epoch: int) -> Augment:
-    """Return random resized crops (area share crop to 1, aspect 3/4 to 4/3) and mirroring, drawn from (seed, epoch, content of the image, turn).
+def augmentation(crop: float, flip: bool, seed: int, epoch: int, operations: int = 0, magnitude: int = 0) -> Augment:
+    """Return random resized crops (area share crop to 1, aspect 3/4 to 4/3), mirroring and RandAugment with so many operations of this magnitude.
 
-    The crop's shape is drawn in the image's own proportions, whatever those of the picture that is cropped: it may be kept squeezed.
+    They are drawn from (seed, epoch, content of the image, turn). The crop's shape is drawn in the image's own proportions, whatever those of the picture that is cropped: it may be kept squeezed.
     """
 
     def apply(image: Image.Image, row: Row, side: int, turn: int = 0) -> Image.Image:
@@ -32,22 +44,42 @@ def augmentation(crop: float, flip: bool, seed: int, epoch: int) -> Augment:
         left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
         box = (left, top, min(left + width, image.width), min(top + height, image.height))
         image = image.resize((side, side), _BILINEAR, box=box)
-        return image.transpose(_MIRROR) if flip and rng.random() < 0.5 else image
+        if flip and rng.random() < 0.5:
+            image = image.transpose(_MIRROR)
+        return rand_augment(image, rng, operations, magnitude) if operations else image
 
     return apply
 
 
-def rand_augment(pixels: Tensor, rows: list[Row], turns: list[int], operations: int, magnitude: int, seed: int, epoch: int) -> Tensor:
-    """Apply RandAugment (Cubuk et al. 2019, arXiv 1909.13719) to 8-bit images (batch, size, size, 3), drawn from (seed, epoch, content, turn)."""
-    from torchvision.transforms import v2
+def rand_augment(image: Image.Image, rng: np.random.Generator, operations: int, magnitude: int) -> Image.Image:
+    """Apply so many random operations of RandAugment (Cubuk et al. 2019, arXiv 1909.13719), one after the other.
 
-    transform = v2.RandAugment(num_ops=operations, magnitude=magnitude)
-    out = torch.empty_like(pixels)
-    with torch.random.fork_rng(devices=[]):
-        for i, (row, turn) in enumerate(zip(rows, turns, strict=True)):
-            torch.manual_seed(seed_of(*_drawn_from(seed, epoch, row, turn)))
-            out[i] = transform(pixels[i].permute(2, 0, 1)).permute(1, 2, 0)
-    return out
+    torchvision's transform of this name draws from the process's one random state, which decoding threads must leave alone. The operations
+    are torchvision's, and so is how strong they get.
+
+    Args:
+        magnitude: 0 to 30, a share of each operation's strongest; half of the signed ones go the other way.
+    """
+    from torchvision.transforms.v2 import functional
+
+    strength, side = magnitude / (MAGNITUDES - 1), image.width
+    for _ in range(operations):
+        kind, sign = rng.integers(len(OPERATIONS)), 1 if rng.random() < 0.5 else -1
+        name = OPERATIONS[kind]
+        if name in SHIFTS:
+            turn, along, across, lean, tilt = (strength * sign * most for most in SHIFTS[name])
+            shear = [math.degrees(math.atan(lean)), math.degrees(math.atan(tilt))]
+            corner = [0, 0] if name.startswith("shear") else None
+            image = functional.affine(image, turn, [int(along * side), int(across * side)], 1.0, shear, center=corner)
+        elif name in ENHANCED:
+            image = getattr(functional, f"adjust_{name}")(image, 1 + 0.9 * strength * sign)
+        elif name == "posterize":
+            image = functional.posterize(image, 8 - round(4 * strength))
+        elif name == "solarize":
+            image = functional.solarize(image, 255 * (1 - strength))
+        elif name != "identity":
+            image = getattr(functional, name)(image)
+    return image
 
 
 def mix(inputs: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:

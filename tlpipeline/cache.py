@@ -8,12 +8,13 @@ as long as the system has room. Every shard carries a checksum; one that does no
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ from tlpipeline.files import write_json, write_tensors
 LABEL = "column.json"
 SUFFIX = ".safetensors"
 SHARD_ROWS, SHARD_BYTES = 1024, 32 << 20
-_STALE_DRAFT_S = 3600.0
+MEASURED_EACH = 4 * SHARD_BYTES  # written between two looks at how large it is, once it is full
+_STALE_DRAFT_S = _IN_USE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,11 @@ class Column:
 
     Args:
         folder: where its shards lie; None keeps them in memory, for the life of this object.
+        grew: told the bytes of each shard that was written.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, grew: Callable[[int], None] = lambda size: None) -> None:
+        self.folder, self._grew = folder, grew
         self._shards: list[Shard] = []
         self._known: set[str] = set()
         self._touched: set[int] = set()
@@ -194,6 +197,7 @@ class Column:
         shard = _opened(path)
         # A disk that gives back something else than it was given is past repair here; the rows in hand are right.
         self._take_over(shard or Shard(None, names, rows))
+        self._grew(names.nbytes + rows.nbytes)
 
 
 _Names = npt.NDArray[np.bytes_]
@@ -229,11 +233,14 @@ class Store:
 
     Args:
         folder: where they lie; None keeps everything in memory.
+        limit: bytes. Where what is written would exceed them, what no run has used for an hour goes, the least recently used first. What
+            this one works on stays, however large it is: it has to be somewhere.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, limit: float = math.inf) -> None:
+        self.folder, self.limit = folder, limit
         self._columns: dict[str, Column] = {}
+        self._room, self._before = 0.0, time.time() - _IN_USE_S
 
     def column(self, key: str, label: str) -> Column:
         """Return the column of this key; `label` says to people what it holds."""
@@ -241,8 +248,15 @@ class Store:
             place = None if self.folder is None else self.folder / hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()
             if place is not None and not (place / LABEL).exists():
                 write_json({"label": label}, place / LABEL)
-            self._columns[key] = Column(place)
+            self._columns[key] = Column(place, self._grew)
         return self._columns[key]
+
+    def _grew(self, size: int) -> None:
+        """Make room once more has been written than there was room for when it was last measured."""
+        self._room -= size
+        if self.folder is not None and self.limit < math.inf and self._room < 0:
+            left = prune(self.folder, self.limit, self._before)
+            self._room = max(self.limit - left, MEASURED_EACH)
 
 
 # --- looking after it -----------------------------------------------------------------------------------------------------------------
@@ -275,24 +289,27 @@ def _label(place: Path) -> str:
         return "unknown"
 
 
-def prune(folder: Path, limit: float) -> int:
-    """Delete shards, the least recently used first, until at most `limit` bytes are left; return how many bytes went.
+def prune(folder: Path, limit: float, before: float = math.inf) -> int:
+    """Delete shards, the least recently used first, until at most `limit` bytes are left; return how many bytes are left.
 
     Runs that have a shard mapped go on reading it.
+
+    Args:
+        before: only those that were last used before this time (seconds since 1970).
     """
     shards = sorted(found for place in _columns(folder) for found in _shards(place))
-    total, gone = sum(size for _, _, size in shards), 0
-    for _, path, size in shards:
-        if total - gone <= limit:
+    left = sum(size for _, _, size in shards)
+    for used, path, size in shards:
+        if left <= limit or used >= before:
             break
         path.unlink(missing_ok=True)
-        gone += size
+        left -= size
     for place in _columns(folder):
         for draft in place.glob(".*.draft"):  # of runs that were killed
             with suppress(FileNotFoundError):
                 if time.time() - draft.stat().st_mtime > _STALE_DRAFT_S:
                     draft.unlink()
-    return gone
+    return left
 
 
 def clear(folder: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tlpipeline import dataset, weighing
-from tlpipeline.augment import augmentation, mix, rand_augment, seed_of
+from tlpipeline.augment import augmentation, mix, seed_of
 from tlpipeline.backbones import Transforms
 from tlpipeline.cache import Store
 from tlpipeline.cases import LOSS, SAMPLER, Recipe
@@ -35,6 +35,7 @@ from tlpipeline.model import probabilities
 from tlpipeline.optimise import Average, optimiser, schedule, unflat
 from tlpipeline.outlook import Evidence, fitted
 from tlpipeline.params import AUTO, ChooseParams
+from tlpipeline.precision import autocast, computes_in_bfloat16
 from tlpipeline.probes import unpack
 from tlpipeline.workers import World, from_first, gather, reduced
 
@@ -73,11 +74,15 @@ class Deadline:
         """Seconds of the run so far."""
         return self.before + time.monotonic() - self.started
 
+    def late(self) -> bool:
+        """Say whether the time is up by this worker's own clock."""
+        return self.seconds > 0 and self.spent > self.seconds
+
     def passed(self) -> bool:
         """Say whether the time is up; every worker must call it."""
         if not self.seconds:
             return False
-        answer = torch.tensor([float(self.spent > self.seconds)])
+        answer = torch.tensor([float(self.late())])
         from_first([answer], self.world)
         return bool(answer.item())
 
@@ -320,7 +325,10 @@ class Fit:
         # nothing but one small batch it is taken: it has two images for each worker.
         batches = [b for b in batches if len(b) >= max(self.batch // 4, 2 * world.size)] or batches[:1]
         steps, each = max(math.ceil(len(order) / self.batch), 1), max(CHECKPOINT_IMAGES // self.batch, 1)
-        images.augment = augmentation(self.recipe.crop, self.job.flip, self.job.seed, state.epoch)
+        recipe = self.recipe
+        images.augment = augmentation(
+            recipe.crop, self.job.flip, self.job.seed, state.epoch, recipe.randaugment, recipe.randaugment_magnitude
+        )
         images.waited = 0.0
         self.model.train()
         total, seen, started = torch.zeros((), dtype=torch.float64, device=world.device), 0, time.monotonic()
@@ -380,7 +388,7 @@ class Fit:
     def _step(self, network: nn.Module, indices: list[int], pixels: Tensor, images: Images, batch: int, state: State) -> Tensor:
         """Leave the gradient of a batch in the weights; return the summed loss of this worker's share. Memory that runs out halves the parts."""
         parts = max(state.accumulate, self.recipe.accumulate)
-        inputs, wanted = self._inputs(indices, pixels, images, state.epoch)
+        inputs, wanted = self._inputs(indices, pixels, images)
         while True:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -402,16 +410,12 @@ class Fit:
                 state.in_parts(parts)
                 torch.cuda.empty_cache()
 
-    def _inputs(self, indices: list[int], pixels: Tensor, images: Images, epoch: int) -> tuple[Tensor, Tensor]:
+    def _inputs(self, indices: list[int], pixels: Tensor, images: Images) -> tuple[Tensor, Tensor]:
         """Return this worker's share of a batch and its labels: 8-bit pixels, or where images are mixed normalised ones on the device.
 
         Images are mixed before the share is taken in parts: how much memory there is changes no recipe.
         """
         recipe, device = self.recipe, self.world.device
-        if recipe.randaugment:
-            turns, places = zip(*(divmod(i, len(images)) for i in indices), strict=True)
-            rows = [images.rows[i] for i in places]
-            pixels = rand_augment(pixels, rows, list(turns), recipe.randaugment, recipe.randaugment_magnitude, self.job.seed, epoch)
         labels = torch.from_numpy(self.sides.train_labels[np.array(indices) % len(images)])
         if not (recipe.mixup or recipe.cutmix):
             return pixels, labels
@@ -430,7 +434,7 @@ class Fit:
             if isinstance(network, nn.parallel.DistributedDataParallel) and number < len(pieces):
                 quiet = network.no_sync()
             with quiet:
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.half):
+                with autocast(device, self.half):
                     logits = network(inputs)
                 losses = functional.cross_entropy(
                     logits.float(), wanted, weight=self.weights, label_smoothing=recipe.label_smoothing, reduction="sum"
@@ -456,12 +460,3 @@ def batch_size(job: Job, recipe: Recipe, images: int, world: World) -> int:
             f"Set it to {least} or more or to auto, or cluster.workers to at most {job.batch_size // 2}."
         )
     return job.batch_size
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Say whether this device multiplies in bfloat16 natively; where it only imitates it, it is slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu" or not hasattr(torch.cpu, "_is_avx512_bf16_supported"):
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported())

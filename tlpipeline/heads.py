@@ -34,8 +34,16 @@ IN_MEMORY_BYTES = 128 << 20
 CHUNK = 1024
 IMBALANCE = 10.0  # times the images of the smallest class that the largest may have before classes are weighted alike
 
+LEAST_STEPS = 20  # of a solver whose time is up: fewer give no head that is worth having
+
 Labels = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float64]
+Late = Callable[[], bool]
+
+
+def never() -> bool:
+    """Say that there is time."""
+    return False
 
 
 class Features:
@@ -137,13 +145,22 @@ class Problem:
         loss += penalty / 2 * float(weight.square().sum())
         return loss, torch.cat([gradient, residues[:, None]], 1).reshape(-1).numpy()
 
-    def minimise(self, start: Matrix, penalty: float, steps: int, tolerance: float) -> Matrix:
+    def minimise(self, start: Matrix, penalty: float, steps: int, tolerance: float, late: Late = never) -> Matrix:
         """Return the parameters at the optimum by L-BFGS, from a start; at the weakest penalties separable data have none, and steps end it."""
         from scipy.optimize import minimize
 
+        taken = 0
+
+        def stepped(_: Matrix) -> None:
+            nonlocal taken
+            taken += 1
+            if taken >= LEAST_STEPS and late():
+                raise StopIteration
+
         options: dict[str, Any] = {"maxiter": steps, "maxfun": 2 * steps, "gtol": tolerance, "ftol": 1e-9}
         with threadpool_limits(self.threads()):
-            return np.asarray(minimize(self, start, args=(penalty,), jac=True, method="L-BFGS-B", options=options).x)
+            found = minimize(self, start, args=(penalty,), jac=True, method="L-BFGS-B", options=options, callback=stepped)
+        return np.asarray(found.x)
 
     def threads(self) -> int:
         """Return how many threads a walk keeps busy. It is two thin products a part, and two threads took twice as long as one for 24 classes."""
@@ -162,6 +179,7 @@ def solve_head(
     start: tuple[Tensor, Tensor] | None = None,
     views: int = 0,
     tolerance: float | None = None,
+    late: Late = never,
 ) -> tuple[Tensor, Tensor, float]:
     """Solve multinomial logistic regression by L-BFGS, its L2 penalty found on held-out images, standardisation folded into the result.
 
@@ -179,6 +197,7 @@ def solve_head(
             of one image on both sides would look like a good fit.
         tolerance: largest entry of the gradient at which the solver ends: 1e-5, where two starts agree within a point or two of
             probability; 1e-4 from 600 images on, which changed at most 6 of 1,500 answers, and accuracy by less than 0.15 points.
+        late: says that the time is up: no other penalty is tried then, and the solver ends where it is, after 20 steps at the earliest.
 
     Returns:
         weight (K, d), bias (K,) on raw features, and the penalty per image.
@@ -197,10 +216,10 @@ def solve_head(
         span = Span(rows @ rows.T, EXACT)  # numpy sees that both sides are one, and computes half
         if start is not None:
             start = span.inside(x @ start[0].T), start[1]
-        w, b, penalty = _solve(Features(span.rows), None, labels, plain, classes, imbalance, seed, penalty, start, tolerance)
+        w, b, penalty = _solve(Features(span.rows), None, labels, plain, classes, imbalance, seed, penalty, start, tolerance, late)
         w = span.outside(w) @ x
     else:
-        w, b, penalty = _solve(whole, scale, labels, plain, classes, imbalance, seed, penalty, start, tolerance)
+        w, b, penalty = _solve(whole, scale, labels, plain, classes, imbalance, seed, penalty, start, tolerance, late)
     weight = w * scale.scale
     return weight.float(), (b - weight @ scale.mean).float(), penalty
 
@@ -215,7 +234,7 @@ def solve_kernel(kernel: Matrix, labels: Labels, classes: int, imbalance: float,
         alpha (K, n) and bias (K,): logits are alpha k + bias, k the inner products (n,) of an image with these.
     """
     span = Span(kernel, ROUNDED)
-    w, b, _ = _solve(Features(span.rows), None, labels, len(labels), classes, imbalance, seed, None, None, tolerance)
+    w, b, _ = _solve(Features(span.rows), None, labels, len(labels), classes, imbalance, seed, None, None, tolerance, never)
     return span.outside(w), b
 
 
@@ -230,6 +249,7 @@ def _solve(
     penalty: float | None,
     start: tuple[Tensor, Tensor] | None,
     tolerance: float,
+    late: Late,
 ) -> tuple[Tensor, Tensor, float]:
     """Return weight (K, d) and bias (K,) on scaled features, and the penalty, found on the first `plain` images where it is not known."""
     present, own = np.unique(labels, return_inverse=True)
@@ -237,12 +257,12 @@ def _solve(
     shares = image_weights(own, imbalance)
     first = np.zeros(len(present) * (features.width + 1))
     if penalty is None:
-        penalty, first = _held_out_penalty(features, own[:plain], shares[:plain], scale, seed)
+        penalty, first = _held_out_penalty(features, own[:plain], shares[:plain], scale, seed, late)
     if start is not None:
         known = torch.from_numpy(present)
         first = torch.cat([start[0][known], start[1][known, None]], 1).reshape(-1).numpy()
     problem = Problem(features, own, len(present), shares, scale)
-    both = torch.from_numpy(problem.minimise(first, penalty, 500, tolerance)).view(len(present), -1)
+    both = torch.from_numpy(problem.minimise(first, penalty, 500, tolerance, late)).view(len(present), -1)
     weight = torch.zeros(classes, features.width, dtype=torch.float64)
     bias = torch.full((classes,), -1e4, dtype=torch.float64)
     weight[present], bias[present] = both[:, :-1], both[:, -1]
@@ -290,7 +310,9 @@ def image_weights(labels: Labels, imbalance: float) -> Matrix:
     return np.full(len(labels), 1 / len(labels))
 
 
-def _held_out_penalty(features: Features, labels: Labels, shares: Matrix, scale: Scaling | None, seed: int) -> tuple[float, Matrix]:
+def _held_out_penalty(
+    features: Features, labels: Labels, shares: Matrix, scale: Scaling | None, seed: int, late: Late
+) -> tuple[float, Matrix]:
     """Return the penalty with the smallest log loss on held-out images, by walking downhill from the middle of the grid.
 
     The parameters that one part of the images has at that penalty come with it: a start near the optimum of all.
@@ -328,7 +350,7 @@ def _held_out_penalty(features: Features, labels: Labels, shares: Matrix, scale:
         if i not in losses:
             total = 0.0
             for k, ((_, b), problem) in enumerate(zip(sides, problems, strict=True)):
-                at[k] = problem.minimise(at[k], PENALTIES[i], 200, CV_TOLERANCE)
+                at[k] = problem.minimise(at[k], PENALTIES[i], 200, CV_TOLERANCE, late)
                 both = torch.from_numpy(at[k]).view(classes, -1)
                 head = problem.logits(both[:, :-1], both[:, -1])
                 # Classes that the other folds lack have no images to be right about.
@@ -339,10 +361,11 @@ def _held_out_penalty(features: Features, labels: Labels, shares: Matrix, scale:
 
     best = START
     for direction in (-1, 1):
-        while 0 <= best + direction < len(PENALTIES) and loss(best + direction) < loss(best):
+        while 0 <= best + direction < len(PENALTIES) and not late() and loss(best + direction) < loss(best):
             best += direction
         if best != START:
             break
+    loss(best)  # it was compared with none where the time was up
     both = torch.from_numpy(reached[best]).view(classes, -1)
     weight = both[:, :-1] if span is None else (span.outside(both[:, :-1]).float() @ scaled).double()
     return PENALTIES[best], torch.cat([weight, both[:, -1:]], 1).reshape(-1).numpy()

@@ -38,8 +38,8 @@ GIGABYTE = 1e9
 # The files that decide what a training run or a race does: an interrupted one is resumed only by the same.
 TRAINING = (
     "augment.py", "backbones.py", "cache.py", "cases.py", "checkpoint.py", "choice.py", "dataset.py", "distributed.py", "features.py",
-    "finetune.py", "heads.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "probes.py", "profile.py", "race.py",
-    "train.py", "weighing.py", "workers.py",
+    "finetune.py", "heads.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "precision.py", "probes.py", "profile.py",
+    "race.py", "train.py", "weighing.py", "workers.py",
 )  # fmt: skip
 RUNS = OWN / "runs"
 CACHE = OWN / "cache"
@@ -315,7 +315,7 @@ def store(root: Path) -> Iterator[Any]:
 
     limit = params_of(root).cache.max_gb * GIGABYTE
     try:
-        yield cache.Store(root / CACHE if limit else None)
+        yield cache.Store(root / CACHE if limit else None, limit)
     finally:
         cache.prune(root / CACHE, limit)
 

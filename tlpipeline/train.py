@@ -56,7 +56,7 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     if not frozen:
         batch_size(job, recipe, len(train), world)  # what cannot be is said before anything is computed
     tell = Teller(Path(job.history), world.rank)
-    store = Store(Path(job.cache) if job.cache else None)
+    store = Store(Path(job.cache) if job.cache else None, job.cache_bytes)
     backbone = backbones.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=decision.size, seed=job.seed)
     transforms = backbone.transforms.at(decision.size)
     model = Classifier(backbone, decision.readings, len(classes), frozen).to(world.device)
@@ -153,16 +153,19 @@ def _solve(
         for other in readers[1:]:
             x = x.below(Table(other.rows(train)))
         y = np.tile(labels, views + 1)
-        found = solve_head(x, y, blocks, classes, imbalance, job.seed, views=views, tolerance=1e-4)
+        found = solve_head(x, y, blocks, classes, imbalance, job.seed, views=views, tolerance=1e-4, late=deadline.late)
         head = nn.Linear(model.head.in_features, classes)
         head.weight.data, head.bias.data = found[0], found[1]
         with torch.inference_mode():
             for part in in_batches(len(val), CHUNK):
                 chances[part.start : part.stop] = head(val.take(slice(part.start, part.stop))).softmax(1)
-        if model.frozen and len(val):
+        if deadline.late():
+            more = ", and it was not solved once more with the validation images" if model.frozen else ""
+            state.remark(f"train.budget_minutes ended while the head was solved: it may lie short of its optimum{more}")
+        elif model.frozen and len(val):
             # Nothing is left to select: the head is solved once more, on the validation images as well. Fine-tuning must start without them.
             both = np.concatenate([y, held_labels])
-            found = solve_head(x.below(val), both, blocks, classes, imbalance, job.seed, found[2], found[:2])
+            found = solve_head(x.below(val), both, blocks, classes, imbalance, job.seed, found[2], found[:2], late=deadline.late)
     from_first([chances], world)
     accuracy, loss, correct = validated(chances, held_labels)
     state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct})
