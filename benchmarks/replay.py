@@ -398,11 +398,10 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         )
     models = held_out_models(units, rule, PENALTY)
     core = core_of(units)
-    # By what differs from the core grid: other data sets, another network.
-    beside = {
-        "data": [u for u in units if u.unit.data in MORE and u.unit.backbone in GRIDS["core"]],
-        "backbone": [u for u in units if u.unit.backbone not in GRIDS["core"]],
-    }
+    # What differs from the core grid: other data sets, and one network after the other.
+    beside = {", ".join(MORE): [u for u in units if u.unit.data in MORE and u.unit.backbone in GRIDS["core"]]}
+    for name in sorted({u.unit.backbone for u in units if u.unit.backbone not in GRIDS["core"]}):
+        beside[name] = [u for u in units if u.unit.backbone == name]
     units = core or units
     tried = rules(units, rule, models)
     found = {name: figures(units, chosen, rule.tolerance) for name, chosen in tried.items()}
@@ -441,11 +440,12 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         unseen = [product(without[one.unit.data, one.unit.backbone], rule, one) for one in core]
         print("fitted without the data set and without the network: " + told("product (auto)", core, unseen, rule))
         shown = ("product (auto)", "product (quick)", "always LP-FT", "always multi", "oracle")
-        for kind, part in beside.items():
-            names = sorted({getattr(one.unit, kind) for one in part})
-            chosen = rules(part, rule, models)
-            said = "; ".join(told(name, part, chosen[name], rule) for name in shown)
-            print(f"not fitted on {', '.join(names)} ({len(part)} units): {said}")
+        for name, part in beside.items():
+            if part:
+                chosen = rules(part, rule, models)
+                _, skill = brier_skill(part, figures(part, chosen["product (auto)"], rule.tolerance))
+                said = "; ".join(told(which, part, chosen[which], rule) for which in shown)
+                print(f"not fitted on {name} ({len(part)} units): {said}; Brier skill {skill:+.2f}")
     for arm in ("plain", "scratch"):
         part = [one for one in units if arm in one.arms]
         if part:

@@ -237,6 +237,19 @@ def test_an_own_network_is_named_by_module_and_callable() -> None:
     assert [(t.channels, t.height) for t in describe(net, 32)] == [(c, h) for c, h in ((16, 32), (32, 16), (64, 8)) for _ in range(3)]
 
 
+def test_an_own_network_takes_weights_of_another_number_of_classes_where_it_can(tmp_path: Path) -> None:
+    made = {classes: nets.resnet20(classes).state_dict() for classes in (7, 10)}
+    for classes, state in made.items():
+        assert of_weights(state, tmp_path / f"{classes}.safetensors").source_classes == classes
+    with pytest.raises(BackboneError, match=r"linear.weight is \(7, 9\), expected \(10, 64\)"):
+        of_weights(made[7] | {"linear.weight": torch.zeros(7, 9)}, tmp_path / "other.safetensors")
+
+
+def of_weights(state: Mapping[str, Tensor], path: Path) -> Backbone:
+    save_file(dict(state), path)
+    return load("nets:resnet20", str(path), md5=hashlib.md5(path.read_bytes()).hexdigest())
+
+
 def test_an_own_network_with_many_taps_is_cut_at_any_of_them() -> None:
     net = load("nets:EfficientNetLite0", "none")
     assert sum(p.numel() for p in net.module.parameters()) == 4_652_008  # as published

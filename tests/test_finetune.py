@@ -230,6 +230,20 @@ def test_batch_normalisation_is_shared_where_a_pass_sees_few_images(job: Make, t
     assert not fit._few_images_a_worker(4)
 
 
+@pytest.mark.parametrize(("asked", "side", "arm", "kept"), [
+    ("auto", 64, "fine-tune", True), ("auto", 63, "fine-tune", False), ("auto", 64, "scratch", False),
+    ("fixed", 32, "fine-tune", True), ("fixed", 64, "scratch", False), ("batch", 64, "fine-tune", False),
+])  # fmt: skip
+def test_who_keeps_the_statistics_of_the_source(asked: str, side: int, arm: str, kept: bool, job: Make, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(4, 2))
+    fit = a_fit(net, job(decided(TUNED, statistics=asked)), [0, 1] * 8, tmp_path)
+    fit.sides = replace(fit.sides, transforms=replace(fit.sides.transforms, size=side))
+    fit.arm(arm, 0, 0.1, State(arm="head"))
+    fit._train_mode()
+    assert net[1].training != kept
+    assert net[4].training
+
+
 @pytest.mark.parametrize("batch", [32, 2048])
 def test_the_rate_goes_with_the_images_that_a_step_has(batch: int, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []

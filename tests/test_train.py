@@ -426,6 +426,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     net = {"backbone": "nets:resnet20", "weights": "none"}
     plain = replace(residual(CASES[2]), slice="layer1.2", readings=NORMED, init="plain")
     averaged = replace(plain, recipe=replace(plain.recipe, average=0.8))
+    still = replace(plain, recipe=replace(plain.recipe, statistics="fixed"))
     jobs = {
         "frozen": made.job(residual(CASES[0]), "frozen", **net),
         "cut": made.job(residual(CASES[1]), "cut", **net),
@@ -433,16 +434,17 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
         "parts": made.job(without_dropout(accumulate=3), "parts"),
         "normed": made.job(plain, "normed", **net),
         "averaged": made.job(averaged, "averaged", **net),
+        "still": made.job(still, "still", **net),
         "few": made.job(without_dropout(batch=2), "few", batch_size="auto", epochs=1),
     }
     part = {"checkpoint_images": 32}  # three of seven batches
     items: dict[int, list[tuple[str, str, dict[str, int]]]] = {
-        1: [("frozen", "", {}), ("cut", "", {}), ("tuned", "", {})],
-        2: [(name, "", part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged")]
+        1: [(name, "", {}) for name in ("frozen", "cut", "tuned", "still")],
+        2: [(name, "", part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged", "still")]
         # After the head; in the middle of the second epoch.
         + [(name, " resumed", {"crash": 1} if first else {}) for name in ("frozen", "cut") for first in (True, False)]
         + [("averaged", " resumed", {**part, "crash": 5}), ("averaged", " resumed", part)],
-        3: [(name, "", {}) for name in ("frozen", "cut", "tuned", "few")],
+        3: [(name, "", {}) for name in ("frozen", "cut", "tuned", "few", "still")],
     }
     for name, _, _ in items.pop(1):
         folder = place / f"{name} 1"
@@ -522,17 +524,30 @@ def test_every_image_of_validation_is_counted_once_and_answered_alike_on_any_num
 
 
 @pytest.mark.parametrize("run", RUNS[1:3])
-def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_batch(run: str, worlds: Worlds) -> None:
+@pytest.mark.parametrize("name", ["tuned", "still"])
+def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_batch(name: str, run: str, worlds: Worlds) -> None:
+    """With batch normalisation, too, where it keeps the source's statistics."""
     assert len(worlds.side("train")) % 9 == 7
-    alone, together = worlds.lines("tuned 1"), worlds.lines(f"tuned {run}")
+    alone, together = worlds.lines(f"{name} 1"), worlds.lines(f"{name} {run}")
     losses = [h["loss"] for h in alone if h["arm"] == "fine-tune"]
     assert len(losses) == 2
     assert losses[1] < losses[0]
     # Sums in another order differ in the last bits: 3e-8 here. A mean of means, which weighs uneven shares alike, is off by 1e-4.
     assert [h["loss"] for h in together] == pytest.approx([h["loss"] for h in alone], abs=1e-5)
-    single = worlds.weights("tuned 1")
-    for key, value in worlds.weights(f"tuned {run}").items():
+    single = worlds.weights(f"{name} 1")
+    for key, value in worlds.weights(f"{name} {run}").items():
         assert torch.allclose(value, single[key], atol=1e-5), key
+
+
+def test_batch_normalisation_keeps_the_statistics_of_the_source_where_the_recipe_says_so(worlds: Worlds) -> None:
+    before = backbones.load("nets:resnet20", "none").module.state_dict()
+    kept, moved = worlds.weights("still 2"), worlds.weights("normed 2")
+    statistics = [k for k in kept if "running_" in k or "num_batches" in k]
+    assert len(statistics) == 3 * 7  # the stem, and two in each of three blocks
+    assert all(torch.equal(kept[k], before[k.removeprefix("trunk.")]) for k in statistics)
+    assert not any(torch.equal(moved[k], before[k.removeprefix("trunk.")]) for k in statistics)
+    scale = "trunk.layer1.0.bn1.weight"
+    assert not torch.equal(kept[scale], before[scale.removeprefix("trunk.")])  # it is trained like any other
 
 
 def test_parts_of_a_batch_make_the_step_of_the_whole_in_a_group(worlds: Worlds) -> None:
@@ -789,7 +804,7 @@ def test_the_frozen_model_ignores_train_mode() -> None:
 def test_learning_rates_follow_normalisation_and_size() -> None:
     recipe = Recipe()
     assert recipe.rate("batch", 32) == 0.2
-    assert recipe.rate("batch", 224) == 0.01
+    assert recipe.rate("batch", 224) == 0.05
     assert recipe.rate("none", 224) == 0.004
     assert recipe.rate("layer", 224) == 5e-5
 

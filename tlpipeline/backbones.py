@@ -265,10 +265,15 @@ def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
     return _assemble("demonstration", weights, fingerprint, _seeded(partial(Demonstration, classes), seed), state, fixed=True)
 
 
-def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
+def own_factory(name: str) -> Callable[..., Any]:
+    """Return what makes an own network, named package.module:callable.
+
+    Raises:
+        BackboneError: there is no such thing, or it needs arguments.
+    """
     package, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(package), attribute)
+        factory: Callable[..., Any] = getattr(importlib.import_module(package), attribute)
     except ModuleNotFoundError as error:
         raise BackboneError(
             f"expected the network {name} to be importable, but there is no module {error.name!r}. "
@@ -282,12 +287,30 @@ def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
         inspect.signature(factory).bind()
     except (TypeError, ValueError) as error:
         raise BackboneError(f"expected {name} to be callable without arguments, but: {error}. Give its arguments defaults.") from error
+    return factory
+
+
+def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
+    factory = own_factory(name)
     if weights == DEFAULT:
         raise BackboneError(
             f"expected a weights file for the own network {name}, found DEFAULT. Set backbone.weights to its path, or to none."
         )
     state, fingerprint = _state(weights, md5, root, name, (NONE,))
-    return _assemble(name, weights, fingerprint, _seeded(factory, seed), state)
+    module = _seeded(factory, seed)
+    classes = _rows_of_the_last(module, state or {})
+    if state and classes and "num_classes" in inspect.signature(factory).parameters:
+        other = _seeded(partial(factory, num_classes=classes), seed)
+        if all(state[k].shape == v.shape for k, v in other.state_dict().items() if k in state):
+            module = other  # the source had another number of classes
+    return _assemble(name, weights, fingerprint, module, state)
+
+
+def _rows_of_the_last(module: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """Return how many rows the module's last tensor has in these weights, 0 where they are as many as its own, or it has none there."""
+    name, own = next(reversed(module.state_dict().items()), ("", torch.zeros(())))
+    there = state.get(name, own)
+    return len(there) if own.dim() and there.dim() and len(there) != len(own) else 0
 
 
 def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None, seed: int) -> Backbone:

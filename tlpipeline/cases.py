@@ -21,6 +21,9 @@ AUTO, SGD, ADAMW = "auto", "sgd", "adamw"
 OPTIMISERS = (AUTO, SGD, ADAMW)
 LOSS, SAMPLER, NONE = "loss", "sampler", "none"
 BALANCES = (LOSS, SAMPLER, NONE)
+FIXED, BATCH = "fixed", "batch"
+STATISTICS = (AUTO, FIXED, BATCH)
+SMALL_PIXELS = 64  # below, networks with batch normalisation have a rate and statistics of their own (docs/log.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,9 @@ class Recipe:
         epochs_at_500: epochs for 500 training images; for n images times sqrt(500 / n), between least and most.
         scratch_times: random weights get this many times the epochs and this many times the rate (up to .1); scratch_from: training images
             from which they are tried at all.
+        statistics: what batch normalisation subtracts and divides by while everything is trained: fixed (those of the source, as in the head's
+            features: what is trained starts where the probe stands), batch (each step's own), or auto: fixed from 64 pixels on, batch below.
+            Random weights have none to keep: batch.
         patience: epochs without a better validation before training stops and goes back to the best one; 0 runs the schedule to its end and
             keeps its last epoch, which was better in our measurements: at the end of a cosine there is less noise than in a small validation.
         optimiser: auto (AdamW for networks with layer normalisation, else SGD), sgd or adamw; weight_decay of SGD, weight_decay_adam.
@@ -53,7 +59,7 @@ class Recipe:
         compile: let torch.compile make a faster network of it; needs a C++ compiler, and does not pay for few images.
     """
 
-    rate_batch: float = 0.01
+    rate_batch: float = 0.05
     rate_batch_small: float = 0.2
     rate_layer: float = 5e-5
     rate_none: float = 0.004
@@ -65,6 +71,7 @@ class Recipe:
     most_epochs: int = 40
     scratch_times: float = 3.0
     scratch_from: int = 50_000
+    statistics: str = AUTO
     patience: int = 0
     optimiser: str = AUTO
     weight_decay: float = 5e-4
@@ -108,8 +115,12 @@ class Recipe:
     def rate(self, normalisation: str, size: int) -> float:
         """Return the learning rate for a network with this normalisation at this input size, at a batch of 64."""
         if normalisation == "batch":
-            return self.rate_batch_small if size < 64 else self.rate_batch
+            return self.rate_batch_small if size < SMALL_PIXELS else self.rate_batch
         return self.rate_layer if normalisation == "layer" else self.rate_none
+
+    def keeps_statistics(self, size: int) -> bool:
+        """Say whether batch normalisation keeps the source's statistics at this input size."""
+        return self.statistics == FIXED or (self.statistics == AUTO and size >= SMALL_PIXELS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +328,7 @@ def idle(case: Decision, changes: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 _OF_A_HEAD = ("init", "balance", "imbalance", "crop")  # crop: of train.views
-_CHOICES: dict[str, tuple[str, ...]] = {"optimiser": OPTIMISERS, "balance": BALANCES}
+_CHOICES: dict[str, tuple[str, ...]] = {"optimiser": OPTIMISERS, "balance": BALANCES, "statistics": STATISTICS}
 _RANGES = {
     "batch": (2, math.inf), "batch_large": (2, math.inf), "least_epochs": (1, math.inf), "most_epochs": (1, math.inf),
     "epochs_at_500": (1, math.inf), "accumulate": (1, math.inf), "crop": (0.01, 1), "label_smoothing": (0, 0.99), "average": (0, 0.99999),

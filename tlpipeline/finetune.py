@@ -120,6 +120,7 @@ class Fit:
         self.shares = image_weights(sides.train_labels, recipe.imbalance)
         uneven = float(self.shares.max()) > float(self.shares.min())
         self.drawn = uneven and recipe.balance == SAMPLER
+        self.still = False
         self.weights: Tensor | None = None
         if uneven and recipe.balance == LOSS:
             weights = np.zeros(self.classes)
@@ -145,7 +146,8 @@ class Fit:
         rate *= min(self.batch, len(self.sides.train)) / 64
         if self.job.parts > max(state.accumulate, self.recipe.accumulate):
             state.in_parts(self.job.parts)
-        if self._few_images_a_worker(max(state.accumulate, self.recipe.accumulate)):
+        self.still = name != "scratch" and self.recipe.keeps_statistics(self.sides.transforms.size)
+        if not self.still and self._few_images_a_worker(max(state.accumulate, self.recipe.accumulate)):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         network = self._parallel()
         moving, average = self._start(rate, state)
@@ -274,6 +276,13 @@ class Fit:
         few = self.batch // (self.world.size * max(parts, 1)) < self.recipe.sync_below
         return self.world.size > 1 and self.world.device.type == "cuda" and self.normalisation == "batch" and few
 
+    def _train_mode(self) -> None:
+        """Have dropout drop, and batch normalisation take its statistics from where the recipe says."""
+        self.model.train()
+        for module in self.model.modules():
+            if self.still and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
     def _parallel(self) -> nn.Module:
         network = torch.compile(self.model) if self.recipe.compile else self.model
         if self.world.size == 1:
@@ -330,7 +339,7 @@ class Fit:
             recipe.crop, self.job.flip, self.job.seed, state.epoch, recipe.randaugment, recipe.randaugment_magnitude
         )
         images.waited = 0.0
-        self.model.train()
+        self._train_mode()
         total, seen, started = torch.zeros((), dtype=torch.float64, device=world.device), 0, time.monotonic()
         # Asking a GPU for an answer stops it. What is trained until then is thrown away with the step that went wrong.
         finite, look = torch.ones((), dtype=torch.bool, device=world.device), 1 if world.device.type == "cpu" else LOOK_STEPS

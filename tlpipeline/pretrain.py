@@ -126,7 +126,7 @@ def _network(name: str, classes: int, seed: int) -> tuple[nn.Module, Transforms]
     if name == "demonstration":
         factory: Callable[..., Any] = backbones.Demonstration
     elif ":" in name:
-        factory = type(backbones.load(name, backbones.NONE).module)
+        factory = backbones.own_factory(name)
         if "num_classes" not in inspect.signature(factory).parameters:
             raise BackboneError(
                 f"expected {name} to take num_classes, so that it fits the images; its parameters are {inspect.signature(factory)}."
