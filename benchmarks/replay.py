@@ -389,6 +389,25 @@ def fit(results: Path, rule: ChooseParams) -> None:
     )
 
 
+def dominated(units: Sequence[Measured], found: dict[str, Figures], rule: ChooseParams, models: dict[str, Outlook]) -> dict[str, list[str]]:
+    """Return for each baseline the settings of choose.prefer and choose.effort that lose less, by both bounds, and cost less."""
+    settings = {}
+    for prefer in weighing.LENIENCE:
+        for effort in ("auto", "quick"):
+            own = dataclasses.replace(rule, prefer=prefer, effort=effort)
+            chosen = [product(models[one.unit.data], own, one) for one in units]
+            settings[f"{prefer}/{effort}"] = figures(units, chosen, rule.tolerance)
+    return {
+        name: [
+            setting
+            for setting, own in settings.items()
+            if all(getattr(own, what).mean() < getattr(f, what).mean() for what in ("half", "raw", "cost"))
+        ]
+        for name, f in found.items()
+        if not name.startswith(("product", "oracle"))
+    }
+
+
 def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
     """Print the figures of every rule on the same units."""
     units = measured(results)
@@ -420,6 +439,10 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
             f"{(f.raw <= 0.5).mean():5.0%} {(f.raw <= 1).mean():5.0%} {f.cost.mean():5.0%} {total:6.0%} {f.seconds.mean():5.0%} {f.raced.mean():6.0%}"
             + ("" if name == "product (auto)" else f"  {mean:+.2f} ({low:+.2f} to {high:+.2f})")
         )
+    beaten = dominated(units, found, rule, models)
+    print(
+        "settings (prefer/effort) that lose less and cost less: " + "; ".join(f"{k}: {', '.join(v) or 'none'}" for k, v in beaten.items())
+    )
     (results / "regret.svg").write_text(drawing(found), encoding="utf-8")
     for name in ("product (auto)", "product (quick)"):
         f = found[name]

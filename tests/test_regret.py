@@ -205,6 +205,15 @@ def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]
             assert not (other.half.mean() <= mine.half.mean() and other.cost.mean() <= mine.cost.mean()), name
 
 
+def test_whatever_fine_tunes_is_beaten_in_both_by_a_setting_of_the_product(
+    core: list[replay.Measured], models: dict[str, outlook.Outlook], found: dict[str, replay.Figures]
+) -> None:
+    """Constants that never fine-tune cost less than looking at the data does: nothing that looks can be cheaper."""
+    beaten = replay.dominated(core, found, RULE, models)
+    assert {name for name, settings in beaten.items() if not settings} <= {"always frozen", "always cut", "always multi"}
+    assert len(beaten) == 9
+
+
 def test_rows_are_committed_in_the_stated_order(tmp_path: Path) -> None:
     for name in (regret.ARMS, regret.UNITS):
         rows = regret.rows_of(regret.RESULTS / name)
