@@ -32,7 +32,8 @@ _BILINEAR, _MIRROR = Image.Resampling.BILINEAR, Image.Transpose.FLIP_LEFT_RIGHT
 def augmentation(crop: float, flip: bool, seed: int, epoch: int, operations: int = 0, magnitude: int = 0) -> Augment:
     """Return random resized crops (area share crop to 1, aspect 3/4 to 4/3), mirroring and RandAugment with so many operations of this magnitude.
 
-    They are drawn from (seed, epoch, content of the image, turn). The crop's shape is drawn in the image's own proportions, whatever those of the picture that is cropped: it may be kept squeezed.
+    They are drawn from (seed, epoch, content of the image, turn). The crop's shape is drawn in the image's own proportions, whatever those of
+    the picture that is cropped: it may be kept squeezed.
     """
 
     def apply(image: Image.Image, row: Row, side: int, turn: int = 0) -> Image.Image:
