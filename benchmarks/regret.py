@@ -17,7 +17,7 @@ subsets first. Both run what has no row yet, so they can be interrupted at any m
 LP-FT on 500 images at a third and three times the recipe's rate, and says what choosing the rate on validation would bring. `above` trains
 only the blocks above the first third, and above two thirds, of 500 and 2,000 images, and says what that loses and saves. `fit` refits
 tlpipeline/outlook.json, `report` prints the figures and draws regret.svg.
-The figures of `report` are those of the core grid: eight data sets, two networks. Three more data sets (packages.py) and a third network have rows
+The figures of `report` are those of the core grid: eight data sets, two networks. Three more data sets and two more networks (packages.py) have rows
 as well, on which nothing is fitted; they stand below. With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
 """
 

@@ -197,7 +197,7 @@ def told(name: str, units: Sequence[Measured], chosen: Sequence[Chosen], rule: C
 
 
 def core_of(units: Sequence[Measured]) -> list[Measured]:
-    """Return the units of the core grid: what is fitted on. Three more data sets and a third network are what nothing was fitted on."""
+    """Return the units of the core grid: what is fitted on. Three more data sets and two more networks are what nothing was fitted on."""
     return [one for one in units if one.unit.backbone in GRIDS["core"] and one.unit.data not in MORE]
 
 
