@@ -41,7 +41,8 @@ NETWORKS = {
 }
 GRIDS = {
     "core": {"squeezenet": (100, 500, 2000), "resnet20": (100, 500, 2000, 4000)},
-    "full": {name: (100, 500, 2000, 4000) for name in ("squeezenet", "resnet20", "resnet56")} | {"lite0": (100, 500, 2000)},
+    "full": {name: (100, 500, 2000, 4000) for name in ("squeezenet", "resnet20", "resnet56")},
+    "lite0": {"lite0": (100, 500, 2000)},  # its weights come from packages.py
 }
 FROZEN = ("frozen", "cut", "multi")
 TRAINED = ("tuned", "plain", "scratch")

@@ -10,8 +10,8 @@ OUT then holds <name>/<class>/<image>.png for `regret.py --data OUT`:
     clipart  about 3,000 drawings in eight classes, at most 400 each, from Debian's Open Clip Art Library, at most 256 pixels
     emoji    about 1,900 of Google's emoji of 64 pixels in eight classes, by their category
 
-and efficientnet_lite0-imagenet.safetensors, ImageNet's weights of tests/nets.py's EfficientNetLite0; `regret.py --weights` wants those of the
-other networks in the same folder. Transparent pixels become white. Neither images nor weights are part of this repository or of the package.
+and efficientnet_lite0-imagenet.safetensors, ImageNet's weights of tests/nets.py's EfficientNetLite0, for `regret.py --grid lite0 --weights OUT`.
+Transparent pixels become white. Neither images nor weights are part of this repository or of the package.
 """
 
 import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)

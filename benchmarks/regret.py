@@ -5,8 +5,8 @@ tuned (LP-FT), plain (fine-tuning from a random head), scratch. Images of all si
 stratified and nested (100 in 500 in 2,000), a sixth of it is validation, and everything outside the largest subset is the test side.
 brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for weights that were trained on it.
 
-    python benchmarks/regret.py profile [--data DIR] [--grid core|full] [--only TEXT ...]
-    python benchmarks/regret.py collect [--data DIR] [--grid core|full] [--only TEXT ...] [--arms ARM ...]
+    python benchmarks/regret.py profile [--data DIR] [--grid core|full|lite0] [--only TEXT ...]
+    python benchmarks/regret.py collect [--data DIR] [--grid core|full|lite0] [--only TEXT ...] [--arms ARM ...]
     python benchmarks/regret.py rates [--data DIR] [--only TEXT ...]
     python benchmarks/regret.py above [--data DIR] [--only TEXT ...]
     python benchmarks/regret.py fit
