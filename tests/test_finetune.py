@@ -180,8 +180,9 @@ def test_randaugment_moves_as_far_as_in_the_paper() -> None:
     image = noise(331)
     moved = rand_augment(image, Drawn("translate_x", True), 1, 30)  # type: ignore[arg-type]
     assert np.array_equal(np.asarray(moved)[:, 150:], np.asarray(image)[:, :-150])
-    right_angle = rand_augment(image, Drawn("rotate", True), 3, 30)  # type: ignore[arg-type]
-    assert right_angle.getpixel((165, 165)) == image.getpixel((165, 165))
+    for positive, degrees in ((True, 30), (False, -30)):
+        turned = rand_augment(image, Drawn("rotate", positive), 1, 30)  # type: ignore[arg-type]
+        assert np.array_equal(np.asarray(turned), np.asarray(image.rotate(degrees)))
 
 
 @pytest.mark.parametrize(

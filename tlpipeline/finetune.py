@@ -28,7 +28,7 @@ from tlpipeline.cases import LOSS, SAMPLER, Recipe
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError, MemoryFull, TrainingError
-from tlpipeline.features import Decoded, Images, normalise, prepared, shard, squeezed
+from tlpipeline.features import Augment, Decoded, Images, normalise, prepared, shard, squeezed
 from tlpipeline.heads import image_weights, validated
 from tlpipeline.job import Job, Tell, clock
 from tlpipeline.model import probabilities
@@ -276,6 +276,11 @@ class Fit:
         few = self.batch // (self.world.size * max(parts, 1)) < self.recipe.sync_below
         return self.world.size > 1 and self.world.device.type == "cuda" and self.normalisation == "batch" and few
 
+    def _views(self, epoch: int) -> Augment:
+        """Return the random views of an epoch."""
+        recipe, job = self.recipe, self.job
+        return augmentation(recipe.crop, job.flip, job.seed, epoch, recipe.randaugment, recipe.randaugment_magnitude)
+
     def _train_mode(self) -> None:
         """Have dropout drop, and batch normalisation take its statistics from where the recipe says."""
         self.model.train()
@@ -334,11 +339,7 @@ class Fit:
         # nothing but one small batch it is taken: it has two images for each worker.
         batches = [b for b in batches if len(b) >= max(self.batch // 4, 2 * world.size)] or batches[:1]
         steps, each = max(math.ceil(len(order) / self.batch), 1), max(CHECKPOINT_IMAGES // self.batch, 1)
-        recipe = self.recipe
-        images.augment = augmentation(
-            recipe.crop, self.job.flip, self.job.seed, state.epoch, recipe.randaugment, recipe.randaugment_magnitude
-        )
-        images.waited = 0.0
+        images.augment, images.waited = self._views(state.epoch), 0.0
         self._train_mode()
         total, seen, started = torch.zeros((), dtype=torch.float64, device=world.device), 0, time.monotonic()
         # Asking a GPU for an answer stops it. What is trained until then is thrown away with the step that went wrong.

@@ -74,32 +74,40 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
         state.seconds = deadline.spent if deadline.seconds else 0.0
         checkpoint.write(state)
     if not frozen:
-        rate = recipe.rate(backbone.normalisation, decision.size)
         blocks: list[list[str]] = []
         if recipe.layer_decay(backbone.normalisation) != 1:
             blocks = [[f"trunk.{name}" for name in block] for block in backbones.blocks(backbone, decision.slice)]
         fit = Fit(model, sides, recipe, job, world, checkpoint, tell, backbone.normalisation, store, deadline, blocks)
-        epochs = job.epochs if isinstance(job.epochs, int) else recipe.epochs(len(train))
-        if decision.init != "random" and state.arm in ("head", "fine-tune"):
-            if state.arm == "head" and state.history and deadline.passed():
-                state.remark("train.budget_minutes ended before fine-tuning began: the head on frozen features is what there is")
-                checkpoint.keep_best()
-            else:
-                fit.arm("fine-tune", epochs, rate, state)
+        _train_all(fit, model, decision, state)
         if job.race is not None:
             checkpoint.write(state)
             return checkpoint.written if world.rank == 0 else None
-        again = decision.init == "auto" and len(train) >= recipe.scratch_from and len(val) > 0 and not state.gained
-        if decision.init == "random" or state.arm == "scratch" or (again and not deadline.passed()):
-            if state.arm != "scratch":
-                fresh = backbones.load(job.backbone, backbones.NONE, size=decision.size, seed=job.seed)
-                model.load_state_dict(Classifier(fresh, decision.readings, len(classes), frozen=False).state_dict())
-            fit.arm("scratch", round(epochs * recipe.scratch_times), min(rate * recipe.scratch_times, 0.1), state)
         checkpoint.load_best()
     if world.rank:
         world.report({"accuracy": state.best_accuracy}, None)
         return None
     return _finish(model, description, state, world, scratch_folder / "finished")
+
+
+def _train_all(fit: Fit, model: Classifier, decision: Decision, state: State) -> None:
+    """Fine-tune, or go on where the state stands; then, outside of a race and where the case asks for it, train from random weights."""
+    job, recipe, sides = fit.job, decision.recipe, fit.sides
+    rate = recipe.rate(fit.normalisation, decision.size)
+    epochs = job.epochs if isinstance(job.epochs, int) else recipe.epochs(len(sides.train))
+    if decision.init != "random" and state.arm in ("head", "fine-tune"):
+        if state.arm == "head" and state.history and fit.deadline.passed():
+            state.remark("train.budget_minutes ended before fine-tuning began: the head on frozen features is what there is")
+            fit.checkpoint.keep_best()
+        else:
+            fit.arm("fine-tune", epochs, rate, state)
+    if job.race is not None:
+        return
+    again = decision.init == "auto" and len(sides.train) >= recipe.scratch_from and len(sides.val) > 0 and not state.gained
+    if decision.init == "random" or state.arm == "scratch" or (again and not fit.deadline.passed()):
+        if state.arm != "scratch":
+            fresh = backbones.load(job.backbone, backbones.NONE, size=decision.size, seed=job.seed)
+            model.load_state_dict(Classifier(fresh, decision.readings, model.head.out_features, frozen=False).state_dict())
+        fit.arm("scratch", round(epochs * recipe.scratch_times), min(rate * recipe.scratch_times, 0.1), state)
 
 
 def _finish(model: Classifier, description: Description, state: State, world: World, finished: Path) -> Path:
