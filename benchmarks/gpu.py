@@ -46,7 +46,8 @@ from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.job import Job, Teller
 from tlpipeline.model import Classifier
 from tlpipeline.optimise import optimiser
-from tlpipeline.precision import computes_in_bfloat16
+from tlpipeline.params import AUTO
+from tlpipeline.precision import computes_in_bfloat16, on_tensor_cores, reads_in_bfloat16
 from tlpipeline.workers import Alone
 
 TARGET = 0.9
@@ -80,7 +81,7 @@ class Bench:
 
     @property
     def half(self) -> bool:
-        return computes_in_bfloat16(self.device)
+        return reads_in_bfloat16(self.device, AUTO) if self.frozen else computes_in_bfloat16(self.device)
 
     @cached_property
     def decision(self) -> cases.Decision:
@@ -143,6 +144,9 @@ def bare_training(bench: Bench) -> float:
     inputs = on_device(bench, bench.batch)
     labels = torch.arange(bench.batch, device=bench.device) % CLASSES
     model.train()
+    for module in model.modules():
+        if recipe.keeps_statistics(bench.size) and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
     def steps(count: int) -> None:
         for i in range(count):
@@ -158,13 +162,13 @@ def bare_training(bench: Bench) -> float:
     return rate(bench.device, count * bench.batch, lambda: steps(count))
 
 
-def bare_forward(bench: Bench, half: bool) -> float:
-    """Pass images through the layers that a head reads, and pool; in the product's step. The product itself passes them in float32."""
-    model, size = bench.model().eval(), step(bench.device)
-    read, inputs = pooled(model.trunk, model.grids), on_device(bench, size)
+def bare_forward(bench: Bench) -> float:
+    """Pass images through the layers that a head reads, and pool; in the product's step and number format."""
+    model, size = bench.model().eval(), step(bench.device, bench.size)
+    read, inputs = pooled(model.trunk, model.grids, bench.half), on_device(bench, size)
 
     def steps(count: int) -> None:
-        with torch.inference_mode(), torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=half):
+        with torch.inference_mode():
             for i in range(count):
                 read(inputs[i % ON_DEVICE])
 
@@ -177,7 +181,7 @@ def input_alone(bench: Bench, kept: bool) -> float:
     """The training images of one epoch, or of one pass, with nothing done to them; `kept`: as an epoch after the first has them."""
     rows, transforms = bench.manifest.used(TRAIN), bench.transforms
     images = Images(bench.images, rows, transforms)
-    batches: Sequence[Sequence[int]] = in_batches(len(rows), step(bench.device))
+    batches: Sequence[Sequence[int]] = in_batches(len(rows), step(bench.device, bench.size))
     if not bench.frozen:
         order = np.random.default_rng(0).permutation(len(rows)).tolist()
         batches = [order[start : start + bench.batch] for start in range(0, len(order), bench.batch)]
@@ -245,8 +249,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> None:
         return found
 
     if bench.frozen:
-        kinds["network"] = lambda: bare_forward(bench, half=False)
-        kinds["network in bfloat16"] = lambda: bare_forward(bench, half=True)
+        kinds["network"] = lambda: bare_forward(bench)
         kinds["input"] = lambda: input_alone(bench, kept=False)
     else:
         kinds["network"] = lambda: bare_training(bench)
@@ -264,7 +267,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> None:
         print(f"  turn {turn + 1}: " + ", ".join(f"{kind} {found[-1]:.1f}" for kind, found in rates.items()), flush=True)
     middle = {kind: statistics.median(found) for kind, found in rates.items()}
     lower = min(("network", "input"), key=lambda kind: middle[kind])
-    what = "features" if bench.frozen else f"fine-tuning, batch {bench.batch}, {'bfloat16' if bench.half else 'float32'}"
+    what = f"{'features' if bench.frozen else f'fine-tuning, batch {bench.batch}'}, {'bfloat16' if bench.half else 'float32'}"
     print(f"{bench.name}, {bench.size} pixels, {what}: images/s, median of {options.times}")
     for kind, found in rates.items():
         share = middle[kind] / middle[lower]
@@ -314,7 +317,7 @@ def main() -> None:
         sys.exit(
             "expected an NVIDIA GPU, found none. To see whether this file runs: --device cpu --networks resnet18 --images 64 --size 64"
         )
-    device = torch.device(options.device)
+    device = on_tensor_cores(torch.device(options.device))
     print(what_it_runs_on(device), flush=True)
     with tempfile.TemporaryDirectory(prefix="gpu-images-") as made:
         place = Path(made)

@@ -7,8 +7,8 @@
     python benchmarks/speed.py ray      where each second of a two-worker Ray fit goes that is not compute
     python benchmarks/speed.py solvers  what the profile's solvers cost beside its passes through the network
     python benchmarks/speed.py views    what random views bring a frozen head, and what they cost
-    python benchmarks/speed.py precision  training steps in float32, in bfloat16 as torch has it, and as it is used here
-    python benchmarks/speed.py half     what half precision in the cache would change in a head's answers
+    python benchmarks/speed.py precision  training steps in float32, in bfloat16 as torch has it, and as it is used here; frozen passes
+    python benchmarks/speed.py half     what half precision, in the cache or in the passes, would change in a head's answers
 
 Real images and weights come from --data (see benchmarks/regret.py); SqueezeNet at 96 pixels, the smallest network that is of any use, so
 that everything beside the network weighs most. Printed are medians over --times runs, reference and product in turns.
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -614,23 +614,28 @@ def accuracy(model_folder: Path, folder: Path, manifest: Manifest, options: argp
 
 
 def half(options: argparse.Namespace) -> None:
-    print("a head solved on features kept in float32, float16 and bfloat16: test accuracy, and answers that differ from float32's")
+    print(
+        "a head solved on features kept in float32, float16 and bfloat16, computed in bfloat16, and these for training alone: test accuracy,"
+    )
+    print("and answers that differ from float32's")
     for name in options.only or ("caltech24", "eurosat", "pacs_sketch", "neu_steel"):
         folder, manifest = listed(options, name, 500)
         manifest = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != TEST or int(r.md5[:4], 16) % 3 == 0))
         backbone = load(options)
-        decided = decision(backbone, "small_similar", NET.size)
+        decided = decision(backbone, "small_similar", regret.NETWORKS[options.network].size)
         model = Classifier(backbone, decided.readings, len(manifest.classes), frozen=True)
         sides = {side: manifest.used(side) for side in (TRAIN, TEST)}
-        reader = reader_of(model, Store(), backbone.transforms.at(NET.size), CPU)
-        features = {
-            side: reader.read(Images(folder, rows, backbone.transforms.at(NET.size)), lambda done: None)[0].all()
-            for side, rows in sides.items()
-        }
+        transforms = backbone.transforms.at(regret.NETWORKS[options.network].size)
+
+        def read(in_bfloat16: bool) -> dict[str, torch.Tensor]:
+            reader = reader_of(model, Store(), transforms, CPU, in_bfloat16)  # noqa: B023
+            return {side: reader.read(Images(folder, rows, transforms), lambda done: None)[0].all() for side, rows in sides.items()}  # noqa: B023
+
+        features, computed = read(False), read(True)
         labels = {side: np.array([manifest.classes.index(r.label) for r in rows]) for side, rows in sides.items()}
         guesses = []
-        for kind in (torch.float32, torch.float16, torch.bfloat16):
-            x = {side: f.to(kind).float() for side, f in features.items()}
+        kept = [{side: f.to(kind).float() for side, f in features.items()} for kind in (torch.float32, torch.float16, torch.bfloat16)]
+        for x in (*kept, computed, {TRAIN: computed[TRAIN], TEST: features[TEST]}):
             weight, bias, _ = solve_head(x[TRAIN], labels[TRAIN], model.blocks, len(manifest.classes), 10, 0, 1e-4)
             guesses.append((x[TEST] @ weight.T + bias).argmax(1).numpy())
         told = [f"{(g == labels[TEST]).mean():.4f} ({int((g != guesses[0]).sum())} differ)" for g in guesses]
@@ -638,7 +643,7 @@ def half(options: argparse.Namespace) -> None:
 
 
 def precisions(options: argparse.Namespace) -> None:
-    """Time steps of fine-tuning; networks have random weights, because how fast they are does not depend on them."""
+    """Time steps of fine-tuning, and passes of a frozen network; networks have random weights, because how fast they are does not depend on them."""
     names = options.only or ("resnet18", "squeezenet1_0", "mobilenet_v2", "mobilenet_v3_small", "mnasnet1_0", "shufflenet_v2_x1_0", "efficientnet_b0",
                              "regnet_y_400mf", "convnext_tiny")  # fmt: skip
     ways: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -650,21 +655,30 @@ def precisions(options: argparse.Namespace) -> None:
     for name in names:
         net = backbones.load(name, backbones.NONE, size=options.size).module.to(memory_format=torch.channels_last).train()
         inputs = torch.randn(16, 3, options.size, options.size).to(memory_format=torch.channels_last)
-        found: dict[str, list[float]] = {way: [] for way in ways}
 
         def step(around: AbstractContextManager[object]) -> None:
             with around:
                 logits = net(inputs)  # noqa: B023
             logits.float().logsumexp(1).mean().backward()  # type: ignore[no-untyped-call]
 
-        for turn in range(options.times + 1):
-            for way, around in ways.items():
-                cpu, _ = spent(lambda: step(around()))  # noqa: B023
-                if turn:  # the first one warms up
-                    found[way].append(16 / cpu)
-        middle = {way: statistics.median(values) for way, values in found.items()}
+        def forward(around: AbstractContextManager[object]) -> None:
+            with torch.inference_mode(), around:
+                net(inputs)  # noqa: B023
+
+        def timed(work: Callable[[AbstractContextManager[object]], None], named: Sequence[str]) -> dict[str, float]:
+            found: dict[str, list[float]] = {way: [] for way in named}
+            for turn in range(options.times + 1):
+                for way in named:
+                    cpu, _ = spent(lambda: work(ways[way]()))  # noqa: B023
+                    if turn:  # the first one warms up
+                        found[way].append(16 / cpu)
+            return {way: statistics.median(values) for way, values in found.items()}
+
+        middle = timed(step, tuple(ways))
+        net.eval()
+        passes = timed(forward, ("float32", "product"))
         fastest = max(middle["float32"], middle["bfloat16 everywhere"])
-        print(f"{name:20}", *(f"{way} {value:6.1f}" for way, value in middle.items()), f"product {middle['product'] / fastest:.2f} of the faster one", sep="  ", flush=True)  # fmt: skip
+        print(f"{name:20}", *(f"{way} {value:6.1f}" for way, value in middle.items()), f"product {middle['product'] / fastest:.2f} of the faster one", f"frozen passes: float32 {passes['float32']:6.1f}, bfloat16 {passes['product'] / passes['float32']:.2f} of it", sep="  ", flush=True)  # fmt: skip
 
 
 VERBS = {

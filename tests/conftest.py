@@ -94,6 +94,7 @@ def _blank_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             paint(label, index).save(images / f"class{label}" / f"{index:03d}.png")
     acts.init(folder / "workspace", images, "demonstration", "DEFAULT", None)
     set_param(folder / "workspace", "cluster.workers", "0")
+    set_param(folder / "workspace", "cluster.gpu", "false")  # bits are compared
     return folder / "workspace"
 
 

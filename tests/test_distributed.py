@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -102,6 +103,26 @@ def test_more_workers_than_cpus_fail_at_once(job: Callable[..., Job], tmp_path: 
 def test_gpus_that_are_not_there_fail_at_once() -> None:
     with pytest.raises(ClusterError, match=r"expected a GPU .* found 0.*cluster\.gpu to false"):
         distributed.preflight(replace(TWO, gpu=True))
+
+
+@pytest.mark.parametrize(("asked", "gpus", "address", "found"), [
+    ("auto", 2, "x", True), ("auto", 1, "x", False), ("auto", 0, "x", False), (False, 2, "x", False), (True, 2, "x", True), (True, 1, "x", None),
+    ("auto", 2, "", False),
+], ids=str)  # fmt: skip
+def test_a_joined_cluster_says_itself_whether_it_has_gpus(
+    asked: Any, gpus: int, address: str, found: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine that starts the run may have none, or have one that the cluster's machines lack."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0} | ({"GPU": float(gpus)} if gpus else {}))
+    use_gpu = asked is True  # as preflight says on this machine, which has none
+    if found is None:
+        with pytest.raises(ClusterError, match="expected 2 GPUs in the Ray cluster, found 1"):
+            distributed._enough(replace(TWO, gpu=asked), use_gpu)
+    else:
+        assert distributed._enough(replace(TWO, gpu=asked), use_gpu) is found
 
 
 def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job], tmp_path: Path) -> None:
@@ -212,6 +233,7 @@ def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_
 DRIVER = """
 import json, sys
 from pathlib import Path
+from typing import Any
 from tlpipeline import distributed
 from tlpipeline.params import ClusterParams
 from tlpipeline.progress import silent

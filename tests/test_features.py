@@ -211,6 +211,15 @@ def extracted(listed: tuple[Path, list[Row]]) -> list[torch.Tensor]:
     return extract(trunk, [(1, 2), (1,)], Images(*listed, net.transforms), CPU, lambda _: None)
 
 
+def test_workers_of_one_machine_share_its_cpus_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "cpus", lambda: 16)
+    assert features._threads() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert features._threads() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert features._threads() == 2
+
+
 def test_features_of_an_image_are_the_same_bits_whatever_else_is_asked_about(listed: tuple[Path, list[Row]]) -> None:
     """What is kept and what is computed anew must be the same: a cache that changed results would be worse than none."""
     folder, rows = listed

@@ -133,7 +133,7 @@ class Checkpoints:
         """Remember all that `write` writes: what a step that fails goes back to, whether it is written or not."""
         self.keep_current()
         self.optimiser = flat(optimiser)
-        self.average, state.averaged = {k: v.cpu().clone() for k, v in average.weights.items()}, average.steps
+        self.average, state.averaged = {k: v.to("cpu", copy=True) for k, v in average.weights.items()}, average.steps
 
     def load_best(self) -> None:
         """Go back to the best weights."""
@@ -187,4 +187,4 @@ class Checkpoints:
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}

@@ -2,7 +2,7 @@
 
 Four touch points with Ray: who am I, keep this checkpoint, give me the newest one, run this on so many workers.
 
-Several GPUs on one machine or on several have never been run: NCCL is chosen on GPUs and gloo on CPUs, and what is tested is gloo.
+No GPU has ever run this: NCCL is chosen on GPUs and gloo on CPUs, and what is tested is gloo.
 """
 
 import contextvars
@@ -27,6 +27,7 @@ from tlpipeline.errors import ClusterError, MemoryFull, PipelineError
 from tlpipeline.files import NO_ROOM, torn, write_json
 from tlpipeline.job import Job, Tail
 from tlpipeline.params import AUTO, ClusterParams
+from tlpipeline.precision import on_tensor_cores
 from tlpipeline.progress import Progress
 from tlpipeline.workers import Alone
 
@@ -51,8 +52,8 @@ def preflight(cluster: ClusterParams) -> bool:
     """
     gpus = torch.cuda.device_count()
     use_gpu = gpus > 0 if cluster.gpu == AUTO else bool(cluster.gpu)
-    if os.environ.get("RAY_ADDRESS"):
-        return use_gpu  # another machine's resources: asked of the cluster in `fit`
+    if os.environ.get("RAY_ADDRESS") and cluster.workers:
+        return use_gpu  # other machines' resources: the cluster is asked, once it was joined
     if use_gpu and gpus < max(cluster.workers, 1):
         raise ClusterError(
             f"expected a GPU for each of {max(cluster.workers, 1)} workers, found {gpus}. Set cluster.workers to {gpus}, or cluster.gpu to false."
@@ -108,7 +109,7 @@ def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Pro
 
 
 def _in_process(job: Job, use_gpu: bool, folder: Path) -> Path:
-    device = torch.device("cuda" if use_gpu else "cpu")
+    device = on_tensor_cores(torch.device("cuda" if use_gpu else "cpu"))
     scratch = folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -129,7 +130,7 @@ class _RayWorld:
 
         context = ray.train.get_context()
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.device = on_tensor_cores(ray.train.torch.get_device())
 
     def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
         import ray.train
@@ -182,7 +183,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
 
     with _interruptible():
         runtime(cluster.workers)
-        _enough(cluster, use_gpu)
+        use_gpu = _enough(cluster, use_gpu)
         storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
         _mend(Path(storage) / name)
         threads = max(1, cpus() // cluster.workers)
@@ -267,15 +268,20 @@ def shutdown() -> None:
         ray.shutdown()
 
 
-def _enough(cluster: ClusterParams, use_gpu: bool) -> None:
+def _enough(cluster: ClusterParams, use_gpu: bool) -> bool:
+    """Check that the cluster has what the workers need; say whether they use GPUs, which `auto` of a joined cluster leaves to what it has."""
     import ray
 
+    has = ray.cluster_resources()
+    if cluster.gpu == AUTO and os.environ.get("RAY_ADDRESS"):
+        use_gpu = has.get("GPU", 0) >= cluster.workers
     kind = "GPU" if use_gpu else "CPU"
-    there = int(ray.cluster_resources().get(kind, 0))
+    there = int(has.get(kind, 0))
     if there < cluster.workers:
         raise ClusterError(
             f"expected {cluster.workers} {kind}s in the Ray cluster, found {there}. Set cluster.workers to {there} or add nodes."
         )
+    return use_gpu
 
 
 def _translated(error: Any, allowed: int, storage: str) -> PipelineError:

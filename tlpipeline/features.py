@@ -3,10 +3,13 @@
 import copy
 import functools
 import itertools
+import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +26,11 @@ from tlpipeline.backbones import Backbone, Tap, Transforms
 from tlpipeline.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
 from tlpipeline.dataset import Pixels, Row
 from tlpipeline.errors import ClusterError
+from tlpipeline.precision import autocast
 
 # Part of every key: other code makes other rows of an image, and another decoder other pixels.
 FORMAT = f"2, Pillow {PIL.__version__}"
+NORMAL_SIDE = 224  # pixels
 GRIDS = (1, 2, 4)
 MAX_WIDTH = 3072
 # A network's answer for an image depends in its last digits on how many images are asked about together. Always the same number makes it a
@@ -227,8 +232,8 @@ def prepared(store: Store, root: Path, transforms: Transforms) -> Decoded:
 
 
 def _threads() -> int:
-    """Return how many threads decode: one for each CPU that may be used, at least two, because one of them may wait for the disk."""
-    return max(2, dataset.cpus())
+    """Return how many threads decode: a worker's share of the CPUs of its machine, at least two, because one of them may wait for the disk."""
+    return max(2, dataset.cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def in_batches(count: int, size: int) -> list[range]:
@@ -239,9 +244,25 @@ def in_batches(count: int, size: int) -> list[range]:
 # --- features -------------------------------------------------------------------------------------------------------------------------
 
 
-def step(device: torch.device) -> int:
-    """Return how many images a network is asked about together on this device, whatever their number in all."""
-    return STEP.get(device.type, 64)
+def step(device: torch.device, side: int) -> int:
+    """Return how many images a network is asked about together on this device, whatever their number in all.
+
+    Args:
+        side: of an input, pixels. Above 224 a GPU takes fewer as they get larger, so that the maps fit; never by the memory that is free,
+            on which what is kept must not depend.
+    """
+    most = STEP.get(device.type, 64)
+    if device.type == "cpu" or side <= NORMAL_SIDE:
+        return most
+    return max(1, 1 << int(math.log2(most * (NORMAL_SIDE / side) ** 2)))
+
+
+def kind(device: torch.device, side: int, half: bool) -> str:
+    """Return what the last digits of a frozen pass depend on, besides network and image: CPUs agree on them here, GPUs of two models do not."""
+    if device.type == "cpu":
+        return device.type + (" bfloat16" if half else "")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, {step(device, side)} at a time, {'bfloat16' if half else 'float32'}"
 
 
 def passes(
@@ -257,7 +278,7 @@ def passes(
         network: in eval mode; maps (step, 3, size, size) to tensors (step, ...).
         beside: called after each step for one more output.
     """
-    size = step(device)
+    size = step(device, images.transforms.size)
     with torch.inference_mode():
         parts = [[indices[i] for i in part] for part in in_batches(len(indices), size)]
         for batch, pixels in images.batches(parts, pinned=device.type == "cuda"):
@@ -275,11 +296,16 @@ def passes(
             yield list(batch), [out[: len(batch)] for out in outputs]
 
 
-def pooled(trunk: nn.Module, grids: Sequence[Sequence[int]]) -> Callable[[Tensor], list[Tensor]]:
-    """Return the trunk with its outputs pooled; outputs behind the last entry of grids, such as logits, stay as they are."""
+def pooled(trunk: nn.Module, grids: Sequence[Sequence[int]], half: bool = False) -> Callable[[Tensor], list[Tensor]]:
+    """Return the trunk with its outputs pooled, float32; outputs behind the last entry of grids, such as logits, stay as they are.
+
+    Args:
+        half: computed in bfloat16; else as whoever calls it says.
+    """
 
     def read(inputs: Tensor) -> list[Tensor]:
-        return [(pool(out, grids[i]) if i < len(grids) else out).float() for i, out in enumerate(trunk(inputs))]
+        with autocast(inputs.device, True) if half else nullcontext():
+            return [(pool(out, grids[i]) if i < len(grids) else out).float() for i, out in enumerate(trunk(inputs))]
 
     return read
 
@@ -291,6 +317,7 @@ def extract(
     device: torch.device,
     progress: Callable[[int], None],
     beside: Callable[[], Tensor] | None = None,
+    half: bool = False,
 ) -> list[Tensor]:
     """Pass each image once through a frozen network and return what each output gives, pooled, without keeping anything.
 
@@ -300,12 +327,13 @@ def extract(
         images: n of them.
         progress: called with the number of images done so far.
         beside: called after each step for one more output.
+        half: in bfloat16.
 
     Returns:
         One float32 tensor (n, features) an output, on the CPU, in the order of the images.
     """
     trunk.eval()
-    network = pooled(trunk, grids)
+    network = pooled(trunk, grids, half)
     done, parts = 0, []
     for batch, outputs in passes(network, images, range(len(images)), device, beside):
         parts.append([out.cpu() for out in outputs])
@@ -326,6 +354,7 @@ class Reader:
         backbone: that the trunk was cut from; its tensors say which columns of the store are meant.
         trunk: gives one tensor for each reading, and the source head's logits behind them where `logits` is true.
         beside: gives one more row an image after each step, kept under `beside_key`.
+        half: the network is passed in bfloat16.
     """
 
     def __init__(
@@ -340,16 +369,21 @@ class Reader:
         logits: bool = False,
         beside: Callable[[], Tensor] | None = None,
         beside_key: str = "",
+        half: bool = False,
     ) -> None:
-        self.trunk, self.device, self.beside = trunk, device, beside
-        self.network = pooled(trunk, [r.grids for r in readings])
+        self.trunk, self.device, self.side, self.beside = trunk, device, transforms.size, beside
+        self.network = pooled(trunk, [r.grids for r in readings], half)
         known = backbones.identities(backbone, [r.tap for r in readings], logits=logits or beside is not None)
         outputs = [(known[r.tap], r.tap, str(r.grids)) for r in readings]
         outputs += [(known[backbones.LOGITS], "logits", "")] if logits else []
         outputs += [(known[backbones.LOGITS], beside_key, "")] if beside else []
         self.widths = [sum(r.blocks) for r in readings]
         self._columns = [
-            (store, "|".join((*out, f"{transforms}|{device.type}|{FORMAT}")), f"{backbone.name} {out[1]} at {transforms.size} pixels")
+            (
+                store,
+                "|".join((*out, f"{transforms}|{kind(device, transforms.size, half)}|{FORMAT}")),
+                f"{backbone.name} {out[1]} at {transforms.size} pixels",
+            )
             for out in outputs
         ]
         self.columns: list[Column] = [store.column(key, label) for store, key, label in self._columns]
@@ -371,21 +405,27 @@ class Reader:
         kept: list[list[Tensor]] = []
         names: list[str] = []
         done = 0
-        for batch, outputs in passes(self.network, images, indices, self.device, self.beside):
-            kept.append([out.cpu() for out in outputs])
-            names += [images.rows[i].md5 for i in batch]
-            done += len(batch)
-            widest = max(out.shape[1] for out in kept[-1]) * 4
-            if len(names) + self.step > min(SHARD_ROWS, max(SHARD_BYTES // widest, self.step)):
-                self._keep(names, kept)
-                names, kept = [], []
-            progress(done)
+        with ThreadPoolExecutor(1) as writer:  # the network need not wait for the disk
+            written: Future[None] | None = None
+            for batch, outputs in _behind(passes(self.network, images, indices, self.device, self.beside)):
+                kept.append([out.cpu() for out in outputs])
+                names += [images.rows[i].md5 for i in batch]
+                done += len(batch)
+                widest = max(out.shape[1] for out in kept[-1]) * 4
+                if len(names) + self.step > min(SHARD_ROWS, max(SHARD_BYTES // widest, self.step)):
+                    if written is not None:
+                        written.result()  # one shard is written, one is filled: no more are in memory
+                    written = writer.submit(self._keep, names, kept)
+                    names, kept = [], []
+                progress(done)
+            if written is not None:
+                written.result()
         self._keep(names, kept)
 
     @property
     def step(self) -> int:
         """Images in a pass."""
-        return step(self.device)
+        return step(self.device, self.side)
 
     def _keep(self, names: Sequence[str], kept: Sequence[Sequence[Tensor]]) -> None:
         if names:
@@ -401,6 +441,15 @@ class Reader:
         """Return the features of these images, all of which must be kept."""
         md5s = [row.md5 for row in rows]
         return [column.rows(md5s) for column in self.columns]
+
+
+def _behind(steps: Iterator[tuple[list[int], list[Tensor]]]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Yield each step once the next one has been given to the device: a GPU computes it while this one's outputs are copied."""
+    last: list[tuple[list[int], list[Tensor]]] = []
+    for this in steps:
+        yield from last
+        last = [this]
+    yield from last
 
 
 def shard(count: int, rank: int, size: int) -> range:

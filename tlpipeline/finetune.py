@@ -42,7 +42,7 @@ from tlpipeline.workers import World, from_first, gather, reduced
 # A longer epoch is kept in parts, so that an interruption costs no more than this, or what a checkpoint is worth.
 CHECKPOINT_IMAGES = 100_000
 SLOWER_AT_MOST = 2
-LOOK_STEPS = 16  # between two looks of a GPU at whether gradients are numbers
+LOOK_STEPS = 16  # of a GPU between two looks at whether gradients are numbers, and at the clock
 IN_MEMORY_BYTES = 1 << 30
 AT_ONCE = 1024  # images that a worker reads between two looks at the clock
 
@@ -293,7 +293,7 @@ class Fit:
         if self.world.size == 1:
             return network  # type: ignore[return-value]
         ids = [self.world.device.index or 0] if self.world.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=not self.still)
 
     def _look(self, state: State, epochs: int, correct: str) -> None:
         """At a planned look of a race, say who is ahead; every worker comes to the same answer from the same predictions."""
@@ -372,7 +372,7 @@ class Fit:
                 )
             if step + 1 == len(batches):
                 break
-            if self.deadline.passed():
+            if (step + 1) % look == 0 and self.deadline.passed():
                 whole = False
                 break
             if (step + 1) % each == 0:
@@ -398,13 +398,14 @@ class Fit:
     def _step(self, network: nn.Module, indices: list[int], pixels: Tensor, images: Images, batch: int, state: State) -> Tensor:
         """Leave the gradient of a batch in the weights; return the summed loss of this worker's share. Memory that runs out halves the parts."""
         parts = max(state.accumulate, self.recipe.accumulate)
-        inputs, wanted = self._inputs(indices, pixels, images)
+        taken: tuple[Tensor, Tensor] | None = None
         while True:
             for parameter in self.model.parameters():
                 parameter.grad = None
             try:
+                taken = taken or self._inputs(indices, pixels, images)
                 # No more parts than the smallest share has images: all workers must take equally many.
-                return self._parts(network, inputs, wanted, images, batch, min(parts, batch // self.world.size))
+                return self._parts(network, *taken, images, batch, min(parts, batch // self.world.size))
             except torch.cuda.OutOfMemoryError as error:
                 found = f"expected room in the GPU's memory for {math.ceil(len(indices) / parts)} images at a time, found none. "
                 if 2 * parts > len(indices):

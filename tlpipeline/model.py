@@ -13,7 +13,7 @@ from tlpipeline import backbones
 from tlpipeline.backbones import Backbone, Transforms
 from tlpipeline.cache import Store
 from tlpipeline.errors import BackboneError, RegistryError
-from tlpipeline.features import Images, Reader, Reading, in_batches, passes, pool, step
+from tlpipeline.features import Images, Reader, Reading, in_batches, passes, pool, pooled, step
 from tlpipeline.files import write_json, write_tensors
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
@@ -30,6 +30,7 @@ class Description:
         classes: names in the order of the outputs.
         transforms: from an image to an input.
         frozen: the backbone is as it came: others read images with the same one, so what it reads is worth keeping.
+        in_bfloat16: the frozen backbone reads in bfloat16, as it did when the head was solved on a GPU.
         remarks: what bounded its training (time, memory), so that no second run need be equal.
     """
 
@@ -40,6 +41,7 @@ class Description:
     transforms: Transforms
     frozen: bool = False
     remarks: tuple[str, ...] = ()
+    in_bfloat16: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -57,6 +59,7 @@ class Description:
             Transforms(t["size"], t["resize"], tuple(t["mean"]), tuple(t["std"]), t["interpolation"]),
             bool(content.get("frozen", False)),
             tuple(content.get("remarks", ())),
+            bool(content.get("in_bfloat16", False)),
         )
 
 
@@ -65,9 +68,12 @@ class Classifier(nn.Module):
 
     Maps normalised images (batch, 3, size, size) to logits (batch, classes). Where it is frozen, the backbone stays in eval mode whatever
     `train()` is called with: requires_grad alone does not stop BatchNorm statistics, Dropout and StochasticDepth.
+
+    Args:
+        in_bfloat16: a frozen backbone reads in bfloat16, on whatever device.
     """
 
-    def __init__(self, backbone: Backbone, readings: Sequence[Reading], classes: int, frozen: bool) -> None:
+    def __init__(self, backbone: Backbone, readings: Sequence[Reading], classes: int, frozen: bool, in_bfloat16: bool = False) -> None:
         super().__init__()
         self.readings, self.backbone = tuple(readings), [backbone]  # in a list: what was cut off is no part of this module
         self.trunk = backbones.cut(backbone, [r.tap for r in readings])
@@ -76,12 +82,14 @@ class Classifier(nn.Module):
         self.head = nn.Linear(sum(self.blocks), classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.frozen = frozen
+        self.frozen, self.in_bfloat16 = frozen, frozen and in_bfloat16
         self.trunk.requires_grad_(not frozen)
         self.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled readings (batch, features)."""
+        if self.in_bfloat16:
+            return torch.cat(pooled(self.trunk, self.grids, half=True)(images), dim=1)
         return torch.cat([pool(maps, grids) for maps, grids in zip(self.trunk(images), self.grids, strict=True)], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -122,7 +130,7 @@ def load(folder: Path) -> tuple[Classifier, Description]:
         )
     description = _description(folder)
     backbone = backbones.load(description.architecture, backbones.NONE, size=description.transforms.size)
-    model = Classifier(backbone, description.readings, len(description.classes), description.frozen)
+    model = Classifier(backbone, description.readings, len(description.classes), description.frozen, description.in_bfloat16)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
@@ -159,13 +167,14 @@ def probabilities(
     """
     model.eval()
     if store is not None and isinstance(model, Classifier) and model.frozen:
-        reader = reader_of(model, store, images.transforms, device)
+        reader = reader_of(model, store, images.transforms, device, model.in_bfloat16)
         features = reader.read(images, progress)
         parts = []
-        for part in in_batches(len(images), step(device)):
+        size = step(device, images.transforms.size)
+        for part in in_batches(len(images), size):
             x = torch.cat([rows.take(slice(part.start, part.stop)) for rows in features], dim=1).to(device)
             with torch.inference_mode():
-                parts.append(model.head(_filled(x, step(device)))[: len(x)].float().softmax(1).cpu())
+                parts.append(model.head(_filled(x, size))[: len(x)].float().softmax(1).cpu())
         if parts:
             return torch.cat(parts)
     done, parts = 0, []
@@ -181,9 +190,9 @@ def probabilities(
     return torch.cat(parts)
 
 
-def reader_of(model: Classifier, store: Store, transforms: Transforms, device: torch.device) -> Reader:
-    """Return what reads images with the classifier's backbone as it is now."""
-    return Reader(store, model.backbone[0], model.trunk, model.readings, transforms, device)
+def reader_of(model: Classifier, store: Store, transforms: Transforms, device: torch.device, half: bool = False) -> Reader:
+    """Return what reads images with the classifier's backbone as it is now; `half`: in bfloat16."""
+    return Reader(store, model.backbone[0], model.trunk, model.readings, transforms, device, half=half)
 
 
 def _filled(x: Tensor, size: int) -> Tensor:

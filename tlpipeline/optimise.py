@@ -93,7 +93,7 @@ class Average:
 def flat(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the state of an optimiser as tensors by name."""
     return {
-        f"{parameter}.{name}": value.detach().cpu().clone()
+        f"{parameter}.{name}": value.detach().to("cpu", copy=True)
         for parameter, values in optimiser.state_dict()["state"].items()
         for name, value in values.items()
         if isinstance(value, Tensor)
@@ -101,10 +101,14 @@ def flat(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def unflat(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
-    """Give an optimiser the state that `flat` returned."""
+    """Give an optimiser the state that `flat` returned, in the memory layout of its parameters: on GPUs fused steps refuse any other."""
     content = optimiser.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         parameter, _, name = key.partition(".")
         state.setdefault(int(parameter), {})[name] = value
     optimiser.load_state_dict({**content, "state": state})
+    for weights, values in optimiser.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == weights.shape:
+                values[name] = torch.empty_like(weights, dtype=value.dtype).copy_(value)

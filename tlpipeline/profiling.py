@@ -24,7 +24,7 @@ from tlpipeline.backbones import Backbone
 from tlpipeline.cache import Store
 from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
-from tlpipeline.features import Images, Reader, Reading, extract, in_batches, normalise, reading
+from tlpipeline.features import Images, Reader, Reading, extract, in_batches, kind, normalise, reading
 from tlpipeline.kernels import CONFIRMED_ON, Kernels, kernels_of
 from tlpipeline.params import ProfileParams
 from tlpipeline.probes import head_similarity, pack, wilson
@@ -51,6 +51,7 @@ def measure(
     device: torch.device,
     reference: Reference | None = None,
     store: Store | None = None,
+    half: bool = False,
 ) -> Profile:
     """Profile the training side of a data set; the sample is doubled while the choice is open.
 
@@ -61,6 +62,7 @@ def measure(
         undecided: says of a profile whether more images could still change the choice.
         reference: statistics of images like the weights' own, at the same input size.
         store: keeps what is computed of each image, for later stages and runs.
+        half: the network reads in bfloat16, as the frozen cases will; gradients are taken in float32.
 
     Raises:
         DataError: there are no training images.
@@ -69,7 +71,7 @@ def measure(
     if not rows:
         raise DataError("expected training images to profile, found none. Check the quarantine list of ingest.")
     labels = {label: i for i, label in enumerate(manifest.classes)}
-    sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift)
+    sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift, half)
     val = manifest.used(VAL)
     aside, judges = sample([r for r in val if dataset.selects(r)], HELD_OUT, params.seed), sum(not dataset.selects(r) for r in val)
     drawn, read, kernels, profile = _large_enough(sight, rows, labels, judges, params, undecided)
@@ -165,10 +167,10 @@ class _Sight:
     """How a network sees images: features at all its taps, and what else is asked of single passes. What was seen is kept by content."""
 
     def __init__(
-        self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress, store: Store, shift: bool
+        self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress, store: Store, shift: bool, half: bool
     ) -> None:
         self.backbone, self.root, self.device, self.progress, self.store = backbone, root, device, progress, store
-        self.transforms = backbone.transforms.at(size)
+        self.half, self.transforms = half, backbone.transforms.at(size)
         self.taps = backbones.describe(backbone, size)
         self.readings = [reading(tap) for tap in self.taps]
         logits = backbone.source_classes > 0
@@ -177,7 +179,16 @@ class _Sight:
         self.watched = shift and self.watcher.channels > 0
         beside = self.watcher.taken if self.watched else None
         self.reader = Reader(
-            store, backbone, self.trunk, self.readings, self.transforms, device, logits=logits, beside=beside, beside_key="batchnorm"
+            store,
+            backbone,
+            self.trunk,
+            self.readings,
+            self.transforms,
+            device,
+            logits=logits,
+            beside=beside,
+            beside_key="batchnorm",
+            half=half,
         )
 
     def _cut(self, backbone: Backbone, taps: Sequence[str], logits: bool = False) -> nn.Module:
@@ -206,7 +217,8 @@ class _Sight:
         name = self.taps[-1].name
         known = backbones.identities(self.backbone, [name])[name]
         column = self.store.column(
-            f"{known}|gradients|{seed}|{BUCKETS}|{self.transforms}|{self.device.type}", f"{self.backbone.name} gradients at {name}"
+            f"{known}|gradients|{seed}|{BUCKETS}|{self.transforms}|{kind(self.device, self.transforms.size, False)}",
+            f"{self.backbone.name} gradients at {name}",
         )
         new = [row for row, there in zip(chosen, column.has([r.md5 for r in chosen]), strict=True) if not there]
         told = self._told("gradients", len(new))
@@ -236,7 +248,8 @@ class _Sight:
         for seed in (0, 1):
             trunk = self._cut(random_reference(self.backbone, first, seed), [r.tap for r in self.readings])
             images = Images(self.root, drawn, self.transforms)
-            read = extract(trunk, [r.grids for r in self.readings], images, self.device, self._told("random features", len(drawn)))
+            told = self._told("random features", len(drawn))
+            read = extract(trunk, [r.grids for r in self.readings], images, self.device, told, half=self.half)
             kernels = kernels_of(self.readings, read, labels, {})
             reached.append(max(float(kernels.fit([i])[1].mean()) for i in range(len(self.readings))))
         return (profile.best.accuracy - float(np.mean(reached))) / (1 - min(profile.majority, 0.99))

@@ -175,8 +175,9 @@ class Watcher:
     def _look(self, name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         maps = inputs[0].detach()
         if len(maps) == self._images > 0:
-            # A few images at a time: parts that stay in the processor's cache are four times as fast.
-            parts = [_moments(part) for part in maps.split(max(1, _NUMBERS // maps[0].numel()))]
+            # A few images at a time: parts that stay in a CPU's cache are four times as fast.
+            few = max(1, _NUMBERS // maps[0].numel()) if maps.device.type == "cpu" else len(maps)
+            parts = [_moments(part) for part in maps.split(few)]
             mean, variance = (torch.cat(column) for column in zip(*parts, strict=True))
             self._calls.setdefault(name, []).append((mean, variance))
 

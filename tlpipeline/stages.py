@@ -6,6 +6,7 @@ beside its place and moved there when it is complete, so an interrupted stage le
 
 import csv
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -102,6 +103,7 @@ def ingest(root: Path, progress: Progress) -> None:
 def profile(root: Path, progress: Progress) -> None:
     """Measure the data set on a bounded sample: profile.json."""
     from tlpipeline import choice, dataset, profiling, shift
+    from tlpipeline.precision import reads_in_bfloat16
     from tlpipeline.profile import Profile
 
     params = params_of(root)
@@ -116,10 +118,12 @@ def profile(root: Path, progress: Progress) -> None:
         raise ParamsError(
             f"expected profile.reference to be measured at {size} pixels, found {reference.size}. Run `tlpipeline refstats IMAGES` again."
         )
+    device = _device(params)
     with store(root) as kept:
         found = profiling.measure(
-            backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, _device(params), reference, kept
-        )
+            backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, reference, kept,
+            reads_in_bfloat16(device, params.train.precision),
+        )  # fmt: skip
     with _output(root, PROFILE) as (written,):
         written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
 
@@ -311,6 +315,8 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
 @contextmanager
 def store(root: Path) -> Iterator[Any]:
     """Give the workspace's cache of features and decoded images; afterwards, errors included, it is cut down to cache.max_gb."""
+    import torch
+
     from tlpipeline import cache
 
     limit = params_of(root).cache.max_gb * GIGABYTE
@@ -318,6 +324,9 @@ def store(root: Path) -> Iterator[Any]:
         yield cache.Store(root / CACHE if limit else None, limit)
     finally:
         cache.prune(root / CACHE, limit)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            gc.collect()
+            torch.cuda.empty_cache()  # the workers of the next stage may train on the same GPU
 
 
 def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callable[[int], None]) -> Any:
@@ -379,7 +388,9 @@ def reference(root: Path, images: Path, progress: Progress) -> Path:
 def _device(params: Params) -> Any:
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() and params.cluster.gpu is not False else "cpu")
+    from tlpipeline.precision import on_tensor_cores
+
+    return on_tensor_cores(torch.device("cuda" if torch.cuda.is_available() and params.cluster.gpu is not False else "cpu"))
 
 
 def _code_key(key: str, params: Params) -> str:

@@ -28,6 +28,7 @@ from tlpipeline.finetune import AT_ONCE, Deadline, Fit, Sides, batch_size
 from tlpipeline.heads import Labels, solve_head, validated
 from tlpipeline.job import Job, Tell, Teller, clock
 from tlpipeline.model import Classifier, Description, reader_of, save
+from tlpipeline.precision import reads_in_bfloat16
 from tlpipeline.workers import World, from_first, reduced
 
 CHUNK = 1024
@@ -59,8 +60,9 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     store = Store(Path(job.cache) if job.cache else None, job.cache_bytes)
     backbone = backbones.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=decision.size, seed=job.seed)
     transforms = backbone.transforms.at(decision.size)
-    model = Classifier(backbone, decision.readings, len(classes), frozen).to(world.device)
-    description = Description(job.backbone, decision.slice, decision.readings, classes, transforms, frozen)
+    half = reads_in_bfloat16(world.device, job.precision)
+    model = Classifier(backbone, decision.readings, len(classes), frozen, half).to(world.device)
+    description = Description(job.backbone, decision.slice, decision.readings, classes, transforms, frozen, in_bfloat16=model.in_bfloat16)
     sides = Sides(
         Path(job.images), train, val, np.array([index[r.label] for r in train]), np.array([index[r.label] for r in val]), transforms
     )
@@ -131,7 +133,7 @@ def _solve(
     blocks, classes = model.blocks, model.head.out_features
     imbalance = math.inf if recipe.balance == NONE else recipe.imbalance
     found: tuple[Tensor, Tensor, float] | None = None
-    reader = reader_of(model, store, sides.transforms, world.device)
+    reader = reader_of(model, store, sides.transforms, world.device, reads_in_bfloat16(world.device, job.precision))
     # Where the time is up, some of the images are missing, which come in the order of their hashes: at random.
     seen = frozen_features(reader, Images(sides.root, sides.val, sides.transforms), world, tell, deadline)
     if len(seen) < len(sides.val):
@@ -207,8 +209,11 @@ def frozen_features(reader: Reader, images: Images, world: World, tell: Tell, de
             text = f"features, {rate:.0f} images/s, waited {images.waited / took:.0%} for data, {clock(left)} left"
             tell(min(done * world.size, all_of_it), all_of_it, text)
 
-    for start in range(0, math.ceil(all_of_it / world.size), AT_ONCE):
-        reader.compute(images, mine[start : start + AT_ONCE], partial(told, start))
+    most = math.ceil(all_of_it / world.size)
+    # Each part begins with nothing decoded: only who must look at the clock takes parts.
+    each = AT_ONCE if deadline is not None and deadline.seconds else max(most, 1)
+    for start in range(0, most, each):
+        reader.compute(images, mine[start : start + each], partial(told, start))
         if deadline is not None and deadline.passed():
             break
     if world.size > 1:
