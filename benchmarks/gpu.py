@@ -214,11 +214,11 @@ def kept_images(bench: Bench) -> Images:
 # --- the product ----------------------------------------------------------------------------------------------------------------------
 
 
-def product(bench: Bench, on_ray: bool) -> tuple[float, float]:
-    """Return images/s, and the share of the time that waited for data, as a whole run reports them."""
+def product(bench: Bench, on_ray: bool) -> tuple[float, float, float]:
+    """Return images/s and the share of the time that waited for data, as a whole run reports them, and the run's seconds in all."""
     with tempfile.TemporaryDirectory(prefix="gpu-") as made:
         place = Path(made)
-        job = bench.job(place)
+        job, started = bench.job(place), time.perf_counter()
         if on_ray:
             from tlpipeline import distributed
             from tlpipeline.params import ClusterParams
@@ -232,7 +232,7 @@ def product(bench: Bench, on_ray: bool) -> tuple[float, float]:
             assert alone is not None
             finished = alone
         told = json.loads((finished / "history.json").read_text())["speed"]
-        return float(told["images_per_second"]), float(told["waited_for_data"])
+        return float(told["images_per_second"]), float(told["waited_for_data"]), time.perf_counter() - started
 
 
 # --- the report -----------------------------------------------------------------------------------------------------------------------
@@ -242,10 +242,12 @@ def measure(bench: Bench, options: argparse.Namespace) -> None:
     """Print a line for the network: medians over turns, bounds and product one after the other in each."""
     kinds: dict[str, Callable[[], float]] = {}
     waited: list[float] = []
+    whole: dict[bool, list[float]] = {False: [], True: []}
 
     def told(on_ray: bool) -> float:
-        found, idle = product(bench, on_ray)
+        found, idle, seconds = product(bench, on_ray)
         waited.append(idle)
+        whole[on_ray].append(seconds)
         return found
 
     if bench.frozen:
@@ -273,7 +275,13 @@ def measure(bench: Bench, options: argparse.Namespace) -> None:
         share = middle[kind] / middle[lower]
         verdict = "" if not kind.startswith("product") else f"  {'reaches' if share >= TARGET else 'MISSES'} {TARGET} of {lower}"
         print(f"  {kind:20} {middle[kind]:9.1f}  {share:6.3f}  ({min(found):.1f} to {max(found):.1f}){verdict}")
-    print(f"  the product waited for data {statistics.median(waited):.0%} of its time", flush=True)
+    print(f"  the product waited for data {statistics.median(waited):.0%} of its time")
+    images = len(bench.manifest.used(TRAIN)) * (1 if bench.frozen else EPOCHS)
+    for on_ray, seconds in whole.items():
+        if seconds:
+            middle_one = statistics.median(seconds)
+            beside = "decoding, validation, the head and checkpoints included" + (", and the start of Ray" if on_ray else "")
+            print(f"  the whole job took {middle_one:.1f} s, {beside}: {images / middle_one:.1f} images/s", flush=True)
 
 
 def made_up(place: Path, images: int) -> Manifest:
