@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,13 +19,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tlpipeline import backbones, cache, dataset, stages
+from tlpipeline import backbones, cache, dataset, profiling, stages
 from tlpipeline.backbones import Backbone
 from tlpipeline.cache import Column, Store, Table
 from tlpipeline.dataset import Row
 from tlpipeline.errors import DataError
 from tlpipeline.features import Images, Reader, Reading, extract, prepared, squeezed
 from tlpipeline.model import DESCRIPTION, Classifier, Description, load, probabilities, save
+from tlpipeline.params import ProfileParams
+from tlpipeline.progress import silent
 
 CPU = torch.device("cpu")
 FIRST, LAST = Reading("conv1", 32, (1, 2)), Reading("fc2", 128, (1,))
@@ -147,6 +151,25 @@ def test_what_is_kept_is_known_by_the_decoder_that_made_the_pixels(net: Backbone
         assert len(decoded.column.has([])) == 0
     assert len(keys) == 4
     assert all(f"Pillow {PIL.__version__}" in key for key in keys)
+
+
+def test_every_column_that_the_profile_keeps_is_known_by_the_decoder(
+    make_images: Callable[..., Path], net: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: dict[str, str] = {}
+    plain = Store.column
+
+    def asked(self: Store, key: str, label: str) -> Column:
+        labels[label] = key
+        return plain(self, key, label)
+
+    monkeypatch.setattr(Store, "column", asked)
+    folder = make_images(classes=2, each=16, name="profiled")
+    manifest = dataset.ingest(folder, {}, lambda done, total: None)
+    look = ProfileParams(images=16, images_max=16, tangent=True, shift=True, affinity=False, reference="none", seed=0)
+    profiling.measure(net, folder, manifest, 32, look, lambda seen: False, silent, CPU)
+    assert any("gradients" in label for label in labels)
+    assert all(f"Pillow {PIL.__version__}" in key for key in labels.values())
 
 
 def test_a_weight_behind_the_tap_plays_no_part_and_one_before_it_does(net: Backbone) -> None:
@@ -295,6 +318,25 @@ def test_two_processes_at_once_agree(tmp_path: Path) -> None:
     there = np.flatnonzero(column.has([md5(i) for i in range(200)]))
     assert len(there) >= 100
     assert torch.equal(column.rows([md5(i) for i in there]).all()[:, 0], torch.from_numpy(there).float())
+
+
+def test_two_readers_at_once_keep_what_one_would(listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
+    """Neither waits for the other: an image may be computed twice, to the same bits, and never again."""
+    folder, rows = listed
+    begun = threading.Barrier(2, timeout=60)
+
+    def read(part: list[Row]) -> int:
+        store = Store(tmp_path / "cache")
+        begun.wait()
+        return steps(store, net, folder, part, FIRST, LAST)
+
+    with ThreadPoolExecutor(2) as pool:
+        passed = list(pool.map(read, [rows, rows[::-1]]))
+    assert len(rows) / 16 <= sum(passed) <= 2 * len(rows) / 16
+    assert steps(Store(tmp_path / "cache"), net, folder, rows, FIRST, LAST) == 0
+    alone = reader(Store(), net, FIRST, LAST).read(Images(folder, rows, net.transforms), lambda done: None)
+    kept = reader(Store(tmp_path / "cache"), net, FIRST, LAST).rows(rows)
+    assert all(torch.equal(a.all(), b.all()) for a, b in zip(kept, alone, strict=True))
 
 
 def test_a_reader_sees_what_another_wrote_meanwhile(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from tests.conftest import set_param
-from tlpipeline import cli
+from tlpipeline import cli, versioning
 
 HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
 VERBS = {
@@ -460,6 +460,13 @@ def test_the_cache_is_shown_bounded_and_emptied(call: Callable[..., Said], regis
     set_param(place, "cache.max_gb", "0")
     call("predict", place / "model", picture, "-w", place)
     assert "0.000 of 0 GB" in call("cache", "info", "-w", place).out
+
+
+def test_the_cache_is_not_emptied_under_a_run(call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with versioning.workspace_lock(registered), monkeypatch.context() as other:
+        other.setattr(versioning, "_HOLDER", "NOBODY")  # as another process sees it, which the run did not start
+        assert "is running in it" in refused(call("cache", "clear", "-w", registered))
+    assert (registered / ".tlpipeline" / "cache").exists()
 
 
 def test_registry_lists_shows_promotes_and_refuses_to_roll_back_to_nothing(

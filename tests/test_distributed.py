@@ -3,6 +3,7 @@
 import contextvars
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +76,9 @@ def whole(ray_runtime: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
         )  # fmt: skip
 
     told: list[str] = []
+    torn = place / "runs" / "whole" / "checkpoint_manager_snapshot.json"  # as a kill leaves it: a fit that reads it fails
+    torn.parent.mkdir(parents=True)
+    torn.write_text('{"checkpoint_results": [')
     finished = distributed.run(made("whole"), TWO, "whole", place / "runs", lambda event: told.append(event.text))
     return Whole(finished, told, made)
 
@@ -123,6 +127,25 @@ def test_a_joined_cluster_says_itself_whether_it_has_gpus(
             distributed._enough(replace(TWO, gpu=asked), use_gpu)
     else:
         assert distributed._enough(replace(TWO, gpu=asked), use_gpu) is found
+
+
+@pytest.mark.parametrize(("content", "goes"), [('{"checkpoint_results": [', True), ('{"checkpoint_results": []}', False)])
+def test_a_torn_list_of_checkpoints_is_removed_with_what_it_lists(content: str, goes: bool, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint_manager_snapshot.json").write_text(content)
+    distributed._mend(tmp_path / "run")
+    assert (tmp_path / "run").exists() is not goes
+
+
+def test_a_full_disk_is_named_with_the_way_out() -> None:
+    class Failed(Exception):
+        def __init__(self, why: BaseException) -> None:
+            self.worker_failures = {0: why}
+
+    told = distributed._translated(Failed(RuntimeError("OSError: [Errno 28] No space left on device")), 1, "somewhere")
+    assert isinstance(told, ClusterError)
+    assert re.search(r"expected room for checkpoints in somewhere, found none .*the run resumes from it", str(told))
+    assert "failed more often than cluster.max_failures (1)" in str(distributed._translated(Failed(RuntimeError("else")), 1, "somewhere"))
 
 
 def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job], tmp_path: Path) -> None:

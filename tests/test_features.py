@@ -1,9 +1,11 @@
 """Features: inputs as the weights were trained on, each image once and in order, blocks that count alike."""
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from tlpipeline import backbones, dataset, features
 from tlpipeline.backbones import Tap, Transforms
 from tlpipeline.cache import Store
 from tlpipeline.dataset import Row
-from tlpipeline.errors import DataChanged
+from tlpipeline.errors import ClusterError, DataChanged
 from tlpipeline.features import (
     MAX_WIDTH,
     Images,
@@ -209,6 +211,49 @@ def extracted(listed: tuple[Path, list[Row]]) -> list[torch.Tensor]:
     net = backbones.load("nets:resnet20", "none")
     trunk = backbones.cut(net, ["layer1.2", "layer3.2"], logits=True)
     return extract(trunk, [(1, 2), (1,)], Images(*listed, net.transforms), CPU, lambda _: None)
+
+
+def test_files_are_decoded_no_larger_than_they_are_needed(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_images(classes=2, each=3, size=512)
+    row = dataset.ingest(folder, {}, lambda done, total: None).rows[0]
+    asked: list[int | None] = []
+    plain = dataset.decode
+
+    def noted(content: bytes, at_least: int | None = None) -> Image.Image:
+        asked.append(at_least)
+        return plain(content, at_least)
+
+    monkeypatch.setattr(dataset, "decode", noted)
+    next(iter(Images(folder, [row], PLAIN).batches([[0]])))
+    next(iter(Images(folder, [row], PLAIN, lambda image, *_: image.resize((32, 32))).batches([[0]])))
+    prepared(Store(), folder, PLAIN).pixels(row)
+    squeezed(Store(), folder, 96).pixels(row)
+    assert asked == [64, 128, 64, 192]
+
+
+def test_the_seconds_that_a_batch_is_waited_for_are_counted(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second at each look: two looks a batch."""
+    now = itertools.count()
+    monkeypatch.setattr(features, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    folder = make_images(classes=2, each=6)
+    images = Images(folder, list(dataset.ingest(folder, {}, lambda done, total: None).rows), PLAIN)
+    assert len(list(images.batches(in_batches(12, 3)))) == 4
+    assert images.waited == 4.0
+
+
+def test_memory_that_runs_out_in_a_pass_is_a_clear_error(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way to the GPU, too."""
+    folder = make_images(classes=2, each=3)
+    images = Images(folder, list(dataset.ingest(folder, {}, lambda done, total: None).rows), PLAIN)
+
+    def full(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ClusterError, match=r"expected room in the GPU's memory for a forward pass of 16 images of 32 pixels"):
+        list(features.passes(full, images, range(3), CPU))
+    monkeypatch.setattr(features, "normalise", full)
+    with pytest.raises(ClusterError, match=r"Set data\.size lower"):
+        list(features.passes(lambda inputs: [inputs], images, range(3), CPU))
 
 
 def test_workers_of_one_machine_share_its_cpus_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,12 @@ from tlpipeline.cases import CASES, Decision, Recipe, override
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import Row
 from tlpipeline.errors import MemoryFull, ParamsError, TrainingError
-from tlpipeline.features import Decoded, Images, Reading
+from tlpipeline.features import Decoded, Images, Reader, Reading
 from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.job import Job, Teller
-from tlpipeline.optimise import Average, decays, flat, optimiser, shares, unflat
+from tlpipeline.model import Classifier
+from tlpipeline.optimise import Average, decays, flat, optimiser, schedule, shares, unflat
+from tlpipeline.probes import pack
 from tlpipeline.workers import Alone
 
 Make = Callable[..., Job]
@@ -282,6 +284,17 @@ def a_fit(net: nn.Module, made: Job, labels: list[int], place: Path, workers: in
     return Fit(net, sides, recipe, made, world, Checkpoints(world, place, net), tell, "none", Store(), Deadline(0, world, 0))
 
 
+class ListedImages(Images):
+    """Batches that are there already."""
+
+    def __init__(self, fit: Fit, batches: Any) -> None:
+        super().__init__(fit.sides.root, fit.sides.train, fit.sides.transforms)
+        self.listed = batches
+
+    def batches(self, *_: Any, **__: Any) -> Any:
+        return iter(self.listed)
+
+
 def linear() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
@@ -363,6 +376,118 @@ def test_an_image_that_comes_back_in_an_epoch_is_seen_from_elsewhere(make_images
     assert torch.equal(again, next(iter(images.batches([[3 + len(rows)]])))[1])
 
 
+# --- what a recipe says reaches the steps ---------------------------------------------------------------------------------------------
+
+
+def rates_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the rate of each step that is taken, as it comes."""
+    rates: list[float] = []
+    plain = torch.optim.SGD.step
+
+    def noted(self: torch.optim.SGD, *given: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return plain(self, *given)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    return rates
+
+
+def test_one_schedule_runs_through_all_epochs(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = rates_of(monkeypatch)
+    trained(job(decided(TUNED, warm_up=0.3), epochs=3), tmp_path / "run")
+    images = len(dataset.read_manifest(tmp_path / "manifest.parquet").used("train"))
+    each = math.ceil(images / 16)
+    assert len(rates) == 3 * each
+    peak = TUNED.recipe.rate("none", 32) * 16 / 64
+    assert rates == pytest.approx([peak * schedule(step, 3 * each, 0.3) for step in range(3 * each)])
+    assert rates.index(max(rates)) == round(0.3 * 3 * each) - 1
+    assert rates[-1] < 0.05 * peak
+
+
+def test_gradients_are_clipped_at_the_norm_of_the_recipe(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    plain = torch.optim.SGD.step
+
+    def noted(self: torch.optim.SGD, *given: Any) -> Any:
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for g in self.param_groups for p in g["params"])))
+        return plain(self, *given)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    trained(job(decided(TUNED, clip=0.01), epochs=1), tmp_path / "run")
+    assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_labels_are_smoothed_as_much_as_the_recipe_says(smoothing: float, job: Make, tmp_path: Path) -> None:
+    net, labels = linear(), [0, 1, 2, 0, 1, 2, 0, 1]
+    fit = a_fit(net, job(decided(TUNED, label_smoothing=smoothing)), labels, tmp_path)
+    images = Images(tmp_path, fit.sides.train, fit.sides.transforms)
+    fit._parts(net, *fit._inputs(list(range(8)), PIXELS, images), images, 8, 1)
+    found = net[1].weight.grad
+    net.zero_grad()
+    wanted = torch.eye(3)[torch.tensor(labels)] * (1 - smoothing) + smoothing / 3
+    (-(wanted * net(finetune.normalise(PIXELS, fit.sides.transforms)).log_softmax(1)).sum(1).mean()).backward()
+    assert torch.allclose(found, net[1].weight.grad, atol=1e-6)
+
+
+def test_randaugment_is_as_strong_as_the_recipe_says(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(finetune, "augmentation", lambda *given: asked.append(given))
+    recipe = {"crop": 0.7, "randaugment": 3, "randaugment_magnitude": 17}
+    a_fit(linear(), job(decided(TUNED, **recipe), flip=True, seed=5), [0, 1] * 8, tmp_path)._views(4)
+    assert asked == [(0.7, True, 5, 4, 3, 17)]
+
+
+@pytest.mark.parametrize(("precision", "native", "kind"), [
+    ("auto", True, torch.bfloat16), ("auto", False, torch.float32), ("float32", True, torch.float32),
+])  # fmt: skip
+def test_steps_are_taken_in_bfloat16_where_the_processor_has_it(
+    precision: str, native: bool, kind: torch.dtype, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "computes_in_bfloat16", lambda device: native)
+    net, seen = linear(), []
+    net.register_forward_hook(lambda _, given, out: seen.append(out.dtype))
+    fit = a_fit(net, job(decided(TUNED), precision=precision), [0, 1, 2, 0, 1, 2, 0, 1], tmp_path)
+    images = Images(tmp_path, fit.sides.train, fit.sides.transforms)
+    fit._step(net, list(range(8)), PIXELS, images, 8, State(arm="fine-tune"))
+    assert seen == [kind]
+    assert net[1].weight.grad.dtype == torch.float32
+
+
+def test_weights_and_images_have_their_channels_last() -> None:
+    net = backbones.load("demonstration", "DEFAULT")
+    classifier = Classifier(net, [Reading("conv3", 128, (1,))], 3, frozen=False)
+    kernels = [p for p in classifier.parameters() if p.dim() == 4 and p.shape[1] > 1]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
+    assert finetune.normalise(PIXELS, net.transforms).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("batch", "shared"), [(64, False), (24, True)])
+def test_where_few_images_are_passed_batch_normalisation_is_made_one_over_all_workers(
+    batch: int, shared: bool, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    fit = a_fit(net, job(decided(TUNED), batch_size=batch), [0, 1] * 64, tmp_path, workers=2)
+    fit.world.device, fit.normalisation = torch.device("cuda"), "batch"
+    monkeypatch.setattr(Fit, "_parallel", lambda self: self.model)
+    before = set(net.state_dict())
+    fit.arm("scratch", 0, 0.1, State(arm="head"))
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in fit.model.modules()) is shared
+    assert set(fit.model.state_dict()) == before  # what is exported is the plain network
+
+
+def test_the_progress_and_the_record_of_fine_tuning_say_how_fast_it_is(job: Make, tmp_path: Path) -> None:
+    trained(job(decided(TUNED), epochs=2), tmp_path / "run")
+    told = [json.loads(line)["text"] for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    lines = [text for text in told if re.match(r"fine-tune epoch \d/2, ", text)]
+    assert len(lines) >= 2
+    assert all(re.search(r", \d+ images/s, waited \d+% for data, \d+:\d\d left$", text) for text in lines)
+    speed = json.loads((tmp_path / "run" / "scratch" / "finished" / "history.json").read_text())["speed"]
+    assert speed["images_per_second"] > 0
+    assert 0 < speed["waited_for_data"] < 1  # the first batch of an epoch is waited for
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +511,31 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate(job: Make, tmp_path: P
     assert all(v.isfinite().all() for v in weights.values())
     assert [h["epoch"] for h in history(tmp_path / "run") if h["arm"] == "fine-tune"] == [1, 2, 3]
     assert "diverged: back to epoch 1 with half the rate" in (tmp_path / "run.jsonl").read_text()
+
+
+def test_going_back_restores_weights_and_optimiser_and_halves_the_rate_from_there_on(
+    job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = len(dataset.read_manifest(Path(job(decided(TUNED)).manifest)).used("train"))
+    each = math.ceil(images / 16)
+    exploding(monkeypatch, {each + 3})  # the third step of the second epoch
+    rates, moved, plain = rates_of(monkeypatch), [], Fit._go_back
+
+    def go_back(self: Fit, *given: Any) -> Any:
+        moved.append(not same(self.model.state_dict(), self.checkpoint.current))
+        moving, average = plain(self, *given)
+        assert same(self.model.state_dict(), self.checkpoint.current)
+        assert same(flat(moving), self.checkpoint.optimiser)
+        assert same(average.weights, self.checkpoint.average)
+        assert flat(moving)
+        return moving, average
+
+    monkeypatch.setattr(Fit, "_go_back", go_back)
+    trained(job(decided(TUNED, average=0.9), epochs=3), tmp_path / "run")
+    assert moved == [True]
+    peak = TUNED.recipe.rate("none", 32) * 16 / 64
+    wanted = [peak * schedule(step, 3 * each, TUNED.recipe.warm_up) for step in range(3 * each)]
+    assert rates == pytest.approx([*wanted[: each + 2], *(rate / 2 for rate in wanted[each:])])
 
 
 @pytest.mark.parametrize(("at", "given_up"), [({6, 9}, False), ({6, 9, 12}, True)])
@@ -511,8 +661,11 @@ def test_a_time_budget_ends_a_run_with_the_best_model_so_far(job: Make, tmp_path
     assert all(v.isfinite().all() for v in weights.values())
 
 
-def test_a_time_budget_gives_back_the_best_finished_epoch(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told, seen = [0.95, 0.97, 0.6], {}
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_a_time_budget_gives_back_the_best_finished_epoch(
+    broken_off: bool, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, seen = [0.95, 0.97, 0.6, 0.99], {}
     validated, remember, left = finetune.validated, Checkpoints.keep, list(told)
 
     def scripted(*given: Any) -> tuple[float, float, str]:
@@ -524,12 +677,99 @@ def test_a_time_budget_gives_back_the_best_finished_epoch(job: Make, tmp_path: P
 
     monkeypatch.setattr(finetune, "validated", scripted)
     monkeypatch.setattr(Checkpoints, "keep", keep)
-    monkeypatch.setattr(Deadline, "passed", lambda _: len(left) == 1)
+    asked: list[int] = []
+
+    def passed(_: Deadline) -> bool:
+        asked.append(len(left))
+        # After the third epoch, or after the first step of it.
+        return len(left) == 1 or (broken_off and asked.count(2) == 2)
+
+    monkeypatch.setattr(Deadline, "passed", passed)
     weights = trained(job(replace(decided(TUNED), init="plain"), epochs=9, budget_minutes=1000), tmp_path / "run")
     state = finished(tmp_path / "run")
-    assert [h["accuracy"] for h in state["history"]] == told
+    assert [h["accuracy"] for h in state["history"]] == told[:3]
     assert (state["best_epoch"], state["best_accuracy"]) == (2, 0.97)
+    assert state["remarks"] == [f"train.budget_minutes ended fine-tune {'in' if broken_off else 'after'} epoch 3 of 9"]
     assert same(weights, seen[2])
+
+
+def test_a_gpu_that_looks_at_the_clock_seldom_looks_at_it_after_each_epoch(
+    job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(Deadline, "passed", lambda _: bool(looked.append(0)) or len(looked) > 4)
+    monkeypatch.setattr(finetune, "LOOK_STEPS", {"cpu": 1000})
+    fit = a_fit(linear(), job(decided(TUNED), budget_minutes=1000, epochs=9), [0, 1, 2] * 16, tmp_path)
+    batches = [([0, 1, 2, 3], PIXELS[:4])] * 3
+    monkeypatch.setattr(Fit, "_images", lambda self, epochs: (ListedImages(self, batches), ListedImages(self, [])))
+    monkeypatch.setattr(finetune, "probabilities", lambda *_: torch.full((2, 3), 1 / 3))
+    state = State(arm="head")
+    fit.arm("fine-tune", 9, 0.1, state)
+    assert (state.epoch, len(looked)) == (5, 5)
+    assert state.remarks == ["train.budget_minutes ended fine-tune after epoch 5 of 9"]
+
+
+@pytest.mark.parametrize(("told", "kept"), [
+    ([0.9, 0.95, 0.8], 3),  # the schedule's end counts, whatever was better on the way
+    ([0.99, 0.2, 0.1], 0),  # clearly worse than the head at the end: the head
+])  # fmt: skip
+@pytest.mark.parametrize("budget", [0.0, 1000.0])
+def test_a_time_budget_that_is_not_reached_keeps_what_a_free_run_keeps(
+    budget: float, told: list[float], kept: int, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, validated, seen = list(told), finetune.validated, {}
+
+    def scripted(chances: torch.Tensor, labels: Any) -> tuple[float, float, str]:
+        accuracy = left.pop(0)
+        right = np.arange(len(labels)) < round(accuracy * len(labels))
+        return accuracy, 1.0, pack(right)
+
+    remember = Checkpoints.keep
+
+    def keep(self: Checkpoints, state: State, *rest: Any) -> None:
+        remember(self, state, *rest)
+        seen[state.epoch] = self.current
+
+    monkeypatch.setattr(finetune, "validated", scripted)
+    monkeypatch.setattr(train, "validated", lambda chances, labels: (0.9, 1.0, pack(np.arange(len(labels)) < round(0.9 * len(labels)))))
+    monkeypatch.setattr(Checkpoints, "keep", keep)
+    assert validated is not scripted
+    weights = trained(job(decided(TUNED), epochs=3, budget_minutes=budget), tmp_path / "run")
+    state = finished(tmp_path / "run")
+    assert (state["best_arm"], state["best_epoch"]) == (("fine-tune", 3) if kept else ("head", 0))
+    assert state["remarks"] == []
+    if kept:
+        assert same(weights, seen[kept])
+    else:
+        assert not any(same(weights, each) for each in seen.values())
+
+
+def test_time_that_was_spent_before_an_interruption_counts(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Deadline(1, Alone(tmp_path), 50.0).late()
+    assert Deadline(1, Alone(tmp_path), 60.0).passed()
+    begun: list[float] = []
+
+    class Noted(Deadline):
+        def __init__(self, minutes: float, world: Any, before: float) -> None:
+            super().__init__(minutes, world, before)
+            begun.append(before)
+
+    plain, written = Alone.report, [0]
+
+    def stop(self: Alone, metrics: Any, folder: Path | None) -> None:
+        plain(self, metrics, folder)
+        written[0] += 1
+        if written[0] == 2:
+            raise Stopped
+
+    monkeypatch.setattr(train, "Deadline", Noted)
+    with monkeypatch.context() as patched:
+        patched.setattr(Alone, "report", stop)
+        with pytest.raises(Stopped):
+            trained(job(decided(TUNED), budget_minutes=1000), tmp_path / "run")
+    trained(job(decided(TUNED), budget_minutes=1000), tmp_path / "run")
+    assert begun[0] == 0.0
+    assert begun[1] > 0.0
 
 
 def test_a_time_budget_that_is_not_needed_changes_nothing(job: Make, tmp_path: Path) -> None:
@@ -557,6 +797,17 @@ def test_a_time_budget_ends_the_random_views_of_a_frozen_case(job: Make, tmp_pat
     trained(job(decided(CASES[0]), views=5, budget_minutes=1000), tmp_path / "run")
     assert finished(tmp_path / "run")["remarks"] == ["train.budget_minutes ended the features after 2 of 5 random views"]
     assert asked == ["image", "image", "view", "view", "view"]
+
+
+def test_where_the_time_is_up_no_random_view_is_begun(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[int] = []
+    compute = Reader.compute
+    monkeypatch.setattr(
+        Reader, "compute", lambda self, images, indices, told: (passed.append(len(indices)), compute(self, images, indices, told))[1]
+    )
+    trained(job(decided(CASES[0]), views=6, budget_minutes=1e-9), tmp_path / "run")
+    assert sum(passed) == len(dataset.read_manifest(tmp_path / "manifest.parquet").used("train", "val"))
+    assert finished(tmp_path / "run")["remarks"][0] == "train.budget_minutes ended the features after 0 of 6 random views"
 
 
 # --- no validation ----------------------------------------------------------------------------------------------------------------

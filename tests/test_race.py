@@ -106,6 +106,29 @@ def test_an_undecided_race_runs_the_whole_schedule_and_goes_to_the_cheaper_arm(s
     assert any("look" in event.text for event in told)
 
 
+@pytest.mark.parametrize(("minutes", "epochs"), [(1e-9, 0), (1000.0, EPOCHS)])
+def test_a_time_budget_ends_a_race_for_the_frozen_head(
+    minutes: float, epochs: int, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    plain = distributed.run
+
+    def noted(job: Job, *rest: Any) -> Path:
+        asked.append(job.budget_minutes)
+        return plain(job, *rest)
+
+    monkeypatch.setattr(distributed, "run", noted)
+    bounded = dataclasses.replace(setting)
+    monkeypatch.setattr(bounded, "job", lambda decision: dataclasses.replace(setting.job(decision), budget_minutes=minutes))
+    decision, kept = bounded.run(OPEN, monkeypatch, f"bounded-{epochs}")
+    assert decision.race is not None
+    assert decision.race.winner == "frozen"
+    assert (decision.race.ended == "train.budget_minutes ended it undecided") is (epochs == 0)
+    assert bool(decision.race.looks) is (epochs > 0)
+    assert (kept / "model" / "weights.safetensors").exists()
+    assert 0 < asked[1] < asked[0] or epochs == 0  # both arms share it
+
+
 def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     decision, _ = setting.run(OPEN, monkeypatch, "judges")
     assert decision.race is not None

@@ -269,7 +269,9 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
 
 def bounded(root: Path) -> tuple[str, ...]:
     """Return what bounded the training of the workspace's model: time or memory that ran out."""
-    return tuple(stages.read_json(root, f"{stages.MODEL}/model.json").get("remarks", ()))
+    remarks = tuple(stages.read_json(root, f"{stages.MODEL}/model.json").get("remarks", ()))
+    raced = (stages.read_json(root, stages.CASE).get("race") or {}).get("ended", "")
+    return remarks + ((f"the race: {raced}",) if raced.startswith("train.budget_minutes") else ())
 
 
 # --- report ---------------------------------------------------------------------------------------------------------------------------
@@ -583,10 +585,15 @@ def cached(root: Path) -> tuple[list[tuple[str, str, str, str]], str]:
 
 
 def clear_cache(root: Path) -> str:
-    """Delete the cache of a workspace; return a sentence about it."""
+    """Delete the cache of a workspace; return a sentence about it.
+
+    Raises:
+        WorkspaceError: a run is in the workspace.
+    """
     from tlpipeline import cache
 
     stages.params_of(root)
-    size = sum(k.bytes for k in cache.info(root / stages.CACHE))
-    cache.clear(root / stages.CACHE)
+    with versioning.workspace_lock(root):  # a run keeps what it computes there
+        size = sum(k.bytes for k in cache.info(root / stages.CACHE))
+        cache.clear(root / stages.CACHE)
     return f"{size / 1e6:.1f} MB deleted; the next run computes what it needs again"

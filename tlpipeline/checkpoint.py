@@ -18,8 +18,8 @@ from tlpipeline.workers import World, from_first
 
 SHARE = 0.1  # of the time that checkpoints between epochs may take: on a GPU a small epoch is shorter than its checkpoint
 
-STATE, CURRENT, BEST, OPTIMISER, AVERAGE, MODEL = (
-    "state.json", "current.safetensors", "best.safetensors", "optimiser.safetensors", "average.safetensors", "model",
+STATE, CURRENT, BEST, SPARE, OPTIMISER, AVERAGE, MODEL = (
+    "state.json", "current.safetensors", "best.safetensors", "spare.safetensors", "optimiser.safetensors", "average.safetensors", "model",
 )  # fmt: skip
 
 
@@ -30,6 +30,7 @@ class State:
     Attributes:
         arm: head, fine-tune or scratch: what runs; epoch: epochs of it that are done; step: steps of the next one, loss: their summed loss.
         best_*: the best validation so far, and which arm reached it in which epoch.
+        spare_*: the best epoch of the arm that runs, which counts only if time ends the arm before its schedule does.
         history: a line for each epoch.
         looks, winner, ended: of a race (see cases.Look and cases.Race).
         slower: times that the rate was halved because training diverged; accumulate: parts of a batch, 0 for the recipe's.
@@ -47,6 +48,9 @@ class State:
     best_epoch: int = 0
     best_accuracy: float = -1.0
     best_loss: float = math.inf
+    spare_epoch: int = 0
+    spare_accuracy: float = -1.0
+    spare_loss: float = math.inf
     head_penalty: float = 0.0
     history: list[dict[str, float | str]] = field(default_factory=list)
     looks: list[dict[str, Any]] = field(default_factory=list)
@@ -77,6 +81,26 @@ class State:
             self.best_arm, self.best_epoch, self.best_accuracy, self.best_loss = self.arm, self.epoch, accuracy, loss
             return True
         return False
+
+    def spared(self, accuracy: float, loss: float) -> bool:
+        """Note a validation before the end of an arm; say whether it is the arm's best so far."""
+        if (accuracy, -loss) > (self.spare_accuracy, -self.spare_loss):
+            self.spare_epoch, self.spare_accuracy, self.spare_loss = self.epoch, accuracy, loss
+            return True
+        return False
+
+    def cut_short(self) -> bool:
+        """Note that time ended the arm; say whether its best epoch is better than what there was."""
+        if not self.spare_epoch or (self.spare_accuracy, -self.spare_loss) <= (self.best_accuracy, -self.best_loss):
+            return False
+        self.best_arm, self.best_epoch = self.arm, self.spare_epoch
+        self.best_accuracy, self.best_loss = self.spare_accuracy, self.spare_loss
+        return True
+
+    def begin(self, arm: str) -> None:
+        """Start an arm."""
+        self.arm, self.epoch, self.step, self.slower = arm, 0, 0, 0
+        self.spare_epoch, self.spare_accuracy, self.spare_loss = 0, -1.0, math.inf
 
     def replaced(self, accuracy: float, loss: float, correct: str, images: int) -> bool:
         """Note the end of an arm; say whether it takes the place of what there was.
@@ -116,6 +140,7 @@ class Checkpoints:
         self.world, self.folder, self.model = world, folder, model
         self.current: dict[str, Tensor] = {}
         self.best: dict[str, Tensor] = {}
+        self.spare: dict[str, Tensor] = {}
         self.optimiser: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
         self.written = folder / "checkpoint"
@@ -128,6 +153,10 @@ class Checkpoints:
     def keep_best(self) -> None:
         """Remember the weights as the best so far."""
         self.best = _copied(self.model)
+
+    def keep_spare(self) -> None:
+        """Remember the weights as the best of the arm that runs."""
+        self.spare = _copied(self.model)
 
     def keep(self, state: State, optimiser: torch.optim.Optimizer, average: Average) -> None:
         """Remember all that `write` writes: what a step that fails goes back to, whether it is written or not."""
@@ -160,7 +189,8 @@ class Checkpoints:
         folder = self.written
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for tensors, name in ((self.current, CURRENT), (self.best, BEST), (self.optimiser, OPTIMISER), (self.average, AVERAGE)):
+        kept = {CURRENT: self.current, BEST: self.best, SPARE: self.spare, OPTIMISER: self.optimiser, AVERAGE: self.average}
+        for name, tensors in kept.items():
             write_tensors(tensors, folder / name)
         write_json(asdict(state), folder / STATE)
         self.world.report(metrics, folder)
@@ -180,8 +210,11 @@ class Checkpoints:
                 self.model.load_state_dict(load_file(folder / MODEL / "weights.safetensors"))
                 self.keep_best()
                 return state
-            self.current, self.best = load_file(folder / CURRENT), load_file(folder / BEST)
-            self.optimiser, self.average = load_file(folder / OPTIMISER), load_file(folder / AVERAGE)
+            # What a race of an older version left has no spare.
+            self.current, self.best, self.spare, self.optimiser, self.average = (
+                load_file(folder / name) if name != SPARE or (folder / name).exists() else {}
+                for name in (CURRENT, BEST, SPARE, OPTIMISER, AVERAGE)
+            )
             self.model.load_state_dict(self.current)
             return state
 

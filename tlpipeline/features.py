@@ -282,10 +282,12 @@ def passes(
     with torch.inference_mode():
         parts = [[indices[i] for i in part] for part in in_batches(len(indices), size)]
         for batch, pixels in images.batches(parts, pinned=device.type == "cuda"):
-            inputs = normalise(pixels.to(device, non_blocking=True), images.transforms)
-            if len(batch) < size:
-                inputs = torch.cat([inputs, inputs.new_zeros(size - len(batch), *inputs.shape[1:])]).to(memory_format=torch.channels_last)
             try:
+                inputs = normalise(pixels.to(device, non_blocking=True), images.transforms)
+                if len(batch) < size:
+                    inputs = torch.cat([inputs, inputs.new_zeros(size - len(batch), *inputs.shape[1:])]).to(
+                        memory_format=torch.channels_last
+                    )
                 outputs = [*network(inputs), *([beside()] if beside else [])]
             except torch.cuda.OutOfMemoryError as error:
                 # Not in smaller steps: a network may answer in other last digits then, and what is kept of it would depend on free memory.

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ def full(error: OSError) -> bool:
 def whole(path: Path) -> Iterator[Path]:
     """Give a draft to write, in the same folder; it takes the place of the file if the body succeeds, and is removed if not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # two processes may write the same file
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")  # others may write the same file, here or on another machine
     try:
         yield draft
         with draft.open("rb+") as file:

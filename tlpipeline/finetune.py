@@ -42,9 +42,9 @@ from tlpipeline.workers import World, from_first, gather, reduced
 # A longer epoch is kept in parts, so that an interruption costs no more than this, or what a checkpoint is worth.
 CHECKPOINT_IMAGES = 100_000
 SLOWER_AT_MOST = 2
-LOOK_STEPS = 16  # of a GPU between two looks at whether gradients are numbers, and at the clock
+LOOK_STEPS = {"cpu": 1, "cuda": 16}  # between two looks at whether gradients are numbers, and at the clock: a look stops a GPU
 IN_MEMORY_BYTES = 1 << 30
-AT_ONCE = 1024  # images that a worker reads between two looks at the clock
+AT_ONCE = 256  # images that a worker reads between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Fit:
             TrainingError: the loss is no number at a quarter of the rate, too; or a GPU has no room for two images.
         """
         if state.arm != name:
-            state.arm, state.epoch, state.step, state.slower = name, 0, 0, 0
-            self.checkpoint.optimiser, self.checkpoint.average = {}, {}
+            state.begin(name)
+            self.checkpoint.optimiser, self.checkpoint.average, self.checkpoint.spare = {}, {}, {}
             self.checkpoint.keep_current()
         elif state.finished:
             return
@@ -166,8 +166,11 @@ class Fit:
             average.swap()
             self._look(state, epochs, correct)
             state.speed, state.waited = round(speed, 1), round(waited, 4)
-            if not whole:
-                state.remark(f"train.budget_minutes ended {name} in epoch {state.epoch} of {epochs}")
+            late = not whole or (state.epoch < epochs and self.deadline.passed())
+            if late:
+                state.remark(f"train.budget_minutes ended {name} {'after' if whole else 'in'} epoch {state.epoch} of {epochs}")
+                if state.cut_short():
+                    self.checkpoint.best = self.checkpoint.spare
             state.seconds = self.deadline.spent if self.deadline.seconds else 0.0
             self.checkpoint.keep(state, moving, average)
             if self.checkpoint.due():
@@ -180,7 +183,7 @@ class Fit:
                 f"{speed:.0f} images/s, waited {waited:.0%} for data, {clock(left)} left",
                 important=True,
             )
-            if not whole:
+            if late:
                 self.tell(state.epoch, epochs, f"{state.remarks[-1]}; the best model so far is kept", important=True)
                 return
 
@@ -194,15 +197,17 @@ class Fit:
         accuracy, log_loss, correct = validated(chances, self.sides.val_labels)
         line: dict[str, float | str] = {"arm": state.arm, "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "log_loss": log_loss}
         state.history.append(line | {"correct": correct})
-        ended = state.epoch == epochs or not whole
-        if len(self.sides.val) and (self.recipe.patience or not whole or (self.deadline.seconds and not ended)):
-            # Where the time may end the schedule, any epoch may be the best one that there will be.
-            keep = state.better(accuracy, log_loss)
-        else:
+        ended, judged = whole and state.epoch == epochs, len(self.sides.val) > 0
+        if judged and self.recipe.patience:
+            if state.better(accuracy, log_loss):
+                self.checkpoint.keep_best()
+        elif ended or (not whole and not judged):
             # The schedule runs to its end, and its last epoch is the one that counts.
-            keep = ended and state.replaced(accuracy, log_loss, correct, len(self.sides.val))
-        if keep:
-            self.checkpoint.keep_best()
+            if state.replaced(accuracy, log_loss, correct, len(self.sides.val)):
+                self.checkpoint.keep_best()
+        elif judged and self.deadline.seconds and state.spared(accuracy, log_loss):
+            # Should the time end the schedule, this is the best that there is; should it not, it is forgotten.
+            self.checkpoint.keep_spare()
         return accuracy, correct
 
     def _start(self, rate: float, state: State) -> tuple[torch.optim.Optimizer, Average]:
@@ -342,8 +347,8 @@ class Fit:
         images.augment, images.waited = self._views(state.epoch), 0.0
         self._train_mode()
         total, seen, started = torch.zeros((), dtype=torch.float64, device=world.device), 0, time.monotonic()
-        # Asking a GPU for an answer stops it. What is trained until then is thrown away with the step that went wrong.
-        finite, look = torch.ones((), dtype=torch.bool, device=world.device), 1 if world.device.type == "cpu" else LOOK_STEPS
+        # What is trained until a look is thrown away with the step that went wrong.
+        finite, look = torch.ones((), dtype=torch.bool, device=world.device), LOOK_STEPS[world.device.type]
         trained, whole = sum(len(b) for b in batches[: state.step]), True
         mine = [[int(i) for i in batch[world.rank :: world.size]] for batch in batches[state.step :]]
         for step, (indices, pixels) in enumerate(images.batches(mine, pinned=world.device.type == "cuda"), state.step):

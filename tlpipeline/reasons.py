@@ -32,7 +32,7 @@ def reason(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, head
             f"(P(similar) {weighed.similar:.2f})"
         )
     )
-    raced = "" if race is None else f"; raced over {len(race.looks)} look{'s' * (len(race.looks) > 1)}: {race.ended}"
+    raced = "" if race is None else f"; raced over {len(race.looks)} look{'s' * (len(race.looks) != 1)}: {race.ended}"
     several = f" that reads {len(profile.multi.taps)} taps" if head == "multi" else ""
     done = {
         ("end", "kept"): f"everything is frozen and a new head{several} is trained",

@@ -147,8 +147,7 @@ def choose(root: Path, progress: Progress) -> None:
             name = _code_key(versioning.stage_key(root, "choose"), params)
 
             def start(arm: cases.Decision) -> Any:
-                made = _job(root, params, cases.override(arm, params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
-                return dataclasses.replace(made, budget_minutes=0.0)  # the bound is the train stage's
+                return _job(root, params, cases.override(arm, params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
 
             with store(root):
                 decision = race.run(found, weighing.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)

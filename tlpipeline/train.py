@@ -150,6 +150,9 @@ def _solve(
     views = job.views if model.frozen and len(there) == len(sides.train) else 0
     readers = [reader]
     for view in range(1, views + 1):
+        if deadline.passed():
+            state.remark(f"train.budget_minutes ended the features after {view - 1} of {views} random views")
+            break
         augment = augmentation(recipe.crop, job.flip, job.seed, view)
         name = f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})"
         of_view = reader.of_view(name)
