@@ -27,10 +27,12 @@ fix: $(STAMP)
 	$(ACTIVATE) ruff format .
 
 bench: $(STAMP)
-	$(ACTIVATE) python benchmarks/architectures.py run
+	$(ACTIVATE) python benchmarks/architectures.py run --again
 	$(ACTIVATE) python benchmarks/architectures.py table
 	$(ACTIVATE) python benchmarks/cases.py
 	$(ACTIVATE) python benchmarks/regret.py report
+	$(ACTIVATE) python benchmarks/peers.py tutorial --again
+	$(ACTIVATE) python benchmarks/peers.py methods --again --methods ours torchvision/8 $(if $(FASTAI),fastai --fastai $(FASTAI))
 	$(ACTIVATE) python benchmarks/speed.py cache --size 128
 	$(ACTIVATE) python benchmarks/speed.py memory
 	$(ACTIVATE) python benchmarks/speed.py solvers

@@ -5,19 +5,18 @@ row says (behind the last tap, or behind a middle one with a head that reads the
 `train.run` on two workers of a gloo group, exported, and reloaded. Frozen tensors must be those of the start, the others must have moved,
 and the reloaded model must say what the uncut network with its tensors says. Few images, at the smallest size that the network takes.
 
-    python benchmarks/architectures.py run [NETWORK ...] [--memory-gb 12] [--work DIR] [--case CASE ...]
+    python benchmarks/architectures.py run [NETWORK ...] [--again] [--memory-gb 12] [--work DIR] [--case CASE ...]
     python benchmarks/architectures.py taps
     python benchmarks/architectures.py table
 
 `run` appends a row to benchmarks/results/architectures.csv for each network and case that has none yet, smallest networks first, so it can
-be interrupted at any moment; what failed is tried again. It fails if a row says so. Where two workers, each with its gradients and its
+be interrupted at any moment; what failed is tried again, and with --again everything that is asked for. It fails if a row says so. Where two workers, each with its gradients and its
 optimiser, need more than --memory-gb, one process takes the step, and where that is too much as well, none does: the row says which.
 `taps` notes the taps of the networks that have not been run, which takes seconds each and no memory: PyTorch's meta device counts without
 computing. `table` writes docs/architectures.md from the rows.
 """
 
 import argparse
-import csv
 import gc
 import hashlib
 import json
@@ -38,9 +37,10 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(HERE)]
 
 from architectures import BATCH, CLASSES, Trained, check, decide, described, inputs, only_read, outline, paint_images, smallest, undrawn  # noqa: E402
+from grid import append, rewrite, rows_of  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from tlpipeline import backbones, dataset, model  # noqa: E402
@@ -110,10 +110,15 @@ class Plan:
 def run(options: argparse.Namespace) -> int:
     """Run what has no row yet; return how many rows say that something failed."""
     path = options.results / ROWS
-    kept = [row for row in rows_of(path) if row["step_ok"] == "yes"]
+    wanted = [name for name in networks() if not options.networks or name in options.networks]
+    asked = (
+        {(name, case.name) for name in wanted for case in CASES if not options.case or case.name in options.case}
+        if options.again
+        else set()
+    )
+    kept = [row for row in rows_of(path) if row["step_ok"] == "yes" and (row["network"], row["case"]) not in asked]
     rewrite(path, COLUMNS, kept)
     done = {(row["network"], row["case"]) for row in kept}
-    wanted = [name for name in networks() if not options.networks or name in options.networks]
     together: list[Plan] = []
     for name in wanted:
         cases = [case for case in CASES if (name, case.name) not in done and (not options.case or case.name in options.case)]
@@ -340,31 +345,6 @@ def note_missing(path: Path) -> None:
             note_taps(path, backbone, described(backbone, backbone.transforms.size))
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """Read a table of results, [] where there is none yet."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def rewrite(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Write a table of results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    with draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    draft.replace(path)
-
-
-def append(path: Path, columns: Sequence[str], row: Mapping[str, object]) -> None:
-    """Add a line to a table of results at once, so that nothing is lost when the run is stopped."""
-    with path.open("a", newline="") as file:
-        csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
-
-
 # --- the page -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +425,7 @@ def main() -> None:
     parser.add_argument("verb", choices=("run", "taps", "table"))
     parser.add_argument("networks", nargs="*", help="only these, by torchvision's names")
     parser.add_argument("--case", nargs="+", choices=[case.name for case in CASES], help="only these cases")
+    parser.add_argument("--again", action="store_true", help="run what has a row, too: rows do not know which code they are of")
     parser.add_argument("--memory-gb", type=float, default=12, help="what all processes together may use")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints and exports go, deleted after")

@@ -5,7 +5,8 @@
 Each case runs the pipeline once undisturbed and then, in a copy of the same workspace, disturbed. What survives must have the undisturbed
 run's dvc.lock (which names the model and each epoch's losses by their hashes) and weights, a clean `dvc status`, and one registered version.
 
-    random      kills whole runs (SIGKILL, with all their processes) at random moments until a try gets through, --times times
+    random      kills whole runs (SIGKILL, with all their processes) at random moments until a try gets through, --times times, every fourth
+                run with two Ray workers
     worker      kills one of two Ray workers while it trains; the run itself must go on
     driver      kills the process that was started, and nothing that it started; the next run must go on
     node        a Ray cluster of two nodes of its own, one CPU each: kills one with all that runs on it, and starts another in its place
@@ -175,10 +176,12 @@ class Chaos:
 
     # --- the cases --------------------------------------------------------------------------------------------------------------------
 
-    def random(self, times: int, workers: int) -> None:
-        _, length = self.undisturbed(workers)
+    def random(self, times: int) -> None:
+        lengths = {workers: self.undisturbed(workers)[1] for workers in (0, 2)}
         number = 0
         while number < times:
+            workers = 0 if (number + 1) % 4 else 2
+            length = lengths[workers]
             workspace = self.workspace(f"random{number}", workers)
             moments: list[float] = []
             while True:
@@ -192,13 +195,13 @@ class Chaos:
                     run.kill()
                     moments.append(moment)
             if not moments and not code:
-                length = max(run.seconds, 6)  # it ended before the moment came: another one, and sooner
+                lengths[workers] = max(run.seconds, 6)  # it ended before the moment came: another one, and sooner
                 shutil.rmtree(workspace)
                 continue
             number += 1
             killed = ", ".join(f"{m:.0f} s" for m in moments) or "never"
             problems = [f"exit code {code}: {run.text()[-1500:]}"] if code else []
-            self.judge(f"random {number}/{times}", f"killed after {killed}", workspace, workers, problems)
+            self.judge(f"random {number}/{times}", f"{workers} workers, killed after {killed}", workspace, workers, problems)
 
     def worker(self) -> None:
         self.undisturbed(2)
@@ -401,7 +404,6 @@ def main() -> None:
         "case", nargs="*", default="all", choices=("all", *cases), metavar="case", help=f"all, or some of {', '.join(cases)}"
     )
     parser.add_argument("--times", type=int, default=20, help="of random")
-    parser.add_argument("--workers", type=int, default=0, help="of random")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     # A shell starts what runs in its background deaf to Ctrl-C, and all that is started from there inherits it.
@@ -415,7 +417,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="chaos-"))
     chaos = Chaos(work, options.seed)
     for case in wanted:
-        chaos.random(options.times, options.workers) if case == "random" else getattr(chaos, case)()
+        chaos.random(options.times) if case == "random" else getattr(chaos, case)()
     if chaos.lost:
         sys.exit(f"lost something: {'; '.join(chaos.lost)}. Workspaces and logs are in {work}.")
     shutil.rmtree(work, ignore_errors=True)

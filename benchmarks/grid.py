@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,18 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def append(path: Path, columns: Sequence[str], row: dict[str, object]) -> None:
+def rewrite(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """Write a table of results, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    with draft.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    draft.replace(path)
+
+
+def append(path: Path, columns: Sequence[str], row: Mapping[str, object]) -> None:
     """Add a line to a table of results at once, so that nothing is lost when the run is stopped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()

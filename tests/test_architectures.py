@@ -8,22 +8,25 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import CLASSES, check, decide, only_read, outline, paint_images, smallest, step
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_cases import decision_for
 from torch import Tensor
 from torchvision import models
 
-from tlpipeline import dataset
+from tlpipeline import dataset, train
 from tlpipeline.backbones import FAMILIES, Backbone, Tap, cut, describe, input_size, load
 from tlpipeline.cases import CASES, Case
 from tlpipeline.errors import BackboneError
-from tlpipeline.features import Images
+from tlpipeline.features import Images, reading
+from tlpipeline.job import Job
+from tlpipeline.workers import Alone
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = (
@@ -67,6 +70,43 @@ def test_each_family_goes_through_each_case(net: Net, case: Case, painted: Path,
     decision = decide(net.backbone.tap_names, net.taps, net.size, case)
     trained = step(net.backbone, net.start, decision, images, [CLASSES.index(row.label) for row in rows], shown, tmp_path / "model")
     check(net.backbone, decision, trained, shown)
+
+
+@pytest.mark.parametrize(("name", "normalisation", "optimiser"), [("mobilenet_v3_small", "batch", "SGD"), ("swin_t", "layer", "AdamW")])
+def test_a_family_is_fine_tuned_as_a_run_does_it(
+    name: str, normalisation: str, optimiser: str, painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 64 pixels, where BatchNorm keeps its statistics, and in the processor's own number format."""
+    backbone = load(name, "none", size=64)
+    last = describe(replace(backbone, tap_names=backbone.tap_names[-1:]), 64)[0]
+    made = Job(
+        workspace=str(tmp_path), images=str(painted / "images"), manifest=str(painted / "manifest.parquet"), backbone=name, weights="none",
+        weights_md5="none", decision=decision_for(CASES[2], [reading(last)], 64).to_json(), seed=0, epochs=2, batch_size=8, flip=True,
+        precision="auto", history=str(tmp_path / "run.jsonl"),
+    )  # fmt: skip
+    stepped: list[tuple[str, int, int]] = []
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+
+        def step(self: torch.optim.Optimizer, *given: object, plain: Callable[..., object] = kind.step) -> object:
+            stepped.append(
+                (type(self).__name__, len({g["share"] for g in self.param_groups}), len({g["weight_decay"] for g in self.param_groups}))
+            )
+            return plain(self, *given)
+
+        monkeypatch.setattr(kind, "step", step)
+    (tmp_path / "scratch").mkdir()
+    finished = train.run(made, Alone(tmp_path / "kept"), tmp_path / "scratch")
+    assert finished is not None
+    assert backbone.normalisation == normalisation
+    assert {kind for kind, _, _ in stepped} == {optimiser}
+    assert all(decays == 2 and (rates > 5) is (normalisation == "layer") for _, rates, decays in stepped)  # by depth
+    trained, start = load_file(finished / "model" / "weights.safetensors"), backbone.module.state_dict()
+    moved = {key.removeprefix("trunk.") for key, value in trained.items() if key != "head.weight" and key != "head.bias"
+             and not torch.equal(value, start[key.removeprefix("trunk.")])}  # fmt: skip
+    # Random weights under statistics that nobody measured pass little on: some gradients vanish.
+    assert len(moved) > 0.7 * sum(p.requires_grad for p in cut(backbone, backbone.tap_names[-1:]).parameters())
+    assert not any("running" in key or "tracked" in key for key in moved)
+    assert all(bool(value.isfinite().all()) for value in trained.values() if value.is_floating_point())
 
 
 # --- what the families have in common -------------------------------------------------------------------------------------------------
