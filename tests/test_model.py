@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tlpipeline import backbones, dataset
-from tlpipeline.errors import BackboneError, RegistryError
+from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
 from tlpipeline.features import Images, Reading
 from tlpipeline.files import write_json, write_tensors
 from tlpipeline.model import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, save
@@ -254,3 +254,44 @@ def test_probabilities_stand_in_the_order_of_the_images(make_images: Callable[..
     assert torch.allclose(whole.sum(1), torch.ones(15))
     assert torch.equal(chances(rows[::-1]).flip(0), whole)
     assert chances([]).shape == (0, 3)
+
+
+def full_above(model: Classifier, most: int) -> list[int]:
+    """Have a network's passes run out of memory above so many images; return how many each was asked for."""
+    asked: list[int] = []
+
+    def full(_: Any, given: Any) -> None:
+        asked.append(len(given[0]))
+        if len(given[0]) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(full)
+    return asked
+
+
+def test_a_trained_network_answers_for_fewer_images_at_a_time_where_memory_runs_out(make_images: Callable[..., Path]) -> None:
+    """So that a fine-tuning whose batches fitted in parts is not lost in its validation."""
+    pictures = make_images(classes=2, each=5)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*dataset.SIDES)
+    model, description = build("nets:resnet20", frozen=False)
+    images, cpu = Images(pictures, rows, description.transforms), torch.device("cpu")
+    plain = probabilities(model, images, cpu, lambda done: None)
+    asked = full_above(model, 5)
+    told: list[int] = []
+    assert torch.allclose(probabilities(model, images, cpu, told.append), plain, atol=1e-5)
+    assert asked == [16, 8, 4, 4, 4]  # the last one filled up
+    assert told == [4, 8, 10]
+    full_above(model, 0)
+    with pytest.raises(PassTooLarge, match="a forward pass of 1 images"):
+        probabilities(model, images, cpu, lambda done: None)
+
+
+def test_a_frozen_network_never_answers_for_fewer(make_images: Callable[..., Path]) -> None:
+    """What is kept of it would depend on how much memory was free."""
+    pictures = make_images(classes=2, each=5)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*dataset.SIDES)
+    model, description = build("nets:resnet20", frozen=True)
+    asked = full_above(model, 5)
+    with pytest.raises(PassTooLarge, match="a forward pass of 16 images"):
+        probabilities(model, Images(pictures, rows, description.transforms), torch.device("cpu"), lambda done: None)
+    assert asked == [16]

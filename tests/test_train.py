@@ -615,8 +615,8 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     plain = features.passes
 
-    def passes(network: Any, images: Images, indices: Any, *rest: Any) -> Iterator[Any]:
-        for batch, outputs in plain(network, images, indices, *rest):
+    def passes(network: Any, images: Images, indices: Any, *rest: Any, **named: Any) -> Iterator[Any]:
+        for batch, outputs in plain(network, images, indices, *rest, **named):
             seen.extend(images.rows[i].md5 for i in batch)
             yield batch, outputs
 

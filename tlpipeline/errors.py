@@ -52,6 +52,10 @@ class TrainingError(PipelineError):
     """Training diverged again and again, or its smallest part does not fit into memory."""
 
 
+class PassTooLarge(ClusterError):
+    """A GPU has no room for a forward pass of as many images as are passed together."""
+
+
 class MemoryFull(TrainingError):
     """A GPU has no room for its share of a batch.
 

@@ -25,7 +25,7 @@ from tlpipeline import backbones, dataset
 from tlpipeline.backbones import Backbone, Tap, Transforms
 from tlpipeline.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
 from tlpipeline.dataset import Pixels, Row
-from tlpipeline.errors import ClusterError
+from tlpipeline.errors import PassTooLarge
 from tlpipeline.precision import autocast
 
 # Part of every key: other code makes other rows of an image, and another decoder other pixels.
@@ -271,14 +271,19 @@ def passes(
     indices: Sequence[int],
     device: torch.device,
     beside: Callable[[], Tensor] | None = None,
+    size: int | None = None,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Pass images through a network in steps of one size, the last one filled up with zeros: yield (indices, outputs without the filling).
 
     Args:
         network: in eval mode; maps (step, 3, size, size) to tensors (step, ...).
         beside: called after each step for one more output.
+        size: of a step, where it is not the usual one.
+
+    Raises:
+        PassTooLarge: a GPU has no room for a step.
     """
-    size = step(device, images.transforms.size)
+    size = size or step(device, images.transforms.size)
     with torch.inference_mode():
         parts = [[indices[i] for i in part] for part in in_batches(len(indices), size)]
         for batch, pixels in images.batches(parts, pinned=device.type == "cuda"):
@@ -291,7 +296,7 @@ def passes(
                 outputs = [*network(inputs), *([beside()] if beside else [])]
             except torch.cuda.OutOfMemoryError as error:
                 # Not in smaller steps: a network may answer in other last digits then, and what is kept of it would depend on free memory.
-                raise ClusterError(
+                raise PassTooLarge(
                     f"expected room in the GPU's memory for a forward pass of {size} images of {images.transforms.size} pixels, found none. "
                     "Set data.size lower, or cluster.gpu to false, or end what else is on this GPU."
                 ) from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tlpipeline import backbones
 from tlpipeline.backbones import Backbone, Transforms
 from tlpipeline.cache import Store
-from tlpipeline.errors import BackboneError, RegistryError
+from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
 from tlpipeline.features import Images, Reader, Reading, in_batches, passes, pool, pooled, step
 from tlpipeline.files import write_json, write_tensors
 
@@ -177,16 +177,29 @@ def probabilities(
                 parts.append(model.head(_filled(x, size))[: len(x)].float().softmax(1).cpu())
         if parts:
             return torch.cat(parts)
+    size = step(device, images.transforms.size)
+    while True:
+        try:
+            return _passed(model, images, device, progress, size)
+        except PassTooLarge:
+            # What a trained network says is kept nowhere: its last digits may depend on how many images are asked about together.
+            if size == 1 or (isinstance(model, Classifier) and model.frozen):
+                raise
+            size //= 2
+
+
+def _passed(model: nn.Module, images: Images, device: torch.device, progress: Callable[[int], None], size: int) -> Tensor:
+    """Return what `probabilities` does, by passes of so many images."""
     done, parts = 0, []
-    for batch, (logits,) in passes(lambda inputs: [model(inputs)], images, range(len(images)), device):
+    for batch, (logits,) in passes(lambda inputs: [model(inputs)], images, range(len(images)), device, size=size):
         parts.append(logits.float().softmax(1).cpu())
         done += len(batch)
         progress(done)
     if not parts:
         # The width of an empty answer (a worker without a share) is that of any answer.
-        size = images.transforms.size
+        side = images.transforms.size
         with torch.inference_mode():
-            parts = [model(torch.zeros(1, 3, size, size, device=device)).float().cpu()[:0]]
+            parts = [model(torch.zeros(1, 3, side, side, device=device)).float().cpu()[:0]]
     return torch.cat(parts)
 
 
