@@ -825,6 +825,23 @@ def test_without_validation_images_what_was_trained_is_what_is_kept(recipe: dict
     assert (state["best_arm"], state["best_epoch"]) == ("fine-tune", 2)
 
 
+def test_without_validation_images_a_time_budget_keeps_what_was_trained(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = job(decided(TUNED), epochs=9, budget_minutes=1000)
+    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
+    none = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != "val"))
+    dataset.write_manifest(none, tmp_path / "manifest.parquet", tmp_path / "quarantine.csv")
+    monkeypatch.setattr(finetune, "LOOK_STEPS", {"cpu": 1000})
+    plain = Fit._epoch
+    monkeypatch.setattr(Fit, "_epoch", lambda self, *given: (setattr(self.deadline, "before", 1e9), plain(self, *given))[1])
+    weights = trained(made, tmp_path / "run")
+    state = finished(tmp_path / "run")
+    assert state["remarks"] == ["train.budget_minutes ended fine-tune after epoch 1 of 9"]
+    assert (state["best_arm"], state["best_epoch"]) == ("fine-tune", 1)
+    assert not torch.equal(
+        weights["trunk.conv1.0.weight"], backbones.load("demonstration", "DEFAULT").module.state_dict()["conv1.0.weight"]
+    )
+
+
 def test_fine_tuning_gained_if_the_epoch_that_is_kept_did() -> None:
     line = {"loss": 0.0, "log_loss": 1.0, "correct": ""}
     head, best, last = (

@@ -129,6 +129,19 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
     assert 0 < asked[1] < asked[0] or epochs == 0  # both arms share it
 
 
+def test_a_race_that_stops_early_is_not_won_by_fine_tuning(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = dataclasses.replace(setting)
+
+    def job(decision: Decision) -> Job:
+        made = dataclasses.replace(decision, recipe=dataclasses.replace(decision.recipe, patience=1))
+        return dataclasses.replace(setting.job(made), epochs=60)
+
+    monkeypatch.setattr(patient, "job", job)
+    decision, _ = patient.run(OPEN, monkeypatch, "patient")
+    assert decision.race is not None
+    assert (decision.race.winner, decision.race.ended) == ("frozen", "early stopping ended it undecided")
+
+
 def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     decision, _ = setting.run(OPEN, monkeypatch, "judges")
     assert decision.race is not None

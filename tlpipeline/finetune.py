@@ -169,8 +169,7 @@ class Fit:
             late = not whole or (state.epoch < epochs and self.deadline.passed())
             if late:
                 state.remark(f"train.budget_minutes ended {name} {'after' if whole else 'in'} epoch {state.epoch} of {epochs}")
-                if state.cut_short():
-                    self.checkpoint.best = self.checkpoint.spare
+                self._keep_what_there_is(state)
             state.seconds = self.deadline.spent if self.deadline.seconds else 0.0
             self.checkpoint.keep(state, moving, average)
             if self.checkpoint.due():
@@ -201,7 +200,7 @@ class Fit:
         if judged and self.recipe.patience:
             if state.better(accuracy, log_loss):
                 self.checkpoint.keep_best()
-        elif ended or (not whole and not judged):
+        elif ended:
             # The schedule runs to its end, and its last epoch is the one that counts.
             if state.replaced(accuracy, log_loss, correct, len(self.sides.val)):
                 self.checkpoint.keep_best()
@@ -209,6 +208,14 @@ class Fit:
             # Should the time end the schedule, this is the best that there is; should it not, it is forgotten.
             self.checkpoint.keep_spare()
         return accuracy, correct
+
+    def _keep_what_there_is(self, state: State) -> None:
+        """Keep the best epoch of an arm that time has ended, if it is better than what there was; without validation what was trained."""
+        if len(self.sides.val):
+            if state.cut_short():
+                self.checkpoint.best = self.checkpoint.spare
+        elif state.replaced(0.0, math.inf, "", 0):
+            self.checkpoint.keep_best()
 
     def _start(self, rate: float, state: State) -> tuple[torch.optim.Optimizer, Average]:
         """Return optimiser and moving average as the last checkpoint left them."""

@@ -59,8 +59,9 @@ def run(
     looks = tuple(Look(**look) for look in state["looks"])
     images, others = profile.images, 2 * profile.validation
     cost = cost_of(arms["frozen"], images, others) + images + others + state["epoch"] * (3 * images + others)
-    # What had no time to be raced has none to be trained.
-    winner, ended = (state["winner"], state["ended"]) if state["winner"] else ("frozen", f"{BUDGET} ended it undecided")
+    winner, ended = state["winner"], state["ended"]
+    if not winner:  # what had no time to be raced has none to be trained; and what stops early was not ahead
+        winner, ended = "frozen", f"{BUDGET if state['remarks'] else 'early stopping'} ended it undecided"
     race = Race(looks, winner, ended, float(cost))
     shutil.copytree({"frozen": frozen, "tuned": tuned}[race.winner], kept, dirs_exist_ok=True)
     return choice.decide(profile, weighed, race.winner == "tuned", race)
