@@ -9,13 +9,15 @@ brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for
     python benchmarks/regret.py collect [--data DIR] [--grid core|full|lite0] [--only TEXT ...] [--arms ARM ...]
     python benchmarks/regret.py rates [--data DIR] [--only TEXT ...]
     python benchmarks/regret.py above [--data DIR] [--only TEXT ...]
+    python benchmarks/regret.py several [--data DIR] [--grid core|full|lite0] [--only TEXT ...]
     python benchmarks/regret.py fit
     python benchmarks/regret.py report
 
 `profile` measures what the product would measure of each unit and trains the frozen heads; `collect` trains everything, arm by arm, small
 subsets first. Both run what has no row yet, so they can be interrupted at any moment, and sort the rows when they are through. `rates` trains
 LP-FT on 500 images at a third and three times the recipe's rate, and says what choosing the rate on validation would bring. `above` trains
-only the blocks above the first third, and above two thirds, of 500 and 2,000 images, and says what that loses and saves. `fit` refits
+only the blocks above the first third, and above two thirds, of 500 and 2,000 images, and says what that loses and saves. `several` trains LP-FT with
+a head that reads several taps, as the frozen one does, and says what that gains. `fit` refits
 tlpipeline/outlook.json, `report` prints the figures and draws regret.svg.
 The figures of `report` are those of the core grid: eight data sets, two networks. Three more data sets and two more networks (packages.py) have rows
 as well, on which nothing is fitted; they stand below. With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
@@ -65,6 +67,7 @@ from grid import (  # noqa: E402
     SCRATCH_FROM,
     SECOND_SEED_UNTIL,
     SEED,
+    SEVERAL,
     SLICES_AT,
     TRAINED,
     UNITS,
@@ -205,12 +208,14 @@ def first_blocks_fixed(backbone: backbones.Backbone, last: str, share: float) ->
 
 
 def train_arm(
-    unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0, fixed: float = 0.0
-) -> dict[str, object]:
+    unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0, fixed: float = 0.0,
+    read: Sequence[str] = (),
+) -> dict[str, object]:  # fmt: skip
     """Run an arm that trains the whole network, as the product runs it but for a factor on its rate, and return its row.
 
     Args:
         fixed: share of the blocks, from the first on, that are not trained after all.
+        read: taps that the head reads, the last one first; by default the last one alone.
     """
     net = unit.network
     weights, md5 = (backbones.NONE, backbones.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
@@ -221,6 +226,8 @@ def train_arm(
     row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, **{kind: getattr(row.recipe, kind) * factor for kind in kinds}))
     init = {"tuned": "pretrained", "plain": "plain", "scratch": "random"}[arm]
     decision = dataclasses.replace(uncut(row, taps[-1], net.size), init=init)
+    if read:
+        decision = dataclasses.replace(decision, readings=tuple(reading(tap) for name in read for tap in taps if tap.name == name))
     with tempfile.TemporaryDirectory(prefix="regret-") as place:
         here = Path(place)
         dataset.write_manifest(manifest, here / "manifest.parquet", here / "quarantine.csv")
@@ -473,9 +480,42 @@ def above(options: argparse.Namespace) -> None:
         )
 
 
+def several(options: argparse.Namespace) -> None:
+    """Train LP-FT with the head that reads several taps where that has no row yet, and print what it gains against the one on the last tap."""
+    found = folders(options.data, options.work)
+    path = options.results / SEVERAL
+    look = dataclasses.replace(params.load(HERE.parent / "params.yaml").profile, tangent=False, shift=False)
+    for unit, rows, largest in grid(options.grid, found, options.work, options.only):
+        if tuple(map(str, unit.key)) not in {(r["data"], r["backbone"], r["n"], r["seed"]) for r in rows_of(path)}:
+            net, manifest = unit.network, split(rows, unit.n, largest, unit.seed)
+            backbone = backbones.load(net.name, str(options.weights / net.weights), md5=net.md5, size=net.size, seed=unit.seed)
+            seen = profiling.measure(
+                backbone, found[unit.data], manifest, net.size, look, lambda profile: False, silent, torch.device("cpu")
+            )
+            similar = similarity(options.results, unit)
+            row = train_arm(unit, "tuned", similar, manifest, found[unit.data], options.weights, read=seen.multi.taps)
+            append(path, COLUMNS, row | {"arm": "several"})
+    arms = {(r["data"], r["backbone"], r["n"], r["seed"], r["arm"]): r for r in rows_of(options.results / ARMS)}
+    gained: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for row in rows_of(path):
+        unit_of = row["data"], row["backbone"], row["n"], row["seed"]
+        reached, last = percent(row), percent(arms[*unit_of, "tuned"])
+        best, many = max(percent(arms[*unit_of, arm]) for arm in FROZEN), percent(arms[*unit_of, "multi"])
+        size = row["n"] if int(row["n"]) <= SLICES_AT else "more"
+        gained.setdefault((row["backbone"], size), []).append((reached - last, reached - many, max(reached, best) - max(last, best)))
+        print(*unit_of, f"several taps {reached:.1f} %, the last one {last:.1f} %, frozen on several {many:.1f} %", sep="  ")
+    for kind, points in sorted(gained.items()):
+        of = np.array(points)
+        error = of[:, 0].std(ddof=1) / len(of) ** 0.5 if len(of) > 1 else float("nan")
+        print(
+            f"{kind[0]}, {kind[1]} images, {len(of)} units: {of[:, 0].mean():+.2f} points against LP-FT on the last tap (standard error {error:.2f}), "
+            f"{of[:, 1].mean():+.2f} against the frozen head on several; the better of the two arms {of[:, 2].mean():+.2f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "fit", "report"))
+    parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "several", "fit", "report"))
     parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
     parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights files")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -495,6 +535,8 @@ def main() -> None:
         rates(options)
     elif options.verb == "above":
         above(options)
+    elif options.verb == "several":
+        several(options)
     elif options.verb == "profile":
         profiles(options)
         tidy(options.results)
