@@ -1,6 +1,7 @@
 """The cache: an image's features are computed once, by content; nothing half-written is ever used; it keeps to its bound."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -337,6 +338,43 @@ def test_two_readers_at_once_keep_what_one_would(listed: tuple[Path, list[Row]],
     alone = reader(Store(), net, FIRST, LAST).read(Images(folder, rows, net.transforms), lambda done: None)
     kept = reader(Store(tmp_path / "cache"), net, FIRST, LAST).rows(rows)
     assert all(torch.equal(a.all(), b.all()) for a, b in zip(kept, alone, strict=True))
+
+
+def test_shards_that_are_written_apart_are_the_same_and_their_errors_are_raised(
+    listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, on a CPU."""
+    folder, rows = listed
+    images = Images(folder, rows, net.transforms)
+    monkeypatch.setattr("tlpipeline.features.SHARD_ROWS", 32)
+    threads: set[str] = set()
+    plain = Reader._keep
+
+    def keep(self: Reader, *given: object) -> None:
+        threads.add(threading.current_thread().name)
+        plain(self, *given)
+
+    monkeypatch.setattr(Reader, "_keep", keep)
+    found = []
+    for apart in (False, True):
+        asked = reader(Store(tmp_path / str(apart)), net, FIRST, LAST)
+        assert not asked.apart
+        asked.apart = apart
+        found.append([r.all() for r in asked.read(images, lambda done: None)])
+        assert (threads == {threading.current_thread().name}) is not apart
+        threads.clear()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(list((tmp_path / "True").glob("*/*.safetensors"))) == 2 * 5
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(Reader, "_keep", full)
+    for part in (rows, rows[:3]):  # in the middle, and at the end
+        asked = reader(Store(tmp_path / "full"), net, FIRST, LAST)
+        asked.apart = True
+        with pytest.raises(OSError, match="no room"):
+            asked.read(Images(folder, part, net.transforms), lambda done: None)
 
 
 def test_a_reader_sees_what_another_wrote_meanwhile(tmp_path: Path) -> None:

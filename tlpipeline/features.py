@@ -379,6 +379,7 @@ class Reader:
         half: bool = False,
     ) -> None:
         self.trunk, self.device, self.side, self.beside = trunk, device, transforms.size, beside
+        self.apart = device.type != "cpu"  # on a CPU a second shard in memory would win nothing
         self.network = pooled(trunk, [r.grids for r in readings], half)
         known = backbones.identities(backbone, [r.tap for r in readings], logits=logits or beside is not None)
         outputs = [(known[r.tap], r.tap, str(r.grids)) for r in readings]
@@ -412,22 +413,17 @@ class Reader:
         kept: list[list[Tensor]] = []
         names: list[str] = []
         done = 0
-        with ThreadPoolExecutor(1) as writer:  # the network need not wait for the disk
-            written: Future[None] | None = None
+        with _Writer(self._keep, apart=self.apart) as write:
             for batch, outputs in _behind(passes(self.network, images, indices, self.device, self.beside)):
                 kept.append([out.cpu() for out in outputs])
                 names += [images.rows[i].md5 for i in batch]
                 done += len(batch)
                 widest = max(out.shape[1] for out in kept[-1]) * 4
                 if len(names) + self.step > min(SHARD_ROWS, max(SHARD_BYTES // widest, self.step)):
-                    if written is not None:
-                        written.result()  # one shard is written, one is filled: no more are in memory
-                    written = writer.submit(self._keep, names, kept)
+                    write(names, kept)
                     names, kept = [], []
                 progress(done)
-            if written is not None:
-                written.result()
-        self._keep(names, kept)
+            write(names, kept)
 
     @property
     def step(self) -> int:
@@ -448,6 +444,35 @@ class Reader:
         """Return the features of these images, all of which must be kept."""
         md5s = [row.md5 for row in rows]
         return [column.rows(md5s) for column in self.columns]
+
+
+class _Writer:
+    """Writes shards: at once, or apart in a thread, one while the next is filled, so that a GPU need not wait for the disk."""
+
+    def __init__(self, keep: Callable[[Sequence[str], Sequence[Sequence[Tensor]]], None], apart: bool) -> None:
+        self.keep, self.pool = keep, ThreadPoolExecutor(1) if apart else None
+        self.written: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __call__(self, names: Sequence[str], kept: Sequence[Sequence[Tensor]]) -> None:
+        """Write a shard; the last one is safe, or its error is raised, when this returns."""
+        if self.pool is None:
+            self.keep(names, kept)
+            return
+        self._wait()
+        self.written = self.pool.submit(self.keep, names, kept)
+
+    def _wait(self) -> None:
+        if self.written is not None:
+            self.written.result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+            if kind is None:
+                self._wait()
 
 
 def _behind(steps: Iterator[tuple[list[int], list[Tensor]]]) -> Iterator[tuple[list[int], list[Tensor]]]:

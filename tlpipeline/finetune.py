@@ -305,7 +305,7 @@ class Fit:
         if self.world.size == 1:
             return network  # type: ignore[return-value]
         ids = [self.world.device.index or 0] if self.world.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=not self.still)
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
 
     def _look(self, state: State, epochs: int, correct: str) -> None:
         """At a planned look of a race, say who is ahead; every worker comes to the same answer from the same predictions."""
