@@ -252,11 +252,15 @@ HERE_RUN: dict[str, Callable[[Job], Answer]] = {OURS: ours, TUTORIAL: tutorial} 
 
 
 def measure(options: argparse.Namespace, part: str, data: str, job: Job, keys: dict[str, object]) -> None:
-    """Run a method in a new process, unless it has a row that is good enough, and put its row in that one's place."""
+    """Run a method in a new process, unless it has a row and is not asked for --again, and add its row in place of that one."""
     path = options.results / PEERS
     key = {"part": part, "data": data, **keys, "size": job.size, "test": len(job.test), "method": job.method}
-    others = [row for row in rows_of(path) if any(row[name] != str(value) for name, value in key.items())]
-    if len(others) < len(rows_of(path)) and not options.again:
+
+    def others(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        return [row for row in rows if any(row[name] != str(value) for name, value in key.items())]
+
+    there = rows_of(path)
+    if len(others(there)) < len(there) and not options.again:
         return
     with tempfile.TemporaryDirectory(prefix="peers-") as place:
         asked, told = Path(place) / "job.json", Path(place) / "answer.json"
@@ -273,7 +277,7 @@ def measure(options: argparse.Namespace, part: str, data: str, job: Job, keys: d
         "classes": len(job.classes), "train": len(job.train), "val": len(job.val), "hits": hits, "cpu_s": round(sum(spent.values()), 2),
         "wall_s": round(answer["wall_s"], 2), "imports_s": round(answer["imports_s"], 2), "threads": options.threads,
     }  # fmt: skip
-    rewrite(path, COLUMNS, [*others, row])
+    rewrite(path, COLUMNS, [*others(rows_of(path)), row])  # read again: another run may have added its own meanwhile
     print(
         f"{data} n={keys['n']} seed={keys['seed']} {job.method} {row['case']}: {hits / len(job.test):.4f}, {row['cpu_s']} CPU s", flush=True
     )

@@ -414,6 +414,17 @@ def percent(row: dict[str, str]) -> float:
     return 100 * (int(row["hits_a"]) + int(row["hits_b"])) / (int(row["test_a"]) + int(row["test_b"]))
 
 
+def arms_of(results: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    """Return the rows of all arms by data set, backbone, images, seed and arm."""
+    return {(r["data"], r["backbone"], r["n"], r["seed"], r["arm"]): r for r in rows_of(results / ARMS)}
+
+
+def standard_error(values: npt.ArrayLike) -> float:
+    """Return the standard error of a mean, NaN of a single value."""
+    of = np.asarray(values)
+    return float(of.std(ddof=1) / len(of) ** 0.5) if len(of) > 1 else float("nan")
+
+
 def rates(options: argparse.Namespace) -> None:
     """Train LP-FT at other rates where it has no row yet, and print what the rate that validation likes best would bring."""
     found = folders(options.data, options.work)
@@ -440,7 +451,7 @@ def rates(options: argparse.Namespace) -> None:
         gained.append(right[chosen] - right[1.0])
         texts = (f"x {f:.2f}: {value:5.1f} % ({tried[f]['val_hits']} of {tried[f]['val']})" for f, value in right.items())
         print(f"{unit_of[0]:12} {unit_of[1]:10}", *texts, f"chosen x {chosen:.2f}, {gained[-1]:+.1f}", sep="  ")
-    error = float(np.std(gained, ddof=1) / len(gained) ** 0.5)
+    error = standard_error(gained)
     print(
         f"chosen on validation against the recipe's rate: {np.mean(gained):+.2f} points (standard error {error:.2f}) for three times the cost"
     )
@@ -457,7 +468,7 @@ def above(options: argparse.Namespace) -> None:
                 manifest = split(rows, unit.n, largest, unit.seed)
                 row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, fixed=share)
                 append(path, (*COLUMNS, "fixed"), row | {"fixed": key[-1]})
-    arms = {(r["data"], r["backbone"], r["n"], r["seed"], r["arm"]): r for r in rows_of(options.results / ARMS)}
+    arms = arms_of(options.results)
     lost: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in rows_of(path):
         unit_of = row["data"], row["backbone"], row["n"], row["seed"]
@@ -473,7 +484,7 @@ def above(options: argparse.Namespace) -> None:
         )
     for kind, points in sorted(lost.items()):
         found_points = np.array(points)
-        error = found_points[:, 0].std(ddof=1) / len(points) ** 0.5 if len(points) > 1 else float("nan")
+        error = standard_error(found_points[:, 0])
         print(
             f"{kind[0]} of the blocks fixed, {kind[1]}, {kind[2]} images, {len(points)} units: {found_points[:, 0].mean():+.2f} points against "
             f"training all (standard error {error:.2f}), {found_points[:, 1].mean():+.2f} against the best frozen head"
@@ -495,7 +506,7 @@ def several(options: argparse.Namespace) -> None:
             similar = similarity(options.results, unit)
             row = train_arm(unit, "tuned", similar, manifest, found[unit.data], options.weights, read=seen.multi.taps)
             append(path, COLUMNS, row | {"arm": "several"})
-    arms = {(r["data"], r["backbone"], r["n"], r["seed"], r["arm"]): r for r in rows_of(options.results / ARMS)}
+    arms = arms_of(options.results)
     gained: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for row in rows_of(path):
         unit_of = row["data"], row["backbone"], row["n"], row["seed"]
@@ -506,7 +517,7 @@ def several(options: argparse.Namespace) -> None:
         print(*unit_of, f"several taps {reached:.1f} %, the last one {last:.1f} %, frozen on several {many:.1f} %", sep="  ")
     for kind, points in sorted(gained.items()):
         of = np.array(points)
-        error = of[:, 0].std(ddof=1) / len(of) ** 0.5 if len(of) > 1 else float("nan")
+        error = standard_error(of[:, 0])
         print(
             f"{kind[0]}, {kind[1]} images, {len(of)} units: {of[:, 0].mean():+.2f} points against LP-FT on the last tap (standard error {error:.2f}), "
             f"{of[:, 1].mean():+.2f} against the frozen head on several; the better of the two arms {of[:, 2].mean():+.2f}"

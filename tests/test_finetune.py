@@ -717,7 +717,7 @@ def test_a_gpu_that_looks_at_the_clock_seldom_looks_at_it_after_each_epoch(
 def test_a_time_budget_that_is_not_reached_keeps_what_a_free_run_keeps(
     budget: float, told: list[float], kept: int, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left, validated, seen = list(told), finetune.validated, {}
+    left, seen = list(told), {}
 
     def scripted(chances: torch.Tensor, labels: Any) -> tuple[float, float, str]:
         accuracy = left.pop(0)
@@ -733,7 +733,6 @@ def test_a_time_budget_that_is_not_reached_keeps_what_a_free_run_keeps(
     monkeypatch.setattr(finetune, "validated", scripted)
     monkeypatch.setattr(train, "validated", lambda chances, labels: (0.9, 1.0, pack(np.arange(len(labels)) < round(0.9 * len(labels)))))
     monkeypatch.setattr(Checkpoints, "keep", keep)
-    assert validated is not scripted
     weights = trained(job(decided(TUNED), epochs=3, budget_minutes=budget), tmp_path / "run")
     state = finished(tmp_path / "run")
     assert (state["best_arm"], state["best_epoch"]) == (("fine-tune", 3) if kept else ("head", 0))

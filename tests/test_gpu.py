@@ -18,7 +18,7 @@ from tlpipeline.backbones import Transforms
 from tlpipeline.cases import CASES, Decision, Recipe
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import TRAIN, VAL
-from tlpipeline.features import Images, Reader, Reading, kind, passes, pooled, reading, step
+from tlpipeline.features import Images, Reader, Reading, numerics, passes, pooled, reading, step
 from tlpipeline.files import write_tensors
 from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.job import Job, Teller
@@ -129,8 +129,8 @@ def test_a_gpu_takes_fewer_images_at_a_time_as_they_get_larger() -> None:
 def test_what_gpus_compute_is_kept_apart_by_their_model_and_number_format(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["T4", "T4", "A100", "A100"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names.pop())
-    assert len({kind(GPU, 224, half) for half in (True, False, True, False)}) == 4
-    assert kind(CPU, 224, False) == "cpu"
+    assert len({numerics(GPU, 224, half) for half in (True, False, True, False)}) == 4
+    assert numerics(CPU, 224, False) == "cpu"
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

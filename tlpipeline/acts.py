@@ -269,9 +269,11 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
 
 def bounded(root: Path) -> tuple[str, ...]:
     """Return what bounded the training of the workspace's model: time or memory that ran out."""
+    from tlpipeline.cases import BUDGET
+
     remarks = tuple(stages.read_json(root, f"{stages.MODEL}/model.json").get("remarks", ()))
     raced = (stages.read_json(root, stages.CASE).get("race") or {}).get("ended", "")
-    return remarks + ((f"the race: {raced}",) if raced.startswith("train.budget_minutes") else ())
+    return remarks + ((f"the race: {raced}",) if raced.startswith(BUDGET) else ())
 
 
 # --- report ---------------------------------------------------------------------------------------------------------------------------

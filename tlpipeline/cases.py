@@ -23,6 +23,7 @@ LOSS, SAMPLER, NONE = "loss", "sampler", "none"
 BALANCES = (LOSS, SAMPLER, NONE)
 FIXED, BATCH = "fixed", "batch"
 STATISTICS = (AUTO, FIXED, BATCH)
+BUDGET = "train.budget_minutes"  # begins what is said of a race that time has ended
 SMALL_PIXELS = 64  # below, networks with batch normalisation have a rate and statistics of their own (docs/log.md)
 
 

@@ -257,7 +257,7 @@ def step(device: torch.device, side: int) -> int:
     return max(1, 1 << int(math.log2(most * (NORMAL_SIDE / side) ** 2)))
 
 
-def kind(device: torch.device, side: int, half: bool) -> str:
+def numerics(device: torch.device, side: int, half: bool) -> str:
     """Return what the last digits of a frozen pass depend on, besides network and image: CPUs agree on them here, GPUs of two models do not."""
     if device.type == "cpu":
         return device.type + (" bfloat16" if half else "")
@@ -389,7 +389,7 @@ class Reader:
         self._columns = [
             (
                 store,
-                "|".join((*out, f"{transforms}|{kind(device, transforms.size, half)}|{FORMAT}")),
+                "|".join((*out, f"{transforms}|{numerics(device, transforms.size, half)}|{FORMAT}")),
                 f"{backbone.name} {out[1]} at {transforms.size} pixels",
             )
             for out in outputs

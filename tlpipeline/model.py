@@ -13,7 +13,7 @@ from tlpipeline import backbones
 from tlpipeline.backbones import Backbone, Transforms
 from tlpipeline.cache import Store
 from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
-from tlpipeline.features import Images, Reader, Reading, in_batches, passes, pool, pooled, step
+from tlpipeline.features import Images, Reader, Reading, in_batches, passes, pooled, step
 from tlpipeline.files import write_json, write_tensors
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
@@ -88,9 +88,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled readings (batch, features)."""
-        if self.in_bfloat16:
-            return torch.cat(pooled(self.trunk, self.grids, half=True)(images), dim=1)
-        return torch.cat([pool(maps, grids) for maps, grids in zip(self.trunk(images), self.grids, strict=True)], dim=1)
+        return torch.cat(pooled(self.trunk, self.grids, self.in_bfloat16)(images), dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (batch, classes)."""

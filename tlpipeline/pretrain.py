@@ -25,6 +25,7 @@ from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.heads import score
 from tlpipeline.job import Job, Tail, Teller
 from tlpipeline.model import probabilities
+from tlpipeline.precision import on_tensor_cores
 from tlpipeline.probes import wilson
 from tlpipeline.progress import Event, Progress
 from tlpipeline.workers import Alone
@@ -61,7 +62,7 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     sides = _sides(images, manifest, transforms)
     history = Path(tempfile.mkdtemp(prefix="pretrain-"))
     job = Job(str(images), str(images), "", name, backbones.NONE, backbones.NONE, {}, seed, epochs, BATCH_SIZE, flip, "float32", "")
-    world = Alone(history / "kept", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = Alone(history / "kept", on_tensor_cores(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     module.to(world.device)
     checkpoint = Checkpoints(world, history, module)
     tail = Tail(history / "history.jsonl", "pretrain", progress)

@@ -24,7 +24,7 @@ from tlpipeline.backbones import Backbone
 from tlpipeline.cache import Store
 from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
-from tlpipeline.features import FORMAT, Images, Reader, Reading, extract, in_batches, kind, normalise, reading
+from tlpipeline.features import FORMAT, Images, Reader, Reading, extract, in_batches, normalise, numerics, reading
 from tlpipeline.kernels import CONFIRMED_ON, Kernels, kernels_of
 from tlpipeline.params import ProfileParams
 from tlpipeline.probes import head_similarity, pack, wilson
@@ -217,7 +217,7 @@ class _Sight:
         name = self.taps[-1].name
         known = backbones.identities(self.backbone, [name])[name]
         column = self.store.column(
-            f"{known}|gradients|{seed}|{BUCKETS}|{self.transforms}|{kind(self.device, self.transforms.size, False)}|{FORMAT}",
+            f"{known}|gradients|{seed}|{BUCKETS}|{self.transforms}|{numerics(self.device, self.transforms.size, False)}|{FORMAT}",
             f"{self.backbone.name} gradients at {name}",
         )
         new = [row for row, there in zip(chosen, column.has([r.md5 for r in chosen]), strict=True) if not there]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tlpipeline import choice, distributed
-from tlpipeline.cases import Decision, Look, Race
+from tlpipeline.cases import BUDGET, Decision, Look, Race
 from tlpipeline.checkpoint import STATE
 from tlpipeline.job import Job
 from tlpipeline.params import ClusterParams
@@ -20,7 +20,6 @@ from tlpipeline.profile import Profile
 from tlpipeline.progress import Event, Progress
 from tlpipeline.weighing import Weighed
 
-BUDGET = "train.budget_minutes"
 NO_TIME = 1e-9  # minutes: 0 would be no bound
 
 
@@ -61,7 +60,10 @@ def run(
     cost = cost_of(arms["frozen"], images, others) + images + others + state["epoch"] * (3 * images + others)
     winner, ended = state["winner"], state["ended"]
     if not winner:  # what had no time to be raced has none to be trained; and what stops early was not ahead
-        winner, ended = "frozen", f"{BUDGET if state['remarks'] else 'early stopping'} ended it undecided"
+        winner, ended = (
+            "frozen",
+            f"{BUDGET if any(said.startswith(BUDGET) for said in state['remarks']) else 'early stopping'} ended it undecided",
+        )
     race = Race(looks, winner, ended, float(cost))
     shutil.copytree({"frozen": frozen, "tuned": tuned}[race.winner], kept, dirs_exist_ok=True)
     return choice.decide(profile, weighed, race.winner == "tuned", race)

@@ -147,19 +147,9 @@ def _solve(
     if len(there) < len(sides.train):
         state.remark(f"train.budget_minutes ended the features after {len(there)} of {len(sides.train)} training images")
     train, labels = [sides.train[i] for i in there], sides.train_labels[there]
-    views = job.views if model.frozen and len(there) == len(sides.train) else 0
     readers = [reader]
-    for view in range(1, views + 1):
-        if deadline.passed():
-            state.remark(f"train.budget_minutes ended the features after {view - 1} of {views} random views")
-            break
-        augment = augmentation(recipe.crop, job.flip, job.seed, view)
-        name = f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})"
-        of_view = reader.of_view(name)
-        if len(frozen_features(of_view, Images(sides.root, train, sides.transforms, augment), world, tell, deadline)) < len(train):
-            state.remark(f"train.budget_minutes ended the features after {view - 1} of {views} random views")
-            break
-        readers.append(of_view)
+    if model.frozen and len(there) == len(sides.train):
+        readers += _random_views(reader, sides, recipe, job, world, tell, state, deadline)
     views, chances = len(readers) - 1, torch.zeros(len(held), classes)
     if world.rank == 0:
         x, val = Table(reader.rows(train)), Table(reader.rows(held))
@@ -190,6 +180,22 @@ def _solve(
     from_first([model.head.weight, model.head.bias], world)
     count = len(train) + len(held)
     tell(count, count, f"head solved, validation accuracy {accuracy:.1%}", important=True)
+
+
+def _random_views(
+    reader: Reader, sides: Sides, recipe: Recipe, job: Job, world: World, tell: Tell, state: State, deadline: Deadline
+) -> list[Reader]:
+    """Compute the features of random views of all training images; return the readers of those views that are all there."""
+    whole: list[Reader] = []
+    for view in range(1, job.views + 1):
+        augment = augmentation(recipe.crop, job.flip, job.seed, view)
+        of_view = reader.of_view(f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})")
+        images = Images(sides.root, sides.train, sides.transforms, augment)
+        if deadline.passed() or len(frozen_features(of_view, images, world, tell, deadline)) < len(sides.train):
+            state.remark(f"train.budget_minutes ended the features after {view - 1} of {job.views} random views")
+            break
+        whole.append(of_view)
+    return whole
 
 
 def frozen_features(reader: Reader, images: Images, world: World, tell: Tell, deadline: Deadline | None = None) -> Labels:
