@@ -44,9 +44,9 @@ from grid import append, rewrite, rows_of  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from tlpipeline import backbones, dataset, model  # noqa: E402
-from tlpipeline.backbones import Backbone, Tap  # noqa: E402
 from tlpipeline.cases import CASES, Case, Decision  # noqa: E402
 from tlpipeline.checkpoint import MODEL, STATE  # noqa: E402
+from tlpipeline.cutting import Backbone, Tap  # noqa: E402
 from tlpipeline.features import Images  # noqa: E402
 from tlpipeline.files import write_tensors  # noqa: E402
 from tlpipeline.heads import score  # noqa: E402

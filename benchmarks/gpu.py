@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import regret
 
-from tlpipeline import backbones, cases, dataset, train
+from tlpipeline import backbones, cases, cutting, dataset, train
 from tlpipeline.augment import augmentation
 from tlpipeline.cache import Store
 from tlpipeline.checkpoint import Checkpoints
@@ -86,15 +86,15 @@ class Bench:
     @cached_property
     def decision(self) -> cases.Decision:
         """Nothing is cut; fine-tuning starts from a head of zeros, so that no pass for a solved one comes before it."""
-        decided = regret.uncut(cases.find(self.case), backbones.describe(self.backbone, self.size)[-1], self.size)
+        decided = regret.uncut(cases.find(self.case), cutting.describe(self.backbone, self.size)[-1], self.size)
         return decided if self.frozen else replace(decided, init="plain")
 
     @cached_property
-    def backbone(self) -> backbones.Backbone:
+    def backbone(self) -> cutting.Backbone:
         return backbones.load(self.name, backbones.NONE, size=self.size)
 
     @cached_property
-    def transforms(self) -> backbones.Transforms:
+    def transforms(self) -> cutting.Transforms:
         return self.backbone.transforms.at(self.size)
 
     def model(self) -> Classifier:
@@ -139,7 +139,7 @@ def on_device(bench: Bench, batch: int) -> list[Tensor]:
 def bare_training(bench: Bench) -> float:
     """Forward, backward and the optimiser's step; nothing waits for the device before the end."""
     model, recipe, kind = bench.model(), bench.decision.recipe, bench.backbone.normalisation
-    blocks = [[f"trunk.{name}" for name in block] for block in backbones.blocks(bench.backbone, bench.decision.slice)]
+    blocks = [[f"trunk.{name}" for name in block] for block in cutting.blocks(bench.backbone, bench.decision.slice)]
     moving = optimiser(model, recipe, kind, 1e-4, blocks if recipe.layer_decay(kind) != 1 else (), fused=bench.device.type == "cuda")
     inputs = on_device(bench, bench.batch)
     labels = torch.arange(bench.batch, device=bench.device) % CLASSES

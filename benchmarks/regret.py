@@ -78,7 +78,7 @@ from grid import (  # noqa: E402
     rows_of,
 )
 
-from tlpipeline import backbones, cases, choice, dataset, outlook, params, profiling, train, weighing  # noqa: E402
+from tlpipeline import backbones, cases, choice, cutting, dataset, outlook, params, profiling, train, weighing  # noqa: E402
 from tlpipeline import model as models  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
 from tlpipeline.features import Images, extract, reading  # noqa: E402
@@ -170,7 +170,7 @@ def row_of(arm: str, similar: float) -> cases.Case:
     return cases.find("large_different" if arm == "scratch" or similar < 0.5 else "large_similar")
 
 
-def uncut(row: cases.Case, last: backbones.Tap, size: int) -> cases.Decision:
+def uncut(row: cases.Case, last: cutting.Tap, size: int) -> cases.Decision:
     """Return a decision for this row, whatever the evidence, that keeps the whole network: its head reads the last tap."""
     return cases.Decision(
         case=row.name, slice=last.name, head="last", readings=(reading(last),), size=size, freeze=row.freeze, init=row.init, recipe=row.recipe,
@@ -180,9 +180,9 @@ def uncut(row: cases.Case, last: backbones.Tap, size: int) -> cases.Decision:
 
 
 @contextmanager
-def first_blocks_fixed(backbone: backbones.Backbone, last: str, share: float) -> Iterator[None]:
+def first_blocks_fixed(backbone: cutting.Backbone, last: str, share: float) -> Iterator[None]:
     """Have a share of the blocks, from the first on, stay as they are while all others are trained: their statistics too."""
-    named = backbones.blocks(backbone, last)
+    named = cutting.blocks(backbone, last)
     fixed = {name for block in named[: round(share * len(named))] for name in block}
 
     class Above(models.Classifier):
@@ -220,7 +220,7 @@ def train_arm(
     net = unit.network
     weights, md5 = (backbones.NONE, backbones.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
     backbone = backbones.load(net.name, weights, md5=md5, size=net.size, seed=unit.seed)
-    taps = backbones.describe(backbone, net.size)
+    taps = cutting.describe(backbone, net.size)
     row = row_of(arm, similar)
     kinds = ("rate_batch", "rate_batch_small", "rate_layer", "rate_none")
     row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, **{kind: getattr(row.recipe, kind) * factor for kind in kinds}))
@@ -286,10 +286,10 @@ def frozen_arms(
     )
     if not heads_too:
         return evidence, []
-    taps = backbones.describe(backbone, net.size)
+    taps = cutting.describe(backbone, net.size)
     readings = {tap.name: reading(tap) for tap in taps}
     ops = {tap.name: tap.forward_ops / taps[-1].forward_ops for tap in taps}
-    trunk = backbones.cut(backbone, list(readings)).to(memory_format=torch.channels_last)
+    trunk = cutting.cut(backbone, list(readings)).to(memory_format=torch.channels_last)
     sides = {side: manifest.used(side) for side in (TRAIN, VAL, TEST)}
     labels = {side: np.array([manifest.classes.index(r.label) for r in rows]) for side, rows in sides.items()}
     features = {}

@@ -41,7 +41,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 import regret  # noqa: E402
 
-from tlpipeline import backbones, cases, dataset, finetune, params, precision, profiling, train  # noqa: E402
+from tlpipeline import backbones, cases, cutting, dataset, finetune, params, precision, profiling, train  # noqa: E402
 from tlpipeline.augment import augmentation  # noqa: E402
 from tlpipeline.cache import SHARD_ROWS, Store  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
@@ -57,7 +57,7 @@ CPU = torch.device("cpu")
 NET = regret.NETWORKS["squeezenet"]
 
 
-def load(options: argparse.Namespace) -> backbones.Backbone:
+def load(options: argparse.Namespace) -> cutting.Backbone:
     net = regret.NETWORKS[options.network]
     return backbones.load(net.name, str(options.weights / net.weights), md5=net.md5, size=net.size)
 
@@ -69,8 +69,8 @@ def listed(options: argparse.Namespace, name: str, n: int) -> tuple[Path, Manife
     return folder, regret.split(rows, n, n, 0)
 
 
-def decision(backbone: backbones.Backbone, case: str, size: int) -> cases.Decision:
-    return regret.uncut(cases.find(case), backbones.describe(backbone, size)[-1], size)
+def decision(backbone: cutting.Backbone, case: str, size: int) -> cases.Decision:
+    return regret.uncut(cases.find(case), cutting.describe(backbone, size)[-1], size)
 
 
 def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: cases.Decision, **changes: object) -> Job:
@@ -120,7 +120,7 @@ def cache(options: argparse.Namespace) -> None:
     rows = manifest.used(TRAIN, VAL)
     backbone = load(options)
     decided = decision(backbone, "small_similar", options.size)
-    network = backbones.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
+    network = cutting.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
     images = Images(folder, rows, backbone.transforms.at(options.size))
     few = {row.md5 for row in rows[:: max(len(rows) // (len(rows) // 100), 1)]}
     before = replace(manifest, rows=tuple(r for r in manifest.rows if r.md5 not in few))
@@ -188,7 +188,7 @@ def one_peak(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="speed-") as made:
         place = Path(made)
         if kind == "bare":
-            network = backbones.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
+            network = cutting.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
             rows = manifest.used(TRAIN, VAL)
             # A shard's worth at a time: all at once it would decode all images ahead of the network, and keep them.
             parts = [Images(folder, [rows[i] for i in part], backbone.transforms) for part in in_batches(len(rows), SHARD_ROWS)]

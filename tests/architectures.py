@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from test_cases import decision_for
 from torch import Tensor, nn
 
-from tlpipeline import backbones, dataset, model
-from tlpipeline.backbones import Backbone, Tap
+from tlpipeline import backbones, cutting, dataset, model
 from tlpipeline.cases import CASES, Case, Decision
+from tlpipeline.cutting import Backbone, Tap
 from tlpipeline.features import Images, normalise, pool, reading
 from tlpipeline.model import Classifier, Description, probabilities
 
@@ -26,7 +26,7 @@ BATCH = 8
 def smallest(backbone: Backbone) -> int:
     """Return the smallest side that makes sense to the pipeline: 32 pixels, or what the network needs, in whole patches."""
     least = max(backbone.minimum, 32)
-    return backbones.input_size(backbone, -(-least // backbone.multiple) * backbone.multiple, 0)
+    return cutting.input_size(backbone, -(-least // backbone.multiple) * backbone.multiple, 0)
 
 
 def outline(name: str, size: int | None = None) -> Backbone:
@@ -43,7 +43,7 @@ def outline(name: str, size: int | None = None) -> Backbone:
 def described(backbone: Backbone, size: int) -> tuple[Tap, ...]:
     """Return the taps of an outline at an input side."""
     with torch.device("meta"):
-        return backbones.describe(backbone, size)
+        return cutting.describe(backbone, size)
 
 
 def paint_images(folder: Path) -> Path:
@@ -135,7 +135,7 @@ def check(backbone: Backbone, decision: Decision, trained: Trained, images: Imag
     Raises:
         AssertionError: saying what is not so.
     """
-    trunk = backbones.cut(backbone, [r.tap for r in decision.readings])
+    trunk = cutting.cut(backbone, [r.tap for r in decision.readings])
     kept, whole = trunk.state_dict().keys(), backbone.module.state_dict().keys()
     stored = load_file(trained.folder / model.WEIGHTS)
     found = {key.removeprefix("trunk.") for key in stored if key.startswith("trunk.")}

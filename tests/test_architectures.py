@@ -21,8 +21,9 @@ from torch import Tensor
 from torchvision import models
 
 from tlpipeline import dataset, train
-from tlpipeline.backbones import FAMILIES, Backbone, Tap, cut, describe, input_size, load
+from tlpipeline.backbones import FAMILIES, load
 from tlpipeline.cases import CASES, Case
+from tlpipeline.cutting import Backbone, Tap, cut, describe, input_size
 from tlpipeline.errors import BackboneError
 from tlpipeline.features import Images, reading
 from tlpipeline.job import Job

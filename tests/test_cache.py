@@ -20,9 +20,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tlpipeline import backbones, cache, dataset, profiling, stages
-from tlpipeline.backbones import Backbone
+from tlpipeline import backbones, cache, cutting, dataset, profiling, stages
 from tlpipeline.cache import Column, Store, Table
+from tlpipeline.cutting import Backbone
 from tlpipeline.dataset import Row
 from tlpipeline.errors import DataError
 from tlpipeline.features import Images, Reader, Reading, extract, prepared, squeezed
@@ -56,7 +56,7 @@ class Counting:
 
 def reader(store: Store, net: Backbone, *readings: Reading, size: int | None = None, view: str = "") -> Reader:
     transforms = net.transforms if size is None else net.transforms.at(size)
-    trunk = backbones.cut(net, [r.tap for r in readings]).to(memory_format=torch.channels_last)
+    trunk = cutting.cut(net, [r.tap for r in readings]).to(memory_format=torch.channels_last)
     asked = Reader(store, net, trunk, readings, transforms, CPU)
     return asked.of_view(view) if view else asked
 
@@ -174,10 +174,10 @@ def test_every_column_that_the_profile_keeps_is_known_by_the_decoder(
 
 
 def test_a_weight_behind_the_tap_plays_no_part_and_one_before_it_does(net: Backbone) -> None:
-    before = backbones.identities(net, ["conv2", "fc2"], logits=True)
+    before = cutting.identities(net, ["conv2", "fc2"], logits=True)
     with torch.no_grad():
         net.module.get_parameter("conv3.0.weight")[0, 0, 0, 0] += 1
-    after = backbones.identities(net, ["conv2", "fc2"], logits=True)
+    after = cutting.identities(net, ["conv2", "fc2"], logits=True)
     assert before["conv2"] == after["conv2"]
     assert before["fc2"] != after["fc2"]
     assert before["logits"] != after["logits"]

@@ -19,7 +19,7 @@ from conftest import paint
 from PIL import Image
 
 from tlpipeline import dataset
-from tlpipeline.backbones import Transforms
+from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import (
     MINIMUM_PER_CLASS,
     TEST,

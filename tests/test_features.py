@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torchvision.models import ConvNeXt_Tiny_Weights, EfficientNet_B0_Weights, SqueezeNet1_0_Weights, Swin_T_Weights
 
-from tlpipeline import backbones, dataset, features
-from tlpipeline.backbones import Tap, Transforms
+from tlpipeline import backbones, cutting, dataset, features
 from tlpipeline.cache import Store
+from tlpipeline.cutting import Tap, Transforms
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError, DataChanged
 from tlpipeline.features import (
@@ -209,7 +209,7 @@ def test_an_image_that_changed_since_it_was_listed_stops_the_batches(listed: tup
 
 def extracted(listed: tuple[Path, list[Row]]) -> list[torch.Tensor]:
     net = backbones.load("nets:resnet20", "none")
-    trunk = backbones.cut(net, ["layer1.2", "layer3.2"], logits=True)
+    trunk = cutting.cut(net, ["layer1.2", "layer3.2"], logits=True)
     return extract(trunk, [(1, 2), (1,)], Images(*listed, net.transforms), CPU, lambda _: None)
 
 
@@ -277,7 +277,7 @@ def test_features_of_an_image_are_the_same_bits_whatever_else_is_asked_about(lis
 
 def test_progress_counts_every_image(listed: tuple[Path, list[Row]]) -> None:
     told: list[int] = []
-    trunk = backbones.cut(backbones.load("demonstration", "none"), ["conv1"])
+    trunk = cutting.cut(backbones.load("demonstration", "none"), ["conv1"])
     extract(trunk, [(1,)], Images(*listed, PLAIN), CPU, told.append)
     assert told == [16, 21]
 

@@ -18,12 +18,12 @@ from PIL import Image
 from test_train import decided, history, trained
 from torch import nn
 
-from tlpipeline import backbones, cache, checkpoint, dataset, finetune, train
+from tlpipeline import backbones, cache, checkpoint, cutting, dataset, finetune, train
 from tlpipeline.augment import ENHANCED, OPERATIONS, SHIFTS, augmentation, mix, rand_augment
-from tlpipeline.backbones import Transforms
 from tlpipeline.cache import Store
 from tlpipeline.cases import CASES, Decision, Recipe, override
 from tlpipeline.checkpoint import Checkpoints, State
+from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import Row
 from tlpipeline.errors import MemoryFull, ParamsError, TrainingError
 from tlpipeline.features import Decoded, Images, Reader, Reading
@@ -51,7 +51,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0
 
 def test_blocks_nearer_to_the_images_get_smaller_rates() -> None:
     net = backbones.load("demonstration", "DEFAULT")
-    blocks = backbones.blocks(net, "fc2")
+    blocks = cutting.blocks(net, "fc2")
     assert [len(block) for block in blocks] == [2] * 5
     found = shares(blocks, 0.5)
     assert found["conv1.0.weight"] == 0.5**5

@@ -13,10 +13,10 @@ from test_train import decided, history
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tlpipeline import backbones, dataset, features, model
-from tlpipeline.backbones import Transforms
+from tlpipeline import backbones, cutting, dataset, features, model
 from tlpipeline.cases import CASES, Decision, Recipe
 from tlpipeline.checkpoint import Checkpoints, State
+from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import TRAIN, VAL
 from tlpipeline.features import Images, Reader, Reading, numerics, passes, pooled, reading, step
 from tlpipeline.files import write_tensors
@@ -199,8 +199,8 @@ def test_features_of_an_image_in_bfloat16_are_the_same_bits_whatever_else_is_ask
     made = job(decided(CASES[0]))
     net = backbones.load("demonstration", "DEFAULT")
     rows = dataset.read_manifest(Path(made.manifest)).used(TRAIN)[:20]
-    trunk = backbones.cut(net, ["conv3"])
-    tap = next(t for t in backbones.describe(net, 32) if t.name == "conv3")
+    trunk = cutting.cut(net, ["conv3"])
+    tap = next(t for t in cutting.describe(net, 32) if t.name == "conv3")
 
     def read(some: list[Any], threads: int) -> torch.Tensor:
         before = torch.get_num_threads()

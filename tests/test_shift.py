@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.conftest import paint
-from tlpipeline import backbones, dataset, shift
-from tlpipeline.backbones import Backbone
+from tlpipeline import backbones, cutting, dataset, shift
+from tlpipeline.cutting import Backbone
 from tlpipeline.dataset import Row, decode
 from tlpipeline.errors import BackboneError, DataError
 from tlpipeline.features import Images, extract, normalise, prepare
@@ -170,7 +170,7 @@ class Smoothing(nn.Module):
 
 def painted(count: int, change: Callable[[Image.Image], Image.Image] = lambda image: image, start: int = 0) -> list[Tensor]:
     """Inputs of the painted images, after a change, in batches of 32."""
-    plain = backbones.Transforms(32, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear")
+    plain = cutting.Transforms(32, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear")
     pixels = [prepare(change(paint(i % 3, start + i)), plain) for i in range(count)]
     return list(normalise(torch.from_numpy(np.stack(pixels)), plain).split(32))
 
@@ -299,7 +299,7 @@ def test_networks_without_batchnorm_have_no_curve() -> None:
 
 def test_a_residual_network_cut_at_its_taps_is_watched_in_order() -> None:
     net = backbones.load("nets:resnet20", "none")
-    trunk = backbones.cut(net, net.tap_names)
+    trunk = cutting.cut(net, net.tap_names)
     with untouched(net.module), torch.inference_mode():
         curve = watched(trunk, painted(64))
         shift.sequential(trunk, painted(64))
@@ -342,7 +342,7 @@ def reference_of(net: Backbone, root: Path, rows: Sequence[Row]) -> Reference:
 
 def pooled(net: Backbone, root: Path, rows: Sequence[Row], invert: bool = False) -> dict[str, Tensor]:
     turned = (lambda image, *_: Image.fromarray(255 - np.asarray(image))) if invert else None
-    trunk = backbones.cut(net, net.tap_names)
+    trunk = cutting.cut(net, net.tap_names)
     out = extract(trunk, [(1, 2)] * len(net.tap_names), Images(root, rows, net.transforms, turned), CPU, lambda done: None)
     return dict(zip(net.tap_names, out, strict=True))
 
@@ -374,7 +374,7 @@ def test_other_images_of_the_source_lie_near_the_reference_and_inverted_ones_far
     assert len(reference.layers) == (0 if name == "demonstration" else 19)
     assert all(abs(layer.raw) < 0.1 and layer.sequential is not None for layer in reference.layers)
     if reference.layers:
-        trunk = backbones.cut(net, net.tap_names)
+        trunk = cutting.cut(net, net.tap_names)
         with Watcher(trunk) as watcher:
             images = Images(root, rows[:150], net.transforms)
             *_, seen = extract(trunk, [(1,)] * len(net.tap_names), images, CPU, lambda done: None, watcher.taken)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tlpipeline import backbones, tangent
+from tlpipeline import backbones, cutting, tangent
 from tlpipeline.probes import guesses, leave_one_out, one_hot
 from tlpipeline.tangent import Sketcher, tangent_kernel
 
@@ -109,7 +109,7 @@ def test_gradients_read_what_the_last_layer_threw_away() -> None:
 def test_every_kind_of_network_has_a_tangent_kernel(name: str) -> None:
     size = 64 if name == "vit_b_16" else 32
     net = backbones.load(name, "none", size=size)
-    trunk = backbones.cut(net, [backbones.describe(net, size)[-1].name])
+    trunk = cutting.cut(net, [cutting.describe(net, size)[-1].name])
     found = kernel(trunk, images(3, size))
     assert found.shape == (3, 3)
     assert np.isfinite(found).all()

@@ -22,7 +22,7 @@ from group import Crashing, Interrupted
 from safetensors.torch import load_file
 from test_cases import decision_for
 
-from tlpipeline import backbones, dataset, features, stages
+from tlpipeline import backbones, cutting, dataset, features, stages
 from tlpipeline.augment import augmentation
 from tlpipeline.cases import CASES, Case, Decision, Recipe
 from tlpipeline.checkpoint import State
@@ -64,7 +64,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 def pretrained(decision: Decision) -> dict[str, torch.Tensor]:
     net = backbones.load("demonstration", "DEFAULT")
-    return {f"trunk.{k}": v for k, v in backbones.cut(net, [r.tap for r in decision.readings]).state_dict().items()}
+    return {f"trunk.{k}": v for k, v in cutting.cut(net, [r.tap for r in decision.readings]).state_dict().items()}
 
 
 # --- the head -------------------------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
     manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
     rows = [*manifest.used("train"), *manifest.used("val")]
     images = Images(tmp_path / "pictures", rows, net.transforms)
-    (features,) = extract(backbones.cut(net, ["fc2"]), [(1,)], images, torch.device("cpu"), lambda done: None)
+    (features,) = extract(cutting.cut(net, ["fc2"]), [(1,)], images, torch.device("cpu"), lambda done: None)
     labels = np.array([manifest.classes.index(r.label) for r in rows])
     penalty = json.loads((tmp_path / "a" / "scratch" / "finished" / "history.json").read_text())["validation"]["head_penalty"]
     imbalance, count = Recipe().imbalance, len(manifest.used("train"))
@@ -486,7 +486,7 @@ def _succeeded(member: subprocess.Popen[bytes]) -> None:
 @pytest.mark.parametrize(("name", "case"), [("frozen", CASES[0]), ("cut", CASES[1])])
 def test_frozen_means_the_same_bits_with_batchnorm_on_any_number_of_workers(name: str, case: Case, run: str, worlds: Worlds) -> None:
     net = backbones.load("nets:resnet20", "none")
-    before = backbones.cut(net, [r.tap for r in residual(case).readings]).state_dict()
+    before = cutting.cut(net, [r.tap for r in residual(case).readings]).state_dict()
     after = worlds.weights(f"{name} {run}")
     assert {"layer1.0.bn1.running_mean", "layer1.0.bn1.num_batches_tracked"} <= before.keys()
     assert {k for k in after if k.startswith("trunk.")} == {f"trunk.{k}" for k in before}
@@ -503,7 +503,7 @@ def test_the_head_of_every_case_is_solved_without_a_bit_of_the_network_changing(
         run(job, Crashing(tmp_path, 1), tmp_path / "scratch")
     current = load_file(tmp_path / "kept" / "current.safetensors")
     net = backbones.load("nets:resnet20", "none")
-    before = backbones.cut(net, [r.tap for r in residual(case).readings]).state_dict()
+    before = cutting.cut(net, [r.tap for r in residual(case).readings]).state_dict()
     assert all(torch.equal(current[f"trunk.{k}"], v) for k, v in before.items())
 
 

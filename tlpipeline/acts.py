@@ -472,7 +472,7 @@ def checked(root: Path, images: Path | None = None) -> None:
     Raises:
         WorkspaceError, ParamsError, BackboneError, ClusterError, DataError: as the checks find.
     """
-    from tlpipeline import backbones, cases, dataset, distributed
+    from tlpipeline import backbones, cases, cutting, dataset, distributed
 
     versioning.require(root)
     params = stages.params_of(root)
@@ -482,7 +482,7 @@ def checked(root: Path, images: Path | None = None) -> None:
     backbones.check_name(params.backbone.name)
     if params.choose.slice != AUTO:
         b = params.backbone
-        backbones.resolve_tap(backbones.load(b.name, b.weights, md5=b.weights_md5, root=root), params.choose.slice)
+        cutting.resolve_tap(backbones.load(b.name, b.weights, md5=b.weights_md5, root=root), params.choose.slice)
     distributed.preflight(params.cluster)
     own = root / params.data.images
     if images is not None:

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tlpipeline import backbones, dataset
-from tlpipeline.backbones import Backbone, Tap, Transforms
+from tlpipeline import cutting, dataset
 from tlpipeline.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
+from tlpipeline.cutting import Backbone, Tap, Transforms
 from tlpipeline.dataset import Pixels, Row
 from tlpipeline.errors import PassTooLarge
 from tlpipeline.precision import autocast
@@ -381,10 +381,10 @@ class Reader:
         self.trunk, self.device, self.side, self.beside = trunk, device, transforms.size, beside
         self.apart = device.type != "cpu"  # on a CPU a second shard in memory would win nothing
         self.network = pooled(trunk, [r.grids for r in readings], half)
-        known = backbones.identities(backbone, [r.tap for r in readings], logits=logits or beside is not None)
+        known = cutting.identities(backbone, [r.tap for r in readings], logits=logits or beside is not None)
         outputs = [(known[r.tap], r.tap, str(r.grids)) for r in readings]
-        outputs += [(known[backbones.LOGITS], "logits", "")] if logits else []
-        outputs += [(known[backbones.LOGITS], beside_key, "")] if beside else []
+        outputs += [(known[cutting.LOGITS], "logits", "")] if logits else []
+        outputs += [(known[cutting.LOGITS], beside_key, "")] if beside else []
         self.widths = [sum(r.blocks) for r in readings]
         self._columns = [
             (

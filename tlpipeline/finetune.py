@@ -22,10 +22,10 @@ from torch.nn import functional
 
 from tlpipeline import dataset, weighing
 from tlpipeline.augment import augmentation, mix, seed_of
-from tlpipeline.backbones import Transforms
 from tlpipeline.cache import Store
 from tlpipeline.cases import LOSS, SAMPLER, Recipe
 from tlpipeline.checkpoint import Checkpoints, State
+from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError, MemoryFull, TrainingError
 from tlpipeline.features import Augment, Decoded, Images, normalise, prepared, shard, squeezed

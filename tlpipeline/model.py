@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlpipeline import backbones
-from tlpipeline.backbones import Backbone, Transforms
+from tlpipeline import backbones, cutting
 from tlpipeline.cache import Store
+from tlpipeline.cutting import Backbone, Transforms
 from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
 from tlpipeline.features import Images, Reader, Reading, in_batches, passes, pooled, step
 from tlpipeline.files import write_json, write_tensors
@@ -76,7 +76,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: Backbone, readings: Sequence[Reading], classes: int, frozen: bool, in_bfloat16: bool = False) -> None:
         super().__init__()
         self.readings, self.backbone = tuple(readings), [backbone]  # in a list: what was cut off is no part of this module
-        self.trunk = backbones.cut(backbone, [r.tap for r in readings])
+        self.trunk = cutting.cut(backbone, [r.tap for r in readings])
         self.grids = [r.grids for r in readings]
         self.blocks = [block for r in readings for block in r.blocks]
         self.head = nn.Linear(sum(self.blocks), classes)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from tlpipeline import backbones, dataset
-from tlpipeline.backbones import Transforms, normalisation
 from tlpipeline.cache import Store
 from tlpipeline.cases import Recipe
 from tlpipeline.checkpoint import Checkpoints, State
+from tlpipeline.cutting import Transforms, normalisation
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import BackboneError
 from tlpipeline.features import Images

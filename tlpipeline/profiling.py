@@ -19,9 +19,9 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from tlpipeline import backbones, dataset
-from tlpipeline.backbones import Backbone
+from tlpipeline import cutting, dataset
 from tlpipeline.cache import Store
+from tlpipeline.cutting import Backbone
 from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
 from tlpipeline.features import FORMAT, Images, Reader, Reading, extract, in_batches, normalise, numerics, reading
@@ -171,7 +171,7 @@ class _Sight:
     ) -> None:
         self.backbone, self.root, self.device, self.progress, self.store = backbone, root, device, progress, store
         self.half, self.transforms = half, backbone.transforms.at(size)
-        self.taps = backbones.describe(backbone, size)
+        self.taps = cutting.describe(backbone, size)
         self.readings = [reading(tap) for tap in self.taps]
         logits = backbone.source_classes > 0
         self.trunk = self._cut(backbone, [t.name for t in self.taps], logits)
@@ -192,7 +192,7 @@ class _Sight:
         )
 
     def _cut(self, backbone: Backbone, taps: Sequence[str], logits: bool = False) -> nn.Module:
-        return backbones.cut(backbone, taps, logits=logits).to(self.device).to(memory_format=torch.channels_last)
+        return cutting.cut(backbone, taps, logits=logits).to(self.device).to(memory_format=torch.channels_last)
 
     def features(self, wanted: Sequence[Row]) -> list[Tensor]:
         """Return the features at each tap: (images, features) each.
@@ -215,7 +215,7 @@ class _Sight:
         at = [i for i, r in enumerate(drawn) if r.md5 in few]
         chosen = [drawn[i] for i in at]
         name = self.taps[-1].name
-        known = backbones.identities(self.backbone, [name])[name]
+        known = cutting.identities(self.backbone, [name])[name]
         column = self.store.column(
             f"{known}|gradients|{seed}|{BUCKETS}|{self.transforms}|{numerics(self.device, self.transforms.size, False)}|{FORMAT}",
             f"{self.backbone.name} gradients at {name}",
@@ -298,7 +298,7 @@ def solving(readings: Sequence[Reading], images: int, classes: int) -> float:
     return SLOWER * float(products + probes + heads)
 
 
-def _probe(taps: Sequence[backbones.Tap], readings: Sequence[Reading], kernels: Kernels, seed: int) -> dict[str, Any]:
+def _probe(taps: Sequence[cutting.Tap], readings: Sequence[Reading], kernels: Kernels, seed: int) -> dict[str, Any]:
     """Return the parts of the profile that follow from the kernels: probes, heads, learning curve."""
     labels, names = kernels.labels, [t.name for t in taps]
     classes = np.unique(labels)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from tlpipeline import backbones
-from tlpipeline.backbones import Backbone
+from tlpipeline import backbones, cutting
+from tlpipeline.cutting import Backbone
 from tlpipeline.dataset import Row
 from tlpipeline.errors import BackboneError, DataError
 from tlpipeline.features import Images, extract, in_batches, normalise
@@ -383,7 +383,7 @@ def measure_reference(
     if len(rows) < 2:
         raise DataError(f"expected images like those that the weights were trained on, found {len(rows)}. Give 500 or more.")
     with _in_eval(backbone.module):
-        trunk = backbones.cut(backbone, backbone.tap_names).to(device)
+        trunk = cutting.cut(backbone, backbone.tap_names).to(device)
         trunk.to(memory_format=torch.channels_last)
         images, first = (Images(root, part, backbone.transforms.at(size)) for part in (rows, rows[:FIRST_IMAGES]))
         with Watcher(trunk) as watcher:

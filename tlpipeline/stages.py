@@ -38,7 +38,7 @@ OWN = Path(".tlpipeline")
 GIGABYTE = 1e9
 # The files that decide what a training run or a race does: an interrupted one is resumed only by the same.
 TRAINING = (
-    "augment.py", "backbones.py", "cache.py", "cases.py", "checkpoint.py", "choice.py", "dataset.py", "distributed.py", "features.py",
+    "augment.py", "backbones.py", "cache.py", "cases.py", "checkpoint.py", "choice.py", "cutting.py", "dataset.py", "distributed.py", "features.py",
     "finetune.py", "heads.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "precision.py", "probes.py", "profile.py",
     "race.py", "train.py", "weighing.py", "workers.py",
 )  # fmt: skip
@@ -352,13 +352,13 @@ def _backbone(root: Path, params: Params, size: int | None = None) -> Any:
 
 def _backbone_and_size(root: Path, params: Params, manifest: Any) -> tuple[Any, int]:
     """Return the network and the side at which images enter it."""
-    from tlpipeline import backbones, dataset
+    from tlpipeline import cutting, dataset
 
     backbone = _backbone(root, params)
     short = [min(row.width, row.height) for row in manifest.used(dataset.TRAIN)]
     if not short:
         raise DataError("expected training images to profile, found none. See quarantine.csv for what was left out.")
-    size = backbones.input_size(backbone, params.data.size, statistics.median(short))
+    size = cutting.input_size(backbone, params.data.size, statistics.median(short))
     if size != backbone.transforms.size and backbone.name.startswith("vit"):
         backbone = _backbone(root, params, size)
     return backbone, size

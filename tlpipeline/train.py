@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tlpipeline import backbones
+from tlpipeline import backbones, cutting
 from tlpipeline.augment import augmentation
 from tlpipeline.cache import Store, Table
 from tlpipeline.cases import NONE, Decision, Recipe
@@ -78,7 +78,7 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     if not frozen:
         blocks: list[list[str]] = []
         if recipe.layer_decay(backbone.normalisation) != 1:
-            blocks = [[f"trunk.{name}" for name in block] for block in backbones.blocks(backbone, decision.slice)]
+            blocks = [[f"trunk.{name}" for name in block] for block in cutting.blocks(backbone, decision.slice)]
         fit = Fit(model, sides, recipe, job, world, checkpoint, tell, backbone.normalisation, store, deadline, blocks)
         _train_all(fit, model, decision, state)
         if job.race is not None:
