@@ -47,9 +47,9 @@ from tlpipeline import backbones, dataset, model  # noqa: E402
 from tlpipeline.cases import CASES, Case, Decision  # noqa: E402
 from tlpipeline.checkpoint import MODEL, STATE  # noqa: E402
 from tlpipeline.cutting import Backbone, Tap  # noqa: E402
-from tlpipeline.features import Images  # noqa: E402
 from tlpipeline.files import write_tensors  # noqa: E402
 from tlpipeline.heads import score  # noqa: E402
+from tlpipeline.inputs import Images  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.shift import random_reference  # noqa: E402
 

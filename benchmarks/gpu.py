@@ -41,8 +41,9 @@ from tlpipeline.augment import augmentation
 from tlpipeline.cache import Store
 from tlpipeline.checkpoint import Checkpoints
 from tlpipeline.dataset import TRAIN, VAL, Manifest
-from tlpipeline.features import Images, in_batches, normalise, pooled, step
+from tlpipeline.features import pooled, step
 from tlpipeline.finetune import Deadline, Fit, Sides
+from tlpipeline.inputs import Images, in_batches, normalise
 from tlpipeline.job import Job, Teller
 from tlpipeline.model import Classifier
 from tlpipeline.optimise import optimiser

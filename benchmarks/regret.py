@@ -81,8 +81,9 @@ from grid import (  # noqa: E402
 from tlpipeline import backbones, cases, choice, cutting, dataset, outlook, params, profiling, train, weighing  # noqa: E402
 from tlpipeline import model as models  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
-from tlpipeline.features import Images, extract, reading  # noqa: E402
+from tlpipeline.features import extract, reading  # noqa: E402
 from tlpipeline.heads import solve_head  # noqa: E402
+from tlpipeline.inputs import Images  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.probes import pack  # noqa: E402
 from tlpipeline.profile import slice_test  # noqa: E402

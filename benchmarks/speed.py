@@ -45,8 +45,9 @@ from tlpipeline import backbones, cases, cutting, dataset, finetune, params, pre
 from tlpipeline.augment import augmentation  # noqa: E402
 from tlpipeline.cache import SHARD_ROWS, Store  # noqa: E402
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
-from tlpipeline.features import STEP, Images, in_batches, normalise, prepare  # noqa: E402
+from tlpipeline.features import STEP  # noqa: E402
 from tlpipeline.heads import IN_MEMORY_BYTES, solve_head  # noqa: E402
+from tlpipeline.inputs import Images, in_batches, normalise, prepare  # noqa: E402
 from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.model import Classifier, reader_of  # noqa: E402
 from tlpipeline.profile import Profile  # noqa: E402

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tlpipeline import backbones, cutting, dataset, model
 from tlpipeline.cases import CASES, Case, Decision
 from tlpipeline.cutting import Backbone, Tap
-from tlpipeline.features import Images, normalise, pool, reading
+from tlpipeline.features import pool, reading
+from tlpipeline.inputs import Images, normalise
 from tlpipeline.model import Classifier, Description, probabilities
 
 # One batch, four images for each of two workers; a single validation image cannot outvote fine-tuning.

@@ -25,7 +25,8 @@ from tlpipeline.backbones import FAMILIES, load
 from tlpipeline.cases import CASES, Case
 from tlpipeline.cutting import Backbone, Tap, cut, describe, input_size
 from tlpipeline.errors import BackboneError
-from tlpipeline.features import Images, reading
+from tlpipeline.features import reading
+from tlpipeline.inputs import Images
 from tlpipeline.job import Job
 from tlpipeline.workers import Alone
 

@@ -27,7 +27,7 @@ from tlpipeline.backbones import Demonstration, check_name, load
 from tlpipeline.cutting import Backbone, cut, describe
 from tlpipeline.dataset import decode
 from tlpipeline.errors import BackboneError
-from tlpipeline.features import normalise, prepare
+from tlpipeline.inputs import normalise, prepare
 
 
 def images(net: Backbone) -> Tensor:

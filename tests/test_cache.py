@@ -25,7 +25,8 @@ from tlpipeline.cache import Column, Store, Table
 from tlpipeline.cutting import Backbone
 from tlpipeline.dataset import Row
 from tlpipeline.errors import DataError
-from tlpipeline.features import Images, Reader, Reading, extract, prepared, squeezed
+from tlpipeline.features import Reader, Reading, extract
+from tlpipeline.inputs import Images, prepared, squeezed
 from tlpipeline.model import DESCRIPTION, Classifier, Description, load, probabilities, save
 from tlpipeline.params import ProfileParams
 from tlpipeline.progress import silent

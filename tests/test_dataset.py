@@ -39,7 +39,7 @@ from tlpipeline.dataset import (
     write_manifest,
 )
 from tlpipeline.errors import DataChanged, DataError
-from tlpipeline.features import prepare
+from tlpipeline.inputs import prepare
 
 WHITE, RED, BLACK = [255, 255, 255], [255, 0, 0], [0, 0, 0]
 

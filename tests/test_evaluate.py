@@ -31,7 +31,8 @@ from tlpipeline.evaluate import (
     write_confusion,
     write_predictions,
 )
-from tlpipeline.features import Images, Reading
+from tlpipeline.features import Reading
+from tlpipeline.inputs import Images
 from tlpipeline.model import Classifier, probabilities
 
 

@@ -26,8 +26,9 @@ from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import Row
 from tlpipeline.errors import MemoryFull, ParamsError, TrainingError
-from tlpipeline.features import Decoded, Images, Reader, Reading
+from tlpipeline.features import Reader, Reading
 from tlpipeline.finetune import Deadline, Fit, Sides
+from tlpipeline.inputs import Decoded, Images
 from tlpipeline.job import Job, Teller
 from tlpipeline.model import Classifier
 from tlpipeline.optimise import Average, decays, flat, optimiser, schedule, shares, unflat

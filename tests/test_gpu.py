@@ -18,9 +18,10 @@ from tlpipeline.cases import CASES, Decision, Recipe
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import TRAIN, VAL
-from tlpipeline.features import Images, Reader, Reading, numerics, passes, pooled, reading, step
+from tlpipeline.features import Reader, Reading, numerics, passes, pooled, reading, step
 from tlpipeline.files import write_tensors
 from tlpipeline.finetune import Deadline, Fit, Sides
+from tlpipeline.inputs import Images
 from tlpipeline.job import Job, Teller
 from tlpipeline.model import Classifier
 from tlpipeline.optimise import flat, optimiser, unflat

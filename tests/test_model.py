@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tlpipeline import backbones, dataset
 from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
-from tlpipeline.features import Images, Reading
+from tlpipeline.features import Reading
 from tlpipeline.files import write_json, write_tensors
+from tlpipeline.inputs import Images
 from tlpipeline.model import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, save
 
 CLASSES = ("ant", "bee", 'näh, "quoted"')

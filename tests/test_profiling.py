@@ -17,7 +17,8 @@ from tlpipeline import backbones, dataset, kernels, profiling, shift
 from tlpipeline.choice import choose
 from tlpipeline.dataset import Manifest, Row, ingest
 from tlpipeline.errors import DataError
-from tlpipeline.features import Reading, normalise, prepare
+from tlpipeline.features import Reading
+from tlpipeline.inputs import normalise, prepare
 from tlpipeline.params import load
 from tlpipeline.probes import head_similarity, leave_one_out, one_hot
 from tlpipeline.profile import Profile, slice_test

@@ -21,7 +21,8 @@ from tlpipeline import backbones, cutting, dataset, shift
 from tlpipeline.cutting import Backbone
 from tlpipeline.dataset import Row, decode
 from tlpipeline.errors import BackboneError, DataError
-from tlpipeline.features import Images, extract, normalise, prepare
+from tlpipeline.features import extract
+from tlpipeline.inputs import Images, normalise, prepare
 from tlpipeline.shift import BatchNormShift, Reference, TapStatistics, Watcher, tap_shift
 
 CPU = torch.device("cpu")

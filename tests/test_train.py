@@ -28,9 +28,10 @@ from tlpipeline.cases import CASES, Case, Decision, Recipe
 from tlpipeline.checkpoint import State
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError
-from tlpipeline.features import Images, Reading, extract, scaling
+from tlpipeline.features import Reading, extract, scaling
 from tlpipeline.finetune import batch_size
 from tlpipeline.heads import score, solve_head, validated
+from tlpipeline.inputs import Images
 from tlpipeline.job import Job
 from tlpipeline.model import Classifier, load, probabilities
 from tlpipeline.optimise import schedule

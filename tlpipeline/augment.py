@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tlpipeline.dataset import Row
-from tlpipeline.features import Augment
+from tlpipeline.inputs import Augment
 
 # Degrees clockwise, shares of the side along and across, tangents of the shear along and across: each operation at its strongest.
 SHIFTS = {

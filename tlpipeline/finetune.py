@@ -28,8 +28,8 @@ from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError, MemoryFull, TrainingError
-from tlpipeline.features import Augment, Decoded, Images, normalise, prepared, shard, squeezed
 from tlpipeline.heads import image_weights, validated
+from tlpipeline.inputs import Augment, Decoded, Images, normalise, prepared, shard, squeezed
 from tlpipeline.job import Job, Tell, clock
 from tlpipeline.model import probabilities
 from tlpipeline.optimise import Average, optimiser, schedule, unflat

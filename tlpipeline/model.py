@@ -13,8 +13,9 @@ from tlpipeline import backbones, cutting
 from tlpipeline.cache import Store
 from tlpipeline.cutting import Backbone, Transforms
 from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
-from tlpipeline.features import Images, Reader, Reading, in_batches, passes, pooled, step
+from tlpipeline.features import Reader, Reading, passes, pooled, step
 from tlpipeline.files import write_json, write_tensors
+from tlpipeline.inputs import Images, in_batches
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 FORMAT = 1

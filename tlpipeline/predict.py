@@ -11,7 +11,7 @@ from tlpipeline import dataset, model, registry
 from tlpipeline.cache import Store
 from tlpipeline.dataset import Row
 from tlpipeline.errors import DataError
-from tlpipeline.features import Images
+from tlpipeline.inputs import Images
 
 
 @dataclass(frozen=True)

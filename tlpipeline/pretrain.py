@@ -19,10 +19,10 @@ from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.cutting import Transforms, normalisation
 from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import BackboneError
-from tlpipeline.features import Images
 from tlpipeline.files import write_json, write_tensors
 from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.heads import score
+from tlpipeline.inputs import Images
 from tlpipeline.job import Job, Tail, Teller
 from tlpipeline.model import probabilities
 from tlpipeline.precision import on_tensor_cores

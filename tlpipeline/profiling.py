@@ -24,7 +24,8 @@ from tlpipeline.cache import Store
 from tlpipeline.cutting import Backbone
 from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
 from tlpipeline.errors import DataError
-from tlpipeline.features import FORMAT, Images, Reader, Reading, extract, in_batches, normalise, numerics, reading
+from tlpipeline.features import Reader, Reading, extract, numerics, reading
+from tlpipeline.inputs import FORMAT, Images, in_batches, normalise
 from tlpipeline.kernels import CONFIRMED_ON, Kernels, kernels_of
 from tlpipeline.params import ProfileParams
 from tlpipeline.probes import head_similarity, pack, wilson

@@ -27,8 +27,9 @@ from tlpipeline import backbones, cutting
 from tlpipeline.cutting import Backbone
 from tlpipeline.dataset import Row
 from tlpipeline.errors import BackboneError, DataError
-from tlpipeline.features import Images, extract, in_batches, normalise
+from tlpipeline.features import extract
 from tlpipeline.files import write_bytes
+from tlpipeline.inputs import Images, in_batches, normalise
 
 FORMAT = 1
 SUFFIX = ".refstats.json"

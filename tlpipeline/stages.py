@@ -39,7 +39,7 @@ GIGABYTE = 1e9
 # The files that decide what a training run or a race does: an interrupted one is resumed only by the same.
 TRAINING = (
     "augment.py", "backbones.py", "cache.py", "cases.py", "checkpoint.py", "choice.py", "cutting.py", "dataset.py", "distributed.py", "features.py",
-    "finetune.py", "heads.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "precision.py", "probes.py", "profile.py",
+    "finetune.py", "heads.py", "inputs.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "precision.py", "probes.py", "profile.py",
     "race.py", "train.py", "weighing.py", "workers.py",
 )  # fmt: skip
 RUNS = OWN / "runs"
@@ -332,7 +332,7 @@ def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callab
     """Return what a model says of these rows of the manifest."""
     from tlpipeline import evaluate as measuring
     from tlpipeline import model as models
-    from tlpipeline.features import Images
+    from tlpipeline.inputs import Images
 
     params = params_of(root)
     device = _device(params)

@@ -22,10 +22,11 @@ from tlpipeline.cases import NONE, Decision, Recipe
 from tlpipeline.checkpoint import MODEL, STATE, Checkpoints, State
 from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
 from tlpipeline.errors import ClusterError
-from tlpipeline.features import Images, Reader, in_batches
+from tlpipeline.features import Reader
 from tlpipeline.files import write_json
 from tlpipeline.finetune import AT_ONCE, Deadline, Fit, Sides, batch_size
 from tlpipeline.heads import Labels, solve_head, validated
+from tlpipeline.inputs import Images, in_batches
 from tlpipeline.job import Job, Tell, Teller, clock
 from tlpipeline.model import Classifier, Description, reader_of, save
 from tlpipeline.precision import reads_in_bfloat16

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tlpipeline.features import shard
 from tlpipeline.files import whole
+from tlpipeline.inputs import shard
 
 
 class World(Protocol):
