@@ -151,7 +151,7 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     before += one.cost(frozen)
     spent = one.profiled + one.seconds(frozen)
     solved = int(row["train"]) + images
-    for part, epoch in enumerate(weighing.look_epochs(epochs), weighing.LOOKS - len(weighing.look_epochs(epochs))):
+    for part, epoch in enumerate(weighed.look_epochs(epochs), weighing.LOOKS - len(weighed.look_epochs(epochs))):
         bits = [unpack(text, images)[one.judges] for text in (one.arms[frozen]["bits"], row["looks"].split()[part])]
         seen = weighing.look(weighed, part, epoch, epochs, *bits)
         winner, _ = weighing.verdict(weighed, part, seen)

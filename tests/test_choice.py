@@ -443,7 +443,7 @@ def test_too_few_labels_are_raced_where_they_can_be() -> None:
     assert not decide(planted([0.5, 0.6, 0.8]), model=settled).race_wanted
     assert decide(profile, model=settled).race_wanted
     assert decide(replace(profile, validation=20), model=settled).race_wanted
-    few = decide(replace(profile, validation=19), model=settled)
+    few = decide(replace(profile, validation=19), model=model(intercept=-1.0, deviation=0.05))
     assert not few.race_wanted
     assert any(w.startswith("no race: 19 validation images are left to judge it, and it takes 20") for w in few.warnings)
 
@@ -517,9 +517,22 @@ def test_a_cut_saves_what_lies_behind_it() -> None:
 
 
 def test_who_asks_for_fewer_judges_gets_them_where_labels_are_few() -> None:
-    profile = replace(planted([0.5, 0.6, 0.8]), classes=300, validation=10)
-    assert decide(profile, replace(RULE, race_images=10)).race_wanted
-    assert not decide(profile, RULE).race_wanted
+    profile, small = replace(planted([0.5, 0.6, 0.8]), classes=300, validation=10), model(intercept=-1.0)
+    assert decide(profile, replace(RULE, race_images=10), small).race_wanted
+    assert not decide(profile, RULE, small).race_wanted
+
+
+@pytest.mark.parametrize("validation", [0, 1, 2, 41, 99, 100])
+def test_fine_tuning_that_is_expected_to_win_is_judged_at_its_end_by_whoever_is_left(validation: int) -> None:
+    """It is trained anyway: to look whether it did win costs nothing. What it would have to be bought for is not judged by a few."""
+    profile = replace(planted(SIMILAR_SMALL), validation=validation)
+    large, small = (weigh(profile, RULE, model(intercept=0.05 + more, deviation=0.4)) for more in (0.15, 0.0))
+    assert (large.large, small.large) == (True, False)
+    assert large.unclear
+    assert (large.no_race == "", small.no_race == "") == (validation >= 2, validation >= 100)
+    assert (large.judged_once, small.judged_once) == (2 <= validation < 100, False)
+    assert large.look_epochs(9) == ([9] if validation < 100 and validation >= 2 else [3, 6, 9])
+    assert weigh(profile, replace(RULE, effort="quick"), large.model).no_race
 
 
 def test_a_forced_tap_is_held_to_its_own_probe() -> None:

@@ -54,11 +54,13 @@ class Setting:
             flip=False, precision="float32", history=str(self.place / f"{decision.freeze}.jsonl"),
         )  # fmt: skip
 
-    def run(self, model: Outlook, patch: pytest.MonkeyPatch, name: str = "a", progress: Any = silent) -> tuple[Decision, Path]:
+    def run(
+        self, model: Outlook, patch: pytest.MonkeyPatch, name: str = "a", progress: Any = silent, rule: ChooseParams = RULE
+    ) -> tuple[Decision, Path]:
         patch.setattr(finetune, "fitted", lambda: model)
         kept = self.place / f"kept-{name}"
         kept.mkdir()
-        weighed = weighing.weigh(self.profile, RULE, model)
+        weighed = weighing.weigh(self.profile, rule, model)
         return race.run(self.profile, weighed, self.job, HERE, name, self.place / "runs", kept, progress), kept
 
 
@@ -104,6 +106,34 @@ def test_an_undecided_race_runs_the_whole_schedule_and_goes_to_the_cheaper_arm(s
     assert decision.race.looks[-1].epoch <= EPOCHS
     assert {event.stage for event in told} == {"choose"}
     assert any("look" in event.text for event in told)
+
+
+def test_where_few_can_judge_fine_tuning_is_looked_at_once_when_all_of_it_is_trained(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However clear its first look would have been: it was not to be bought, and may not be sold for less than it is in the end."""
+    doubtful = dataclasses.replace(outlook.NEUTRAL, intercept=0.4, deviation=1.0, lag=((0.0, 0.01),) * 3)
+    few = dataclasses.replace(RULE, effort="auto", race_images=10_000, race_above=0.0, race_below=1.0)
+    assert weighing.weigh(setting.profile, few, doubtful).judged_once
+    decision, kept = setting.run(doubtful, monkeypatch, "once", rule=few)
+    assert decision.race is not None
+    (look,) = decision.race.looks
+    assert (look.epoch, look.epochs) == (EPOCHS, EPOCHS)
+    assert decision.race.ended in decision.reason
+    assert (decision.freeze == "kept") == (decision.race.winner == "frozen")
+    # A decay that leaves nothing of what the network knew.
+    with monkeypatch.context() as patch:
+        wild = dataclasses.replace(setting)
+
+        def job(decision: Decision) -> Job:
+            made = dataclasses.replace(decision, recipe=dataclasses.replace(decision.recipe, weight_decay=500.0))
+            return setting.job(made)
+
+        patch.setattr(wild, "job", job)
+        decision, kept = wild.run(doubtful, monkeypatch, "wild", rule=few)
+    assert decision.race is not None
+    assert (len(decision.race.looks), decision.race.winner, decision.freeze) == (1, "frozen", "kept")
+    assert (kept / "model" / "weights.safetensors").exists()
 
 
 @pytest.mark.parametrize(("minutes", "epochs"), [(1e-9, 0), (1000.0, EPOCHS)])

@@ -159,17 +159,31 @@ class Weighed:
     @property
     def too_few_to_race(self) -> str:
         """That there are too few images to judge a race, "" if there are enough."""
-        # Who asks for a race gets one, and where the probes are too weak to decide fewer judges than else tell more.
-        asked, weak = self.rule.effort == "full", bool(weak_labels(self.evidence))
-        least = LEAST_JUDGES if asked else min(FEW_JUDGES, self.rule.race_images) if weak else self.rule.race_images
-        if self.evidence.validation >= least:
+        if self.evidence.validation >= self.least_judges or self.judged_once:
             return ""
-        if asked or weak:
-            return f"{self.evidence.validation} validation images are left to judge it, and it takes {least}"
+        if self.least_judges < self.rule.race_images:
+            return f"{self.evidence.validation} validation images are left to judge it, and it takes {self.least_judges}"
         return (
             f"{self.evidence.validation} validation images are left to judge it, and fewer than {self.rule.race_images} "
             "(choose.race_images) tell less than the prediction, which decides"
         )
+
+    @property
+    def least_judges(self) -> int:
+        """How many validation images must be left to judge a race that is to buy fine-tuning, or to end it early."""
+        if self.rule.effort == "full":
+            return LEAST_JUDGES  # who asks for a race gets one
+        # Where the probes are too weak to decide fewer judges than else tell more.
+        return min(FEW_JUDGES, self.rule.race_images) if weak_labels(self.evidence) else self.rule.race_images
+
+    @property
+    def judged_once(self) -> bool:
+        """Whether a race has one look, at its end: fine-tuning is trained anyway, and few images may judge what is there."""
+        return self.large and LEAST_JUDGES <= self.evidence.validation < self.least_judges
+
+    def look_epochs(self, epochs: int) -> list[int]:
+        """Return the epochs of the planned looks of a race with so many epochs."""
+        return look_epochs(epochs)[-1:] if self.judged_once else look_epochs(epochs)
 
 
 def weigh(profile: Profile, rule: ChooseParams, model: Outlook | None = None) -> Weighed:
@@ -271,7 +285,11 @@ def look_epochs(epochs: int) -> list[int]:
 
 
 def verdict(weighed: Weighed, part: int, last: Look) -> tuple[str, str]:
-    """Return (winner, why) after a look, ("", "") while the race goes on; at the end an undecided race goes to the cheaper arm."""
+    """Return (winner, why) after a look, ("", "") while the race goes on.
+
+    At its end an undecided race goes to the cheaper arm, unless fine-tuning is still expected to win more than the tolerance. Where
+    fine-tuning was trained anyway (`judged_once`) it stays, unless it is expected to lose more than the tolerance.
+    """
     spent = weighed.rule.alpha * SPENT[part]
     if last.chance >= 1 - spent:
         return "tuned", f"fine-tuning is ahead for good (P {last.chance:.2f})"
@@ -281,6 +299,9 @@ def verdict(weighed: Weighed, part: int, last: Look) -> tuple[str, str]:
         return "", ""
     difference = last.tuned - last.frozen
     expected = float(weighed.posterior(part, difference, last.error) @ weighed.gains)
+    if weighed.judged_once:
+        now = f"with what {last.images} validation images say, fine-tuning is expected to {'win' if expected > 0 else 'lose'} {abs(expected) * 100:.1f} points"
+        return ("tuned", now) if expected > -weighed.tolerance else ("frozen", f"{now}, so its model is not taken")
     if expected > weighed.tolerance:
         return "tuned", f"undecided at the end, fine-tuning expected to win {expected * 100:.1f} points"
     return "frozen", f"undecided at the end (fine-tuning expected to win {expected * 100:.1f} points), so the cheaper one"
