@@ -30,7 +30,7 @@ from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError
 from tlpipeline.features import Reading, extract, scaling
 from tlpipeline.finetune import batch_size
-from tlpipeline.heads import score, solve_head, validated
+from tlpipeline.heads import judged_penalty, score, solve_head, validated
 from tlpipeline.inputs import Images
 from tlpipeline.job import Job
 from tlpipeline.model import Classifier, load, probabilities
@@ -220,7 +220,7 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
     def head_of(decision: Decision, name: str) -> torch.Tensor:
         return trained(job(decision, epochs=1), tmp_path / name)["head.weight"]
 
-    frozen, tuned = decided(CASES[0]), decided(CASES[2], rate_none=1e-12)
+    frozen, tuned = decided(CASES[0]), decided(CASES[2], rate_none=1e-12, solve_again=False)
     both, train_only = head_of(frozen, "a"), head_of(tuned, "b")
     assert history(tmp_path / "a")[0] == history(tmp_path / "b")[0]  # the same head was judged
     assert not torch.allclose(both, train_only, atol=1e-4)
@@ -239,6 +239,30 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
     assert apart > 1e-2
     assert torch.allclose(train_only, first[0], atol=float(apart) / 20)
     assert torch.allclose(both, second[0], atol=float(apart) / 20)
+
+
+def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads_by_then(job: Callable[..., Job], tmp_path: Path) -> None:
+    """With the validation images, at the penalty that they like best; the network below is what was trained, and so is what is said of validation."""
+    before = trained(job(decided(CASES[2], rate_none=0.05, solve_again=False), epochs=2), tmp_path / "before")
+    after = trained(job(decided(CASES[2], rate_none=0.05), epochs=2), tmp_path / "after")
+    assert history(tmp_path / "before") == history(tmp_path / "after")
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head."))
+    model, description = load(tmp_path / "after" / "scratch" / "finished" / "model")
+    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
+    rows = [*manifest.used("train"), *manifest.used("val")]
+    images = Images(tmp_path / "pictures", rows, description.transforms)
+    (features,) = extract(model.trunk, model.grids, images, torch.device("cpu"), lambda done: None)
+    labels = np.array([manifest.classes.index(r.label) for r in rows])
+    count, kind = len(manifest.used("train")), ([128], 3, Recipe().imbalance, 0)
+    penalty = judged_penalty(features[:count], labels[:count], features[count:], labels[count:], *kind)
+    weight, bias, _ = solve_head(features, labels, *kind, penalty, tolerance=1e-4)
+    apart = (before["head.weight"] - weight).abs().max()
+    assert apart > 0.01
+    assert torch.allclose(after["head.weight"], weight, atol=float(apart) / 20)
+    assert torch.allclose(after["head.bias"], bias, atol=float(apart) / 20)
+    said = json.loads((tmp_path / "after" / "scratch" / "finished" / "history.json").read_text())
+    assert said["validation"]["head_penalty"] == penalty
+    assert not list((tmp_path / "after" / "scratch").glob("features-*"))
 
 
 # --- interruption ---------------------------------------------------------------------------------------------------------------------
@@ -426,8 +450,10 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
     net = {"backbone": "nets:resnet20", "weights": "none"}
     plain = replace(residual(CASES[2]), slice="layer1.2", readings=NORMED, init="plain")
-    averaged = replace(plain, recipe=replace(plain.recipe, average=0.8))
     still = replace(plain, recipe=replace(plain.recipe, statistics="fixed"))
+    # Their heads stay as they were judged.
+    plain = replace(plain, recipe=replace(plain.recipe, solve_again=False))
+    averaged = replace(plain, recipe=replace(plain.recipe, average=0.8))
     jobs = {
         "frozen": made.job(residual(CASES[0]), "frozen", **net),
         "cut": made.job(residual(CASES[1]), "cut", **net),
@@ -678,7 +704,8 @@ def test_random_views_are_read_once_each_and_change_the_frozen_head(job: Callabl
     assert not torch.equal(other["head.weight"], with_views["head.weight"])
     passed.clear()
     trained(replace(made, decision=job(decided(CASES[2])).decision, epochs=1), tmp_path / "tuned")
-    assert len(passed) == val  # where everything is trained each epoch is a view of its own: only its validation is passed on
+    # Where everything is trained each epoch is a view of its own: only its validation is passed on, and in the end all for the new head.
+    assert len(passed) == val + train + val
 
 
 def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, passed: list[str]) -> None:

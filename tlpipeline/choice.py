@@ -143,7 +143,8 @@ def arms_of(profile: Profile, weighed: Weighed) -> tuple[Arm, ...]:
     ]
     start = weighed.frozen
     recipe = find("large_similar").recipe
-    cost = every + recipe.epochs(profile.images) * (3 * profile.images + 2 * profile.validation)
+    # The head is solved before and after.
+    cost = 2 * every + recipe.epochs(profile.images) * (3 * profile.images + 2 * profile.validation)
     accuracy, low, high = (round(float(np.clip(start + gain, 0, 1)), 4) for gain in (seen.gain, seen.low, seen.high))
     return (*frozen, Arm("tuned", accuracy, low, high, float(cost)))
 

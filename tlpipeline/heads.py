@@ -359,16 +359,57 @@ def _held_out_penalty(
             losses[i], reached[i] = total, at[0]
         return losses[i]
 
+    best = _downhill(loss, late)
+    loss(best)  # it was compared with none where the time was up
+    both = torch.from_numpy(reached[best]).view(classes, -1)
+    weight = both[:, :-1] if span is None else (span.outside(both[:, :-1]).float() @ scaled).double()
+    return PENALTIES[best], torch.cat([weight, both[:, -1:]], 1).reshape(-1).numpy()
+
+
+def judged_penalty(
+    features: Tensor | Table,
+    labels: Labels,
+    judges: Tensor | Table,
+    truth: Labels,
+    blocks: Sequence[int],
+    classes: int,
+    imbalance: float,
+    seed: int,
+    late: Late = never,
+) -> float:
+    """Return the penalty with which a head on some images has the smallest log loss on others.
+
+    For features that were trained on the first ones, which then are no measure of themselves. At most 1,000 of either.
+
+    Args:
+        features, labels: (n, d), (n,) of those that it is solved on; judges, truth: (m, d), (m,) of those that judge.
+    """
+    rng = np.random.default_rng(seed)
+    some, others = (rng.permutation(count)[:CV_IMAGES] for count in (len(labels), len(truth)))
+    x, z = Features(features).take(some), Features(judges).take(others).float()
+    found: tuple[Tensor, Tensor] | None = None
+    losses: dict[int, float] = {}
+
+    def loss(i: int) -> float:
+        nonlocal found
+        if i not in losses:
+            w, b, _ = solve_head(x, labels[some], blocks, classes, imbalance, seed, PENALTIES[i], found, tolerance=CV_TOLERANCE, late=late)
+            found = w, b
+            losses[i] = score((z @ w.T + b).double().softmax(1), truth[others])[1]
+        return losses[i]
+
+    return PENALTIES[_downhill(loss, late)]
+
+
+def _downhill(loss: Callable[[int], float], late: Late) -> int:
+    """Return the index of the penalty with the smallest loss, from the middle of the grid on: it has one valley along it."""
     best = START
     for direction in (-1, 1):
         while 0 <= best + direction < len(PENALTIES) and not late() and loss(best + direction) < loss(best):
             best += direction
         if best != START:
             break
-    loss(best)  # it was compared with none where the time was up
-    both = torch.from_numpy(reached[best]).view(classes, -1)
-    weight = both[:, :-1] if span is None else (span.outside(both[:, :-1]).float() @ scaled).double()
-    return PENALTIES[best], torch.cat([weight, both[:, -1:]], 1).reshape(-1).numpy()
+    return best
 
 
 # --- judging --------------------------------------------------------------------------------------------------------------------------

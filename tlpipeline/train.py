@@ -5,6 +5,7 @@ processes and Ray workers each bring their own.
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from tlpipeline.errors import ClusterError
 from tlpipeline.features import Reader
 from tlpipeline.files import write_json
 from tlpipeline.finetune import AT_ONCE, Deadline, Fit, Sides, batch_size
-from tlpipeline.heads import Labels, solve_head, validated
+from tlpipeline.heads import Labels, judged_penalty, solve_head, validated
 from tlpipeline.inputs import Images, in_batches
 from tlpipeline.job import Job, Tell, Teller, clock
 from tlpipeline.model import Classifier, Description, reader_of, save
@@ -86,6 +87,8 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
             checkpoint.write(state)
             return checkpoint.written if world.rank == 0 else None
         checkpoint.load_best()
+        if recipe.solve_again:
+            _solve_again(model, sides, recipe, job, world, tell, state, scratch_folder, deadline)
     if world.rank:
         world.report({"accuracy": state.best_accuracy}, None)
         return None
@@ -181,6 +184,43 @@ def _solve(
     from_first([model.head.weight, model.head.bias], world)
     count = len(train) + len(held)
     tell(count, count, f"head solved, validation accuracy {accuracy:.1%}", important=True)
+
+
+def _solve_again(
+    model: Classifier,
+    sides: Sides,
+    recipe: Recipe,
+    job: Job,
+    world: World,
+    tell: Tell,
+    state: State,
+    scratch_folder: Path,
+    deadline: Deadline,
+) -> None:
+    """Solve the head on what the trained network reads in the images as they are: it was trained on random views, one step behind the features.
+
+    Nothing is left to select, so the validation images count as well; before, they say which penalty is best, because features that were trained
+    on images are no measure of themselves. What was said of validation remains what was said of the head before.
+    """
+    images, imbalance = [*sides.train, *sides.val], math.inf if recipe.balance == NONE else recipe.imbalance
+    labels = np.concatenate([sides.train_labels, sides.val_labels])
+    with tempfile.TemporaryDirectory(prefix="features-", dir=scratch_folder) as place:
+        # Nobody else reads images with these weights.
+        reader = reader_of(model, Store(Path(place)), sides.transforms, world.device)
+        late = deadline.passed()
+        if late or len(frozen_features(reader, Images(sides.root, images, sides.transforms), world, tell, deadline)) < len(images):
+            state.remark("train.budget_minutes left no time to solve the head once more")
+            return
+        if world.rank == 0:
+            x, judges = Table(reader.rows(sides.train)), Table(reader.rows(sides.val))
+            kind = model.blocks, model.head.out_features, imbalance, job.seed
+            penalty = judged_penalty(x, sides.train_labels, judges, sides.val_labels, *kind, deadline.late) if len(sides.val) else None
+            found = solve_head(x.below(judges) if len(sides.val) else x, labels, *kind, penalty, tolerance=1e-4, late=deadline.late)
+            model.head.weight.data.copy_(found[0])
+            model.head.bias.data.copy_(found[1])
+            state.head_penalty = found[2]
+    from_first([model.head.weight, model.head.bias], world)
+    tell(len(images), len(images), "head solved once more, with the validation images", important=True)
 
 
 def _random_views(
