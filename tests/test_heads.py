@@ -10,7 +10,7 @@ import torch
 from tlpipeline import heads
 from tlpipeline.cache import Column, Table
 from tlpipeline.features import scaling
-from tlpipeline.heads import PENALTIES, Features, Problem, Span, image_weights, solve_head, solve_kernel
+from tlpipeline.heads import PENALTIES, START, Features, Problem, Span, image_weights, judged_penalty, score, solve_head, solve_kernel
 
 BLOCKS = [7, 5]
 
@@ -102,6 +102,29 @@ def test_a_known_start_ends_at_the_same_head_in_fewer_steps(monkeypatch: pytest.
     warm = solve_head(x, labels, BLOCKS, 4, 10, 0, 1e-3, cold[:2])
     assert calls < first / 2
     assert torch.allclose((x @ cold[0].T + cold[1]).softmax(1), (x @ warm[0].T + warm[1]).softmax(1), atol=5e-3)
+
+
+@pytest.mark.parametrize(("images", "classes"), [(90, 3), (1500, 4)])
+def test_features_that_know_their_images_by_heart_are_judged_by_others(images: int, classes: int) -> None:
+    """What a network was trained on it reads without a doubt; images that it never saw say how sure its head may be."""
+    judges, truth = drawn(400, classes, separation=1.5)
+    others, unseen = drawn(2000, classes, separation=1.5)
+    x, labels = drawn(images, classes, seed=1)
+    rng = np.random.default_rng(2)
+    x = judges.mean(0) + torch.stack([judges[truth == c].mean(0) for c in range(classes)])[labels] * 1.5
+    x += 0.01 * torch.from_numpy(rng.normal(size=x.shape)).float()
+    kind = BLOCKS, classes, 10.0, 0
+    found = judged_penalty(x, labels, judges, truth, *kind)
+
+    def loss(penalty: float) -> float:
+        weight, bias, _ = solve_head(x, labels, *kind, penalty)
+        return score((others @ weight.T + bias).softmax(1), unseen)[1]
+
+    own = solve_head(x, labels, *kind)[2]
+    assert own < found  # by themselves they want hardly any
+    assert loss(found) < 0.7 * loss(own)
+    assert loss(found) == pytest.approx(min(loss(penalty) for penalty in PENALTIES), rel=0.1)
+    assert judged_penalty(x, labels, judges, truth, *kind, late=lambda: True) == PENALTIES[START]
 
 
 def test_views_do_not_make_a_weak_penalty_look_good() -> None:
