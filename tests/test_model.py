@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tlpipeline import backbones, dataset
+from tlpipeline.cache import Store
 from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
 from tlpipeline.features import Reading
 from tlpipeline.files import write_json, write_tensors
 from tlpipeline.inputs import Images
-from tlpipeline.model import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, save
+from tlpipeline.model import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, reader_of, save
 
 CLASSES = ("ant", "bee", 'näh, "quoted"')
 # Architecture, input side, readings with the deepest first, and the start of a name behind the cut.
@@ -268,6 +269,26 @@ def full_above(model: Classifier, most: int) -> list[int]:
 
     model.register_forward_pre_hook(full)
     return asked
+
+
+def test_a_reader_that_is_alone_takes_fewer_images_at_a_time_where_memory_runs_out_and_one_that_is_not_does_not(
+    make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What others would take over must not depend on the memory that is free; a head that is solved at the end of training must not be lost."""
+    pictures = make_images(classes=2, each=10)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*dataset.SIDES)
+    model, description = build("nets:resnet20", frozen=False)
+    images, cpu = Images(pictures, rows, description.transforms), torch.device("cpu")
+    (plain,) = reader_of(model, Store(tmp_path / "plain"), description.transforms, cpu).read(images, lambda done: None)
+    asked = full_above(model.trunk, 5)
+    (found,) = reader_of(model, Store(tmp_path / "alone"), description.transforms, cpu, alone=True).read(images, lambda done: None)
+    assert torch.allclose(found.all(), plain.all(), atol=1e-5)
+    assert asked == [16, 8, 4, 4, 4, 4, 4]
+    with pytest.raises(PassTooLarge, match="a forward pass of 16 images"):
+        reader_of(model, Store(tmp_path / "shared"), description.transforms, cpu).read(images, lambda done: None)
+    full_above(model.trunk, 0)
+    with pytest.raises(PassTooLarge, match="a forward pass of 1 images"):
+        reader_of(model, Store(tmp_path / "none"), description.transforms, cpu, alone=True).read(images, lambda done: None)
 
 
 def test_a_trained_network_answers_for_fewer_images_at_a_time_where_memory_runs_out(make_images: Callable[..., Path]) -> None:

@@ -181,6 +181,7 @@ class Reader:
         trunk: gives one tensor for each reading, and the source head's logits behind them where `logits` is true.
         beside: gives one more row an image after each step, kept under `beside_key`.
         half: the network is passed in bfloat16.
+        alone: nobody else will read with these weights, so where a GPU is full a pass may take fewer images, whatever that does to last digits.
     """
 
     def __init__(
@@ -196,8 +197,10 @@ class Reader:
         beside: Callable[[], Tensor] | None = None,
         beside_key: str = "",
         half: bool = False,
+        alone: bool = False,
     ) -> None:
-        self.trunk, self.device, self.side, self.beside = trunk, device, transforms.size, beside
+        self.trunk, self.device, self.beside, self.alone = trunk, device, beside, alone
+        self.step = step(device, transforms.size)  # images in a pass
         self.apart = device.type != "cpu"  # on a CPU a second shard in memory would win nothing
         self.network = pooled(trunk, [r.grids for r in readings], half)
         known = cutting.identities(backbone, [r.tap for r in readings], logits=logits or beside is not None)
@@ -227,13 +230,29 @@ class Reader:
         return np.asarray(~np.logical_and.reduce([column.has(md5s) for column in self.columns]))
 
     def compute(self, images: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
-        """Pass these images through the network and keep what it gives, a shard at a time: what is done is safe."""
+        """Pass these images through the network and keep what it gives, a shard at a time: what is done is safe.
+
+        Raises:
+            PassTooLarge: a GPU has no room for a step; of a reader that is alone for a single image.
+        """
         self.trunk.eval()
+        while True:
+            try:
+                self._compute(images, indices, progress)
+                return
+            except PassTooLarge:
+                if not self.alone or self.step == 1:
+                    raise
+                self.step //= 2
+                missing = self.missing(images.rows)
+                indices = [i for i in indices if missing[i]]
+
+    def _compute(self, images: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
         kept: list[list[Tensor]] = []
         names: list[str] = []
         done = 0
         with _Writer(self._keep, apart=self.apart) as write:
-            for batch, outputs in _behind(passes(self.network, images, indices, self.device, self.beside)):
+            for batch, outputs in _behind(passes(self.network, images, indices, self.device, self.beside, self.step)):
                 kept.append([out.cpu() for out in outputs])
                 names += [images.rows[i].md5 for i in batch]
                 done += len(batch)
@@ -243,11 +262,6 @@ class Reader:
                     names, kept = [], []
                 progress(done)
             write(names, kept)
-
-    @property
-    def step(self) -> int:
-        """Images in a pass."""
-        return step(self.device, self.side)
 
     def _keep(self, names: Sequence[str], kept: Sequence[Sequence[Tensor]]) -> None:
         if names:

@@ -202,9 +202,11 @@ def _passed(model: nn.Module, images: Images, device: torch.device, progress: Ca
     return torch.cat(parts)
 
 
-def reader_of(model: Classifier, store: Store, transforms: Transforms, device: torch.device, half: bool = False) -> Reader:
-    """Return what reads images with the classifier's backbone as it is now; `half`: in bfloat16."""
-    return Reader(store, model.backbone[0], model.trunk, model.readings, transforms, device, half=half)
+def reader_of(
+    model: Classifier, store: Store, transforms: Transforms, device: torch.device, half: bool = False, alone: bool = False
+) -> Reader:
+    """Return what reads images with the classifier's backbone as it is now; `half`: in bfloat16; `alone`: nobody else will with these weights."""
+    return Reader(store, model.backbone[0], model.trunk, model.readings, transforms, device, half=half, alone=alone)
 
 
 def _filled(x: Tensor, size: int) -> Tensor:

@@ -205,8 +205,7 @@ def _solve_again(
     images, imbalance = [*sides.train, *sides.val], math.inf if recipe.balance == NONE else recipe.imbalance
     labels = np.concatenate([sides.train_labels, sides.val_labels])
     with tempfile.TemporaryDirectory(prefix="features-", dir=scratch_folder) as place:
-        # Nobody else reads images with these weights.
-        reader = reader_of(model, Store(Path(place)), sides.transforms, world.device)
+        reader = reader_of(model, Store(Path(place)), sides.transforms, world.device, alone=True)
         late = deadline.passed()
         if late or len(frozen_features(reader, Images(sides.root, images, sides.transforms), world, tell, deadline)) < len(images):
             state.remark("train.budget_minutes left no time to solve the head once more")
