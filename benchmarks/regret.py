@@ -10,6 +10,7 @@ brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for
     python benchmarks/regret.py rates [--data DIR] [--only TEXT ...]
     python benchmarks/regret.py above [--data DIR] [--only TEXT ...]
     python benchmarks/regret.py several [--data DIR] [--grid core|full|lite0] [--only TEXT ...]
+    python benchmarks/regret.py once [--data DIR] [--grid core|full|lite0] [--only TEXT ...]
     python benchmarks/regret.py fit
     python benchmarks/regret.py report
 
@@ -17,7 +18,8 @@ brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for
 subsets first. Both run what has no row yet, so they can be interrupted at any moment, and sort the rows when they are through. `rates` trains
 LP-FT on 500 images at a third and three times the recipe's rate, and says what choosing the rate on validation would bring. `above` trains
 only the blocks above the first third, and above two thirds, of 500 and 2,000 images, and says what that loses and saves. `several` trains LP-FT with
-a head that reads several taps, as the frozen one does, and says what that gains. `fit` refits
+a head that reads several taps, as the frozen one does, and says what that gains. `once` trains LP-FT without solving the head once more at its
+end, and says what that loses; `rates`, `above` and `several` compare with its rows, and solve no head again either. `fit` refits
 tlpipeline/outlook.json, `report` prints the figures and draws regret.svg.
 The figures of `report` are those of the core grid: eight data sets, two networks. Three more data sets and two more networks (packages.py) have rows
 as well, on which nothing is fitted; they stand below. With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
@@ -62,6 +64,7 @@ from grid import (  # noqa: E402
     LEFT_OUT,
     NETWORKS,
     NO_FLIP,
+    ONCE,
     RATES,
     RESULTS,
     SCRATCH_FROM,
@@ -210,13 +213,14 @@ def first_blocks_fixed(backbone: cutting.Backbone, last: str, share: float) -> I
 
 def train_arm(
     unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0, fixed: float = 0.0,
-    read: Sequence[str] = (),
+    read: Sequence[str] = (), again: bool = True,
 ) -> dict[str, object]:  # fmt: skip
     """Run an arm that trains the whole network, as the product runs it but for a factor on its rate, and return its row.
 
     Args:
         fixed: share of the blocks, from the first on, that are not trained after all.
         read: taps that the head reads, the last one first; by default the last one alone.
+        again: LP-FT solves its head once more at its end, as the recipe says.
     """
     net = unit.network
     weights, md5 = (backbones.NONE, backbones.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
@@ -225,7 +229,7 @@ def train_arm(
     row = row_of(arm, similar)
     kinds = ("rate_batch", "rate_batch_small", "rate_layer", "rate_none")
     changed = {kind: getattr(row.recipe, kind) * factor for kind in kinds}
-    row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, solve_again=arm == "tuned", **changed))
+    row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, solve_again=again and arm == "tuned", **changed))
     init = {"tuned": "pretrained", "plain": "plain", "scratch": "random"}[arm]
     decision = dataclasses.replace(uncut(row, taps[-1], net.size), init=init)
     if read:
@@ -254,7 +258,7 @@ def train_arm(
     # The looks of a race: a third, two thirds, all of the schedule.
     looks = [epochs[max(round(len(epochs) * part / 3), 1) - 1]["correct"] for part in (1, 2, 3)]
     # The head is solved before and after; plain and scratch are references, trained as others would.
-    solved = 2 * (train_images + val_images) if arm == "tuned" else 0
+    solved = (1 + again) * (train_images + val_images) if arm == "tuned" else 0
     return counted(unit, manifest, right) | {
         "arm": arm, "val_hits": round(epochs[-1]["accuracy"] * val_images), "slice": taps[-1].name,
         "rate": row.recipe.rate(backbone.normalisation, net.size), "epochs": len(epochs),
@@ -418,8 +422,8 @@ def percent(row: dict[str, str]) -> float:
 
 
 def arms_of(results: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """Return the rows of all arms by data set, backbone, images, seed and arm."""
-    return {(r["data"], r["backbone"], r["n"], r["seed"], r["arm"]): r for r in rows_of(results / ARMS)}
+    """Return the rows of all arms by data set, backbone, images, seed and arm; `once` is LP-FT whose head is solved once, at its start."""
+    return {(r["data"], r["backbone"], r["n"], r["seed"], r["arm"]): r for name in (ARMS, ONCE) for r in rows_of(results / name)}
 
 
 def standard_error(values: npt.ArrayLike) -> float:
@@ -438,13 +442,15 @@ def rates(options: argparse.Namespace) -> None:
                 (r["data"], r["backbone"], r["n"], r["seed"], r["factor"]) for r in rows_of(path)
             }:
                 manifest = split(rows, unit.n, largest, unit.seed)
-                row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, factor)
+                row = train_arm(
+                    unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, factor, again=False
+                )
                 append(path, (*COLUMNS, "factor"), row | {"factor": f"{factor:.2f}"})
     at: dict[tuple[str, str], dict[float, dict[str, str]]] = {}
     for row in rows_of(path):
         at.setdefault((row["data"], row["backbone"]), {})[float(row["factor"])] = row
-    for row in rows_of(options.results / ARMS):
-        if row["arm"] == "tuned" and int(row["n"]) == SLICES_AT and row["seed"] == "0" and (row["data"], row["backbone"]) in at:
+    for row in rows_of(options.results / ONCE):
+        if int(row["n"]) == SLICES_AT and row["seed"] == "0" and (row["data"], row["backbone"]) in at:
             at[row["data"], row["backbone"]][1.0] = row
     gained = []
     for unit_of, tried in sorted(at.items()):
@@ -469,13 +475,15 @@ def above(options: argparse.Namespace) -> None:
             key = (*map(str, unit.key), f"{share:.2f}")
             if key not in {(r["data"], r["backbone"], r["n"], r["seed"], r["fixed"]) for r in rows_of(path)}:
                 manifest = split(rows, unit.n, largest, unit.seed)
-                row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, fixed=share)
+                row = train_arm(
+                    unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, fixed=share, again=False
+                )
                 append(path, (*COLUMNS, "fixed"), row | {"fixed": key[-1]})
     arms = arms_of(options.results)
     lost: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in rows_of(path):
         unit_of = row["data"], row["backbone"], row["n"], row["seed"]
-        whole, frozen = arms[*unit_of, "tuned"], max((arms[*unit_of, arm] for arm in FROZEN), key=percent)
+        whole, frozen = arms[*unit_of, "once"], max((arms[*unit_of, arm] for arm in FROZEN), key=percent)
         lost.setdefault((row["fixed"], row["backbone"], row["n"]), []).append(
             (percent(row) - percent(whole), percent(row) - percent(frozen))
         )
@@ -507,13 +515,13 @@ def several(options: argparse.Namespace) -> None:
                 backbone, found[unit.data], manifest, net.size, look, lambda profile: False, silent, torch.device("cpu")
             )
             similar = similarity(options.results, unit)
-            row = train_arm(unit, "tuned", similar, manifest, found[unit.data], options.weights, read=seen.multi.taps)
+            row = train_arm(unit, "tuned", similar, manifest, found[unit.data], options.weights, read=seen.multi.taps, again=False)
             append(path, COLUMNS, row | {"arm": "several"})
     arms = arms_of(options.results)
     gained: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for row in rows_of(path):
         unit_of = row["data"], row["backbone"], row["n"], row["seed"]
-        reached, last = percent(row), percent(arms[*unit_of, "tuned"])
+        reached, last = percent(row), percent(arms[*unit_of, "once"])
         best, many = max(percent(arms[*unit_of, arm]) for arm in FROZEN), percent(arms[*unit_of, "multi"])
         size = row["n"] if int(row["n"]) <= SLICES_AT else "more"
         gained.setdefault((row["backbone"], size), []).append((reached - last, reached - many, max(reached, best) - max(last, best)))
@@ -527,9 +535,34 @@ def several(options: argparse.Namespace) -> None:
         )
 
 
+def once(options: argparse.Namespace) -> None:
+    """Train LP-FT as it is without solving the head once more where that has no row yet, and print what that loses."""
+    found = folders(options.data, options.work)
+    path = options.results / ONCE
+    for unit, rows, largest in grid(options.grid, found, options.work, options.only):
+        if tuple(map(str, unit.key)) not in {(r["data"], r["backbone"], r["n"], r["seed"]) for r in rows_of(path)}:
+            manifest = split(rows, unit.n, largest, unit.seed)
+            row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, again=False)
+            append(path, COLUMNS, row | {"arm": "once"})
+    arms = arms_of(options.results)
+    gained: dict[tuple[str, str], list[float]] = {}
+    for row in rows_of(path):
+        unit_of = row["data"], row["backbone"], row["n"], row["seed"]
+        if (*unit_of, "tuned") in arms:
+            size = row["n"] if int(row["n"]) <= SLICES_AT else "more"
+            gained.setdefault((row["backbone"], size), []).append(percent(arms[*unit_of, "tuned"]) - percent(row))
+    for kind, points in sorted(gained.items()):
+        print(
+            f"{kind[0]}, {kind[1]} images, {len(points)} units: the head solved once more {np.mean(points):+.2f} points "
+            f"(standard error {standard_error(points):.2f}, {min(points):+.1f} to {max(points):+.1f})"
+        )
+    every = [value for points in gained.values() for value in points]
+    print(f"{len(every)} units: {np.mean(every):+.2f} points (standard error {standard_error(every):.2f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "several", "fit", "report"))
+    parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "several", "once", "fit", "report"))
     parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
     parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights files")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -551,6 +584,8 @@ def main() -> None:
         above(options)
     elif options.verb == "several":
         several(options)
+    elif options.verb == "once":
+        once(options)
     elif options.verb == "profile":
         profiles(options)
         tidy(options.results)

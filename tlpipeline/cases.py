@@ -58,7 +58,7 @@ class Recipe:
             sampler (classes are drawn alike), or none.
         sync_below: images of a worker's share of a batch below which BatchNorm takes its statistics from all workers; on GPUs.
         solve_again: solve the head once more when everything is trained, on what the network reads by then, with the validation images as well (Kang et
-            al. 2020, arXiv 1910.09217, train classifiers again for another reason); 1.2 points and a third of the log loss on average (docs/log.md).
+            al. 2020, arXiv 1910.09217, train classifiers again for another reason): 1.1 points more and a third less log loss (docs/log.md).
         compile: let torch.compile make a faster network of it; needs a C++ compiler, and does not pay for few images.
     """
 
