@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("TLPIPELINE_DATA", HERE.parent.parent / "shared" / "data"))
 RESULTS = HERE / "results"
-ARMS, UNITS, RATES, ABOVE, SEVERAL = "regret.csv", "regret-units.csv", "regret-rates.csv", "regret-above.csv", "regret-several.csv"
+ARMS, UNITS, RATES, ABOVE = "regret.csv", "regret-units.csv", "regret-rates.csv", "regret-above.csv"
 ONCE = "regret-once.csv"
 FACTORS = (1 / 3, 3.0)
 FIXED, FIXED_AT = (1 / 3, 2 / 3), (500, 2000)

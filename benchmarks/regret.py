@@ -9,7 +9,6 @@ brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for
     python benchmarks/regret.py collect [--data DIR] [--grid core|full|lite0] [--only TEXT ...] [--arms ARM ...]
     python benchmarks/regret.py rates [--data DIR] [--only TEXT ...]
     python benchmarks/regret.py above [--data DIR] [--only TEXT ...]
-    python benchmarks/regret.py several [--data DIR] [--grid core|full|lite0] [--only TEXT ...]
     python benchmarks/regret.py once [--data DIR] [--grid core|full|lite0] [--only TEXT ...]
     python benchmarks/regret.py fit
     python benchmarks/regret.py report
@@ -17,9 +16,9 @@ brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for
 `profile` measures what the product would measure of each unit and trains the frozen heads; `collect` trains everything, arm by arm, small
 subsets first. Both run what has no row yet, so they can be interrupted at any moment, and sort the rows when they are through. `rates` trains
 LP-FT on 500 images at a third and three times the recipe's rate, and says what choosing the rate on validation would bring. `above` trains
-only the blocks above the first third, and above two thirds, of 500 and 2,000 images, and says what that loses and saves. `several` trains LP-FT with
-a head that reads several taps, as the frozen one does, and says what that gains. `once` trains LP-FT without solving the head once more at its
-end, and says what that loses; `rates`, `above` and `several` compare with its rows, and solve no head again either. `fit` refits
+only the blocks above the first third, and above two thirds, of 500 and 2,000 images, and says what that loses and saves. `once` trains LP-FT
+without solving the head once more, on several taps, at its end, and says what that loses; `rates` and `above` compare with its rows, and solve no head
+again either. `fit` refits
 tlpipeline/outlook.json, `report` prints the figures and draws regret.svg.
 The figures of `report` are those of the core grid: eight data sets, two networks. Three more data sets and two more networks (packages.py) have rows
 as well, on which nothing is fitted; they stand below. With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
@@ -70,7 +69,6 @@ from grid import (  # noqa: E402
     SCRATCH_FROM,
     SECOND_SEED_UNTIL,
     SEED,
-    SEVERAL,
     SLICES_AT,
     TRAINED,
     UNITS,
@@ -213,13 +211,12 @@ def first_blocks_fixed(backbone: cutting.Backbone, last: str, share: float) -> I
 
 def train_arm(
     unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0, fixed: float = 0.0,
-    read: Sequence[str] = (), again: bool = True,
+    again: bool = True,
 ) -> dict[str, object]:  # fmt: skip
     """Run an arm that trains the whole network, as the product runs it but for a factor on its rate, and return its row.
 
     Args:
         fixed: share of the blocks, from the first on, that are not trained after all.
-        read: taps that the head reads, the last one first; by default the last one alone.
         again: LP-FT solves its head once more at its end, as the recipe says.
     """
     net = unit.network
@@ -232,8 +229,10 @@ def train_arm(
     row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, solve_again=again and arm == "tuned", **changed))
     init = {"tuned": "pretrained", "plain": "plain", "scratch": "random"}[arm]
     decision = dataclasses.replace(uncut(row, taps[-1], net.size), init=init)
-    if read:
-        decision = dataclasses.replace(decision, readings=tuple(reading(tap) for name in read for tap in taps if tap.name == name))
+    if arm == "tuned" and again:
+        look = dataclasses.replace(params.load(HERE.parent / "params.yaml").profile, tangent=False, shift=False)
+        seen = profiling.measure(backbone, folder, manifest, net.size, look, lambda profile: False, silent, torch.device("cpu"))
+        decision = dataclasses.replace(decision, readings=seen.head_at(taps[-1].name))
     with tempfile.TemporaryDirectory(prefix="regret-") as place:
         here = Path(place)
         dataset.write_manifest(manifest, here / "manifest.parquet", here / "quarantine.csv")
@@ -502,39 +501,6 @@ def above(options: argparse.Namespace) -> None:
         )
 
 
-def several(options: argparse.Namespace) -> None:
-    """Train LP-FT with the head that reads several taps where that has no row yet, and print what it gains against the one on the last tap."""
-    found = folders(options.data, options.work)
-    path = options.results / SEVERAL
-    look = dataclasses.replace(params.load(HERE.parent / "params.yaml").profile, tangent=False, shift=False)
-    for unit, rows, largest in grid(options.grid, found, options.work, options.only):
-        if tuple(map(str, unit.key)) not in {(r["data"], r["backbone"], r["n"], r["seed"]) for r in rows_of(path)}:
-            net, manifest = unit.network, split(rows, unit.n, largest, unit.seed)
-            backbone = backbones.load(net.name, str(options.weights / net.weights), md5=net.md5, size=net.size, seed=unit.seed)
-            seen = profiling.measure(
-                backbone, found[unit.data], manifest, net.size, look, lambda profile: False, silent, torch.device("cpu")
-            )
-            similar = similarity(options.results, unit)
-            row = train_arm(unit, "tuned", similar, manifest, found[unit.data], options.weights, read=seen.multi.taps, again=False)
-            append(path, COLUMNS, row | {"arm": "several"})
-    arms = arms_of(options.results)
-    gained: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    for row in rows_of(path):
-        unit_of = row["data"], row["backbone"], row["n"], row["seed"]
-        reached, last = percent(row), percent(arms[*unit_of, "once"])
-        best, many = max(percent(arms[*unit_of, arm]) for arm in FROZEN), percent(arms[*unit_of, "multi"])
-        size = row["n"] if int(row["n"]) <= SLICES_AT else "more"
-        gained.setdefault((row["backbone"], size), []).append((reached - last, reached - many, max(reached, best) - max(last, best)))
-        print(*unit_of, f"several taps {reached:.1f} %, the last one {last:.1f} %, frozen on several {many:.1f} %", sep="  ")
-    for kind, points in sorted(gained.items()):
-        of = np.array(points)
-        error = standard_error(of[:, 0])
-        print(
-            f"{kind[0]}, {kind[1]} images, {len(of)} units: {of[:, 0].mean():+.2f} points against LP-FT on the last tap (standard error {error:.2f}), "
-            f"{of[:, 1].mean():+.2f} against the frozen head on several; the better of the two arms {of[:, 2].mean():+.2f}"
-        )
-
-
 def once(options: argparse.Namespace) -> None:
     """Train LP-FT as it is without solving the head once more where that has no row yet, and print what that loses."""
     found = folders(options.data, options.work)
@@ -562,7 +528,7 @@ def once(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "several", "once", "fit", "report"))
+    parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "once", "fit", "report"))
     parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
     parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights files")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -582,8 +548,6 @@ def main() -> None:
         rates(options)
     elif options.verb == "above":
         above(options)
-    elif options.verb == "several":
-        several(options)
     elif options.verb == "once":
         once(options)
     elif options.verb == "profile":

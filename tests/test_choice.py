@@ -565,3 +565,12 @@ def test_the_tolerance_that_is_named_is_the_one_at_which_a_frozen_head_is_chosen
     after = decide(profile, replace(cheap, tolerance=named + 0.1), tuned)
     assert after.case.startswith("small")
     assert weigh(profile, replace(cheap, tolerance=named + 0.1), tuned).prediction.gain * 100 == pytest.approx(lost, abs=0.06)
+
+
+@pytest.mark.parametrize(("accuracies", "tuned"), [(SIMILAR_SMALL, False), (SIMILAR_LARGE, True)])
+def test_where_everything_is_trained_the_head_reads_several_taps_in_the_end(accuracies: list[float], tuned: bool) -> None:
+    profile = planted(accuracies)
+    profile = replace(profile, taps=(*profile.taps[:-1], replace(profile.taps[-1], head=("tap2", "tap0"))))
+    decision = decide(profile, model=model(intercept=1.0 if tuned else -1.0))
+    assert (decision.freeze == "nothing") is tuned
+    assert [r.tap for r in decision.readings] == (["tap2", "tap0"] if tuned else ["tap2"])

@@ -57,7 +57,7 @@ class Recipe:
         balance: what is done where the largest class has more than `imbalance` times the images of the smallest: loss (classes weigh alike),
             sampler (classes are drawn alike), or none.
         sync_below: images of a worker's share of a batch below which BatchNorm takes its statistics from all workers; on GPUs.
-        solve_again: solve the head once more when everything is trained, on what the network reads by then, with the validation images as well (Kang et
+        solve_again: solve the head once more when everything is trained, on what the network reads by then, at several taps, with the validation images (Kang et
             al. 2020, arXiv 1910.09217, train classifiers again for another reason): 1.1 points more and a third less log loss (docs/log.md).
         compile: let torch.compile make a faster network of it; needs a C++ compiler, and does not pay for few images.
     """
@@ -217,8 +217,8 @@ class Decision:
     Attributes:
         case: name of the row.
         slice: the tap behind which the network is cut (the last tap where nothing is sliced off).
-        head: last, cut or multi: which of the frozen heads' taps are read.
-        readings: what the head reads, deepest tap first.
+        head: last, cut or multi: which of the heads is trained; last where everything is.
+        readings: what the head reads, deepest tap first; while everything is trained it reads the deepest alone.
         size: input side in pixels.
         freeze, init, recipe: of the row.
         prior: P(large) from size, classes, capacity and head similarity, before anything was probed.

@@ -48,7 +48,8 @@ def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = 
     asked = ("case", "slice") if case.keep == "slice" else ("case",)
     forced = tuple(f"choose.{key}" for key in asked if getattr(rule, key) not in (AUTO, TEXTBOOK))
     head, sliced, remark = _head(profile, weighed, case, test, wanted)
-    readings = profile.head_at(sliced) if sliced else profile.head_at(profile.taps[-1].name) if head == "multi" else profile.last_head
+    several = head == "multi" or case.freeze == "nothing"
+    readings = profile.head_at(sliced or profile.taps[-1].name) if sliced or several else profile.last_head
     kept = next(t for t in profile.taps if t.name == (sliced or profile.taps[-1].name))
     arms = arms_of(profile, weighed)
     regret, within = _standing(profile, weighed, race, head if case.freeze == "kept" else "", kept)

@@ -23,7 +23,7 @@ from tlpipeline.cases import NONE, Decision, Recipe
 from tlpipeline.checkpoint import MODEL, STATE, Checkpoints, State
 from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
 from tlpipeline.errors import ClusterError
-from tlpipeline.features import Reader
+from tlpipeline.features import Reader, Reading
 from tlpipeline.files import write_json
 from tlpipeline.finetune import AT_ONCE, Deadline, Fit, Sides, batch_size
 from tlpipeline.heads import Labels, judged_penalty, solve_head, validated
@@ -63,8 +63,8 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     backbone = backbones.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=decision.size, seed=job.seed)
     transforms = backbone.transforms.at(decision.size)
     half = reads_in_bfloat16(world.device, job.precision)
-    model = Classifier(backbone, decision.readings, len(classes), frozen, half).to(world.device)
-    description = Description(job.backbone, decision.slice, decision.readings, classes, transforms, frozen, in_bfloat16=model.in_bfloat16)
+    # Everything is trained under a head on the deepest tap.
+    model = Classifier(backbone, decision.readings if frozen else decision.readings[:1], len(classes), frozen, half).to(world.device)
     sides = Sides(
         Path(job.images), train, val, np.array([index[r.label] for r in train]), np.array([index[r.label] for r in val]), transforms
     )
@@ -88,10 +88,11 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
             return checkpoint.written if world.rank == 0 else None
         checkpoint.load_best()
         if recipe.solve_again:
-            _solve_again(model, sides, recipe, job, world, tell, state, scratch_folder, deadline)
+            model = _solve_again(model, decision.readings, sides, recipe, job, world, tell, state, scratch_folder, deadline)
     if world.rank:
         world.report({"accuracy": state.best_accuracy}, None)
         return None
+    description = Description(job.backbone, decision.slice, model.readings, classes, transforms, frozen, in_bfloat16=model.in_bfloat16)
     return _finish(model, description, state, world, scratch_folder / "finished")
 
 
@@ -112,7 +113,7 @@ def _train_all(fit: Fit, model: Classifier, decision: Decision, state: State) ->
     if decision.init == "random" or state.arm == "scratch" or (again and not fit.deadline.passed()):
         if state.arm != "scratch":
             fresh = backbones.load(job.backbone, backbones.NONE, size=decision.size, seed=job.seed)
-            model.load_state_dict(Classifier(fresh, decision.readings, model.head.out_features, frozen=False).state_dict())
+            model.load_state_dict(Classifier(fresh, model.readings, model.head.out_features, frozen=False).state_dict())
         fit.arm("scratch", round(epochs * recipe.scratch_times), min(rate * recipe.scratch_times, 0.1), state)
 
 
@@ -188,6 +189,7 @@ def _solve(
 
 def _solve_again(
     model: Classifier,
+    readings: Sequence[Reading],
     sides: Sides,
     recipe: Recipe,
     job: Job,
@@ -196,30 +198,33 @@ def _solve_again(
     state: State,
     scratch_folder: Path,
     deadline: Deadline,
-) -> None:
-    """Solve the head on what the trained network reads in the images as they are: it was trained on random views, one step behind the features.
+) -> Classifier:
+    """Return the trained network with a head on all of its readings, solved on the images as they are.
 
-    Nothing is left to select, so the validation images count as well; before, they say which penalty is best, because features that were trained
-    on images are no measure of themselves. What was said of validation remains what was said of the head before.
+    The one that was trained knows random views, is a step behind the features, and reads one tap. Nothing is left to select, so the validation
+    images count as well; before, they say which penalty is best, because features that were trained on images are no measure of themselves.
+    What was said of validation remains what was said of the head before.
     """
     images, imbalance = [*sides.train, *sides.val], math.inf if recipe.balance == NONE else recipe.imbalance
-    labels = np.concatenate([sides.train_labels, sides.val_labels])
+    wide = Classifier(model.backbone[0], readings, model.head.out_features, frozen=False).to(world.device)
     with tempfile.TemporaryDirectory(prefix="features-", dir=scratch_folder) as place:
-        reader = reader_of(model, Store(Path(place)), sides.transforms, world.device, alone=True)
+        reader = reader_of(wide, Store(Path(place)), sides.transforms, world.device, alone=True)
         late = deadline.passed()
         if late or len(frozen_features(reader, Images(sides.root, images, sides.transforms), world, tell, deadline)) < len(images):
             state.remark("train.budget_minutes left no time to solve the head once more")
-            return
+            return model
         if world.rank == 0:
             x, judges = Table(reader.rows(sides.train)), Table(reader.rows(sides.val))
-            kind = model.blocks, model.head.out_features, imbalance, job.seed
+            kind = wide.blocks, wide.head.out_features, imbalance, job.seed
             penalty = judged_penalty(x, sides.train_labels, judges, sides.val_labels, *kind, deadline.late) if len(sides.val) else None
+            labels = np.concatenate([sides.train_labels, sides.val_labels])
             found = solve_head(x.below(judges) if len(sides.val) else x, labels, *kind, penalty, tolerance=1e-4, late=deadline.late)
-            model.head.weight.data.copy_(found[0])
-            model.head.bias.data.copy_(found[1])
+            wide.head.weight.data.copy_(found[0])
+            wide.head.bias.data.copy_(found[1])
             state.head_penalty = found[2]
-    from_first([model.head.weight, model.head.bias], world)
-    tell(len(images), len(images), "head solved once more, with the validation images", important=True)
+    from_first([wide.head.weight, wide.head.bias], world)
+    tell(len(images), len(images), f"head solved once more, on {' + '.join(r.tap for r in readings)}", important=True)
+    return wide
 
 
 def _random_views(
