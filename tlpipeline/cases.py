@@ -57,8 +57,8 @@ class Recipe:
         balance: what is done where the largest class has more than `imbalance` times the images of the smallest: loss (classes weigh alike),
             sampler (classes are drawn alike), or none.
         sync_below: images of a worker's share of a batch below which BatchNorm takes its statistics from all workers; on GPUs.
-        solve_again: solve the head once more when everything is trained, on what the network reads by then, at several taps, with the validation images (Kang et
-            al. 2020, arXiv 1910.09217, train classifiers again for another reason): 1.1 points more and a third less log loss (docs/log.md).
+        solve_again: solve a head on several taps when everything is trained, with the validation images as well (Kang et al. 2020, arXiv
+            1910.09217, train classifiers again for another reason): two points more and a third less log loss (docs/decisions/0016).
         compile: let torch.compile make a faster network of it; needs a C++ compiler, and does not pay for few images.
     """
 
