@@ -507,7 +507,7 @@ def test_the_arms_cost_what_they_pass() -> None:
     epochs = find("large_similar").recipe.epochs(profile.images)
     assert (cost["frozen"], cost["multi"]) == (once, once)
     assert cost["cut"] == pytest.approx(once * 2 / 3, abs=0.1)
-    assert cost["tuned"] == 2 * once + epochs * (3 * profile.images + 2 * profile.validation)  # its head is solved before and after
+    assert cost["tuned"] == once + epochs * (3 * profile.images + 2 * profile.validation)
 
 
 def test_a_cut_saves_what_lies_behind_it() -> None:

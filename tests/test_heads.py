@@ -106,25 +106,22 @@ def test_a_known_start_ends_at_the_same_head_in_fewer_steps(monkeypatch: pytest.
 
 @pytest.mark.parametrize(("images", "classes"), [(90, 3), (1500, 4)])
 def test_features_that_know_their_images_by_heart_are_judged_by_others(images: int, classes: int) -> None:
-    """What a network was trained on it reads without a doubt; images that it never saw say how sure its head may be."""
-    judges, truth = drawn(400, classes, separation=1.5)
-    others, unseen = drawn(2000, classes, separation=1.5)
-    x, labels = drawn(images, classes, seed=1)
-    rng = np.random.default_rng(2)
-    x = judges.mean(0) + torch.stack([judges[truth == c].mean(0) for c in range(classes)])[labels] * 1.5
-    x += 0.01 * torch.from_numpy(rng.normal(size=x.shape)).float()
-    kind = BLOCKS, classes, 10.0, 0
-    found = judged_penalty(x, labels, judges, truth, *kind)
+    """What a network was trained on lies closer to its class; images that it never saw say how sure its head may be."""
+    every, of_all = drawn(2400 + images, classes, separation=1.5)
+    (judges, others, x), (truth, unseen, labels) = (torch.split(torch.as_tensor(v), [400, 2000, images]) for v in (every, of_all))
+    centres = torch.stack([x[labels == c].mean(0) for c in range(classes)])[labels]
+    x, kind = centres + 0.5 * (x - centres), (BLOCKS, classes, 10.0, 0)
+    truth, unseen, labels = truth.numpy(), unseen.numpy(), labels.numpy()
 
-    def loss(penalty: float) -> float:
-        weight, bias, _ = solve_head(x, labels, *kind, penalty)
+    def loss(penalty: float | None, near: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
+        weight, bias, _ = solve_head(x, labels, *kind, penalty, near)
         return score((others @ weight.T + bias).softmax(1), unseen)[1]
 
-    own = solve_head(x, labels, *kind)[2]
-    assert own < found  # by themselves they want hardly any
-    assert loss(found) < 0.7 * loss(own)
-    assert loss(found) == pytest.approx(min(loss(penalty) for penalty in PENALTIES), rel=0.1)
-    assert judged_penalty(x, labels, judges, truth, *kind, late=lambda: True) == PENALTIES[START]
+    penalty, near = judged_penalty(x, labels, judges, truth, *kind)
+    assert PENALTIES[0] > penalty > PENALTIES[-1]
+    assert loss(penalty, near) < 0.95 * loss(None)  # by themselves they want hardly any
+    assert loss(penalty, near) < 1.1 * min(loss(each) for each in PENALTIES)
+    assert judged_penalty(x, labels, judges, truth, *kind, late=lambda: True)[0] == PENALTIES[START]
 
 
 def test_views_do_not_make_a_weak_penalty_look_good() -> None:

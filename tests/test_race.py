@@ -172,6 +172,29 @@ def test_a_race_that_stops_early_is_not_won_by_fine_tuning(setting: Setting, mon
     assert (decision.race.winner, decision.race.ended) == ("frozen", "early stopping ended it undecided")
 
 
+def test_fine_tuning_that_was_to_be_trained_anyway_stays_where_it_ends_before_it_is_judged(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubtful = dataclasses.replace(outlook.NEUTRAL, intercept=0.4, deviation=1.0, lag=((0.0, 0.01),) * 3)
+    few = dataclasses.replace(RULE, effort="auto", race_images=10_000, race_above=0.0, race_below=1.0)
+    patient = dataclasses.replace(setting)
+
+    def job(decision: Decision) -> Job:
+        made = dataclasses.replace(decision, recipe=dataclasses.replace(decision.recipe, patience=1))
+        return dataclasses.replace(setting.job(made), epochs=60)
+
+    monkeypatch.setattr(patient, "job", job)
+    decision, kept = patient.run(doubtful, monkeypatch, "anyway", rule=few)
+    assert decision.race is not None
+    assert (decision.race.winner, decision.race.ended, decision.freeze) == (
+        "tuned",
+        "early stopping ended it before it was judged",
+        "nothing",
+    )
+    assert decision.race.looks == ()
+    assert json.loads((kept / checkpoint.STATE).read_text())["epoch"] < 60
+
+
 def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     decision, _ = setting.run(OPEN, monkeypatch, "judges")
     assert decision.race is not None

@@ -23,13 +23,14 @@ from safetensors.torch import load_file
 from test_cases import decision_for
 
 from tlpipeline import backbones, cutting, dataset, features, stages
+from tlpipeline import train as train_module
 from tlpipeline.augment import augmentation
 from tlpipeline.cases import CASES, Case, Decision, Recipe
 from tlpipeline.checkpoint import State
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError
 from tlpipeline.features import Reading, extract, scaling
-from tlpipeline.finetune import batch_size
+from tlpipeline.finetune import Deadline, batch_size
 from tlpipeline.heads import judged_penalty, score, solve_head, validated
 from tlpipeline.inputs import Images
 from tlpipeline.job import Job
@@ -220,7 +221,7 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
     def head_of(decision: Decision, name: str) -> torch.Tensor:
         return trained(job(decision, epochs=1), tmp_path / name)["head.weight"]
 
-    frozen, tuned = decided(CASES[0]), decided(CASES[2], rate_none=1e-12, solve_again=False)
+    frozen, tuned = decided(CASES[0]), decided(CASES[2], rate_none=1e-12)
     both, train_only = head_of(frozen, "a"), head_of(tuned, "b")
     assert history(tmp_path / "a")[0] == history(tmp_path / "b")[0]  # the same head was judged
     assert not torch.allclose(both, train_only, atol=1e-4)
@@ -244,8 +245,8 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
 def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads_by_then(job: Callable[..., Job], tmp_path: Path) -> None:
     """On all readings, with the validation images, at the penalty that they like best; below it stands what was trained, and so it does in the history."""
     several = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)), Reading("conv2", 64, (1,)))
-    before = trained(job(replace(decided(CASES[2], rate_none=0.05, solve_again=False), readings=several), epochs=2), tmp_path / "before")
-    after = trained(job(replace(decided(CASES[2], rate_none=0.05), readings=several), epochs=2), tmp_path / "after")
+    before = trained(job(replace(decided(CASES[2], rate_none=0.05), readings=several), epochs=2), tmp_path / "before")
+    after = trained(job(replace(decided(CASES[2], rate_none=0.05, solve_again=True), readings=several), epochs=2), tmp_path / "after")
     assert history(tmp_path / "before") == history(tmp_path / "after")
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head."))
     assert before["head.weight"].shape == (3, 128)  # while everything is trained it reads the deepest
@@ -258,12 +259,43 @@ def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads
     features = torch.cat(extract(model.trunk, model.grids, images, torch.device("cpu"), lambda done: None), 1)
     labels = np.array([manifest.classes.index(r.label) for r in rows])
     count, kind = len(manifest.used("train")), ([128, 128, 512, 64], 3, Recipe().imbalance, 0)
-    penalty = judged_penalty(features[:count], labels[:count], features[count:], labels[count:], *kind)
-    weight, bias, _ = solve_head(features, labels, *kind, penalty, tolerance=1e-4)
+    penalty, near = judged_penalty(features[:count], labels[:count], features[count:], labels[count:], *kind)
+    weight, bias, _ = solve_head(features, labels, *kind, penalty, near, tolerance=1e-4)
     assert torch.allclose(after["head.weight"], weight, atol=float(weight.abs().max()) / 100)
     assert torch.allclose(after["head.bias"], bias, atol=float(bias.abs().max()) / 100)
     assert json.loads((finished / "history.json").read_text())["validation"]["head_penalty"] == penalty
     assert not list((tmp_path / "after" / "scratch").glob("features-*"))
+    # A finished run that is asked for once more is handed over as it is.
+    (tmp_path / "after" / "scratch" / "finished" / "model" / "weights.safetensors").unlink()
+    assert history_equal(
+        trained(job(replace(decided(CASES[2], rate_none=0.05, solve_again=True), readings=several), epochs=2), tmp_path / "after"), after
+    )
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_time_that_is_up_leaves_the_head_that_was_trained(
+    at: int, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the features, between them, or while the head is solved: what is short of its optimum takes no trained head's place."""
+    several = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)))
+    trained_only = trained(job(replace(decided(CASES[2]), readings=several), epochs=1, budget_minutes=1000), tmp_path / "trained")
+    asked: list[int] = []
+    real = train_module._solve_again
+
+    def solve_again(*given: Any) -> Any:
+        def passed(_: Deadline) -> bool:
+            asked.append(1)
+            return len(asked) >= at
+
+        monkeypatch.setattr(Deadline, "passed", passed)
+        return real(*given)
+
+    monkeypatch.setattr(train_module, "_solve_again", solve_again)
+    found = trained(job(replace(decided(CASES[2], solve_again=True), readings=several), epochs=1, budget_minutes=1000), tmp_path / "late")
+    assert history_equal(found, trained_only)
+    state = json.loads((tmp_path / "late" / "scratch" / "finished" / "state.json").read_text())
+    assert state["remarks"] == ["train.budget_minutes left no time to solve the head on what was trained"]
+    assert len(asked) >= at
 
 
 # --- interruption ---------------------------------------------------------------------------------------------------------------------
@@ -451,10 +483,9 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
     net = {"backbone": "nets:resnet20", "weights": "none"}
     plain = replace(residual(CASES[2]), slice="layer1.2", readings=NORMED, init="plain")
-    still = replace(plain, recipe=replace(plain.recipe, statistics="fixed"))
-    # Their heads stay as they were judged.
-    plain = replace(plain, recipe=replace(plain.recipe, solve_again=False))
     averaged = replace(plain, recipe=replace(plain.recipe, average=0.8))
+    still = replace(plain, recipe=replace(plain.recipe, statistics="fixed"))
+    again = replace(plain, readings=(NORMED[0], Reading("layer1.0", 16, (1,))), recipe=replace(still.recipe, solve_again=True))
     jobs = {
         "frozen": made.job(residual(CASES[0]), "frozen", **net),
         "cut": made.job(residual(CASES[1]), "cut", **net),
@@ -463,12 +494,13 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
         "normed": made.job(plain, "normed", **net),
         "averaged": made.job(averaged, "averaged", **net),
         "still": made.job(still, "still", **net),
+        "again": made.job(again, "again", **net),
         "few": made.job(without_dropout(batch=2), "few", batch_size="auto", epochs=1),
     }
     part = {"checkpoint_images": 32}  # three of seven batches
     items: dict[int, list[tuple[str, str, dict[str, int]]]] = {
-        1: [(name, "", {}) for name in ("frozen", "cut", "tuned", "still")],
-        2: [(name, "", part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged", "still")]
+        1: [(name, "", {}) for name in ("frozen", "cut", "tuned", "still", "again")],
+        2: [(name, "", part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged", "still", "again")]
         # After the head; in the middle of the second epoch.
         + [(name, " resumed", {"crash": 1} if first else {}) for name in ("frozen", "cut") for first in (True, False)]
         + [("averaged", " resumed", {**part, "crash": 5}), ("averaged", " resumed", part)],
@@ -583,6 +615,18 @@ def test_parts_of_a_batch_make_the_step_of_the_whole_in_a_group(worlds: Worlds) 
     whole, parts = worlds.weights("tuned 2"), worlds.weights("parts 2")
     assert all(torch.allclose(value, whole[key], atol=1e-5) for key, value in parts.items())
     assert [h["loss"] for h in worlds.lines("parts 2")] == pytest.approx([h["loss"] for h in worlds.lines("tuned 2")], abs=1e-5)
+
+
+def test_a_group_solves_the_last_head_as_one_worker_does(worlds: Worlds) -> None:
+    """On features that each worker computed its share of, from folders that they do not share."""
+    one, two = worlds.weights("again 1"), worlds.weights("again 2")
+    assert one["head.weight"].shape == (3, 16 * 5 + 16)
+    images = Images(worlds.images, worlds.side("val"), load(worlds.finished("again 1") / "model")[1].transforms)
+    cpu = torch.device("cpu")
+    chances = [probabilities(load(worlds.finished(f"again {n}") / "model")[0], images, cpu, lambda done: None) for n in (1, 2)]
+    assert torch.allclose(*chances, atol=0.02)
+    still = worlds.weights("still 2")
+    assert all(torch.equal(two[name], still[name]) for name in still if name.startswith("trunk."))
 
 
 @pytest.mark.parametrize("name", ["normed", "averaged"])
@@ -705,8 +749,7 @@ def test_random_views_are_read_once_each_and_change_the_frozen_head(job: Callabl
     assert not torch.equal(other["head.weight"], with_views["head.weight"])
     passed.clear()
     trained(replace(made, decision=job(decided(CASES[2])).decision, epochs=1), tmp_path / "tuned")
-    # Where everything is trained each epoch is a view of its own: only its validation is passed on, and in the end all for the new head.
-    assert len(passed) == val + train + val
+    assert len(passed) == val  # where everything is trained each epoch is a view of its own: only its validation is passed on
 
 
 def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, passed: list[str]) -> None:

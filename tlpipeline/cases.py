@@ -58,7 +58,8 @@ class Recipe:
             sampler (classes are drawn alike), or none.
         sync_below: images of a worker's share of a batch below which BatchNorm takes its statistics from all workers; on GPUs.
         solve_again: solve a head on several taps when everything is trained, with the validation images as well (Kang et al. 2020, arXiv
-            1910.09217, train classifiers again for another reason): two points more and a third less log loss (docs/decisions/0016).
+            1910.09217, train classifiers again for another reason): two points more and a third less log loss. Off, because the choice was
+            fitted without (docs/decisions/0016).
         compile: let torch.compile make a faster network of it; needs a C++ compiler, and does not pay for few images.
     """
 
@@ -94,7 +95,7 @@ class Recipe:
     imbalance: float = IMBALANCE
     balance: str = LOSS
     sync_below: int = 16
-    solve_again: bool = True
+    solve_again: bool = False
     compile: bool = False
 
     def optimiser_for(self, normalisation: str) -> str:
@@ -218,7 +219,7 @@ class Decision:
         case: name of the row.
         slice: the tap behind which the network is cut (the last tap where nothing is sliced off).
         head: last, cut or multi: which of the heads is trained; last where everything is.
-        readings: what the head reads, deepest tap first; while everything is trained it reads the deepest alone.
+        readings: what the head reads, deepest tap first; where everything is trained the deepest alone, but for a head that is solved again.
         size: input side in pixels.
         freeze, init, recipe: of the row.
         prior: P(large) from size, classes, capacity and head similarity, before anything was probed.
@@ -257,6 +258,11 @@ class Decision:
     changes: tuple[str, ...]
     warnings: tuple[str, ...]
     forced: tuple[str, ...]
+
+    @property
+    def read(self) -> tuple[Reading, ...]:
+        """What the head reads that is trained with everything else, or on frozen features."""
+        return self.readings if self.freeze == "kept" else self.readings[:1]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for case.json."""

@@ -198,7 +198,7 @@ class Checkpoints:
         self._took = self._ended - started
 
     def restore(self, start: Path | None) -> State | None:
-        """Load the newest checkpoint into the model, or the one to start from; None where there is none."""
+        """Load the newest checkpoint into the model, or the one to start from; None where there is none. A finished one is `best`."""
         from safetensors.torch import load_file
 
         with self.world.restore() as kept:
@@ -207,8 +207,7 @@ class Checkpoints:
                 return None
             state = State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
             if state.finished:
-                self.model.load_state_dict(load_file(folder / MODEL / "weights.safetensors"))
-                self.keep_best()
+                self.best = load_file(folder / MODEL / "weights.safetensors")
                 return state
             # What a race of an older version left has no spare.
             self.current, self.best, self.spare, self.optimiser, self.average = (

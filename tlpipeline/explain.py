@@ -134,7 +134,7 @@ def case_rows(decision: Decision) -> list[dict[str, Any]]:
 
 def probe_rows(profile: Profile, decision: Decision) -> list[dict[str, Any]]:
     """Return the probe curve, first tap to last: accuracy with its 95% interval, and what becomes of the tap: read, kept or cut off."""
-    at, read = [t.name for t in profile.taps].index(decision.slice), {r.tap for r in decision.readings}
+    at, read = [t.name for t in profile.taps].index(decision.slice), {r.tap for r in decision.read}
     uses = ["cut off" if i > at else "read" if t.name in read else "kept" for i, t in enumerate(profile.taps)]
     pairs = zip(profile.taps, uses, strict=True)
     return [{"tap": t.name, "accuracy": t.accuracy, "low": t.low, "high": t.high, "use": use} for t, use in pairs]
@@ -177,9 +177,7 @@ def _what(decision: Decision, profile: Profile) -> Section:
     if decision.freeze == "nothing":
         tried = decision.init == "auto" and profile.images >= decision.recipe.scratch_from
         scratch = ", and from random weights where that does not beat the frozen head" if tried else ""
-        read = " + ".join(r.tap for r in decision.readings) if decision.recipe.solve_again else decision.slice
-        said = f"Only the old head goes: {whole}. When all is trained, the new head reads {read}."
-        return Section("what", f"{decision.case}: the whole network is fine-tuned{scratch}", (said,))
+        return Section("what", f"{decision.case}: the whole network is fine-tuned{scratch}", (f"Only the old head goes: {whole}.",))
     done = f"everything frozen, a new head on {' + '.join(r.tap for r in decision.readings)}"
     if not is_cut(decision, profile):
         return Section("what", f"{decision.case}: {done}", (f"Only the old head goes: {whole}.",))

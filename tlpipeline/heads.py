@@ -376,8 +376,8 @@ def judged_penalty(
     imbalance: float,
     seed: int,
     late: Late = never,
-) -> float:
-    """Return the penalty with which a head on some images has the smallest log loss on others.
+) -> tuple[float, tuple[Tensor, Tensor]]:
+    """Return the penalty with which a head on some images has the smallest log loss on others, and that head: weight (K, d), bias (K,).
 
     For features that were trained on the first ones, which then are no measure of themselves. At most 1,000 of either.
 
@@ -387,18 +387,20 @@ def judged_penalty(
     rng = np.random.default_rng(seed)
     some, others = (rng.permutation(count)[:CV_IMAGES] for count in (len(labels), len(truth)))
     x, z = Features(features).take(some), Features(judges).take(others).float()
-    found: tuple[Tensor, Tensor] | None = None
     losses: dict[int, float] = {}
+    heads: dict[int, tuple[Tensor, Tensor]] = {}
 
     def loss(i: int) -> float:
-        nonlocal found
         if i not in losses:
-            w, b, _ = solve_head(x, labels[some], blocks, classes, imbalance, seed, PENALTIES[i], found, tolerance=CV_TOLERANCE, late=late)
-            found = w, b
+            near = next(reversed(heads.values()), None)
+            w, b, _ = solve_head(x, labels[some], blocks, classes, imbalance, seed, PENALTIES[i], near, tolerance=CV_TOLERANCE, late=late)
+            heads[i] = w, b
             losses[i] = score((z @ w.T + b).double().softmax(1), truth[others])[1]
         return losses[i]
 
-    return PENALTIES[_downhill(loss, late)]
+    best = _downhill(loss, late)
+    loss(best)  # it was compared with none where the time was up
+    return PENALTIES[best], heads[best]
 
 
 def _downhill(loss: Callable[[int], float], late: Late) -> int:

@@ -71,7 +71,7 @@ def page(
             told={section.key: section for section in explain.sections(case, profile)},
             profile=profile,
             plane=_plane(case),
-            curve=_curve(profile, case.slice, [r.tap for r in case.readings]),
+            curve=_curve(profile, case.slice, [r.tap for r in case.read]),
             metrics=metrics,
             classes=list(metrics["classes"]),
             matrix=matrix,

@@ -34,6 +34,7 @@ from tlpipeline.precision import reads_in_bfloat16
 from tlpipeline.workers import World, from_first, reduced
 
 CHUNK = 1024
+NO_TIME = "train.budget_minutes left no time to solve the head on what was trained"
 
 
 def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
@@ -63,8 +64,7 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     backbone = backbones.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=decision.size, seed=job.seed)
     transforms = backbone.transforms.at(decision.size)
     half = reads_in_bfloat16(world.device, job.precision)
-    # Everything is trained under a head on the deepest tap.
-    model = Classifier(backbone, decision.readings if frozen else decision.readings[:1], len(classes), frozen, half).to(world.device)
+    model = Classifier(backbone, decision.read, len(classes), frozen, half).to(world.device)
     sides = Sides(
         Path(job.images), train, val, np.array([index[r.label] for r in train]), np.array([index[r.label] for r in val]), transforms
     )
@@ -77,7 +77,12 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
             _solve(model, sides, recipe, job, world, tell, state, store, deadline)
         state.seconds = deadline.spent if deadline.seconds else 0.0
         checkpoint.write(state)
-    if not frozen:
+    if state.finished:
+        # All that is left is to hand it over, the head that was solved last included.
+        if len(checkpoint.best["head.weight"][0]) != model.head.in_features:
+            model = Classifier(backbone, decision.readings, len(classes), frozen, half).to(world.device)
+        model.load_state_dict(checkpoint.best)
+    elif not frozen:
         blocks: list[list[str]] = []
         if recipe.layer_decay(backbone.normalisation) != 1:
             blocks = [[f"trunk.{name}" for name in block] for block in cutting.blocks(backbone, decision.slice)]
@@ -206,22 +211,30 @@ def _solve_again(
     What was said of validation remains what was said of the head before.
     """
     images, imbalance = [*sides.train, *sides.val], math.inf if recipe.balance == NONE else recipe.imbalance
+    found: tuple[Tensor, Tensor, float] | None = None
     wide = Classifier(model.backbone[0], readings, model.head.out_features, frozen=False).to(world.device)
     with tempfile.TemporaryDirectory(prefix="features-", dir=scratch_folder) as place:
         reader = reader_of(wide, Store(Path(place)), sides.transforms, world.device, alone=True)
         late = deadline.passed()
         if late or len(frozen_features(reader, Images(sides.root, images, sides.transforms), world, tell, deadline)) < len(images):
-            state.remark("train.budget_minutes left no time to solve the head once more")
+            state.remark(NO_TIME)
             return model
         if world.rank == 0:
             x, judges = Table(reader.rows(sides.train)), Table(reader.rows(sides.val))
             kind = wide.blocks, wide.head.out_features, imbalance, job.seed
-            penalty = judged_penalty(x, sides.train_labels, judges, sides.val_labels, *kind, deadline.late) if len(sides.val) else None
-            labels = np.concatenate([sides.train_labels, sides.val_labels])
-            found = solve_head(x.below(judges) if len(sides.val) else x, labels, *kind, penalty, tolerance=1e-4, late=deadline.late)
+            labels = sides.train_labels
+            near: tuple[float | None, tuple[Tensor, Tensor] | None] = (None, None)
+            if len(sides.val):
+                near = judged_penalty(x, labels, judges, sides.val_labels, *kind, deadline.late)
+                x, labels = x.below(judges), np.concatenate([labels, sides.val_labels])
+            found = solve_head(x, labels, *kind, *near, tolerance=1e-4, late=deadline.late)
             wide.head.weight.data.copy_(found[0])
             wide.head.bias.data.copy_(found[1])
-            state.head_penalty = found[2]
+    if deadline.passed():
+        state.remark(NO_TIME)  # it may lie short of its optimum, and the one that was trained is there
+        return model
+    if found is not None:
+        state.head_penalty = found[2]
     from_first([wide.head.weight, wide.head.bias], world)
     tell(len(images), len(images), f"head solved once more, on {' + '.join(r.tap for r in readings)}", important=True)
     return wide

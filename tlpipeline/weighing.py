@@ -291,17 +291,16 @@ def verdict(weighed: Weighed, part: int, last: Look) -> tuple[str, str]:
     fine-tuning was trained anyway (`judged_once`) it stays, unless it is expected to lose more than the tolerance.
     """
     spent = weighed.rule.alpha * SPENT[part]
+    expected = float(weighed.posterior(part, last.tuned - last.frozen, last.error) @ weighed.gains)
+    if weighed.judged_once:
+        now = f"with what {last.images} validation images say, fine-tuning is expected to {'win' if expected > 0 else 'lose'} {abs(expected) * 100:.1f} points"
+        return ("tuned", now) if expected > -weighed.tolerance else ("frozen", f"{now}, so its model is not taken")
     if last.chance >= 1 - spent:
         return "tuned", f"fine-tuning is ahead for good (P {last.chance:.2f})"
     if last.chance <= spent:
         return "frozen", f"fine-tuning will not win more than {weighed.tolerance * 100:g} points (P {last.chance:.2f})"
     if part < LOOKS - 1:
         return "", ""
-    difference = last.tuned - last.frozen
-    expected = float(weighed.posterior(part, difference, last.error) @ weighed.gains)
-    if weighed.judged_once:
-        now = f"with what {last.images} validation images say, fine-tuning is expected to {'win' if expected > 0 else 'lose'} {abs(expected) * 100:.1f} points"
-        return ("tuned", now) if expected > -weighed.tolerance else ("frozen", f"{now}, so its model is not taken")
     if expected > weighed.tolerance:
         return "tuned", f"undecided at the end, fine-tuning expected to win {expected * 100:.1f} points"
     return "frozen", f"undecided at the end (fine-tuning expected to win {expected * 100:.1f} points), so the cheaper one"
