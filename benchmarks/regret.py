@@ -212,9 +212,10 @@ def train_arm(
     unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0, fixed: float = 0.0,
     again: bool = False,
 ) -> dict[str, object]:  # fmt: skip
-    """Run an arm that trains the whole network, as the product runs it but for a factor on its rate, and return its row.
+    """Run an arm that trains the whole network, as the product runs it but for what is asked for here, and return its row.
 
     Args:
+        factor: on the recipe's rates.
         fixed: share of the blocks, from the first on, that are not trained after all.
         again: solve a head on several taps at its end.
     """
@@ -513,11 +514,11 @@ def again(options: argparse.Namespace) -> None:
             best = max(percent(arms[*unit_of, arm]) for arm in FROZEN)
             gained.setdefault((row["backbone"], size), []).append((percent(row) - percent(arms[*unit_of, "tuned"]), percent(row) - best))
     for kind, points in sorted(gained.items()):
-        told_of(f"{kind[0]}, {kind[1]} images", points)
-    told_of("all", [pair for points in gained.values() for pair in points])
+        print_gain(f"{kind[0]}, {kind[1]} images", points)
+    print_gain("all", [pair for points in gained.values() for pair in points])
 
 
-def told_of(which: str, points: Sequence[tuple[float, float]]) -> None:
+def print_gain(which: str, points: Sequence[tuple[float, float]]) -> None:
     """Print what a head that is solved last gains, against LP-FT and against the best frozen head."""
     of = np.array(points)
     print(

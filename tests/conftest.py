@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tlpipeline import dataset
+from tlpipeline.dataset import Row
+
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
@@ -60,6 +63,13 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
+    """A folder of 21 images in three classes, and their rows."""
+    folder = make_images(classes=3, each=7)
+    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*dataset.SIDES)
 
 
 @pytest.fixture(scope="session")

@@ -6,26 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from test_inputs import PLAIN
 
 from tlpipeline import backbones, cutting, dataset, features
-from tlpipeline.cutting import Tap, Transforms
+from tlpipeline.cutting import Tap
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError
 from tlpipeline.features import MAX_WIDTH, extract, pool, reading, scaling
 from tlpipeline.inputs import Images
 
-PLAIN = Transforms(32, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear")
 CPU = torch.device("cpu")
 
 
 def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-@pytest.fixture
-def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
-    folder = make_images(classes=3, each=7)
-    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*dataset.SIDES)
 
 
 # --- pooling --------------------------------------------------------------------------------------------------------------------------

@@ -25,16 +25,6 @@ PLAIN = Transforms(32, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear")
 CPU = torch.device("cpu")
 
 
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-@pytest.fixture
-def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
-    folder = make_images(classes=3, each=7)
-    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*dataset.SIDES)
-
-
 # --- inputs ---------------------------------------------------------------------------------------------------------------------------
 
 

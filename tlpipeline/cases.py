@@ -23,7 +23,7 @@ LOSS, SAMPLER, NONE = "loss", "sampler", "none"
 BALANCES = (LOSS, SAMPLER, NONE)
 FIXED, BATCH = "fixed", "batch"
 STATISTICS = (AUTO, FIXED, BATCH)
-BUDGET = "train.budget_minutes"  # begins what is said of a race that time has ended
+BUDGET = "train.budget_minutes"  # begins whatever is said of what time has ended
 SMALL_PIXELS = 64  # below, networks with batch normalisation have a rate and statistics of their own (docs/log.md)
 
 
@@ -97,6 +97,11 @@ class Recipe:
     sync_below: int = 16
     solve_again: bool = False
     compile: bool = False
+
+    @property
+    def head_imbalance(self) -> float:
+        """How uneven classes may be before a head that is solved weighs them alike; infinite where nothing is balanced."""
+        return math.inf if self.balance == NONE else self.imbalance
 
     def optimiser_for(self, normalisation: str) -> str:
         """Return sgd or adamw."""

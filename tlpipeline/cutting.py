@@ -103,7 +103,7 @@ def normalisation(module: nn.Module) -> str:
     return "layer" if any(isinstance(m, nn.LayerNorm) or type(m).__name__ == "LayerNorm2d" for m in modules) else "none"
 
 
-# --- cutting ----------------------------------------------------------------------------------------------------------------------------
+# --- cutting --------------------------------------------------------------------------------------------------------------------------
 
 
 class _BlockTracer(fx.Tracer):

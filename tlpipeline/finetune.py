@@ -23,7 +23,7 @@ from torch.nn import functional
 from tlpipeline import dataset, weighing
 from tlpipeline.augment import augmentation, mix, seed_of
 from tlpipeline.cache import Store
-from tlpipeline.cases import LOSS, SAMPLER, Recipe
+from tlpipeline.cases import BUDGET, LOSS, SAMPLER, Recipe
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import Row
@@ -168,7 +168,7 @@ class Fit:
             state.speed, state.waited = round(speed, 1), round(waited, 4)
             late = not whole or (state.epoch < epochs and self.deadline.passed())
             if late:
-                state.remark(f"train.budget_minutes ended {name} {'after' if whole else 'in'} epoch {state.epoch} of {epochs}")
+                state.remark(f"{BUDGET} ended {name} {'after' if whole else 'in'} epoch {state.epoch} of {epochs}")
                 self._keep_what_there_is(state)
             state.seconds = self.deadline.spent if self.deadline.seconds else 0.0
             self.checkpoint.keep(state, moving, average)

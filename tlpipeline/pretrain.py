@@ -3,7 +3,7 @@
 import inspect
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,36 +79,30 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     file = name.replace(":", ".")
     output.mkdir(parents=True, exist_ok=True)
     write_tensors(module.state_dict(), output / f"{file}.safetensors")
-    write_json(
-        {
-            "architecture": name,
-            "data": {
-                "folder": images.name,
-                "classes": list(manifest.classes),
-                "train": len(sides.train),
-                "val": len(sides.val),
-                "test": len(test),
-            },
-            "recipe": {
-                "epochs": epochs,
-                "rate": rate,
-                "batch_size": BATCH_SIZE,
-                "crop": RECIPE.crop,
-                "flip": flip,
-                "seed": seed,
-                "weight_decay": RECIPE.weight_decay,
-                "label_smoothing": RECIPE.label_smoothing,
-                "best_epoch": state.best_epoch,
-            },
-            "test_accuracy": round(accuracy, 4),
-            "test_interval_95": [round(low, 4), round(high, 4)],
-            "parameters": sum(p.numel() for p in module.parameters()),
-            "command": f"tlpipeline pretrain {images.name} --backbone {name} --epochs {epochs} --rate {rate} --seed {seed}{'' if flip else ' --no-flip'}",
-        },
-        output / f"{file}.json",
-    )
+    recipe = {"epochs": epochs, "rate": rate, "flip": flip, "seed": seed, "best_epoch": state.best_epoch}
+    counts = {"train": len(sides.train), "val": len(sides.val), "test": len(test)}
+    measured = {
+        "test_accuracy": round(accuracy, 4),
+        "test_interval_95": [round(low, 4), round(high, 4)],
+        "parameters": sum(p.numel() for p in module.parameters()),
+    }
+    write_json(_card(name, images.name, manifest.classes, counts, recipe) | measured, output / f"{file}.json")
     shutil.rmtree(history)
     return Pretrained(accuracy, low, high, output / f"{file}.safetensors")
+
+
+def _card(name: str, folder: str, classes: Sequence[str], counts: dict[str, int], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return what is said of how weights were made; the recipe's fixed values are added to those of this run."""
+    fixed = {
+        "batch_size": BATCH_SIZE, "crop": RECIPE.crop, "weight_decay": RECIPE.weight_decay, "label_smoothing": RECIPE.label_smoothing,
+    }  # fmt: skip
+    how = f"--epochs {recipe['epochs']} --rate {recipe['rate']} --seed {recipe['seed']}{'' if recipe['flip'] else ' --no-flip'}"
+    return {
+        "architecture": name,
+        "data": {"folder": folder, "classes": list(classes), **counts},
+        "recipe": recipe | fixed,
+        "command": f"tlpipeline pretrain {folder} --backbone {name} {how}",
+    }
 
 
 class _Passed(Teller):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tlpipeline import backbones, cutting
 from tlpipeline.augment import augmentation
 from tlpipeline.cache import Store, Table
-from tlpipeline.cases import NONE, Decision, Recipe
+from tlpipeline.cases import BUDGET, Decision, Recipe
 from tlpipeline.checkpoint import MODEL, STATE, Checkpoints, State
 from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
 from tlpipeline.errors import ClusterError
@@ -34,7 +34,7 @@ from tlpipeline.precision import reads_in_bfloat16
 from tlpipeline.workers import World, from_first, reduced
 
 CHUNK = 1024
-NO_TIME = "train.budget_minutes left no time to solve the head on what was trained"
+NO_TIME = f"{BUDGET} left no time to solve the head on what was trained"
 
 
 def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
@@ -78,10 +78,7 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
         state.seconds = deadline.spent if deadline.seconds else 0.0
         checkpoint.write(state)
     if state.finished:
-        # All that is left is to hand it over, the head that was solved last included.
-        if len(checkpoint.best["head.weight"][0]) != model.head.in_features:
-            model = Classifier(backbone, decision.readings, len(classes), frozen, half).to(world.device)
-        model.load_state_dict(checkpoint.best)
+        model = _as_finished(model, decision, checkpoint)
     elif not frozen:
         blocks: list[list[str]] = []
         if recipe.layer_decay(backbone.normalisation) != 1:
@@ -93,7 +90,7 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
             return checkpoint.written if world.rank == 0 else None
         checkpoint.load_best()
         if recipe.solve_again:
-            model = _solve_again(model, decision.readings, sides, recipe, job, world, tell, state, scratch_folder, deadline)
+            model = _solve_again(fit, model, decision.readings, state, scratch_folder)
     if world.rank:
         world.report({"accuracy": state.best_accuracy}, None)
         return None
@@ -108,7 +105,7 @@ def _train_all(fit: Fit, model: Classifier, decision: Decision, state: State) ->
     epochs = job.epochs if isinstance(job.epochs, int) else recipe.epochs(len(sides.train))
     if decision.init != "random" and state.arm in ("head", "fine-tune"):
         if state.arm == "head" and state.history and fit.deadline.passed():
-            state.remark("train.budget_minutes ended before fine-tuning began: the head on frozen features is what there is")
+            state.remark(f"{BUDGET} ended before fine-tuning began: the head on frozen features is what there is")
             fit.checkpoint.keep_best()
         else:
             fit.arm("fine-tune", epochs, rate, state)
@@ -120,6 +117,15 @@ def _train_all(fit: Fit, model: Classifier, decision: Decision, state: State) ->
             fresh = backbones.load(job.backbone, backbones.NONE, size=decision.size, seed=job.seed)
             model.load_state_dict(Classifier(fresh, model.readings, model.head.out_features, frozen=False).state_dict())
         fit.arm("scratch", round(epochs * recipe.scratch_times), min(rate * recipe.scratch_times, 0.1), state)
+
+
+def _as_finished(model: Classifier, decision: Decision, checkpoint: Checkpoints) -> Classifier:
+    """Return the model of a finished run, which only has to be handed over, with the head that was solved last if there was one."""
+    if len(checkpoint.best["head.weight"][0]) != model.head.in_features:
+        device = model.head.weight.device
+        model = Classifier(model.backbone[0], decision.readings, model.head.out_features, model.frozen, model.in_bfloat16).to(device)
+    model.load_state_dict(checkpoint.best)
+    return model
 
 
 def _finish(model: Classifier, description: Description, state: State, world: World, finished: Path) -> Path:
@@ -141,13 +147,13 @@ def _solve(
 ) -> None:
     """Compute the frozen features that are not kept yet, each by one worker; solve the head on the first; validate it."""
     blocks, classes = model.blocks, model.head.out_features
-    imbalance = math.inf if recipe.balance == NONE else recipe.imbalance
+    imbalance = recipe.head_imbalance
     found: tuple[Tensor, Tensor, float] | None = None
     reader = reader_of(model, store, sides.transforms, world.device, reads_in_bfloat16(world.device, job.precision))
     # Where the time is up, some of the images are missing, which come in the order of their hashes: at random.
     seen = frozen_features(reader, Images(sides.root, sides.val, sides.transforms), world, tell, deadline)
     if len(seen) < len(sides.val):
-        state.remark(f"train.budget_minutes ended the features after {len(seen)} of {len(sides.val)} validation images")
+        state.remark(f"{BUDGET} ended the features after {len(seen)} of {len(sides.val)} validation images")
     held, held_labels = [sides.val[i] for i in seen], sides.val_labels[seen]
     images, lacking, started = Images(sides.root, sides.train, sides.transforms), reader.missing(sides.train).sum(), time.monotonic()
     there = frozen_features(reader, images, world, tell, deadline)
@@ -155,7 +161,7 @@ def _solve(
     computed = float(lacking) - (len(sides.train) - len(there))
     state.speed, state.waited = round(computed / took, 1), round(images.waited / took, 4)
     if len(there) < len(sides.train):
-        state.remark(f"train.budget_minutes ended the features after {len(there)} of {len(sides.train)} training images")
+        state.remark(f"{BUDGET} ended the features after {len(there)} of {len(sides.train)} training images")
     train, labels = [sides.train[i] for i in there], sides.train_labels[there]
     readers = [reader]
     if model.frozen and len(there) == len(sides.train):
@@ -174,7 +180,7 @@ def _solve(
                 chances[part.start : part.stop] = head(val.take(slice(part.start, part.stop))).softmax(1)
         if deadline.late():
             more = ", and it was not solved once more with the validation images" if model.frozen else ""
-            state.remark(f"train.budget_minutes ended while the head was solved: it may lie short of its optimum{more}")
+            state.remark(f"{BUDGET} ended while the head was solved: it may lie short of its optimum{more}")
         elif model.frozen and len(val):
             # Nothing is left to select: the head is solved once more, on the validation images as well. Fine-tuning must start without them.
             both = np.concatenate([y, held_labels])
@@ -192,36 +198,26 @@ def _solve(
     tell(count, count, f"head solved, validation accuracy {accuracy:.1%}", important=True)
 
 
-def _solve_again(
-    model: Classifier,
-    readings: Sequence[Reading],
-    sides: Sides,
-    recipe: Recipe,
-    job: Job,
-    world: World,
-    tell: Tell,
-    state: State,
-    scratch_folder: Path,
-    deadline: Deadline,
-) -> Classifier:
+def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state: State, scratch_folder: Path) -> Classifier:
     """Return the trained network with a head on all of its readings, solved on the images as they are.
 
     The one that was trained knows random views, is a step behind the features, and reads one tap. Nothing is left to select, so the validation
     images count as well; before, they say which penalty is best, because features that were trained on images are no measure of themselves.
     What was said of validation remains what was said of the head before.
     """
-    images, imbalance = [*sides.train, *sides.val], math.inf if recipe.balance == NONE else recipe.imbalance
+    sides, world, deadline = fit.sides, fit.world, fit.deadline
+    images = [*sides.train, *sides.val]
     found: tuple[Tensor, Tensor, float] | None = None
     wide = Classifier(model.backbone[0], readings, model.head.out_features, frozen=False).to(world.device)
     with tempfile.TemporaryDirectory(prefix="features-", dir=scratch_folder) as place:
         reader = reader_of(wide, Store(Path(place)), sides.transforms, world.device, alone=True)
         late = deadline.passed()
-        if late or len(frozen_features(reader, Images(sides.root, images, sides.transforms), world, tell, deadline)) < len(images):
+        if late or len(frozen_features(reader, Images(sides.root, images, sides.transforms), world, fit.tell, deadline)) < len(images):
             state.remark(NO_TIME)
             return model
         if world.rank == 0:
             x, judges = Table(reader.rows(sides.train)), Table(reader.rows(sides.val))
-            kind = wide.blocks, wide.head.out_features, imbalance, job.seed
+            kind = wide.blocks, wide.head.out_features, fit.recipe.head_imbalance, fit.job.seed
             labels = sides.train_labels
             near: tuple[float | None, tuple[Tensor, Tensor] | None] = (None, None)
             if len(sides.val):
@@ -236,7 +232,7 @@ def _solve_again(
     if found is not None:
         state.head_penalty = found[2]
     from_first([wide.head.weight, wide.head.bias], world)
-    tell(len(images), len(images), f"head solved once more, on {' + '.join(r.tap for r in readings)}", important=True)
+    fit.tell(len(images), len(images), f"head solved once more, on {' + '.join(r.tap for r in readings)}", important=True)
     return wide
 
 
@@ -250,7 +246,7 @@ def _random_views(
         of_view = reader.of_view(f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})")
         images = Images(sides.root, sides.train, sides.transforms, augment)
         if deadline.passed() or len(frozen_features(of_view, images, world, tell, deadline)) < len(sides.train):
-            state.remark(f"train.budget_minutes ended the features after {view - 1} of {job.views} random views")
+            state.remark(f"{BUDGET} ended the features after {view - 1} of {job.views} random views")
             break
         whole.append(of_view)
     return whole
