@@ -86,9 +86,9 @@ class Bench:
 
     @cached_property
     def decision(self) -> cases.Decision:
-        """Nothing is cut; fine-tuning starts from a head of zeros, so that no pass for a solved one comes before it."""
+        """Nothing is cut; fine-tuning starts from a head of zeros and keeps it, so that no pass for a solved one is among its own."""
         decided = regret.uncut(cases.find(self.case), cutting.describe(self.backbone, self.size)[-1], self.size)
-        return decided if self.frozen else replace(decided, init="plain")
+        return decided if self.frozen else replace(decided, init="plain", recipe=replace(decided.recipe, solve_again=False))
 
     @cached_property
     def backbone(self) -> cutting.Backbone:

@@ -11,7 +11,6 @@ HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("TLPIPELINE_DATA", HERE.parent.parent / "shared" / "data"))
 RESULTS = HERE / "results"
 ARMS, UNITS, RATES, ABOVE = "regret.csv", "regret-units.csv", "regret-rates.csv", "regret-above.csv"
-AGAIN = "regret-again.csv"
 FACTORS = (1 / 3, 3.0)
 FIXED, FIXED_AT = (1 / 3, 2 / 3), (500, 2000)
 SEED = 11
@@ -46,7 +45,11 @@ GRIDS = {
     "lite0": {"lite0": (100, 500, 2000)},  # its weights come from packages.py
 }
 FROZEN = ("frozen", "cut", "multi")
-TRAINED = ("tuned", "plain", "scratch")
+TRAINED = ("tuned", "lpft", "plain", "scratch")
+USUAL = {
+    "epochs_at_500": 20,
+    "solve_again": False,
+}  # the recipe of lpft and plain: the whole schedule, and the head as its last step left it
 SCRATCH_FROM = 2000
 SECOND_SEED_UNTIL = 500
 SLICES_AT = 500

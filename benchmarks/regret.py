@@ -1,7 +1,8 @@
 """How many points does the choice of case lose, and what does it save? Every arm is run on real images; rows are kept as they come.
 
 A unit is (data set, number of images, backbone, seed); an arm is a way to train it: frozen, cut, multi (frozen, several taps, nothing cut),
-tuned (LP-FT), plain (fine-tuning from a random head), scratch. Images of all sides are pooled and split anew: the subset of n images is
+tuned (as the product fine-tunes: half the usual schedule, then a head on several taps is solved), lpft (the usual one: twice the epochs, the head
+as its last step left it), plain (the same from a head of zeros), scratch. Images of all sides are pooled and split anew: the subset of n images is
 stratified and nested (100 in 500 in 2,000), a sixth of it is validation, and everything outside the largest subset is the test side.
 brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for weights that were trained on it.
 
@@ -9,15 +10,13 @@ brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for
     python benchmarks/regret.py collect [--data DIR] [--grid core|full|lite0] [--only TEXT ...] [--arms ARM ...]
     python benchmarks/regret.py rates [--data DIR] [--only TEXT ...]
     python benchmarks/regret.py above [--data DIR] [--only TEXT ...]
-    python benchmarks/regret.py again [--data DIR] [--grid core|full|lite0] [--only TEXT ...]
     python benchmarks/regret.py fit
     python benchmarks/regret.py report
 
 `profile` measures what the product would measure of each unit and trains the frozen heads; `collect` trains everything, arm by arm, small
 subsets first. Both run what has no row yet, so they can be interrupted at any moment, and sort the rows when they are through. `rates` trains
 LP-FT on 500 images at a third and three times the recipe's rate, and says what choosing the rate on validation would bring. `above` trains
-only the blocks above the first third, and above two thirds, of 500 and 2,000 images, and says what that loses and saves. `again` trains LP-FT with
-a head that is solved on several taps at its end (`solve_again`), and says what that gains. `fit` refits
+only the blocks above the first third, and above two thirds, of 500 and 2,000 images, and says what that loses and saves. `fit` refits
 tlpipeline/outlook.json, `report` prints the figures and draws regret.svg.
 The figures of `report` are those of the core grid: eight data sets, two networks. Three more data sets and two more networks (packages.py) have rows
 as well, on which nothing is fitted; they stand below. With --data a folder of one's own, of <name>/<class> or <name>/{train,test}/<class>, rows go to --results.
@@ -49,7 +48,6 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import replay  # noqa: E402
 from grid import (  # noqa: E402
     ABOVE,
-    AGAIN,
     ARMS,
     COLUMNS,
     DATA,
@@ -71,6 +69,7 @@ from grid import (  # noqa: E402
     SLICES_AT,
     TRAINED,
     UNITS,
+    USUAL,
     VALIDATION,
     Unit,
     append,
@@ -209,15 +208,13 @@ def first_blocks_fixed(backbone: cutting.Backbone, last: str, share: float) -> I
 
 
 def train_arm(
-    unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0, fixed: float = 0.0,
-    again: bool = False,
-) -> dict[str, object]:  # fmt: skip
-    """Run an arm that trains the whole network, as the product runs it but for what is asked for here, and return its row.
+    unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path, factor: float = 1.0, fixed: float = 0.0
+) -> dict[str, object]:
+    """Run an arm that trains the whole network, tuned as the product runs it, and return its row.
 
     Args:
         factor: on the recipe's rates.
         fixed: share of the blocks, from the first on, that are not trained after all.
-        again: solve a head on several taps at its end.
     """
     net = unit.network
     weights, md5 = (backbones.NONE, backbones.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
@@ -226,10 +223,11 @@ def train_arm(
     row = row_of(arm, similar)
     kinds = ("rate_batch", "rate_batch_small", "rate_layer", "rate_none")
     changed = {kind: getattr(row.recipe, kind) * factor for kind in kinds}
-    row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, solve_again=again, **changed))
-    init = {"tuned": "pretrained", "plain": "plain", "scratch": "random"}[arm]
+    usual = {"tuned": {}, "scratch": {"solve_again": False}}.get(arm, USUAL)
+    row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, **usual, **changed))
+    init = {"plain": "plain", "scratch": "random"}.get(arm, "pretrained")
     decision = dataclasses.replace(uncut(row, taps[-1], net.size), init=init)
-    if again:
+    if row.recipe.solve_again:
         look = dataclasses.replace(params.load(HERE.parent / "params.yaml").profile, tangent=False, shift=False)
         seen = profiling.measure(backbone, folder, manifest, net.size, look, lambda profile: False, silent, torch.device("cpu"))
         decision = dataclasses.replace(decision, readings=seen.head_at(taps[-1].name))
@@ -252,16 +250,16 @@ def train_arm(
         test = manifest.used(TEST)
         chances = models.probabilities(model, Images(folder, test, description.transforms), torch.device("cpu"), lambda _: None).numpy()
     right = chances.argmax(1) == np.array([description.classes.index(r.label) for r in test])
-    epochs = [line for line in history if line["arm"] != "head"]
+    epochs = [line for line in history if line["arm"] in ("fine-tune", "scratch")]
     train_images, val_images = len(manifest.used(TRAIN)), len(manifest.used(VAL))
     # The looks of a race: a third, two thirds, all of the schedule.
     looks = [epochs[max(round(len(epochs) * part / 3), 1) - 1]["correct"] for part in (1, 2, 3)]
-    solved = (1 + again) * (train_images + val_images) if arm == "tuned" else 0
+    solved = {"tuned": 2, "lpft": 1}.get(arm, 0) * (train_images + val_images)
     return counted(unit, manifest, right) | {
         "arm": arm, "val_hits": round(epochs[-1]["accuracy"] * val_images), "slice": taps[-1].name,
         "rate": row.recipe.rate(backbone.normalisation, net.size), "epochs": len(epochs),
         "forward": solved + len(epochs) * (train_images + val_images), "backward": len(epochs) * train_images,
-        "cpu_s": round(spent, 1), "looks": " ".join(looks), "bits": history[0]["correct"] if arm == "tuned" else "",
+        "cpu_s": round(spent, 1), "looks": " ".join(looks), "bits": history[0]["correct"] if solved else "",
     }  # fmt: skip
 
 
@@ -440,13 +438,13 @@ def rates(options: argparse.Namespace) -> None:
                 (r["data"], r["backbone"], r["n"], r["seed"], r["factor"]) for r in rows_of(path)
             }:
                 manifest = split(rows, unit.n, largest, unit.seed)
-                row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, factor)
+                row = train_arm(unit, "lpft", similarity(options.results, unit), manifest, found[unit.data], options.weights, factor)
                 append(path, (*COLUMNS, "factor"), row | {"factor": f"{factor:.2f}"})
     at: dict[tuple[str, str], dict[float, dict[str, str]]] = {}
     for row in rows_of(path):
         at.setdefault((row["data"], row["backbone"]), {})[float(row["factor"])] = row
     for row in rows_of(options.results / ARMS):
-        if row["arm"] == "tuned" and int(row["n"]) == SLICES_AT and row["seed"] == "0" and (row["data"], row["backbone"]) in at:
+        if row["arm"] == "lpft" and int(row["n"]) == SLICES_AT and row["seed"] == "0" and (row["data"], row["backbone"]) in at:
             at[row["data"], row["backbone"]][1.0] = row
     gained = []
     for unit_of, tried in sorted(at.items()):
@@ -471,13 +469,13 @@ def above(options: argparse.Namespace) -> None:
             key = (*map(str, unit.key), f"{share:.2f}")
             if key not in {(r["data"], r["backbone"], r["n"], r["seed"], r["fixed"]) for r in rows_of(path)}:
                 manifest = split(rows, unit.n, largest, unit.seed)
-                row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, fixed=share)
+                row = train_arm(unit, "lpft", similarity(options.results, unit), manifest, found[unit.data], options.weights, fixed=share)
                 append(path, (*COLUMNS, "fixed"), row | {"fixed": key[-1]})
     arms = arms_of(options.results)
     lost: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in rows_of(path):
         unit_of = row["data"], row["backbone"], row["n"], row["seed"]
-        whole, frozen = arms[*unit_of, "tuned"], max((arms[*unit_of, arm] for arm in FROZEN), key=percent)
+        whole, frozen = arms[*unit_of, "lpft"], max((arms[*unit_of, arm] for arm in FROZEN), key=percent)
         lost.setdefault((row["fixed"], row["backbone"], row["n"]), []).append(
             (percent(row) - percent(whole), percent(row) - percent(frozen))
         )
@@ -496,40 +494,9 @@ def above(options: argparse.Namespace) -> None:
         )
 
 
-def again(options: argparse.Namespace) -> None:
-    """Train LP-FT with a head that is solved at its end where that has no row yet, and print what that gains."""
-    found = folders(options.data, options.work)
-    path = options.results / AGAIN
-    for unit, rows, largest in grid(options.grid, found, options.work, options.only):
-        if tuple(map(str, unit.key)) not in {(r["data"], r["backbone"], r["n"], r["seed"]) for r in rows_of(path)}:
-            manifest = split(rows, unit.n, largest, unit.seed)
-            row = train_arm(unit, "tuned", similarity(options.results, unit), manifest, found[unit.data], options.weights, again=True)
-            append(path, COLUMNS, row | {"arm": "again"})
-    arms = arms_of(options.results)
-    gained: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in rows_of(path):
-        unit_of = row["data"], row["backbone"], row["n"], row["seed"]
-        if (*unit_of, "tuned") in arms:
-            size = row["n"] if int(row["n"]) <= SLICES_AT else "more"
-            best = max(percent(arms[*unit_of, arm]) for arm in FROZEN)
-            gained.setdefault((row["backbone"], size), []).append((percent(row) - percent(arms[*unit_of, "tuned"]), percent(row) - best))
-    for kind, points in sorted(gained.items()):
-        print_gain(f"{kind[0]}, {kind[1]} images", points)
-    print_gain("all", [pair for points in gained.values() for pair in points])
-
-
-def print_gain(which: str, points: Sequence[tuple[float, float]]) -> None:
-    """Print what a head that is solved last gains, against LP-FT and against the best frozen head."""
-    of = np.array(points)
-    print(
-        f"{which}, {len(of)} units: {of[:, 0].mean():+.2f} points against LP-FT (standard error {standard_error(of[:, 0]):.2f}, "
-        f"{of[:, 0].min():+.1f} to {of[:, 0].max():+.1f}), {of[:, 1].mean():+.2f} against the best frozen head"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "again", "fit", "report"))
+    parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "fit", "report"))
     parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
     parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights files")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -549,8 +516,6 @@ def main() -> None:
         rates(options)
     elif options.verb == "above":
         above(options)
-    elif options.verb == "again":
-        again(options)
     elif options.verb == "profile":
         profiles(options)
         tidy(options.results)

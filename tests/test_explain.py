@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -422,7 +423,8 @@ def test_dvc_draws_the_decision_by_columns_that_are_written(name: str) -> None:
 
 
 def put(folder: Path, made: Decision, seen: Profile) -> Path:
-    """Write what `choose` and `profile` write."""
+    """Write what `choose` and `profile` write, beside the parameters that come with a workspace."""
+    shutil.copy(Path(explain.__file__).with_name("template") / "params.yaml", folder)
     (folder / "case.json").write_text(json.dumps(made.to_json()))
     (folder / "profile.json").write_text(json.dumps(seen.to_json()))
     return folder
@@ -454,6 +456,20 @@ def test_the_command_prints_markdown_and_json(tmp_path: Path, capsys: pytest.Cap
     assert Decision.from_json(content["decision"]) == raced()
     assert content["plane"] == explain.plane_rows(raced())
     assert content["probes"] == explain.probe_rows(profile(), raced())
+
+
+def test_what_is_said_to_be_trained_is_what_train_override_makes_of_it(tmp_path: Path) -> None:
+    made = raced()
+    several = replace(made, readings=(*made.readings, profile().taps[1].reading))
+    put(tmp_path, several, profile())
+    last = f"When that is done, a head on {' + '.join(r.tap for r in several.readings)} is solved."
+    assert last in acts.decision_markdown(tmp_path)
+    assert [row["use"] for row in explain.probe_rows(profile(), several)].count("read") == 2
+    changed = (tmp_path / "params.yaml").read_text().replace("override: {}", "override: {solve_again: false}")
+    assert "solve_again" in changed
+    (tmp_path / "params.yaml").write_text(changed)
+    assert "When that is done" not in acts.decision_markdown(tmp_path)
+    assert [row["use"] for row in explain.probe_rows(*reversed(acts.decided(tmp_path)))].count("read") == 1
 
 
 def test_mistakes_of_the_command_are_one_sentence_with_a_way_out(

@@ -294,16 +294,21 @@ def write(folder: Path, pairs: Sequence[tuple[str, np.ndarray]], name: str = "pi
     return folder / name
 
 
-def own_pairs(each: int = 80, pool: int = 1500) -> list[tuple[str, np.ndarray]]:
-    """Images of the network's own classes by construction: clouds that its head takes for one of four of them, that one their label."""
+def own_pairs(each: int = 80, pool: int = 3000) -> list[tuple[str, np.ndarray]]:
+    """Images of the network's own classes by construction: the clouds that its head takes most surely for one of four of them, that one their label.
+
+    Most surely, because a frozen head must leave nothing to win: on clouds near the border between two classes fine-tuning may win or lose.
+    """
     net = backbones.load("demonstration", "DEFAULT")
     pixels = [scene(i, seed=11).clip(0, 255).astype(np.uint8) for i in range(pool)]
     inputs = torch.from_numpy(np.stack([prepare(Image.fromarray(p), net.transforms) for p in pixels]))
     with torch.inference_mode():
-        taken = net.module(normalise(inputs, net.transforms)).argmax(1).numpy()
+        chances, taken = (values.numpy() for values in net.module(normalise(inputs, net.transforms)).softmax(1).max(1))
     pairs: list[tuple[str, np.ndarray]] = []
     for source in np.argsort(-np.bincount(taken, minlength=10))[:4]:
-        pairs += [(f"own{source}", pixels[i].astype(float)) for i in np.flatnonzero(taken == source)[:each]]
+        pairs += [
+            (f"own{source}", pixels[i].astype(float)) for i in sorted(np.flatnonzero(taken == source), key=lambda i: -chances[i])[:each]
+        ]
     return pairs
 
 
@@ -325,7 +330,7 @@ def sets() -> dict[str, list[tuple[str, np.ndarray]]]:
         "shuffled": [(str(label), pixels) for label, (_, pixels) in zip(shuffled, own, strict=True)],
         "noisy": [(names[rng.integers(len(names))] if rng.random() < 0.3 else label, pixels) for label, pixels in own],
         "early": early,
-        "rare": [pair for pair in own if pair[0] != names[-1]] + [pair for pair in own if pair[0] == names[-1]][:8],
+        "rare": [pair for pair in own if pair[0] != names[-1]] + [pair for pair in own if pair[0] == names[-1]][8:16],
         "nothing": [(f"c{np.random.default_rng(i).integers(3)}", scene(i)) for i in range(360)],
         "lopsided": [("common" if i % 20 else "odd", scene(i)) for i in range(360)],
         "many": [(f"{side}/c{i:02d}", scene(100 * turn + i)) for turn, side in enumerate(SIDES) for i in range(20 if turn == 1 else 40)],

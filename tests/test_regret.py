@@ -193,19 +193,19 @@ def test_on_other_data_and_on_a_third_network_it_loses_less_than_fine_tuning_too
     assert len(part) >= 25
     chosen = [replay.product(models[u.unit.data], RULE, u) for u in part]
     mine = replay.figures(part, chosen, RULE.tolerance)
-    assert mine.half.mean() < np.mean([u.half_regret("tuned") for u in part])
-    assert mine.cost.mean() < 1
+    assert mine.half.mean() < np.mean([u.half_regret("lpft") for u in part])
+    assert mine.cost.mean() <= 0.60
 
 
 def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]) -> None:
     mine = found["product (auto)"]
     for name, other in found.items():
-        if not name.startswith("product") and name != "oracle":
+        if not name.startswith("product") and name != f"oracle{replay.OURS}":
             assert mine.half.mean() < other.half.mean() or mine.cost.mean() < other.cost.mean(), name
             assert not (other.half.mean() <= mine.half.mean() and other.cost.mean() <= mine.cost.mean()), name
 
 
-def test_whatever_fine_tunes_is_beaten_in_both_by_a_setting_of_the_product(
+def test_whatever_fine_tunes_as_usual_is_beaten_in_both_by_a_setting_of_the_product(
     core: list[replay.Measured], models: dict[str, outlook.Outlook], found: dict[str, replay.Figures]
 ) -> None:
     """Constants that never fine-tune cost less than looking at the data does: nothing that looks can be cheaper."""

@@ -122,29 +122,6 @@ def test_undecided_at_the_end_the_cheaper_arm_wins_unless_the_expected_gain_exce
     assert verdict(lenient, 2, Look(3, 3, 100, 0.8, 0.83, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
 
 
-def test_fine_tuning_that_was_trained_anyway_stays_unless_it_is_expected_to_lose_more_than_the_tolerance() -> None:
-    evidence = replace(RACED.evidence, validation=40)
-    anyway = replace(RACED, evidence=evidence, model=replace(model(intercept=0.3, deviation=0.4), lag=LAG))
-    assert anyway.judged_once
-    winners = []
-    for difference in (-0.2, -0.1, -0.035, 0.0, 0.05):
-        last = Look(9, 9, 40, 0.8, 0.8 + difference, 0.05, 0.5, 0.5, 0.0, 0.0)
-        winner, why = verdict(anyway, 2, last)
-        expected = float(anyway.posterior(2, difference, 0.05) @ anyway.gains)
-        assert winner == ("tuned" if expected > -0.005 else "frozen")
-        assert (
-            f"40 validation images say, fine-tuning is expected to {'win' if expected > 0 else 'lose'} {100 * abs(expected):.1f} points"
-            in why
-        )
-        winners.append(winner)
-    assert winners == sorted(winners)  # frozen, then tuned
-    assert set(winners) == {"frozen", "tuned"}
-    # Who must buy fine-tuning wants more: the same look, with enough images for a race.
-    close = Look(9, 9, 40, 0.8, 0.765, 0.05, 0.5, 0.5, 0.0, 0.0)
-    bought = replace(anyway, evidence=replace(evidence, validation=400))
-    assert (verdict(anyway, 2, close)[0], verdict(bought, 2, close)[0]) == ("tuned", "frozen")
-
-
 def test_the_looks_spend_alpha_and_no_more() -> None:
     assert sum(SPENT) == pytest.approx(1)
     spent = 0.0

@@ -253,7 +253,7 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
     params = stages.params_of(root)
     return {
         "name": params.data.name,
-        "case": stages.read_case(root),
+        "case": stages.as_trained(root),
         "bounded": bounded(root),
         "metrics": stages.read_metrics(root),
         "verdict": verdict,
@@ -301,7 +301,7 @@ def write_report(root: Path, registration: Registration) -> Path:
     page = report.page(
         name=params.data.name,
         registration=registration,
-        case=stages.read_case(root),
+        case=stages.as_trained(root),
         profile=Profile.from_json(stages.read_json(root, stages.PROFILE)),
         metrics=stages.read_metrics(root),
         matrix=evaluate.confusion(found).tolist(),
@@ -414,7 +414,7 @@ def decided(root: Path) -> tuple[Any, Any]:
             f"expected a decision about {profile.backbone} in {root / stages.CASE}, found one that keeps it up to {case.slice}, which it does not "
             "have: it is older than the profile. `dvc repro choose` decides anew."
         )
-    return case, profile
+    return stages.as_trained(root), profile
 
 
 def decision_markdown(root: Path) -> str:

@@ -37,8 +37,8 @@ class Recipe:
             data that differ from the source want a much higher one (Li et al. 2020 find the same).
         batch, batch_large: images per step below and from `large` training images on: with few images more steps were worth up to 3 points.
         epochs_at_500: epochs for 500 training images; for n images times sqrt(500 / n), between least and most.
-        scratch_times: random weights get this many times the epochs and this many times the rate (up to .1); scratch_from: training images
-            from which they are tried at all.
+        scratch_epochs, scratch_rate: random weights get this many times the epochs and this many times the rate (up to .1); scratch_from:
+            training images from which they are tried at all.
         statistics: what batch normalisation subtracts and divides by while everything is trained: fixed (those of the source, as in the head's
             features: what is trained starts where the probe stands), batch (each step's own), or auto: fixed from 64 pixels on, batch below.
             Random weights have none to keep: batch.
@@ -58,8 +58,7 @@ class Recipe:
             sampler (classes are drawn alike), or none.
         sync_below: images of a worker's share of a batch below which BatchNorm takes its statistics from all workers; on GPUs.
         solve_again: solve a head on several taps when everything is trained, with the validation images as well (Kang et al. 2020, arXiv
-            1910.09217, train classifiers again for another reason): two points more and a third less log loss. Off, because the choice was
-            fitted without (docs/decisions/0016).
+            1910.09217, train classifiers again for another reason; docs/decisions/0016). It is what lets half of the usual schedule do.
         compile: let torch.compile make a faster network of it; needs a C++ compiler, and does not pay for few images.
     """
 
@@ -70,10 +69,11 @@ class Recipe:
     batch: int = 32
     batch_large: int = 64
     large: int = 5000
-    epochs_at_500: int = 20
+    epochs_at_500: int = 10
     least_epochs: int = 5
     most_epochs: int = 40
-    scratch_times: float = 3.0
+    scratch_epochs: float = 6.0
+    scratch_rate: float = 3.0
     scratch_from: int = 50_000
     statistics: str = AUTO
     patience: int = 0
@@ -95,7 +95,7 @@ class Recipe:
     imbalance: float = IMBALANCE
     balance: str = LOSS
     sync_below: int = 16
-    solve_again: bool = False
+    solve_again: bool = True
     compile: bool = False
 
     @property
@@ -224,7 +224,7 @@ class Decision:
         case: name of the row.
         slice: the tap behind which the network is cut (the last tap where nothing is sliced off).
         head: last, cut or multi: which of the heads is trained; last where everything is.
-        readings: what the head reads, deepest tap first; where everything is trained the deepest alone, but for a head that is solved again.
+        readings: what a head could read, deepest tap first (see `read`).
         size: input side in pixels.
         freeze, init, recipe: of the row.
         prior: P(large) from size, classes, capacity and head similarity, before anything was probed.
@@ -266,7 +266,12 @@ class Decision:
 
     @property
     def read(self) -> tuple[Reading, ...]:
-        """What the head reads that is trained with everything else, or on frozen features."""
+        """What the head reads in the end: what it was solved on."""
+        return self.readings if self.freeze == "kept" or self.recipe.solve_again else self.under
+
+    @property
+    def under(self) -> tuple[Reading, ...]:
+        """What the head reads that is trained with everything else: the last tap, so that all layers are under it; or that is solved on frozen features."""
         return self.readings if self.freeze == "kept" else self.readings[:1]
 
     def to_json(self) -> dict[str, Any]:
@@ -348,5 +353,5 @@ _RANGES = {
     "batch": (2, math.inf), "batch_large": (2, math.inf), "least_epochs": (1, math.inf), "most_epochs": (1, math.inf),
     "epochs_at_500": (1, math.inf), "accumulate": (1, math.inf), "crop": (0.01, 1), "label_smoothing": (0, 0.99), "average": (0, 0.99999),
     "warm_up": (0, 1), "layer_decay_norm": (0.01, 1), "layer_decay_other": (0.01, 1), "randaugment_magnitude": (0, 30), "clip": (1e-6, math.inf),
-    "scratch_times": (0.01, math.inf), "imbalance": (1, math.inf),
+    "scratch_epochs": (0.01, math.inf), "scratch_rate": (0.01, math.inf), "imbalance": (1, math.inf),
 }  # fmt: skip

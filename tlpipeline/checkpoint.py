@@ -117,6 +117,11 @@ class State:
         return self.better(accuracy, loss)
 
     @property
+    def kept(self) -> dict[str, float | str]:
+        """The line of the epoch that is kept."""
+        return next(line for line in reversed(self.history) if (line["arm"], line["epoch"]) == (self.best_arm, self.best_epoch))
+
+    @property
     def gained(self) -> bool:
         """Whether what fine-tuning left is better on validation than the frozen probe that it started from."""
         head = next((float(line["accuracy"]) for line in self.history if line["arm"] == "head"), -1.0)

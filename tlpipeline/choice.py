@@ -144,7 +144,7 @@ def arms_of(profile: Profile, weighed: Weighed) -> tuple[Arm, ...]:
     ]
     start = weighed.frozen
     recipe = find("large_similar").recipe
-    cost = every + recipe.epochs(profile.images) * (3 * profile.images + 2 * profile.validation)
+    cost = (1 + recipe.solve_again) * every + recipe.epochs(profile.images) * (3 * profile.images + 2 * profile.validation)
     accuracy, low, high = (round(float(np.clip(start + gain, 0, 1)), 4) for gain in (seen.gain, seen.low, seen.high))
     return (*frozen, Arm("tuned", accuracy, low, high, float(cost)))
 
@@ -165,5 +165,8 @@ def _standing(profile: Profile, weighed: Weighed, race: Race | None, head: str, 
         lost = np.maximum(gains, 0.0) + weighed.frozen - own
         return round(float(lost.clip(min=0).mean()), 4), round(float((lost <= tolerance).mean()), 4)
     told = seen if last is None else last
-    within = weighed.settled(tuned=not head) if last is None else weighed.model.settled(weighed.evidence)
+    if last is None:
+        within = weighed.settled(tuned=not head)
+    else:
+        within = weighed.model.settled(1 - last.chance if head else last.safe)
     return round(told.frozen_regret if head else told.tuned_regret, 4), round(within, 4)

@@ -177,7 +177,8 @@ def _what(decision: Decision, profile: Profile) -> Section:
     if decision.freeze == "nothing":
         tried = decision.init == "auto" and profile.images >= decision.recipe.scratch_from
         scratch = ", and from random weights where that does not beat the frozen head" if tried else ""
-        return Section("what", f"{decision.case}: the whole network is fine-tuned{scratch}", (f"Only the old head goes: {whole}.",))
+        last = f" When that is done, a head on {' + '.join(r.tap for r in decision.read)} is solved." * decision.recipe.solve_again
+        return Section("what", f"{decision.case}: the whole network is fine-tuned{scratch}", (f"Only the old head goes: {whole}.{last}",))
     done = f"everything frozen, a new head on {' + '.join(r.tap for r in decision.readings)}"
     if not is_cut(decision, profile):
         return Section("what", f"{decision.case}: {done}", (f"Only the old head goes: {whole}.",))

@@ -309,13 +309,10 @@ class Fit:
 
     def _look(self, state: State, epochs: int, correct: str) -> None:
         """At a planned look of a race, say who is ahead; every worker comes to the same answer from the same predictions."""
-        race = self.job.race
-        if race is None:
+        race, at = self.job.race, weighing.look_epochs(epochs)
+        if race is None or state.epoch not in at:
             return
         weighed = weighing.Weighed(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), fitted())
-        at = weighed.look_epochs(epochs)
-        if state.epoch not in at:
-            return
         judges = np.array([not dataset.selects(row) for row in self.sides.val])
         frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (str(race["frozen"]), correct))
         part = weighing.LOOKS - len(at) + at.index(state.epoch)

@@ -65,19 +65,17 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
         raw.append(log_odds(seen.within, DRAWS))
         truth.append(row.tuned_test - row.frozen_test <= tolerance)
         tuned = seen.gain > tolerance
-        settled.append(math.log10(max(row.evidence.images, 1)))
+        gains = replace(held[row.data], deviation=model.deviation).gains(row.evidence, row.frozen)
+        settled.append(log_odds(float(((-gains if tuned else gains) <= tolerance).mean()), DRAWS))
         good.append((row.tuned_test if tuned else row.frozen_test) >= row.best_test - tolerance)
     slant, offset = _platt(np.array(raw), np.array(truth))
-    sizes = np.array(settled)
-    settled_slant, settled_offset = _platt(sizes - sizes.mean(), np.array(good), 0.0, (5 * float(sizes.var()), 0.01))
-    settled_slant = max(settled_slant, 0.0)
-    settled_offset -= settled_slant * float(sizes.mean())
+    settled_slant, settled_offset = _platt(np.array(settled), np.array(good))
     return replace(
         model,
         slant=slant,
         offset=offset,
         settled_slant=settled_slant,
-        settled_offset=round(settled_offset, 4),
+        settled_offset=settled_offset,
         prior=_prior(model, rows, tolerance),
         heads=fit_heads(rows),
         lag=_lag(rows),

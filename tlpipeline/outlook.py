@@ -27,9 +27,10 @@ GROWING = ("log10 images", "log10 images per class")
 # Figures of which the fit must have seen the like, and by how much of their range they may lie beyond it.
 RANGES = ("log10 images", "log10 classes", "log10 images per class", "log10 parameters", "head similarity")
 MARGIN = 0.1
-# Not predicted from: a line through the sizes of three networks says nothing of a fourth (docs/log.md). What capacity is worth on these data the
-# gradients say; the number of parameters tells the prior, and whether a network is like those of the fit.
-UNUSED = ("log10 parameters",)
+# Not predicted from: a line through the sizes of three networks says nothing of a fourth, and with the others the prediction errs more on data sets
+# that it has not seen (docs/log.md). What capacity is worth on these data the gradients say; these figures tell the prior, and whether a data set
+# and a network are like those of the fit.
+UNUSED = ("log10 parameters", "log10 images per class", "head similarity", "slope", "gain of the tangent probe")
 # How much less is known for each range that a figure lies beyond what was seen (log odds), and at most so many ranges are counted.
 UNKNOWN, FARTHEST = 0.25, 2.0
 # What is known before anything was probed.
@@ -197,7 +198,7 @@ class Outlook:
         centre, spread, coefficients: of each figure; intercept.
         deviation: standard deviation of what the figures leave unexplained, on data sets that the fit has not seen (log odds).
         slant, offset: calibration of the probability: log odds of `within` are slant * raw + offset (Platt 1999).
-        settled_slant, settled_offset: log odds that what is chosen is within the tolerance of the best of all arms, by log10 images.
+        settled_slant, settled_offset: calibration of the probability that what is chosen is within the tolerance of the best of all arms.
         heads: what frozen heads win against each other (see head_gain): (at S = 0, slope by S, spread), as shares.
         lag: for each look of a race how far what it sees is behind the end, and the spread of that, as shares of the frozen head's errors.
         prior: coefficients (on standardised figures) and intercept of the log odds that fine-tuning wins more than the tolerance, from what
@@ -311,13 +312,13 @@ class Outlook:
             outside=self.outside(seen, frozen),
         )
 
-    def settled(self, seen: Evidence) -> float:
+    def settled(self, own: float) -> float:
         """Return P(what is chosen is not worse than the best of all arms by more than the tolerance).
 
-        Measured on left-out data sets, the number of images tells this: with few of them the best arm is that of the draw. Neither what the
-        prediction says of the two arms nor the width of its interval adds to that (docs/log.md).
+        Args:
+            own: what the prediction, or the last look of a race, gives what is chosen of not being worse than the other way by more than that.
         """
-        return float(_share(self.settled_slant * math.log10(max(seen.images, 1)) + self.settled_offset))
+        return float(_share(self.settled_slant * log_odds(own, DRAWS) + self.settled_offset))
 
     def outside(self, seen: Evidence, frozen: float) -> tuple[str, ...]:
         """Say which figures lie outside the rows of the fit, by more than a tenth of their range."""

@@ -59,12 +59,9 @@ def run(
     images, others = profile.images, 2 * profile.validation
     cost = cost_of(arms["frozen"], images, others) + images + others + state["epoch"] * (3 * images + others)
     winner, ended = state["winner"], state["ended"]
-    if not winner:
-        # What was to be trained anyway stays, as far as it came; else what had no time to be raced has none to be trained, and what stops early
-        # was not ahead.
-        winner = "tuned" if weighed.judged_once and state["epoch"] else "frozen"
+    if not winner:  # what had no time to be raced has none to be trained; and what stops early was not ahead
         by = BUDGET if any(said.startswith(BUDGET) for said in state["remarks"]) else "early stopping"
-        ended = f"{by} ended it {'before it was judged' if winner == 'tuned' else 'undecided'}"
+        winner, ended = "frozen", f"{by} ended it undecided"
     race = Race(looks, winner, ended, float(cost))
     shutil.copytree({"frozen": frozen, "tuned": tuned}[race.winner], kept, dirs_exist_ok=True)
     return choice.decide(profile, weighed, race.winner == "tuned", race)

@@ -164,7 +164,7 @@ def train(root: Path, progress: Progress) -> None:
     from tlpipeline import cases, distributed
 
     params = params_of(root)
-    decision = cases.override(read_case(root), params.train.override)
+    decision = as_trained(root)
     if unused := cases.idle(decision, params.train.override):
         progress(
             Event(
@@ -298,6 +298,13 @@ def read_case(root: Path) -> Any:
     from tlpipeline import cases
 
     return cases.Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
+
+
+def as_trained(root: Path) -> Any:
+    """Return the decision with what `train.override` changes of its recipe."""
+    from tlpipeline import cases
+
+    return cases.override(read_case(root), params_of(root).train.override)
 
 
 def read_metrics(root: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tlpipeline import backbones, cutting
 from tlpipeline.augment import augmentation
@@ -31,6 +31,7 @@ from tlpipeline.inputs import Images, in_batches
 from tlpipeline.job import Job, Tell, Teller, clock
 from tlpipeline.model import Classifier, Description, reader_of, save
 from tlpipeline.precision import reads_in_bfloat16
+from tlpipeline.probes import paired
 from tlpipeline.workers import World, from_first, reduced
 
 CHUNK = 1024
@@ -64,7 +65,7 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     backbone = backbones.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=decision.size, seed=job.seed)
     transforms = backbone.transforms.at(decision.size)
     half = reads_in_bfloat16(world.device, job.precision)
-    model = Classifier(backbone, decision.read, len(classes), frozen, half).to(world.device)
+    model = Classifier(backbone, decision.under, len(classes), frozen, half).to(world.device)
     sides = Sides(
         Path(job.images), train, val, np.array([index[r.label] for r in train]), np.array([index[r.label] for r in val]), transforms
     )
@@ -116,7 +117,7 @@ def _train_all(fit: Fit, model: Classifier, decision: Decision, state: State) ->
         if state.arm != "scratch":
             fresh = backbones.load(job.backbone, backbones.NONE, size=decision.size, seed=job.seed)
             model.load_state_dict(Classifier(fresh, model.readings, model.head.out_features, frozen=False).state_dict())
-        fit.arm("scratch", round(epochs * recipe.scratch_times), min(rate * recipe.scratch_times, 0.1), state)
+        fit.arm("scratch", round(epochs * recipe.scratch_epochs), min(rate * recipe.scratch_rate, 0.1), state)
 
 
 def _as_finished(model: Classifier, decision: Decision, checkpoint: Checkpoints) -> Classifier:
@@ -173,11 +174,7 @@ def _solve(
             x = x.below(Table(other.rows(train)))
         y = np.tile(labels, views + 1)
         found = solve_head(x, y, blocks, classes, imbalance, job.seed, views=views, tolerance=1e-4, late=deadline.late)
-        head = nn.Linear(model.head.in_features, classes)
-        head.weight.data, head.bias.data = found[0], found[1]
-        with torch.inference_mode():
-            for part in in_batches(len(val), CHUNK):
-                chances[part.start : part.stop] = head(val.take(slice(part.start, part.stop))).softmax(1)
+        chances = answers(found, val)
         if deadline.late():
             more = ", and it was not solved once more with the validation images" if model.frozen else ""
             state.remark(f"{BUDGET} ended while the head was solved: it may lie short of its optimum{more}")
@@ -201,13 +198,15 @@ def _solve(
 def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state: State, scratch_folder: Path) -> Classifier:
     """Return the trained network with a head on all of its readings, solved on the images as they are.
 
-    The one that was trained knows random views, is a step behind the features, and reads one tap. Nothing is left to select, so the validation
-    images count as well; before, they say which penalty is best, because features that were trained on images are no measure of themselves.
-    What was said of validation remains what was said of the head before.
+    The one that was trained knows random views, is a step behind the features, and reads one tap. The validation images say which penalty is
+    best, because features that were trained on images are no measure of themselves, and what such a head of the training images reaches; where
+    that is clearly less than the trained one did (two paired standard errors), that one stays. Then nothing is left to select, and they count
+    as well.
     """
     sides, world, deadline = fit.sides, fit.world, fit.deadline
     images = [*sides.train, *sides.val]
     found: tuple[Tensor, Tensor, float] | None = None
+    chances = torch.zeros(len(sides.val), model.head.out_features)
     wide = Classifier(model.backbone[0], readings, model.head.out_features, frozen=False).to(world.device)
     with tempfile.TemporaryDirectory(prefix="features-", dir=scratch_folder) as place:
         reader = reader_of(wide, Store(Path(place)), sides.transforms, world.device, alone=True)
@@ -218,22 +217,43 @@ def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state
         if world.rank == 0:
             x, judges = Table(reader.rows(sides.train)), Table(reader.rows(sides.val))
             kind = wide.blocks, wide.head.out_features, fit.recipe.head_imbalance, fit.job.seed
-            labels = sides.train_labels
             near: tuple[float | None, tuple[Tensor, Tensor] | None] = (None, None)
             if len(sides.val):
-                near = judged_penalty(x, labels, judges, sides.val_labels, *kind, deadline.late)
-                x, labels = x.below(judges), np.concatenate([labels, sides.val_labels])
-            found = solve_head(x, labels, *kind, *near, tolerance=1e-4, late=deadline.late)
+                near = judged_penalty(x, sides.train_labels, judges, sides.val_labels, *kind, deadline.late)
+            found = solve_head(x, sides.train_labels, *kind, *near, tolerance=1e-4, late=deadline.late)
+            if len(sides.val):
+                chances = answers(found, judges)
+                both = np.concatenate([sides.train_labels, sides.val_labels])
+                found = solve_head(x.below(judges), both, *kind, found[2], found[:2], tolerance=1e-4, late=deadline.late)
             wide.head.weight.data.copy_(found[0])
             wide.head.bias.data.copy_(found[1])
     if deadline.passed():
         state.remark(NO_TIME)  # it may lie short of its optimum, and the one that was trained is there
         return model
+    if len(sides.val):
+        from_first([chances], world)
+        accuracy, loss, correct = validated(chances, sides.val_labels)
+        kept = state.kept
+        line = {"arm": "last head", "epoch": kept["epoch"], "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct}
+        state.history.append(line)
+        difference, error = paired(correct, str(kept["correct"]), len(sides.val))
+        if difference < -2 * error:
+            fit.tell(len(images), len(images), f"the head that was trained stays: one solved last reaches {accuracy:.1%}", important=True)
+            return model
     if found is not None:
         state.head_penalty = found[2]
     from_first([wide.head.weight, wide.head.bias], world)
     fit.tell(len(images), len(images), f"head solved once more, on {' + '.join(r.tap for r in readings)}", important=True)
     return wide
+
+
+def answers(head: tuple[Tensor, Tensor, float], features: Table) -> Tensor:
+    """Return a solved head's probabilities (n, K) of rows of features."""
+    chances = torch.empty(len(features), len(head[1]))
+    for part in in_batches(len(features), CHUNK):
+        rows = slice(part.start, part.stop)
+        chances[rows] = (features.take(rows) @ head[0].T + head[1]).softmax(1)
+    return chances
 
 
 def _random_views(

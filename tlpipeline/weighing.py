@@ -15,7 +15,7 @@ from tlpipeline.probes import Bits, Matrix
 from tlpipeline.profile import Profile, slice_test
 
 # What `choose.prefer` makes of the tolerance.
-LENIENCE = {"accuracy": 0.0, "balanced": 1.0, "cost": 4.0}
+LENIENCE = {"accuracy": 0.0, "balanced": 1.0, "cost": 5.0}
 TEXTBOOK = "textbook"
 LOOKS = 3
 SPENT = (1 / 6, 1 / 3, 1 / 2)  # shares of choose.alpha that the looks of a race may spend
@@ -93,15 +93,12 @@ class Weighed:
         return self.evidence.similar
 
     def settled(self, tuned: bool) -> float:
-        """Return P(this choice, without a race, is not worse than the best of all arms by more than the tolerance).
+        """Return P(this choice, without a race, is not worse than the best of all arms by more than the tolerance): the prediction's, calibrated.
 
-        By the number of images, as measured; where nothing was read, at most what the prediction gives it. (What the prediction says adds
-        nothing elsewhere, not even where the data are unlike the rows: docs/log.md.)
+        Where nothing was read, at most what the prediction gives it.
         """
-        by_size = self.model.settled(self.evidence)
-        if has_signal(self.evidence):
-            return by_size
-        return min(by_size, self.prediction.safe if tuned else self.prediction.within)
+        own = float(((-self.gains if tuned else self.gains) <= self.tolerance).mean())
+        return self.model.settled(own) if has_signal(self.evidence) else min(self.model.settled(own), own)
 
     @cached_property
     def gains(self) -> Matrix:
@@ -159,31 +156,17 @@ class Weighed:
     @property
     def too_few_to_race(self) -> str:
         """That there are too few images to judge a race, "" if there are enough."""
-        if self.evidence.validation >= self.least_judges or self.judged_once:
+        # Who asks for a race gets one, and where the probes are too weak to decide fewer judges than else tell more.
+        asked, weak = self.rule.effort == "full", bool(weak_labels(self.evidence))
+        least = LEAST_JUDGES if asked else min(FEW_JUDGES, self.rule.race_images) if weak else self.rule.race_images
+        if self.evidence.validation >= least:
             return ""
-        if self.least_judges < self.rule.race_images:
-            return f"{self.evidence.validation} validation images are left to judge it, and it takes {self.least_judges}"
+        if asked or weak:
+            return f"{self.evidence.validation} validation images are left to judge it, and it takes {least}"
         return (
             f"{self.evidence.validation} validation images are left to judge it, and fewer than {self.rule.race_images} "
             "(choose.race_images) tell less than the prediction, which decides"
         )
-
-    @property
-    def least_judges(self) -> int:
-        """How many validation images must be left to judge a race that is to buy fine-tuning, or to end it early."""
-        if self.rule.effort == "full":
-            return LEAST_JUDGES  # who asks for a race gets one
-        # Where the probes are too weak to decide fewer judges than else tell more.
-        return min(FEW_JUDGES, self.rule.race_images) if weak_labels(self.evidence) else self.rule.race_images
-
-    @property
-    def judged_once(self) -> bool:
-        """Whether a race has one look, at its end: fine-tuning is trained anyway, and few images may judge what is there."""
-        return self.large and LEAST_JUDGES <= self.evidence.validation < self.least_judges
-
-    def look_epochs(self, epochs: int) -> list[int]:
-        """Return the epochs of the planned looks of a race with so many epochs."""
-        return look_epochs(epochs)[-1:] if self.judged_once else look_epochs(epochs)
 
 
 def weigh(profile: Profile, rule: ChooseParams, model: Outlook | None = None) -> Weighed:
@@ -285,22 +268,15 @@ def look_epochs(epochs: int) -> list[int]:
 
 
 def verdict(weighed: Weighed, part: int, last: Look) -> tuple[str, str]:
-    """Return (winner, why) after a look, ("", "") while the race goes on.
-
-    At its end an undecided race goes to the cheaper arm, unless fine-tuning is still expected to win more than the tolerance. Where
-    fine-tuning was trained anyway (`judged_once`) it stays, unless it is expected to lose more than the tolerance.
-    """
+    """Return (winner, why) after a look, ("", "") while the race goes on; at the end an undecided race goes to the cheaper arm."""
     spent = weighed.rule.alpha * SPENT[part]
-    expected = float(weighed.posterior(part, last.tuned - last.frozen, last.error) @ weighed.gains)
-    if weighed.judged_once:
-        now = f"with what {last.images} validation images say, fine-tuning is expected to {'win' if expected > 0 else 'lose'} {abs(expected) * 100:.1f} points"
-        return ("tuned", now) if expected > -weighed.tolerance else ("frozen", f"{now}, so its model is not taken")
     if last.chance >= 1 - spent:
         return "tuned", f"fine-tuning is ahead for good (P {last.chance:.2f})"
     if last.chance <= spent:
         return "frozen", f"fine-tuning will not win more than {weighed.tolerance * 100:g} points (P {last.chance:.2f})"
     if part < LOOKS - 1:
         return "", ""
+    expected = float(weighed.posterior(part, last.tuned - last.frozen, last.error) @ weighed.gains)
     if expected > weighed.tolerance:
         return "tuned", f"undecided at the end, fine-tuning expected to win {expected * 100:.1f} points"
     return "frozen", f"undecided at the end (fine-tuning expected to win {expected * 100:.1f} points), so the cheaper one"
