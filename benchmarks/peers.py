@@ -8,7 +8,7 @@ test images and the unpacking are not in it. Who was right is kept for each test
     python benchmarks/peers.py tutorial [--seeds 0 1 2] [--side 128]
     python benchmarks/peers.py report
 
-`methods`: five data sets at 96 pixels. All train the whole network for as many epochs as our recipe has for so many images.
+`methods`: five data sets at 96 pixels. The others train the whole network for the usual schedule of so many images (22 epochs with 500), ours as its own recipe says.
 
     ours           the stages profile, choose (with its race, if it wants one) and train of a workspace as `tlpipeline init` makes it, with
                    cluster.workers 0, that is without Ray; reading, writing and DVC's keys are in it
@@ -55,7 +55,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cases import change
-from grid import DATA, NETWORKS, NO_FLIP, RESULTS, rewrite, rows_of
+from grid import DATA, NETWORKS, NO_FLIP, RESULTS, USUAL, rewrite, rows_of
 from PIL import Image
 from regret import folders, pool, sizes, split
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def ours(job: Job) -> Answer:
         right = dict(zip(said.md5, said.predicted == said.labels, strict=True))
         decision = stages.read_case(root)
     raced = " (raced)" if decision.race is not None else ""
-    trained = 0 if decision.freeze == "kept" else job.epochs
+    trained = 0 if decision.freeze == "kept" else decision.recipe.epochs(len(job.train))
     hits = np.array([right[md5] for _, md5, _ in job.test])
     return {"case": decision.case + raced, "epochs": trained, "wall_s": wall, "imports_s": imported, **spent, "bits": pack(hits)}
 
@@ -289,7 +289,7 @@ def job_of(options: argparse.Namespace, method: str, manifest: Manifest, images:
     sides = {side: [(r.path, r.md5, index[r.label]) for r in manifest.used(side)] for side in (TRAIN, VAL, TEST)}
     weights = str((options.weights / NETWORKS["squeezenet"].weights).resolve())
     tutorial = options.verb == TUTORIAL
-    epochs = TUTORIAL_EPOCHS if tutorial else Recipe().epochs(len(sides[TRAIN]))
+    epochs = TUTORIAL_EPOCHS if tutorial else Recipe(epochs_at_500=USUAL["epochs_at_500"]).epochs(len(sides[TRAIN]))
     case = "small_similar" if tutorial else "auto"
     return Job(method, seed, epochs, size, name not in NO_FLIP, case, weights, str(images.resolve()), list(manifest.classes),
                sides[TRAIN], sides[VAL], sides[TEST])  # fmt: skip

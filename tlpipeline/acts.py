@@ -394,6 +394,7 @@ def decided(root: Path) -> tuple[Any, Any]:
     Raises:
         WorkspaceError: it is no workspace, nothing was decided in it yet, or by another version or profile.
     """
+    from tlpipeline import cases
     from tlpipeline.profile import Profile
 
     for name in (stages.PROFILE, stages.CASE):
@@ -414,7 +415,9 @@ def decided(root: Path) -> tuple[Any, Any]:
             f"expected a decision about {profile.backbone} in {root / stages.CASE}, found one that keeps it up to {case.slice}, which it does not "
             "have: it is older than the profile. `dvc repro choose` decides anew."
         )
-    return stages.as_trained(root), profile
+    # Other weights to start from may not go with this case, which train refuses; that must not keep anyone from reading why it was chosen.
+    changes = {name: value for name, value in stages.params_of(root).train.override.items() if name != "init"}
+    return cases.override(case, changes), profile
 
 
 def decision_markdown(root: Path) -> str:

@@ -165,8 +165,5 @@ def _standing(profile: Profile, weighed: Weighed, race: Race | None, head: str, 
         lost = np.maximum(gains, 0.0) + weighed.frozen - own
         return round(float(lost.clip(min=0).mean()), 4), round(float((lost <= tolerance).mean()), 4)
     told = seen if last is None else last
-    if last is None:
-        within = weighed.settled(tuned=not head)
-    else:
-        within = weighed.model.settled(1 - last.chance if head else last.safe)
+    within = weighed.settled(tuned=not head) if last is None else weighed.model.settled(1 - last.chance if head else last.safe)
     return round(told.frozen_regret if head else told.tuned_regret, 4), round(within, 4)
