@@ -84,6 +84,7 @@ def test_a_decision_has_the_recipe_of_its_row() -> None:
 def test_epochs_fall_with_the_number_of_images_within_bounds() -> None:
     recipe = Recipe()
     assert [recipe.epochs(n) for n in (10, 100, 500, 2000, 100_000)] == [40, 22, 10, 5, 5]
+    assert [recipe.scratch_epochs(n) for n in (10, 100, 500, 2000, 100_000)] == [120, 120, 60, 30, 15]
 
 
 def test_few_images_are_trained_in_smaller_batches() -> None:

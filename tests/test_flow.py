@@ -276,6 +276,9 @@ def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_
     assert [row[:3] for row in rows] == [("workspace@v0.2.0", "", "large_similar"), ("workspace@v0.1.0", "prod", "small_similar")]
     assert acts.card_of(workspace, "workspace#prod").startswith("# workspace@v0.1.0")
     assert "large_similar" in acts.card_of(workspace, "workspace@v0.2")
+    taps = stages.taps_read(workspace)
+    assert len(taps) > 1, "the head that is solved last reads several"
+    assert f"the head reads {', '.join(taps)} |" in acts.card_of(workspace, "workspace@v0.2")
     assert (registry.folder(workspace, old) / "weights.safetensors").read_bytes() != (
         workspace / "model" / "weights.safetensors"
     ).read_bytes()

@@ -158,7 +158,7 @@ def test_random_init_trains_from_scratch_for_longer(job: Callable[..., Job], tmp
     trained(job(decision, epochs=2), tmp_path / "out")
     lines = history(tmp_path / "out")
     assert {line["arm"] for line in lines} == {"scratch"}
-    assert len(lines) == 2 * Recipe().scratch_epochs
+    assert len(lines) == 2 * Recipe().scratch_times
 
 
 def test_auto_falls_back_to_scratch_only_where_fine_tuning_does_not_beat_the_frozen_probe(
@@ -332,18 +332,46 @@ def test_time_that_is_up_leaves_the_head_that_was_trained(
     assert len(asked) >= at
 
 
+@pytest.mark.parametrize("init", ["pretrained", "plain", "random"])
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_head_is_solved_last_whatever_came_before(init: str, validation: bool, job: Callable[..., Job], tmp_path: Path) -> None:
+    """Without validation images nothing says how good it is, and its penalty comes from folds."""
+    several = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)))
+    decision = replace(decided(CASES[2], rate_none=0.01, patience=1, scratch_times=1.0, solve_again=True), readings=several, init=init)
+    made = job(decision, epochs=2)
+    if not validation:
+        manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
+        left = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != "val"))
+        dataset.write_manifest(left, tmp_path / "manifest.parquet", tmp_path / "quarantine.csv")
+    weights = trained(made, tmp_path / "out")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    model, description = load(tmp_path / "out" / "scratch" / "finished" / "model")
+    assert description.readings == several
+    assert model.head.in_features == 128 + 5 * 128
+    assert (history(tmp_path / "out")[-1]["arm"] == "last head") == validation
+    told = json.loads((tmp_path / "out" / "scratch" / "finished" / "history.json").read_text())
+    if validation:  # what is said of the model is said of this head
+        assert told["validation"]["accuracy"] == history(tmp_path / "out")[-1]["accuracy"]
+
+
 # --- interruption ---------------------------------------------------------------------------------------------------------------------
 
 
+SEVERAL = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)))
+
+
+@pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=lambda c: c.name)
-def test_a_run_interrupted_after_any_checkpoint_ends_as_the_uninterrupted_one(case: Case, job: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_run_interrupted_after_any_checkpoint_ends_as_the_uninterrupted_one(
+    case: Case, again: bool, job: Callable[..., Job], tmp_path: Path
+) -> None:
     # A rate that gains nothing makes the auto case go through all arms: head, fine-tune, scratch.
-    decision = decided(
-        case, **({"rate_none": 1e-12, "scratch_from": 0, "scratch_epochs": 1.0, "scratch_rate": 1.0} if case.init == "auto" else {})
-    )
+    decision = decided(case, **({"rate_none": 1e-12, "scratch_from": 0, "scratch_times": 1.0} if case.init == "auto" else {}))
+    decision = replace(decision, readings=SEVERAL, recipe=replace(decision.recipe, solve_again=again))
     wanted = trained(job(decision, epochs=2), tmp_path / "whole")
     lines = history(tmp_path / "whole")
-    for after in range(1, len(lines) + 1):
+    assert ("last head" in {line["arm"] for line in lines}) == again
+    for after in range(1, len(lines) + 1 - again):
         folder = tmp_path / f"after{after}"
         scratch = folder / "scratch"
         scratch.mkdir(parents=True)

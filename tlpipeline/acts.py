@@ -253,7 +253,8 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
     params = stages.params_of(root)
     return {
         "name": params.data.name,
-        "case": stages.as_trained(root),
+        "case": stages.read_case(root),
+        "read": stages.taps_read(root),
         "bounded": bounded(root),
         "metrics": stages.read_metrics(root),
         "verdict": verdict,
@@ -301,7 +302,8 @@ def write_report(root: Path, registration: Registration) -> Path:
     page = report.page(
         name=params.data.name,
         registration=registration,
-        case=stages.as_trained(root),
+        case=stages.with_recipe(stages.read_case(root), params),
+        read=stages.taps_read(root),
         profile=Profile.from_json(stages.read_json(root, stages.PROFILE)),
         metrics=stages.read_metrics(root),
         matrix=evaluate.confusion(found).tolist(),
@@ -394,7 +396,6 @@ def decided(root: Path) -> tuple[Any, Any]:
     Raises:
         WorkspaceError: it is no workspace, nothing was decided in it yet, or by another version or profile.
     """
-    from tlpipeline import cases
     from tlpipeline.profile import Profile
 
     for name in (stages.PROFILE, stages.CASE):
@@ -415,9 +416,7 @@ def decided(root: Path) -> tuple[Any, Any]:
             f"expected a decision about {profile.backbone} in {root / stages.CASE}, found one that keeps it up to {case.slice}, which it does not "
             "have: it is older than the profile. `dvc repro choose` decides anew."
         )
-    # Other weights to start from may not go with this case, which train refuses; that must not keep anyone from reading why it was chosen.
-    changes = {name: value for name, value in stages.params_of(root).train.override.items() if name != "init"}
-    return cases.override(case, changes), profile
+    return stages.with_recipe(case, stages.params_of(root)), profile
 
 
 def decision_markdown(root: Path) -> str:

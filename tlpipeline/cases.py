@@ -37,7 +37,7 @@ class Recipe:
             data that differ from the source want a much higher one (Li et al. 2020 find the same).
         batch, batch_large: images per step below and from `large` training images on: with few images more steps were worth up to 3 points.
         epochs_at_500: epochs for 500 training images; for n images times sqrt(500 / n), between least and most.
-        scratch_epochs, scratch_rate: random weights get this many times the epochs and this many times the rate (up to .1); scratch_from:
+        scratch_epochs_at_500, scratch_times: random weights get this schedule and this many times its epochs and the rate (up to .1); scratch_from:
             training images from which they are tried at all.
         statistics: what batch normalisation subtracts and divides by while everything is trained: fixed (those of the source, as in the head's
             features: what is trained starts where the probe stands), batch (each step's own), or auto: fixed from 64 pixels on, batch below.
@@ -72,8 +72,8 @@ class Recipe:
     epochs_at_500: int = 10
     least_epochs: int = 5
     most_epochs: int = 40
-    scratch_epochs: float = 6.0
-    scratch_rate: float = 3.0
+    scratch_epochs_at_500: int = 20
+    scratch_times: float = 3.0
     scratch_from: int = 50_000
     statistics: str = AUTO
     patience: int = 0
@@ -119,7 +119,14 @@ class Recipe:
 
     def epochs(self, images: int) -> int:
         """Return the epochs for this many training images."""
-        wanted = self.epochs_at_500 * math.sqrt(500 / max(images, 1))
+        return self._epochs(self.epochs_at_500, images)
+
+    def scratch_epochs(self, images: int) -> int:
+        """Return the epochs that random weights get for this many training images."""
+        return round(self.scratch_times * self._epochs(self.scratch_epochs_at_500, images))
+
+    def _epochs(self, at_500: int, images: int) -> int:
+        wanted = at_500 * math.sqrt(500 / max(images, 1))
         return int(min(max(round(wanted), self.least_epochs), self.most_epochs))
 
     def rate(self, normalisation: str, size: int) -> float:
@@ -353,5 +360,5 @@ _RANGES = {
     "batch": (2, math.inf), "batch_large": (2, math.inf), "least_epochs": (1, math.inf), "most_epochs": (1, math.inf),
     "epochs_at_500": (1, math.inf), "accumulate": (1, math.inf), "crop": (0.01, 1), "label_smoothing": (0, 0.99), "average": (0, 0.99999),
     "warm_up": (0, 1), "layer_decay_norm": (0.01, 1), "layer_decay_other": (0.01, 1), "randaugment_magnitude": (0, 30), "clip": (1e-6, math.inf),
-    "scratch_epochs": (0.01, math.inf), "scratch_rate": (0.01, math.inf), "imbalance": (1, math.inf),
+    "scratch_epochs_at_500": (1, math.inf), "scratch_times": (0.01, math.inf), "imbalance": (1, math.inf),
 }  # fmt: skip

@@ -189,19 +189,13 @@ def _named(names: Sequence[str], values: npt.NDArray[np.float64]) -> dict[str, f
     return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
 
 
-def _platt(
-    raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_], expected: float = 1.0, pulls: tuple[float, float] = (1.0, 1.0)
-) -> tuple[float, float]:
-    """Return slant and offset by logistic regression of the truth on raw values, drawn towards (expected, 0) by these pulls.
-
-    A slant that is expected to be positive cannot become negative.
-    """
+def _platt(raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    """Return slant (not negative) and offset by logistic regression of the truth on raw log odds, drawn towards 1 and 0: believing them."""
     from scipy.optimize import minimize
 
     def loss(at: npt.NDArray[np.float64]) -> float:
         odds = at[0] * raw + at[1]
-        pulled = pulls[0] * (at[0] - expected) ** 2 + pulls[1] * at[1] ** 2
-        return float(np.logaddexp(0, np.where(truth, -odds, odds)).sum() + pulled / 2)
+        return float(np.logaddexp(0, np.where(truth, -odds, odds)).sum() + ((at[0] - 1) ** 2 + at[1] ** 2) / 2)
 
-    slant, offset = minimize(loss, (expected, 0.0), bounds=((0.0 if expected > 0 else None, None), (None, None))).x
+    slant, offset = minimize(loss, (1.0, 0.0), bounds=((0.0, None), (None, None))).x
     return round(float(slant), 4), round(float(offset), 4)

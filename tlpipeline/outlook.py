@@ -237,17 +237,16 @@ class Outlook:
 
     def prior_chance(self, seen: Evidence) -> float:
         """Return P(fine-tuning wins more than the tolerance) from size, classes, capacity and head similarity alone."""
-        x = self._within_range(seen, figures(seen, 0.5))
+        x = self._within_range(figures(seen, 0.5))
         odds = sum(self.prior.get(k, 0.0) * (x[k] - self.centre[k]) / self.spread[k] for k in PRIOR if k in self.centre)
         return float(_share(self.prior.get("intercept", 0.0) + odds))
 
-    def _within_range(self, seen: Evidence, x: dict[str, float]) -> dict[str, float]:
-        """Return the figures, those of RANGES brought to the edge of what the fit has seen: a line is not trusted beyond its points.
+    def _within_range(self, x: dict[str, float]) -> dict[str, float]:
+        """Return the figures brought to the edge of what the fit has seen: a line is not trusted beyond its points.
 
         The size is left as it is: that more images speak for fine-tuning is known without a fit.
         """
-        bounded = [name for name in ranged(seen, x) if name in x and name not in GROWING]
-        return x | {name: float(np.clip(x[name], *self._edges(name))) for name in bounded}
+        return x | {name: float(np.clip(value, *self._edges(name))) for name, value in x.items() if name not in GROWING}
 
     def _edges(self, name: str) -> tuple[float, float]:
         low, high = self.lowest.get(name, -math.inf), self.highest.get(name, math.inf)
@@ -276,7 +275,7 @@ class Outlook:
 
     def shift(self, seen: Evidence, frozen: float) -> float:
         """Return the expected log odds of fine-tuning minus those of the frozen head."""
-        x = self._within_range(seen, figures(seen, frozen))
+        x = self._within_range(figures(seen, frozen))
         return self.intercept + sum(self.coefficients[k] * (x[k] - self.centre[k]) / self.spread[k] for k in self.coefficients)
 
     def gains(self, seen: Evidence, frozen: float, size: bool = False) -> Matrix:

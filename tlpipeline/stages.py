@@ -154,7 +154,8 @@ def choose(root: Path, progress: Progress) -> None:
         progress(Event("choose", 1, 1, decision.reason))
         written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
         # DVC's plots sort the taps by name: their numbers go first.
-        taps = [{"layer": f"{i:02d} {row['tap']}"} | row for i, row in enumerate(explain.probe_rows(found, decision), 1)]
+        read = explain.probe_rows(found, with_recipe(decision, params))
+        taps = [{"layer": f"{i:02d} {row['tap']}"} | row for i, row in enumerate(read, 1)]
         for plot, rows in zip(plots, (explain.plane_rows(decision), taps, explain.case_rows(decision)), strict=True):
             _write_csv(plot, list(rows[0]), [list(row.values()) for row in rows])
 
@@ -164,7 +165,7 @@ def train(root: Path, progress: Progress) -> None:
     from tlpipeline import cases, distributed
 
     params = params_of(root)
-    decision = as_trained(root)
+    decision = cases.override(read_case(root), params.train.override)
     if unused := cases.idle(decision, params.train.override):
         progress(
             Event(
@@ -300,11 +301,19 @@ def read_case(root: Path) -> Any:
     return cases.Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
 
 
-def as_trained(root: Path) -> Any:
-    """Return the decision with what `train.override` changes of its recipe."""
+def with_recipe(decision: Any, params: Params) -> Any:
+    """Return a decision with what `train.override` changes of its recipe.
+
+    Other weights to start from may not go with its case, which train refuses; that must not keep anyone from reading why it was chosen.
+    """
     from tlpipeline import cases
 
-    return cases.override(read_case(root), params_of(root).train.override)
+    return cases.override(decision, {name: value for name, value in params.train.override.items() if name != "init"})
+
+
+def taps_read(root: Path) -> tuple[str, ...]:
+    """Return the taps that the model's head reads, deepest first."""
+    return tuple(reading["tap"] for reading in read_json(root, f"{MODEL}/model.json")["readings"])
 
 
 def read_metrics(root: Path) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def _train_all(fit: Fit, model: Classifier, decision: Decision, state: State) ->
         if state.arm != "scratch":
             fresh = backbones.load(job.backbone, backbones.NONE, size=decision.size, seed=job.seed)
             model.load_state_dict(Classifier(fresh, model.readings, model.head.out_features, frozen=False).state_dict())
-        fit.arm("scratch", round(epochs * recipe.scratch_epochs), min(rate * recipe.scratch_rate, 0.1), state)
+        longer = round(recipe.scratch_times * job.epochs) if isinstance(job.epochs, int) else recipe.scratch_epochs(len(sides.train))
+        fit.arm("scratch", longer, min(rate * recipe.scratch_times, 0.1), state)
 
 
 def _as_finished(model: Classifier, decision: Decision, checkpoint: Checkpoints) -> Classifier:
@@ -240,6 +241,7 @@ def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state
         if difference < -2 * error:
             fit.tell(len(images), len(images), f"the head that was trained stays: one solved last reaches {accuracy:.1%}", important=True)
             return model
+        state.best_accuracy, state.best_loss = accuracy, loss
     if found is not None:
         state.head_penalty = found[2]
     from_first([wide.head.weight, wide.head.bias], world)
