@@ -199,10 +199,8 @@ def _solve(
 def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state: State, scratch_folder: Path) -> Classifier:
     """Return the trained network with a head on all of its readings, solved on the images as they are.
 
-    The one that was trained knows random views, is a step behind the features, and reads one tap. The validation images say which penalty is
-    best, because features that were trained on images are no measure of themselves, and what such a head of the training images reaches; where
-    that is clearly less than the trained one did (two paired standard errors), that one stays. Then nothing is left to select, and they count
-    as well.
+    The one that was trained knows random views, is a step behind the features, and reads one tap. It stays where it is clearly better on
+    validation (two paired standard errors) than one that is solved on the training images.
     """
     sides, world, deadline = fit.sides, fit.world, fit.deadline
     images = [*sides.train, *sides.val]
@@ -216,16 +214,7 @@ def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state
             state.remark(NO_TIME)
             return model
         if world.rank == 0:
-            x, judges = Table(reader.rows(sides.train)), Table(reader.rows(sides.val))
-            kind = wide.blocks, wide.head.out_features, fit.recipe.head_imbalance, fit.job.seed
-            near: tuple[float | None, tuple[Tensor, Tensor] | None] = (None, None)
-            if len(sides.val):
-                near = judged_penalty(x, sides.train_labels, judges, sides.val_labels, *kind, deadline.late)
-            found = solve_head(x, sides.train_labels, *kind, *near, tolerance=1e-4, late=deadline.late)
-            if len(sides.val):
-                chances = answers(found, judges)
-                both = np.concatenate([sides.train_labels, sides.val_labels])
-                found = solve_head(x.below(judges), both, *kind, found[2], found[:2], tolerance=1e-4, late=deadline.late)
+            found, chances = _solved_last(fit, wide, reader)
             wide.head.weight.data.copy_(found[0])
             wide.head.bias.data.copy_(found[1])
     if deadline.passed():
@@ -247,6 +236,23 @@ def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state
     from_first([wide.head.weight, wide.head.bias], world)
     fit.tell(len(images), len(images), f"head solved once more, on {' + '.join(r.tap for r in readings)}", important=True)
     return wide
+
+
+def _solved_last(fit: Fit, wide: Classifier, reader: Reader) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
+    """Return the head (weight, bias, penalty) of all labelled images, and what one of the training images says of validation: (n, K).
+
+    The validation images say which penalty is best: features that were trained on images are no measure of themselves. Then nothing is left to
+    select, and they count as well.
+    """
+    sides, late = fit.sides, fit.deadline.late
+    kind = wide.blocks, wide.head.out_features, fit.recipe.head_imbalance, fit.job.seed
+    x, judges = Table(reader.rows(sides.train)), Table(reader.rows(sides.val))
+    if not len(sides.val):
+        return solve_head(x, sides.train_labels, *kind, tolerance=1e-4, late=late), torch.zeros(0, wide.head.out_features)
+    near = judged_penalty(x, sides.train_labels, judges, sides.val_labels, *kind, late)
+    first = solve_head(x, sides.train_labels, *kind, *near, tolerance=1e-4, late=late)
+    both = np.concatenate([sides.train_labels, sides.val_labels])
+    return solve_head(x.below(judges), both, *kind, first[2], first[:2], tolerance=1e-4, late=late), answers(first, judges)
 
 
 def answers(head: tuple[Tensor, Tensor, float], features: Table) -> Tensor:
