@@ -46,10 +46,8 @@ GRIDS = {
 }
 FROZEN = ("frozen", "cut", "multi")
 TRAINED = ("tuned", "lpft", "plain", "scratch")
-USUAL = {
-    "epochs_at_500": 20,
-    "solve_again": False,
-}  # the recipe of lpft and plain: the whole schedule, and the head as its last step left it
+# The recipe of lpft and plain: the whole schedule, and the head as its last step left it.
+USUAL = {"epochs_at_500": 20, "solve_again": False}
 SCRATCH_FROM = 2000
 SECOND_SEED_UNTIL = 500
 SLICES_AT = 500

@@ -66,7 +66,7 @@ class Measured:
         return [arm for arm in (*RIVALS, *self.also) if arm in self.arms]
 
     @property
-    def tapped(self) -> int:
+    def passes_for_taps(self) -> int:
         """Forward passes that say which taps the last head is to read: the profile's, without gradients and statistics."""
         return self.evidence.sampled + int(self.arms["tuned"]["val"]) - len(self.judges)
 
@@ -242,7 +242,7 @@ def rules(units: Sequence[Measured], rule: ChooseParams, models: dict[str, Outlo
         "always plain FT": always("plain"),
     }
     for tuned, whose in (("lpft", ""), ("tuned", OURS)):
-        every |= {f"{name}{whose}": how for name, how in by_whom_it_is_tuned(tuned, rule, models).items()}
+        every |= {f"{name}{whose}": how for name, how in baselines(tuned, rule, models).items()}
     return {
         name: [how(one) for one in units]
         for name, how in every.items()
@@ -250,8 +250,8 @@ def rules(units: Sequence[Measured], rule: ChooseParams, models: dict[str, Outlo
     }
 
 
-def by_whom_it_is_tuned(tuned: str, rule: ChooseParams, models: dict[str, Outlook]) -> dict[str, Callable[[Measured], Chosen]]:
-    """Return the rules that fine-tune some units, with this arm for that."""
+def baselines(tuned: str, rule: ChooseParams, models: dict[str, Outlook]) -> dict[str, Callable[[Measured], Chosen]]:
+    """Return the rules that fine-tune some units or all, with this arm (lpft or tuned) for that."""
 
     def best(one: Measured) -> str:
         return HEADS[weighing.Weighed(one.evidence, rule, models[one.unit.data]).head]
@@ -290,7 +290,7 @@ def always(arm: str) -> Callable[[Measured], Chosen]:
     """Return the rule that trains this arm, whatever the data; our recipe has to know which taps its last head reads."""
 
     def chosen(one: Measured) -> Chosen:
-        passes = one.tapped if arm == "tuned" else 0
+        passes = one.passes_for_taps if arm == "tuned" else 0
         return Chosen(arm, passes + one.cost(arm), passes * one.profiled / one.looked + one.seconds(arm))
 
     return chosen

@@ -46,6 +46,9 @@ READ_LAST = (Reading("fc2", 128, (1,)),)
 READ_CUT = (Reading("conv2", 64, (1, 2, 4)), Reading("conv1", 32, (1, 2, 4)))
 
 
+SEVERAL = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)))
+
+
 def decided(case: Case, **recipe: Any) -> Decision:
     """A decision for this row on the demonstration network. No head is solved last unless it is asked for: what was trained is looked at."""
     made = decision_for(case, READ_CUT if case.keep == "slice" else READ_LAST, 32)
@@ -287,8 +290,7 @@ def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads
 def test_a_head_that_is_clearly_worse_on_validation_than_the_one_that_was_trained_is_not_taken(
     right: bool, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    several = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)))
-    decision = replace(decided(CASES[2], rate_none=0.05, solve_again=True), readings=several)
+    decision = replace(decided(CASES[2], rate_none=0.05, solve_again=True), readings=SEVERAL)
     manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
     known = np.array([manifest.classes.index(r.label) for r in manifest.used("val")])
     said = torch.eye(3)[known if right else (known + 1) % 3]
@@ -303,7 +305,7 @@ def test_a_head_that_is_clearly_worse_on_validation_than_the_one_that_was_traine
     lines = history(tmp_path / "out")
     assert (lines[-1]["arm"], lines[-1]["accuracy"]) == ("last head", float(right))
     _, description = load(tmp_path / "out" / "scratch" / "finished" / "model")
-    assert description.readings == (several if right else several[:1])
+    assert description.readings == (SEVERAL if right else SEVERAL[:1])
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
@@ -311,8 +313,7 @@ def test_time_that_is_up_leaves_the_head_that_was_trained(
     at: int, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the features, between them, or while the head is solved: what is short of its optimum takes no trained head's place."""
-    several = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)))
-    trained_only = trained(job(replace(decided(CASES[2]), readings=several), epochs=1, budget_minutes=1000), tmp_path / "trained")
+    trained_only = trained(job(replace(decided(CASES[2]), readings=SEVERAL), epochs=1, budget_minutes=1000), tmp_path / "trained")
     asked: list[int] = []
     real = train_module._solve_again
 
@@ -325,7 +326,7 @@ def test_time_that_is_up_leaves_the_head_that_was_trained(
         return real(*given)
 
     monkeypatch.setattr(train_module, "_solve_again", solve_again)
-    found = trained(job(replace(decided(CASES[2], solve_again=True), readings=several), epochs=1, budget_minutes=1000), tmp_path / "late")
+    found = trained(job(replace(decided(CASES[2], solve_again=True), readings=SEVERAL), epochs=1, budget_minutes=1000), tmp_path / "late")
     assert history_equal(found, trained_only)
     state = json.loads((tmp_path / "late" / "scratch" / "finished" / "state.json").read_text())
     assert state["remarks"] == ["train.budget_minutes left no time to solve the head on what was trained"]
@@ -336,8 +337,7 @@ def test_time_that_is_up_leaves_the_head_that_was_trained(
 @pytest.mark.parametrize("validation", [True, False])
 def test_a_head_is_solved_last_whatever_came_before(init: str, validation: bool, job: Callable[..., Job], tmp_path: Path) -> None:
     """Without validation images nothing says how good it is, and its penalty comes from folds."""
-    several = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)))
-    decision = replace(decided(CASES[2], rate_none=0.01, patience=1, scratch_times=1.0, solve_again=True), readings=several, init=init)
+    decision = replace(decided(CASES[2], rate_none=0.01, patience=1, scratch_times=1.0, solve_again=True), readings=SEVERAL, init=init)
     made = job(decision, epochs=2)
     if not validation:
         manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
@@ -346,7 +346,7 @@ def test_a_head_is_solved_last_whatever_came_before(init: str, validation: bool,
     weights = trained(made, tmp_path / "out")
     assert all(torch.isfinite(value).all() for value in weights.values())
     model, description = load(tmp_path / "out" / "scratch" / "finished" / "model")
-    assert description.readings == several
+    assert description.readings == SEVERAL
     assert model.head.in_features == 128 + 5 * 128
     assert (history(tmp_path / "out")[-1]["arm"] == "last head") == validation
     told = json.loads((tmp_path / "out" / "scratch" / "finished" / "history.json").read_text())
@@ -355,9 +355,6 @@ def test_a_head_is_solved_last_whatever_came_before(init: str, validation: bool,
 
 
 # --- interruption ---------------------------------------------------------------------------------------------------------------------
-
-
-SEVERAL = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)))
 
 
 @pytest.mark.parametrize("again", [True, False])

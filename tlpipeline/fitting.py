@@ -61,11 +61,11 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
     model = replace(model, deviation=max(1.4826 * float(np.median(np.abs(errors))), 0.05))
     raw, truth, settled, good = [], [], [], []
     for row in rows:
-        seen = replace(held[row.data], deviation=model.deviation).predict(row.evidence, row.frozen, tolerance)
+        unseen = replace(held[row.data], deviation=model.deviation)
+        seen, gains = unseen.predict(row.evidence, row.frozen, tolerance), unseen.gains(row.evidence, row.frozen)
         raw.append(log_odds(seen.within, DRAWS))
         truth.append(row.tuned_test - row.frozen_test <= tolerance)
         tuned = seen.gain > tolerance
-        gains = replace(held[row.data], deviation=model.deviation).gains(row.evidence, row.frozen)
         settled.append(log_odds(float(((-gains if tuned else gains) <= tolerance).mean()), DRAWS))
         good.append((row.tuned_test if tuned else row.frozen_test) >= row.best_test - tolerance)
     slant, offset = _platt(np.array(raw), np.array(truth))
@@ -100,8 +100,8 @@ def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]
 def _lag(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
     """Return how far what a look sees is behind the gain in the end, as a share of the frozen head's errors, and the spread of that.
 
-    The middle is that of the gain on the test side minus the difference on validation: it holds what fine-tuning still learns, and that the
-    frozen head is solved once more with validation. The spread is that of fine-tuning's own way from the look to its end. Only validations
+    The middle is that of the gain on the test side minus the difference on validation: it holds what fine-tuning still learns, its last
+    head, and that both heads are solved once more with validation. The spread is that of fine-tuning's own way from the look to its end. Only validations
     that are large enough to tell are used.
     """
     told = [r for r in rows if r.validation >= 60]
