@@ -9,8 +9,9 @@ from prefect.events import Event
 from prefect.runtime import flow_run
 
 from tasks import pipeline
-from tlpipeline.acts import Summary, alone
+from tlpipeline.acts import Summary
 from tlpipeline.errors import WorkspaceError
+from tlpipeline.workspaces import alone
 
 UPDATED = "tlpipeline.data.updated"
 

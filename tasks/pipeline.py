@@ -8,7 +8,7 @@ from uuid import UUID
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
-from tlpipeline import acts, stages
+from tlpipeline import acts, stages, workspaces
 from tlpipeline.errors import Unreachable
 from tlpipeline.progress import Event, Progress, silent
 
@@ -67,8 +67,8 @@ def _broken(task, run, state) -> bool:  # type: ignore[no-untyped-def]
 def version(workspace: Path, images: Path | None) -> str:
     """Version the images as they are now; return the hash of the data set."""
     if images is not None:
-        acts.take_over(workspace, images)
-    digest, remarks = acts.commit_data(workspace)
+        workspaces.take_over(workspace, images)
+    digest, remarks = workspaces.commit_data(workspace)
     for remark in remarks:
         listener.get()(Event("version", 1, 1, remark))
     return digest

@@ -94,7 +94,7 @@ def set_param(workspace: Path, key: str, value: str) -> None:
 
 @pytest.fixture(scope="session")
 def _blank_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tlpipeline import acts
+    from tlpipeline import workspaces
 
     folder = tmp_path_factory.mktemp("blank")
     images = folder / "pictures"
@@ -102,7 +102,7 @@ def _blank_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (images / f"class{label}").mkdir(parents=True)
         for index in range(24):
             paint(label, index).save(images / f"class{label}" / f"{index:03d}.png")
-    acts.init(folder / "workspace", images, "demonstration", "DEFAULT", None)
+    workspaces.init(folder / "workspace", images, "demonstration", "DEFAULT", None)
     set_param(folder / "workspace", "cluster.workers", "0")
     set_param(folder / "workspace", "cluster.gpu", "false")  # bits are compared
     return folder / "workspace"

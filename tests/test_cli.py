@@ -353,14 +353,14 @@ def test_run_refuses_images_that_cannot_replace_the_workspace_s(
 
 
 def test_images_that_make_no_data_set_do_not_replace_the_workspace_s(workspace: Path, make_images: Callable[..., Path]) -> None:
-    from tlpipeline import acts
+    from tlpipeline import workspaces
     from tlpipeline.errors import DataError
 
     before = sorted(workspace.rglob("images/*/*"))
     with pytest.raises(DataError, match="at least two classes"):
-        acts.take_over(workspace, make_images(1, 4))
+        workspaces.take_over(workspace, make_images(1, 4))
     assert sorted(workspace.rglob("images/*/*")) == before
-    acts.take_over(workspace, make_images(2, 4))
+    workspaces.take_over(workspace, make_images(2, 4))
     assert sorted(p.name for p in (workspace / "images").iterdir()) == ["class0", "class1"]
 
 

@@ -318,7 +318,7 @@ def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch
 def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it(tmp_path: Path) -> None:
     """Through the stages and DVC's lock: choose writes race/, train starts from it, a second look finds nothing to do."""
     from tests.conftest import paint, set_param
-    from tlpipeline import acts, stages
+    from tlpipeline import stages, workspaces
 
     pictures = tmp_path / "pictures"
     for label in range(3):
@@ -326,7 +326,7 @@ def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it
         for index in range(80):
             paint(label if index % 5 else (label + 1) % 3, index + 500 * label).save(pictures / f"class{label}" / f"{index:03d}.png")
     root = tmp_path / "workspace"
-    acts.init(root, pictures, "demonstration", "DEFAULT", None)
+    workspaces.init(root, pictures, "demonstration", "DEFAULT", None)
     for key, value in {
         "cache.max_gb": "0.00005", "cluster.workers": "0", "choose.effort": "full", "choose.race_images": "5", "train.epochs": "2", "train.override": "{rate_none: 0.0001}",
     }.items():  # fmt: skip

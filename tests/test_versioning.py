@@ -16,7 +16,7 @@ import yaml
 from conftest import paint, set_param
 from test_dataset import on, put, tiny
 
-from tlpipeline import acts, dataset, stages, versioning
+from tlpipeline import dataset, stages, versioning, workspaces
 from tlpipeline.dataset import TEST, TRAIN, VAL
 from tlpipeline.errors import BackboneError, DataError, WorkspaceError
 from tlpipeline.params import load
@@ -102,7 +102,7 @@ def test_init_versions_and_publishes_every_image(workspace: Path) -> None:
 def test_init_refuses_a_folder_that_is_not_empty_and_leaves_it_as_it_was(tmp_path: Path, make_images: Callable[..., Path]) -> None:
     put(tmp_path / "mine", {"thesis.txt": b"all of it"})
     with pytest.raises(WorkspaceError, match=r"expected a new or empty folder at .*mine, found files in it\. Choose another one\."):
-        acts.init(tmp_path / "mine", make_images(), "demonstration", "DEFAULT", None)
+        workspaces.init(tmp_path / "mine", make_images(), "demonstration", "DEFAULT", None)
     assert contents(tmp_path, "mine") == {"mine/thesis.txt": b"all of it"}
 
 
@@ -120,19 +120,19 @@ def test_init_refuses_a_folder_that_is_not_empty_and_leaves_it_as_it_was(tmp_pat
 def test_init_with_images_that_cannot_be_used_leaves_no_folder(tmp_path: Path, files: dict[str, bytes]) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match="expected"):
-        acts.init(tmp_path / "new", put(tmp_path / "images", files), "demonstration", "DEFAULT", None)
+        workspaces.init(tmp_path / "new", put(tmp_path / "images", files), "demonstration", "DEFAULT", None)
     assert not (tmp_path / "new").exists()
 
 
 def test_init_without_the_images_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected a folder of images at .*nowhere, found nothing"):
-        acts.init(tmp_path / "new", tmp_path / "nowhere", "demonstration", "DEFAULT", None)
+        workspaces.init(tmp_path / "new", tmp_path / "nowhere", "demonstration", "DEFAULT", None)
     assert not (tmp_path / "new").exists()
 
 
 def test_init_with_an_unknown_backbone_leaves_no_folder(tmp_path: Path, make_images: Callable[..., Path]) -> None:
     with pytest.raises(BackboneError):
-        acts.init(tmp_path / "new", make_images(), "demonstrations", "DEFAULT", None)
+        workspaces.init(tmp_path / "new", make_images(), "demonstrations", "DEFAULT", None)
     assert not (tmp_path / "new").exists()
 
 
@@ -142,14 +142,14 @@ def test_an_init_that_fails_half_way_leaves_no_folder(tmp_path: Path, make_image
 
     monkeypatch.setattr(versioning, "push", full)
     with pytest.raises(OSError, match="No space left"):
-        acts.init(tmp_path / "new", make_images(), "demonstration", "DEFAULT", None)
+        workspaces.init(tmp_path / "new", make_images(), "demonstration", "DEFAULT", None)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_relative_remote_lies_beside_where_the_user_stands(tmp_path: Path, make_images: Callable[..., Path], monkeypatch: Any) -> None:
     images = make_images(classes=2, each=20)
     monkeypatch.chdir(tmp_path)
-    acts.init(Path("new"), images, "demonstration", "DEFAULT", "store")
+    workspaces.init(Path("new"), images, "demonstration", "DEFAULT", "store")
     assert len([p for p in (tmp_path / "store").rglob("*") if p.is_file()]) == 41
     monkeypatch.chdir(tmp_path / "new")
     assert versioning.push(Path()) == 0  # the same store from anywhere else: nothing is missing there
@@ -255,18 +255,18 @@ def test_a_small_class_gets_its_sides_once_and_lines_are_only_appended(workspace
     splits = workspace / stages.SPLITS
     assert splits.read_text() == "md5,split,label\n"
     put(workspace / "images", {f"small/{i}.ppm": content for i, content in enumerate(on(TRAIN, 4))})
-    _, remarks = acts.commit_data(workspace)
+    _, remarks = workspaces.commit_data(workspace)
     first = splits.read_text()
     assert [line.split(",")[1:] for line in first.splitlines()[1:]] == [[TEST, "small"], [VAL, "small"]]
     assert remarks == []
 
     before = versioning.head(workspace)
-    acts.commit_data(workspace)
+    workspaces.commit_data(workspace)
     assert splits.read_text() == first
     assert versioning.head(workspace) == before
 
     put(workspace / "images", {f"tiny/{i}.ppm": content for i, content in enumerate(on(TEST, 3))})
-    acts.commit_data(workspace)
+    workspaces.commit_data(workspace)
     assert splits.read_text().startswith(first)
     assert [line.split(",")[1:] for line in splits.read_text()[len(first) :].splitlines()] == [[VAL, "tiny"], [TRAIN, "tiny"]]
     assert versioning.show(workspace, "HEAD", stages.SPLITS) == splits.read_text().strip()
@@ -276,7 +276,7 @@ def test_new_images_are_versioned_committed_and_published(workspace: Path) -> No
     before = versioning.data_hash(workspace, "images")
     paint(0, 500).save(workspace / "images" / "class0" / "new.png")
     assert versioning.changed(workspace, "images")
-    digest, _ = acts.commit_data(workspace, "one more")
+    digest, _ = workspaces.commit_data(workspace, "one more")
     assert digest == versioning.data_hash(workspace, "images") != before
     assert not versioning.changed(workspace, "images")
     assert "class0/new.png" in versioning.files(workspace, "images")
@@ -287,7 +287,7 @@ def test_new_images_are_versioned_committed_and_published(workspace: Path) -> No
 def test_images_come_back_as_they_were_at_a_commit_even_without_the_cache(workspace: Path, tmp_path: Path) -> None:
     before, commit = contents(workspace, "images"), versioning.head(workspace)
     paint(0, 500).save(workspace / "images" / "class0" / "000.png")
-    acts.commit_data(workspace)
+    workspaces.commit_data(workspace)
     shutil.rmtree(workspace / ".dvc" / "cache")
     versioning.get(workspace, commit, "images", tmp_path / "images")
     assert contents(tmp_path, "images") == before
@@ -311,7 +311,7 @@ def test_what_dvc_cannot_version_is_refused_and_named_when_the_data_are_committe
     with pytest.raises(WorkspaceError, match=r"expected to version images with DVC, but: .*Look there for links to nothing"):
         versioning.add(workspace, "images")
     with pytest.raises(DataError, match=r"links to nothing or devices, such as .*dangling\.png"):
-        acts.commit_data(workspace)
+        workspaces.commit_data(workspace)
 
 
 # --- one stage ------------------------------------------------------------------------------------------------------------------------
@@ -690,7 +690,7 @@ def test_a_recorded_hash_can_be_asked_of_now_and_of_a_commit(entrances: Entrance
     assert versioning.stage_input(root, "ingest", "images") == versioning.data_hash(root, "images")
     assert versioning.stage_output(root, "ingest", "no-such-output") == ""
     assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == ""
-    versioning.commit(root, "Record the run", acts.TRACKED)
+    versioning.commit(root, "Record the run", workspaces.TRACKED)
     (root / "dvc.lock").unlink()
     assert versioning.stage_output(root, "ingest", stages.MANIFEST) == ""
     assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == manifest

@@ -66,10 +66,10 @@ def init(
     remote: Annotated[str | None, typer.Option(help="DVC remote (folder or URL); without it a folder inside the workspace.")] = None,
 ) -> None:
     """Make a workspace: a git and DVC repository with the pipeline, its settings, and versioned images."""
-    from tlpipeline import acts
+    from tlpipeline import workspaces
 
     with _Bar() as bar:
-        acts.init(folder, images, backbone, weights, remote, bar)
+        workspaces.init(folder, images, backbone, weights, remote, bar)
     print(f"workspace {folder} is ready. Settings: {folder / 'params.yaml'}. Next: tlpipeline run --workspace {folder}")
 
 
@@ -81,7 +81,7 @@ def run(
     """Run the whole flow: version, profile, choose, train, evaluate, gate, register, report."""
     _prepare(workspace)
     from tlpipeline import versioning
-    from tlpipeline.acts import checked
+    from tlpipeline.workspaces import checked
 
     checked(workspace, images)  # a mistake is told before the Prefect server starts
     versioning.free(workspace)
@@ -178,10 +178,10 @@ def refstats(
     workspace: Workspace = Path(),
 ) -> None:
     """Measure reference statistics of a network, for the profile to compare with."""
-    from tlpipeline import acts
+    from tlpipeline import workspaces
 
     with _Bar() as bar:
-        path = acts.refstats(workspace, images, bar)
+        path = workspaces.refstats(workspace, images, bar)
     print(f"{path} written, and named in params.yaml as profile.reference. Next: tlpipeline run")
 
 
@@ -216,19 +216,19 @@ def data_commit(
 ) -> None:
     """Version the images as they are now, push them, and tell a Prefect server, if one is configured, that they changed."""
     _prepare(workspace)
-    from tlpipeline import acts, versioning
+    from tlpipeline import versioning, workspaces
 
     versioning.require(workspace)
     with versioning.workspace_lock(workspace):
-        digest, remarks = acts.commit_data(workspace, message)
-        images = acts.count_images(workspace)
+        digest, remarks = workspaces.commit_data(workspace, message)
+        images = workspaces.count_images(workspace)
     for remark in remarks:
         print(remark)
     print(f"data {digest}: {images} files")
     if os.environ.get("PREFECT_API_URL"):
         from flows.retrain import announce
 
-        announce(acts.name_of(workspace), digest, images)
+        announce(workspaces.name_of(workspace), digest, images)
         print("event tlpipeline.data.updated emitted")
     else:
         print("no event emitted: PREFECT_API_URL is not set")
@@ -295,9 +295,9 @@ def registry_rollback(
 @cache.command("info")
 def cache_info(workspace: Workspace = Path()) -> None:
     """Say what is kept, what was used last first, and how much of cache.max_gb it takes."""
-    from tlpipeline import acts
+    from tlpipeline import workspaces
 
-    rows, summary = acts.cached(workspace)
+    rows, summary = workspaces.cached(workspace)
     if rows:
         _table(("what", "files", "MB", "last used"), rows)
     print(summary)
@@ -306,9 +306,9 @@ def cache_info(workspace: Workspace = Path()) -> None:
 @cache.command("clear")
 def cache_clear(workspace: Workspace = Path()) -> None:
     """Delete all of it; the next run computes it again."""
-    from tlpipeline import acts
+    from tlpipeline import workspaces
 
-    print(acts.clear_cache(workspace))
+    print(workspaces.clear_cache(workspace))
 
 
 # --- printing -------------------------------------------------------------------------------------------------------------------------
