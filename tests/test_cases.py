@@ -111,8 +111,28 @@ def test_the_rule_of_the_tests_is_the_one_that_is_documented() -> None:
 
 def test_what_an_override_cannot_change_in_a_frozen_case_is_told() -> None:
     changes = {"patience": 3, "balance": "none", "crop": 0.5, "average": 0.9}
-    assert idle(decide(planted(SIMILAR_SMALL)), changes) == ("patience", "average")
-    assert idle(decide(planted(SIMILAR_LARGE)), changes) == ()
+    frozen, tuned = decide(planted(SIMILAR_SMALL)), decide(planted(SIMILAR_LARGE))
+    assert idle(frozen, changes, "none") == ("patience", "crop", "average")
+    assert idle(frozen, changes, "none", views=2) == ("patience", "average")
+    assert idle(tuned, changes, "none") == ()
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "size", "works", "idles"),
+    [
+        ("batch", 224, {"rate_batch", "weight_decay", "statistics", "sync_below"}, {"rate_batch_small", "rate_none", "weight_decay_adam"}),
+        ("batch", 32, {"rate_batch_small", "layer_decay_other"}, {"rate_batch", "rate_layer", "layer_decay_norm"}),
+        ("layer", 224, {"rate_layer", "weight_decay_adam", "layer_decay_norm"}, {"rate_batch", "weight_decay", "statistics"}),
+        ("none", 224, {"rate_none", "weight_decay"}, {"rate_layer", "sync_below", "randaugment_magnitude", "scratch_from"}),
+    ],
+)
+def test_what_an_override_cannot_change_in_a_network_is_told(normalisation: str, size: int, works: set[str], idles: set[str]) -> None:
+    case = replace(decide(planted(SIMILAR_LARGE)), size=size)
+    changes = {name: getattr(case.recipe, name) for name in sorted(works | idles)}
+    assert set(idle(case, changes, normalisation)) == idles
+    assert idle(replace(case, init="auto"), {"scratch_from": 10, "scratch_times": 2}, normalisation) == ()
+    assert idle(override(case, {"randaugment": 1}), {"randaugment_magnitude": 5}, normalisation) == ()
+    assert idle(override(case, {"optimiser": "adamw"}), {"weight_decay": 0.1}, normalisation) == ("weight_decay",)
 
 
 @pytest.mark.parametrize("changes", [{"patience": True}, {"rate_none": True}, {"compile": 1}])

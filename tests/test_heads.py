@@ -256,3 +256,20 @@ def test_the_moments_of_parts_that_drift_apart_are_those_of_the_whole(monkeypatc
 def test_inner_products_that_are_no_numbers_are_an_error_and_no_endless_search() -> None:
     with pytest.raises(RuntimeError, match="cholesky"):
         Span(np.full((4, 4), np.nan), heads.ROUNDED)
+
+
+def test_a_start_that_lacks_a_class_is_as_good_as_one_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of some images knows nothing of classes that have none among them: the next one must not have to climb out of that."""
+    x, labels = drawn(400, 8, separation=2.0)
+    x, known = x[np.argsort(labels, kind="stable")], np.sort(labels)
+    there = known < 6
+    *part, _ = solve_head(x[torch.from_numpy(there)], known[there], BLOCKS, 8, 10, 0, 1e-3)
+    assert float(part[1][6:].max()) < -1000
+    walks: list[float] = []
+    plain = Problem.__call__
+    monkeypatch.setattr(Problem, "__call__", lambda self, flat, penalty: walks.append(penalty) or plain(self, flat, penalty))  # type: ignore[func-returns-value]
+    cold = solve_head(x, known, BLOCKS, 8, 10, 0, 1e-3)
+    alone, walks[:] = len(walks), []
+    warm = solve_head(x, known, BLOCKS, 8, 10, 0, 1e-3, (part[0], part[1]))
+    assert len(walks) <= alone
+    assert torch.allclose((x @ warm[0].T + warm[1]).softmax(1), (x @ cold[0].T + cold[1]).softmax(1), atol=0.02)

@@ -349,12 +349,38 @@ def override(case: Decision, changes: Mapping[str, Any]) -> Decision:
     return dataclasses.replace(case, init=init, recipe=dataclasses.replace(case.recipe, **recipe))
 
 
-def idle(case: Decision, changes: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names in train.override that change nothing in this case: where nothing but the head is trained it is solved, without epochs."""
-    return () if case.freeze != "kept" else tuple(name for name in changes if name not in _OF_A_HEAD)
+def idle(case: Decision, changes: Mapping[str, Any], normalisation: str, views: int = 0) -> tuple[str, ...]:
+    """Return the names in train.override that change nothing in this case.
+
+    Args:
+        case: with the changes made.
+        normalisation: of the network: batch, layer or none.
+        views: random views of a frozen head.
+    """
+    if case.freeze == "kept":  # its head is solved, without epochs
+        return tuple(name for name in changes if name not in _OF_A_HEAD and not (name == "crop" and views))
+    recipe = case.recipe
+    small, adamw = case.size < SMALL_PIXELS, recipe.optimiser_for(normalisation) == ADAMW
+    used = {
+        "rate_batch": normalisation == "batch" and not small,
+        "rate_batch_small": normalisation == "batch" and small,
+        "rate_layer": normalisation == "layer",
+        "rate_none": normalisation == "none",
+        "layer_decay_norm": normalisation == "layer",
+        "layer_decay_other": normalisation != "layer",
+        "weight_decay": not adamw,
+        "weight_decay_adam": adamw,
+        "statistics": normalisation == "batch",
+        "sync_below": normalisation == "batch",
+        "randaugment_magnitude": recipe.randaugment > 0,
+        "scratch_from": case.init == AUTO,
+        "scratch_times": case.init in (AUTO, "random"),
+        "scratch_epochs_at_500": case.init in (AUTO, "random"),
+    }
+    return tuple(name for name in changes if not used.get(name, True))
 
 
-_OF_A_HEAD = ("init", "balance", "imbalance", "crop")  # crop: of train.views
+_OF_A_HEAD = ("init", "balance", "imbalance")
 _CHOICES: dict[str, tuple[str, ...]] = {"optimiser": OPTIMISERS, "balance": BALANCES, "statistics": STATISTICS}
 _RANGES = {
     "batch": (2, math.inf), "batch_large": (2, math.inf), "least_epochs": (1, math.inf), "most_epochs": (1, math.inf),

@@ -6,6 +6,7 @@ No GPU has ever run this: NCCL is chosen on GPUs and gloo on CPUs, and what is t
 """
 
 import contextvars
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ from tlpipeline.precision import on_tensor_cores
 from tlpipeline.progress import Progress
 from tlpipeline.workers import Alone
 
+# Others wait for the first worker while it solves a head, which may take it longer than Ray's half hour. Who died is noticed by Ray itself.
+_PATIENCE = 24 * 3600
 _OBJECT_STORE = 256 * 2**20  # images never pass through Ray
 # Read when Ray Train is first used. A short poll ends each fit up to two seconds earlier; the preemption watcher has no use on one machine.
 _QUIET = {
@@ -153,12 +156,24 @@ def _loop(config: dict[str, Any]) -> None:
     job = Job(**config)
     if _gave_up(job).exists():
         return  # started again after an error that only the user can mend: it would come back
-    with tempfile.TemporaryDirectory(prefix="tlpipeline-") as scratch:
+    world = _RayWorld()
+    with _scratch(job, world.rank) as scratch:
         try:
-            train.run(job, _RayWorld(), Path(scratch))
+            train.run(job, world, scratch)
         except PipelineError as error:
             write_json({"kind": type(error).__name__, "values": list(error.args)}, _gave_up(job))
             raise
+
+
+@contextmanager
+def _scratch(job: Job, rank: int) -> Iterator[Path]:
+    """Give a worker a temporary folder on its machine; what an earlier worker of this rank and run left when it was killed is removed first."""
+    run = hashlib.md5(job.history.encode(), usedforsecurity=False).hexdigest()[:12]
+    prefix = f"tlpipeline-{run}-{rank}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield Path(folder)
 
 
 def _gave_up(job: Job) -> Path:
@@ -191,7 +206,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
         trainer = TorchTrainer(
             _loop,
             train_loop_config=asdict(job),
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_PATIENCE),
             scaling_config=ray.train.ScalingConfig(num_workers=cluster.workers, use_gpu=use_gpu),
             run_config=ray.train.RunConfig(
                 name=name,

@@ -411,6 +411,8 @@ class Fit:
         """Leave the gradient of a batch in the weights; return the summed loss of this worker's share. Memory that runs out halves the parts."""
         parts = max(state.accumulate, self.recipe.accumulate)
         taken: tuple[Tensor, Tensor] | None = None
+        # Batch normalisation moves its statistics with every part, and a part that was taken before memory ran out is taken again.
+        before = [] if self.still else [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         while True:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -423,6 +425,8 @@ class Fit:
                 if 2 * parts > len(indices):
                     raise TrainingError(found + "Set data.size or train.batch_size lower.") from error
                 parts *= 2
+                for buffer, value in before:
+                    buffer.copy_(value)
                 if self.world.size > 1:
                     # Other workers wait in the middle of this step: only a new start brings all to the same number of parts.
                     raise MemoryFull(

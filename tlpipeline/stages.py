@@ -166,12 +166,8 @@ def train(root: Path, progress: Progress) -> None:
 
     params = params_of(root)
     decision = cases.override(read_case(root), params.train.override)
-    if unused := cases.idle(decision, params.train.override):
-        progress(
-            Event(
-                "train", 0, 0, f"train.override: {', '.join(unused)} changes nothing in {decision.case}, whose head is solved, not trained"
-            )
-        )
+    for said in _without_effect(root, params, decision):
+        progress(Event("train", 0, 0, said))
     runs = (root / RUNS).resolve()
     name = f"{decision.case}-{_code_key(versioning.stage_key(root, 'train'), params)}"
     start = str((root / RACE).resolve()) if decision.race is not None else ""
@@ -187,6 +183,24 @@ def train(root: Path, progress: Progress) -> None:
             ["epoch", "arm", "loss", "accuracy", "log_loss"],
             [[h["epoch"], h["arm"], h["loss"], h["accuracy"], h["log_loss"]] for h in lines["history"]],
         )
+    # `dvc repro` has yet to record this run, which is handed over if that fails; no one will ask for the others.
+    for other in runs.iterdir():
+        if not other.name.startswith(name):
+            versioning.unlink(other)
+
+
+def _without_effect(root: Path, params: Params, decision: Any) -> list[str]:
+    """Say which settings change nothing in this case."""
+    from tlpipeline import cases
+
+    kept, views, changes = decision.freeze == "kept", params.train.views, params.train.override
+    said = []
+    if changes and (unused := cases.idle(decision, changes, _backbone(root, params).normalisation, views)):
+        why = "whose head is solved, not trained" if kept else "with this network and these settings"
+        said.append(f"train.override: {', '.join(unused)} changes nothing in {decision.case}, {why}")
+    if views and not kept:
+        said.append(f"train.views changes nothing in {decision.case}, whose random views are new in each epoch")
+    return said
 
 
 def _job(root: Path, params: Params, decision: Any, history: Path) -> Any:

@@ -92,10 +92,12 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
         checkpoint.load_best()
         if recipe.solve_again:
             model = _solve_again(fit, model, decision.readings, state, scratch_folder)
+    # Where fine-tuning was undone the backbone is as it came, and reads as it did when the head was solved.
+    kept = frozen or state.best_arm == "head"
     if world.rank:
         world.report({"accuracy": state.best_accuracy}, None)
         return None
-    description = Description(job.backbone, decision.slice, model.readings, classes, transforms, frozen, in_bfloat16=model.in_bfloat16)
+    description = Description(job.backbone, decision.slice, model.readings, classes, transforms, kept, in_bfloat16=kept and half)
     return _finish(model, description, state, world, scratch_folder / "finished")
 
 
@@ -153,21 +155,19 @@ def _solve(
     found: tuple[Tensor, Tensor, float] | None = None
     reader = reader_of(model, store, sides.transforms, world.device, reads_in_bfloat16(world.device, job.precision))
     # Where the time is up, some of the images are missing, which come in the order of their hashes: at random.
-    seen = frozen_features(reader, Images(sides.root, sides.val, sides.transforms), world, tell, deadline)
+    passes = Passes(world, tell, deadline)
+    seen = passes.of(reader, Images(sides.root, sides.val, sides.transforms))
     if len(seen) < len(sides.val):
         state.remark(f"{BUDGET} ended the features after {len(seen)} of {len(sides.val)} validation images")
     held, held_labels = [sides.val[i] for i in seen], sides.val_labels[seen]
-    images, lacking, started = Images(sides.root, sides.train, sides.transforms), reader.missing(sides.train).sum(), time.monotonic()
-    there = frozen_features(reader, images, world, tell, deadline)
-    took = max(time.monotonic() - started, 1e-6)
-    computed = float(lacking) - (len(sides.train) - len(there))
-    state.speed, state.waited = round(computed / took, 1), round(images.waited / took, 4)
+    there = passes.of(reader, Images(sides.root, sides.train, sides.transforms))
     if len(there) < len(sides.train):
         state.remark(f"{BUDGET} ended the features after {len(there)} of {len(sides.train)} training images")
     train, labels = [sides.train[i] for i in there], sides.train_labels[there]
     readers = [reader]
     if model.frozen and len(there) == len(sides.train):
-        readers += _random_views(reader, sides, recipe, job, world, tell, state, deadline)
+        readers += _random_views(reader, sides, recipe, job, state, passes)
+    state.speed, state.waited = passes.pace
     views, chances = len(readers) - 1, torch.zeros(len(held), classes)
     if world.rank == 0:
         x, val = Table(reader.rows(train)), Table(reader.rows(held))
@@ -206,9 +206,13 @@ def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state
     images = [*sides.train, *sides.val]
     found: tuple[Tensor, Tensor, float] | None = None
     chances = torch.zeros(len(sides.val), model.head.out_features)
-    wide = Classifier(model.backbone[0], readings, model.head.out_features, frozen=False).to(world.device)
+    # Where fine-tuning was undone the backbone is the one that profile and training have read images with, and will again.
+    undone = state.best_arm == "head"
+    half = undone and reads_in_bfloat16(world.device, fit.job.precision)
+    wide = Classifier(model.backbone[0], readings, model.head.out_features, undone, half).to(world.device)
     with tempfile.TemporaryDirectory(prefix="features-", dir=scratch_folder) as place:
-        reader = reader_of(wide, Store(Path(place)), sides.transforms, world.device, alone=True)
+        store = fit.store if undone else Store(Path(place))
+        reader = reader_of(wide, store, sides.transforms, world.device, half, alone=not undone)
         late = deadline.passed()
         if late or len(frozen_features(reader, Images(sides.root, images, sides.transforms), world, fit.tell, deadline)) < len(images):
             state.remark(NO_TIME)
@@ -264,16 +268,37 @@ def answers(head: tuple[Tensor, Tensor, float], features: Table) -> Tensor:
     return chances
 
 
-def _random_views(
-    reader: Reader, sides: Sides, recipe: Recipe, job: Job, world: World, tell: Tell, state: State, deadline: Deadline
-) -> list[Reader]:
+class Passes:
+    """Reads frozen features, and counts the images that had to pass through the network for them, and the time."""
+
+    def __init__(self, world: World, tell: Tell, deadline: Deadline) -> None:
+        self.world, self.tell, self.deadline = world, tell, deadline
+        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def of(self, reader: Reader, images: Images) -> Labels:
+        """Have these features computed (see `frozen_features`); return the indices of the images that are there."""
+        lacking, started = int(reader.missing(images.rows).sum()), time.monotonic()
+        there = frozen_features(reader, images, self.world, self.tell, self.deadline)
+        self.images += lacking - (len(images.rows) - len(there))
+        self.seconds += time.monotonic() - started
+        self.waited += images.waited
+        return there
+
+    @property
+    def pace(self) -> tuple[float, float]:
+        """Images a second, and the share of the time that the first worker waited for data."""
+        took = max(self.seconds, 1e-6)
+        return round(self.images / took, 1), round(self.waited / took, 4)
+
+
+def _random_views(reader: Reader, sides: Sides, recipe: Recipe, job: Job, state: State, passes: Passes) -> list[Reader]:
     """Compute the features of random views of all training images; return the readers of those views that are all there."""
     whole: list[Reader] = []
     for view in range(1, job.views + 1):
         augment = augmentation(recipe.crop, job.flip, job.seed, view)
         of_view = reader.of_view(f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})")
         images = Images(sides.root, sides.train, sides.transforms, augment)
-        if deadline.passed() or len(frozen_features(of_view, images, world, tell, deadline)) < len(sides.train):
+        if passes.deadline.passed() or len(passes.of(of_view, images)) < len(sides.train):
             state.remark(f"{BUDGET} ended the features after {view - 1} of {job.views} random views")
             break
         whole.append(of_view)
