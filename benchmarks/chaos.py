@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "profile": {"images": 128, "images_max": 128, "tangent": False, "shift": False},
     "choose": {"case": "large_different", "effort": "quick", "draws": 100},
     # A high rate makes validation restless, so that patience ends the run before its schedule does.
-    "train": {"epochs": EPOCHS, "override": {"patience": 2, "rate_none": 0.03}},
+    "train": {"epochs": EPOCHS, "override": {"patience": 2, "rate_none": 0.03, "average": 0.9}},
     "cluster": {"gpu": False},
 }
 # One thread in each process: runs on a busy machine then cost what they compute. All runs share Prefect's folder (see `Run`), whose database

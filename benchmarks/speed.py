@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py cache    a frozen case with a cold and a warm cache, and with 1 % new images, beside one bare pass
     python benchmarks/speed.py memory   peak memory of a frozen case at 1,000, 10,000 and 100,000 images, beside the bare pass, and what grows
-    python benchmarks/speed.py loop     images/s of fine-tuning beside a bare torch loop over the same loader
+    python benchmarks/speed.py loop     images/s of fine-tuning, checkpoints and validation in it, beside a bare torch loop over the same loader
     python benchmarks/speed.py workers  two workers with a thread each beside one with two threads
     python benchmarks/speed.py ray      where each second of a two-worker Ray fit goes that is not compute
     python benchmarks/speed.py solvers  what the profile's solvers cost beside its passes through the network
@@ -275,54 +275,71 @@ def solvers(options: argparse.Namespace) -> None:
         print(f"{name:12}  {seen[-1].sampled:6}  {passes:6.2f}  {left:7.2f}  {left / passes:5.2f}", flush=True)
 
 
-def bare_loop(model: Classifier, images: Images, labels: np.ndarray, recipe: cases.Recipe, epoch: int, half: bool) -> None:
-    """A plain torch loop over the same loader: no checkpoints, no progress, no schedule, no workers."""
+LOOP_EPOCHS = 4
+
+
+def bare_loop(
+    model: Classifier, images: Images, labels: np.ndarray, val: Images, val_labels: np.ndarray, recipe: cases.Recipe, half: bool
+) -> float:
+    """A plain torch loop over the same loader: no checkpoints, no progress, no schedule, no workers. Return the accuracy of its last epoch."""
     moving = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
-    model.train()
-    order = np.random.default_rng([0, epoch]).permutation(len(images))
-    size = recipe.batch_size(len(images))
-    images.augment = augmentation(recipe.crop, True, 0, epoch)
-    for indices, pixels in images.batches([[int(i) for i in order[s : s + size]] for s in range(0, len(order), size)]):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            logits = model(normalise(pixels, images.transforms))
-        loss = torch.nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[list(indices)]))
-        moving.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        moving.step()
+    size, right = recipe.batch_size(len(images)), 0
+    for epoch in range(LOOP_EPOCHS):
+        model.train()
+        order = np.random.default_rng([0, epoch]).permutation(len(images))
+        images.augment = augmentation(recipe.crop, True, 0, epoch)
+        for indices, pixels in images.batches([[int(i) for i in order[s : s + size]] for s in range(0, len(order), size)]):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                logits = model(normalise(pixels, images.transforms))
+            loss = torch.nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[list(indices)]))
+            moving.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            moving.step()
+        model.eval()
+        right = 0
+        with torch.inference_mode():
+            for indices, pixels in val.batches([list(part) for part in in_batches(len(val), STEP["cpu"])]):
+                guessed = model(normalise(pixels, val.transforms)).argmax(1).numpy()
+                right += int((guessed == val_labels[list(indices)]).sum())
+    return right / len(val)
 
 
 def loop(options: argparse.Namespace) -> None:
+    """Time all epochs of fine-tuning, each validated, with checkpoints as the product takes them; decoded images are kept for both."""
     folder, manifest = listed(options, "caltech24", options.images)
-    rows = manifest.used(TRAIN)
-    labels = np.array([manifest.classes.index(r.label) for r in rows])
-    backbone = load(options)
-    decided = decision(backbone, "large_similar", NET.size)
+    rows, others = manifest.used(TRAIN), manifest.used(VAL)
+    labels, val_labels = (np.array([manifest.classes.index(r.label) for r in side]) for side in (rows, others))
+    decided = decision(load(options), "large_similar", NET.size)
+    decided = replace(decided, recipe=replace(decided.recipe, solve_again=False))
     half = precision.computes_in_bfloat16(CPU)
-    rates: dict[str, list[float]] = {"bare loop": [], "product": []}
-    speeds: list[float] = []
-    plain = finetune.Fit._epoch
+    seconds: dict[str, list[tuple[float, float]]] = {"bare loop": [], "product": []}
+    loaders: list[tuple[Images, Images]] = []
+    plain_arm, plain_images = finetune.Fit.arm, finetune.Fit._images
 
-    def timed(self: finetune.Fit, *args: object) -> object:
-        cpu = regret.cpu_seconds()
-        answer = plain(self, *args)  # type: ignore[arg-type]
-        speeds.append(len(self.sides.train) / (regret.cpu_seconds() - cpu))
-        return answer
+    def arm(self: finetune.Fit, *args: object) -> None:
+        loaders.append(plain_images(self, LOOP_EPOCHS))  # what is not decoded yet is decoded here, for both
+        seconds["product"].append(spent(lambda: plain_arm(self, *args)))  # type: ignore[arg-type]
 
-    finetune.Fit._epoch = timed  # type: ignore[method-assign, assignment]
-    for turn in range(options.times):
-        model = Classifier(load(options), decided.readings, len(manifest.classes), frozen=False)
-        images = Images(folder, rows, backbone.transforms.at(NET.size))
-        cpu, _ = spent(lambda: bare_loop(model, images, labels, decided.recipe, turn, half))  # noqa: B023
-        rates["bare loop"].append(len(rows) / cpu)
-        with tempfile.TemporaryDirectory(prefix="speed-") as made:
-            run_job(job(options, Path(made), folder, replace(manifest), decided, epochs=1, cache=""), Path(made))
-        rates["product"].append(speeds[-1])
-        print({k: round(v[-1], 1) for k, v in rates.items()}, flush=True)
-    reference = statistics.median(rates["bare loop"])
-    print(f"images per CPU second of an epoch of {len(rows)} images, median of {options.times}")
-    for name, values in rates.items():
-        print(f"{name:10} {statistics.median(values):7.1f}  {statistics.median(values) / reference:5.3f} x")
+    finetune.Fit.arm = arm  # type: ignore[method-assign, assignment]
+    finetune.Fit._images = lambda self, epochs: loaders[-1]  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory(prefix="speed-") as kept:
+        for turn in range(options.times):
+            with tempfile.TemporaryDirectory(prefix="speed-") as made:
+                run_job(
+                    job(options, Path(made), folder, replace(manifest), decided, epochs=LOOP_EPOCHS, cache=str(Path(kept) / "cache")),
+                    Path(made),
+                )
+            model = Classifier(load(options), decided.readings, len(manifest.classes), frozen=False)
+            seconds["bare loop"].append(
+                spent(lambda: bare_loop(model, loaders[-1][0], labels, loaders[-1][1], val_labels, decided.recipe, half))  # noqa: B023
+            )
+            print({name: [round(LOOP_EPOCHS * len(rows) / s, 1) for s in values[turn]] for name, values in seconds.items()}, flush=True)
+    print(f"training images/s of {LOOP_EPOCHS} epochs of {len(rows)} images, each validated on {len(others)}; median of {options.times}")
+    print("             by CPU seconds        by the clock")
+    middle = {name: [statistics.median(LOOP_EPOCHS * len(rows) / s[k] for s in values) for k in (0, 1)] for name, values in seconds.items()}
+    for name, values in middle.items():
+        print(name.ljust(12), *(f"{v:7.1f}  {v / r:5.3f} x    " for v, r in zip(values, middle["bare loop"], strict=True)))
 
 
 def workers(options: argparse.Namespace) -> None:
