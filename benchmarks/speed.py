@@ -218,19 +218,21 @@ def memory(options: argparse.Namespace) -> None:
             dataset.write_manifest(part, place / f"{n}.parquet", place / "left.csv")
     width = sum(decision(backbones.load("demonstration", "DEFAULT"), "small_similar", 32).readings[0].blocks)
     print(
-        f"MB of own memory at its peak, what is mapped from files not counted; the manifest as far as it is larger than that of {least} images"
+        f"MB of own memory at its peak, what is mapped from files not counted; the manifest as far as it is larger than that of {least} images; "
+        f"median of {options.times}"
     )
     print("images  bare pass  frozen case         manifest  both without it         features that the head holds")
     for n in options.sizes:
-        found = []
-        for kind in ("bare", "ours"):
-            told = subprocess.run(
-                [sys.executable, __file__, "peak", "--only", str(place / "images"), str(n), str(least), kind, "--weights", str(options.weights)],
-                check=True, capture_output=True, text=True,
-            ).stdout  # fmt: skip
-            found.append(json.loads(told))
-        (bare, first), (ours, second) = found
-        manifest = (first + second) / 2
+        found: dict[str, list[list[float]]] = {"bare": [], "ours": []}
+        for _ in range(options.times):
+            for kind, told in found.items():
+                said = subprocess.run(
+                    [sys.executable, __file__, "peak", "--only", str(place / "images"), str(n), str(least), kind, "--weights", str(options.weights)],
+                    check=True, capture_output=True, text=True,
+                ).stdout  # fmt: skip
+                told.append(json.loads(said))
+        bare, ours = (statistics.median(peaks[0] for peaks in found[kind]) for kind in ("bare", "ours"))
+        manifest = statistics.median(size for kind in found.values() for _, size in kind)
         rows = len(dataset.read_manifest(place / f"{n}.parquet").used(TRAIN, VAL))
         held = min(4 * rows * width, IN_MEMORY_BYTES) / 1e6
         print(
@@ -335,11 +337,18 @@ def loop(options: argparse.Namespace) -> None:
                 spent(lambda: bare_loop(model, loaders[-1][0], labels, loaders[-1][1], val_labels, decided.recipe, half))  # noqa: B023
             )
             print({name: [round(LOOP_EPOCHS * len(rows) / s, 1) for s in values[turn]] for name, values in seconds.items()}, flush=True)
-    print(f"training images/s of {LOOP_EPOCHS} epochs of {len(rows)} images, each validated on {len(others)}; median of {options.times}")
-    print("             by CPU seconds        by the clock")
-    middle = {name: [statistics.median(LOOP_EPOCHS * len(rows) / s[k] for s in values) for k in (0, 1)] for name, values in seconds.items()}
-    for name, values in middle.items():
-        print(name.ljust(12), *(f"{v:7.1f}  {v / r:5.3f} x    " for v, r in zip(values, middle["bare loop"], strict=True)))
+    print(
+        f"training images/s of {LOOP_EPOCHS} epochs of {len(rows)} images, each validated on {len(others)}; medians of {options.times} turns"
+    )
+    print("             by CPU seconds                      by the clock")
+    for name, values in seconds.items():
+        told = name.ljust(12)
+        for k in (0, 1):
+            rates = [LOOP_EPOCHS * len(rows) / s[k] for s in values]
+            # Each turn against its own reference: between turns the machine changes more than between the two of a turn.
+            shares = [bare[k] / s[k] for bare, s in zip(seconds["bare loop"], values, strict=True)]
+            told += f"{statistics.median(rates):7.1f}  {statistics.median(shares):5.3f} x ({min(shares):.2f} to {max(shares):.2f})    "
+        print(told)
 
 
 def workers(options: argparse.Namespace) -> None:

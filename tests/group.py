@@ -1,28 +1,33 @@
 """Runs training jobs in a plain gloo group: a member is `python group.py RANK SIZE PORT SPEC`, SPEC a JSON file with a list of jobs.
 
-Beside `job` and `folder` an item may say `crash`, the number of the checkpoint right after which the run is given up, and
-`checkpoint_images`, the images after which a part of an epoch is kept.
+Beside `job` and `folder` an item may say `crash`, the number of the checkpoint right after which the run is given up, `break_off`, the images
+whose features each worker has computed in one go when it is given up, and `checkpoint_images`, the images after which a part of an epoch is
+kept.
 """
 
 import json
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-from tlpipeline import checkpoint, finetune
+from tlpipeline import checkpoint, features, finetune
+from tlpipeline.features import Reader
+from tlpipeline.inputs import Images
 from tlpipeline.job import Job
 from tlpipeline.train import run
 from tlpipeline.workers import Alone
 
 
 class Interrupted(Exception):
-    """Stands for a crash right after a checkpoint."""
+    """Stands for a crash right after a checkpoint, or in the middle of the features."""
 
 
 class Crashing(Alone):
@@ -39,18 +44,43 @@ class Crashing(Alone):
             raise Interrupted
 
 
+@contextmanager
+def breaking_off(images: int) -> Iterator[None]:
+    """Crash as soon as a worker has passed so many images in one go through the network, and has kept them: a shard is a step here. 0: never."""
+    plain = Reader.compute
+
+    def compute(self: Reader, shown: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
+        def told(done: int) -> None:
+            progress(done)
+            if 0 < images <= done:
+                raise Interrupted
+
+        plain(self, shown, indices, told)
+
+    with patch.object(Reader, "compute", compute), patch.object(features, "SHARD_ROWS", 1 if images else features.SHARD_ROWS):
+        yield
+
+
+def attempt(item: Mapping[str, Any], rank: int = 0) -> None:
+    """Run a job to its end, or to where its item says that it is given up."""
+    folder = Path(item["folder"])
+    scratch = folder / f"scratch{rank}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (
+        patch.object(checkpoint, "SHARE", 1.0),  # whenever there could be one
+        patch.object(finetune, "CHECKPOINT_IMAGES", item.get("checkpoint_images", finetune.CHECKPOINT_IMAGES)),
+        breaking_off(item.get("break_off", 0)),
+        suppress(Interrupted),
+    ):
+        run(Job(**item["job"]), Crashing(folder, item.get("crash", 0)), scratch)
+
+
 def main(rank: int, size: int, port: int, spec: Path) -> None:
     torch.set_num_threads(int(os.environ.get("GROUP_THREADS", "1")))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-    usual, checkpoint.SHARE = finetune.CHECKPOINT_IMAGES, 1.0  # whenever there could be one
     for item in json.loads(spec.read_text()):
-        folder = Path(item["folder"])
-        scratch = folder / f"scratch{rank}"
-        scratch.mkdir(parents=True, exist_ok=True)
-        finetune.CHECKPOINT_IMAGES = item.get("checkpoint_images", usual)
-        with suppress(Interrupted):
-            run(Job(**item["job"]), Crashing(folder, item.get("crash", 0)), scratch)
+        attempt(item, rank)
     torch.distributed.destroy_process_group()
 
 

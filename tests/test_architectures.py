@@ -6,17 +6,20 @@ All of torchvision's classifiers, trained by two workers: `python benchmarks/arc
 import copy
 import hashlib
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from architectures import CLASSES, check, decide, only_read, outline, paint_images, smallest, step
+from architectures import BATCH, CLASSES, Trained, check, decide, inputs, only_read, outline, paint_images, smallest, step, undrawn
 from safetensors.torch import load_file, save_file
 from test_cases import decision_for
+from test_train import in_group
 from torch import Tensor
 from torchvision import models
 
@@ -26,8 +29,13 @@ from tlpipeline.cases import CASES, Case
 from tlpipeline.cutting import Backbone, Tap, cut, describe, input_size
 from tlpipeline.errors import BackboneError
 from tlpipeline.features import reading
+from tlpipeline.files import write_tensors
+from tlpipeline.heads import score
 from tlpipeline.inputs import Images
 from tlpipeline.job import Job
+from tlpipeline.model import load as load_model
+from tlpipeline.model import probabilities
+from tlpipeline.shift import random_reference
 from tlpipeline.workers import Alone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +117,63 @@ def test_a_family_is_fine_tuned_as_a_run_does_it(
     assert len(moved) > 0.7 * sum(p.requires_grad for p in cut(backbone, backbone.tap_names[-1:]).parameters())
     assert not any("running" in key or "tracked" in key for key in moved)
     assert all(bool(value.isfinite().all()) for value in trained.values() if value.is_floating_point())
+
+
+# Auxiliary heads that are left out, and at 75 pixels statistics that are kept; windows, stochastic depth and AdamW.
+GROUPED = ("googlenet", "inception_v3", "swin_t")
+
+
+@pytest.fixture(scope="module")
+def grouped(painted: Path) -> Path:
+    """The folder in which two workers trained some networks, for two steps: one that left out a weight fails in the second."""
+    items = []
+    for name in GROUPED:
+        place, size = painted / name, smallest(outline(name))
+        backbone = load(name, "none", size=size)
+        rows = dataset.read_manifest(painted / "manifest.parquet").used("train")
+        shown = inputs(Images(painted / "images", rows, backbone.transforms.at(size)))
+        # Without statistics of their own, hardly anything of an image arrives at the last layer of a random network.
+        write_tensors(random_reference(backbone, [shown], seed=0).module.state_dict(), place / "start.safetensors")
+        last = describe(replace(backbone, tap_names=backbone.tap_names[-1:]), size)[0]
+        decision = decision_for(CASES[2], [reading(last)], size)
+        # No head is solved, neither first nor last: what is exported is what was trained.
+        decision = replace(decision, init="plain", recipe=replace(decision.recipe, solve_again=False))
+        made = Job(
+            workspace=str(place), images=str(painted / "images"), manifest=str(painted / "manifest.parquet"), backbone=name,
+            weights="start.safetensors", weights_md5=hashlib.md5((place / "start.safetensors").read_bytes(), usedforsecurity=False).hexdigest(),
+            decision=decision.to_json(), seed=0, epochs=2, batch_size=BATCH, flip=True, precision="float32", history=str(place / "run.jsonl"),
+        )  # fmt: skip
+        items.append({"job": asdict(made), "folder": str(place)})
+    in_group(2, items, painted / "spec.json")
+    return painted
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_family_is_trained_by_two_workers_and_exported_as_it_was_validated(name: str, grouped: Path) -> None:
+    finished = grouped / name / "scratch0" / "finished"
+    start = load_file(grouped / name / "start.safetensors")
+    with undrawn():
+        model, description = load_model(finished / "model")
+    size = description.transforms.size
+    assert size == {"inception_v3": 75}.get(name, 32)
+    backbone = load(name, "none", size=size)
+    backbone.module.load_state_dict(start)
+    decision = replace(decision_for(CASES[2], description.readings, size), init="plain")
+    test, val = (
+        Images(grouped / "images", dataset.read_manifest(grouped / "manifest.parquet").used(side), description.transforms)
+        for side in ("test", "val")
+    )
+    stepped = load_file(finished / "model" / "weights.safetensors")
+    check(backbone, decision, Trained(start, stepped, finished / "model", None), test)
+    lines = json.loads((finished / "history.json").read_text())["history"]
+    assert [(line["arm"], line["epoch"]) for line in lines] == [("fine-tune", 1), ("fine-tune", 2)]
+    chances = probabilities(model, val, torch.device("cpu"), lambda done: None)
+    loss = score(chances, np.array([CLASSES.index(row.label) for row in val.rows]))[1]
+    assert loss == pytest.approx(lines[-1]["log_loss"], abs=1e-5)
+    moved = any(
+        not torch.equal(stepped[f"trunk.{key}"], value) for key, value in start.items() if "running" in key and f"trunk.{key}" in stepped
+    )
+    assert moved is (name == "googlenet")  # from 64 pixels on they are the source's; a swin transformer has none
 
 
 # --- what the families have in common -------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """The command line: light to start, its verbs frozen, and every mistake of a user is one message with a way out."""
 
 import io
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import pytest
 import typer
 
 from tests.conftest import set_param
-from tlpipeline import cli, versioning
+from tlpipeline import cli, stages, versioning
 
 HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
 VERBS = {
@@ -362,6 +364,57 @@ def test_images_that_make_no_data_set_do_not_replace_the_workspace_s(workspace: 
     assert sorted(workspace.rglob("images/*/*")) == before
     workspaces.take_over(workspace, make_images(2, 4))
     assert sorted(p.name for p in (workspace / "images").iterdir()) == ["class0", "class1"]
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_ends_as_if_it_had_not_been(
+    call: Callable[..., Said], registered: Path, tmp_path: Path
+) -> None:
+    for key, value in {"choose.case": "large_similar", "train.epochs": "60"}.items():
+        set_param(registered, key, value)
+    assert call("stage", "choose", "-w", registered).code == 0
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(registered, undisturbed, symlinks=True)
+
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start as well.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, "-m", "tlpipeline", "stage", "train", "-w", str(registered)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        signal.signal(signal.SIGINT, ours)
+        assert process.stderr
+        told = list(itertools.takewhile(lambda line: "fine-tune epoch 1/60" not in line, process.stderr))
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert any("head solved, " in line for line in told)
+    assert rest.splitlines()[-1] == "interrupted; checkpoints are kept, and the next run goes on from the last one"
+    assert "Traceback" not in rest
+    assert "epoch 60/60" not in rest
+    weights, wanted = (root / "model" / "weights.safetensors" for root in (registered, undisturbed))
+    assert weights.read_bytes() == wanted.read_bytes()  # the model that was there is still there
+
+    again = call("stage", "train", "-w", registered)
+    assert again.code == 0, again.err
+    assert "head solved, " not in again.err  # it did not begin anew
+    assert "epoch 60/60" in again.err
+    assert weights.read_bytes() != wanted.read_bytes()
+    assert call("stage", "train", "-w", undisturbed).code == 0
+    assert weights.read_bytes() == wanted.read_bytes()
+    assert (registered / "plots" / "history.csv").read_bytes() == (undisturbed / "plots" / "history.csv").read_bytes()
+
+
+def test_a_training_run_leaves_its_own_checkpoints_and_no_older_ones(call: Callable[..., Said], registered: Path) -> None:
+    """`dvc repro` has yet to record it."""
+    runs = registered / ".tlpipeline" / "runs"
+    (runs / "small_similar-0123").mkdir(parents=True)
+    (runs / "race-tuned-0123.jsonl").write_text("{}\n")
+    assert call("stage", "train", "-w", registered).code == 0
+    names = sorted(path.name for path in runs.iterdir())
+    case = stages.read_case(registered).case
+    assert names
+    assert all(name.startswith(f"{case}-") and "0123" not in name for name in names), names
 
 
 # --- data commit ----------------------------------------------------------------------------------------------------------------------

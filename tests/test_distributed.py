@@ -28,6 +28,7 @@ from tlpipeline.features import Reading
 from tlpipeline.job import Job
 from tlpipeline.params import ClusterParams
 from tlpipeline.progress import Event, silent
+from tlpipeline.workers import Alone
 
 TWO = ClusterParams(workers=2, gpu=False, max_failures=2, storage="none")
 HERE = ClusterParams(workers=0, gpu=False, max_failures=0, storage="none")
@@ -225,7 +226,7 @@ def test_an_error_that_says_more_than_its_text_comes_back_whole(job: Callable[..
         raise MemoryFull("expected room", 8)
 
     monkeypatch.setattr(distributed.train, "run", full)
-    monkeypatch.setattr(distributed, "_RayWorld", lambda: None)
+    monkeypatch.setattr(distributed, "_RayWorld", lambda: Alone(Path(made.workspace)))
     with pytest.raises(MemoryFull):
         distributed._loop(asdict(made))
     with pytest.raises(MemoryFull, match=r"^expected room$") as error:
@@ -243,7 +244,7 @@ def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_
         raise TrainingError("expected it to converge")
 
     monkeypatch.setattr(distributed.train, "run", diverge)
-    monkeypatch.setattr(distributed, "_RayWorld", lambda: None)
+    monkeypatch.setattr(distributed, "_RayWorld", lambda: Alone(Path(made.workspace)))
     with pytest.raises(TrainingError):
         distributed._loop(asdict(made))
     distributed._loop(asdict(made))
@@ -251,6 +252,29 @@ def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_
     with pytest.raises(TrainingError, match="expected it to converge"):
         distributed._raise_what_gave_up(made)
     distributed._raise_what_gave_up(made)  # told once
+
+
+def test_what_a_killed_worker_left_on_its_machine_is_removed_by_the_next_of_its_rank(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed.tempfile, "tempdir", str(tmp_path))
+    made = job(decided(CASES[0]), "killed")
+
+    def killed(rank: int) -> Path:
+        with distributed._scratch(made, rank) as folder:
+            (folder / "features").mkdir()
+            kept = folder.with_name(f"{folder.name}-left")
+            folder.rename(kept)  # as if the process had ended here
+            folder.mkdir()
+        return kept
+
+    left = {rank: killed(rank) for rank in (0, 1)}
+    other = distributed._scratch(replace(made, history=str(tmp_path / "other.jsonl")), 0)
+    with distributed._scratch(made, 0), other:
+        assert not left[0].exists()
+        assert left[1].is_dir()
+    with distributed._scratch(made, 1):
+        assert not left[1].exists()
 
 
 DRIVER = """

@@ -641,6 +641,31 @@ def test_workers_whose_memory_runs_out_all_begin_again_in_more_parts(job: Make, 
     fit._step(net, [0, 1, 2, 3], PIXELS[:4], images, 8, State(arm="fine-tune", accumulate=4))
 
 
+def test_a_batch_that_is_taken_again_moves_batch_normalisation_once(job: Make, tmp_path: Path) -> None:
+    """The first part went well, memory ran out in the second: what the first one did to the statistics does not count."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 3))
+    fit = a_fit(net, job(decided(TUNED)), [0, 1, 2, 0, 1, 2, 0, 1], tmp_path)
+    images = Images(tmp_path, fit.sides.train, fit.sides.transforms)
+    start = {key: value.clone() for key, value in net.state_dict().items()}
+    passes: list[int] = []
+
+    def full(_: Any, given: Any) -> None:
+        passes.append(len(given[0]))
+        if len(passes) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    hook = net.register_forward_pre_hook(full)
+    fit._step(net, list(range(8)), PIXELS, images, 8, State(arm="fine-tune", accumulate=2))
+    assert passes == [4, 4, 2, 2, 2, 2]
+    hook.remove()
+    tight = {key: value.clone() for key, value in net.state_dict().items()}
+    net.load_state_dict(start)
+    fit._step(net, list(range(8)), PIXELS, images, 8, State(arm="fine-tune", accumulate=4))
+    assert same(tight, net.state_dict(), atol=0)
+    assert int(tight["0.num_batches_tracked"]) == 4
+
+
 def test_a_run_that_begins_again_in_parts_takes_them_and_says_so(job: Make, tmp_path: Path) -> None:
     quiet = replace(decided(TUNED), slice="conv3")
     quiet = replace(quiet, readings=(replace(quiet.readings[0], tap="conv3", channels=128, grids=(1, 2)),))

@@ -19,7 +19,7 @@ from uuid import UUID
 import pytest
 
 from tests.conftest import set_param
-from tlpipeline import acts, choice, registry, stages, versioning
+from tlpipeline import acts, choice, registry, report, stages, versioning
 from tlpipeline.errors import DataError, WorkspaceError
 from tlpipeline.profile import Profile
 from tlpipeline.progress import Event, silent
@@ -466,6 +466,15 @@ def test_the_report_holds_verdict_case_reason_matrix_classes_and_seconds(first: 
         assert re.findall(r"<tr><td>(\w+)</td>", rows[1])[: len(stages.STAGES)] == list(stages.STAGES)
     assert "workspace@v0.1.0" in _Page(Path(first.result.report)).text
     assert "up to date" in _Page(Path(rejected.result.report)).text
+
+
+def test_the_report_says_how_fast_training_was_and_how_long_it_waited_for_data(first: Run, rejected: Run) -> None:
+    for run in (first, rejected):
+        measured = stages.read_json(run.workspace, stages.RUN)["training"]
+        assert report.pace(measured) in _Page(Path(run.result.report)).text
+    assert re.fullmatch(
+        r"Training took [1-9]\d* images a second; its first worker waited for data \d+% of the time\.", report.pace(measured)
+    )
 
 
 def test_the_confusion_matrix_of_the_report_counts_every_test_image_once(first: Run) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from group import Crashing, Interrupted
+from group import Crashing, Interrupted, attempt
 from safetensors.torch import load_file
 from test_cases import decision_for
 
@@ -29,6 +29,7 @@ from tlpipeline.cases import CASES, Case, Decision, Recipe
 from tlpipeline.checkpoint import State
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError
+from tlpipeline.evaluate import read_predictions
 from tlpipeline.features import Reading, extract, scaling
 from tlpipeline.finetune import Deadline, batch_size
 from tlpipeline.heads import judged_penalty, score, solve_head, validated
@@ -481,10 +482,11 @@ def test_early_stopping_goes_on_counting_where_it_was_interrupted(job: Callable[
 
 # --- workers --------------------------------------------------------------------------------------------------------------------------
 
-# Neither 2 nor 3 divides the images of either side. Of a batch of 9 the first of two workers gets five; the last batch has seven.
-COUNTS = {"train": (21, 20, 20), "val": (5, 4, 4), "test": (2, 2, 2)}
+# Neither 2 nor 3 divides the images of any side. Of a batch of 9 the first of two workers gets five; the last batch has seven.
+COUNTS = {"train": (21, 20, 20), "val": (5, 4, 4), "test": (5, 4, 4)}
 NORMED = (Reading("layer1.2", 16, (1, 2)),)
-RUNS = ("1", "2", "3", "2 resumed")
+ALONE, TOGETHER, RESUMED = "1", ("2", "3"), ("1 resumed", "2 resumed", "3 resumed")
+BROKEN_OFF = ("1 broken off", "2 broken off", "3 broken off")
 
 
 def residual(case: Case) -> Decision:
@@ -547,34 +549,48 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     plain = replace(residual(CASES[2]), slice="layer1.2", readings=NORMED, init="plain")
     averaged = replace(plain, recipe=replace(plain.recipe, average=0.8))
     still = replace(plain, recipe=replace(plain.recipe, statistics="fixed"))
+    other = replace(residual(CASES[3]), slice="layer1.2", readings=NORMED)
+    other = replace(other, recipe=replace(other.recipe, statistics="fixed"))
     again = replace(plain, readings=(NORMED[0], Reading("layer1.0", 16, (1,))), recipe=replace(still.recipe, solve_again=True))
     jobs = {
         "frozen": made.job(residual(CASES[0]), "frozen", **net),
         "cut": made.job(residual(CASES[1]), "cut", **net),
+        "viewed": made.job(residual(CASES[1]), "viewed", views=2, flip=True, **net),
         "tuned": made.job(without_dropout(), "tuned"),
         "parts": made.job(without_dropout(accumulate=3), "parts"),
         "normed": made.job(plain, "normed", **net),
         "averaged": made.job(averaged, "averaged", **net),
         "still": made.job(still, "still", **net),
+        "other": made.job(other, "other", **net),
         "again": made.job(again, "again", **net),
         "few": made.job(without_dropout(batch=2), "few", batch_size="auto", epochs=1),
     }
     part = {"checkpoint_images": 32}  # three of seven batches
-    items: dict[int, list[tuple[str, str, dict[str, int]]]] = {
-        1: [(name, "", {}) for name in ("frozen", "cut", "tuned", "still", "again")],
-        2: [(name, "", part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged", "still", "again")]
+
+    def item(name: str, size: int, more: str = "", cache: str = "", **how: int) -> dict[str, Any]:
+        on_disk = replace(jobs[name], cache=str(place / cache), cache_bytes=1e9) if cache else jobs[name]
+        return {"job": asdict(on_disk), "folder": str(place / f"{name} {size}{more}"), **how}
+
+    items: dict[int, list[dict[str, Any]]] = {
+        1: [item(name, 1) for name in ("frozen", "cut", "viewed", "tuned", "again")],
+        2: [item(name, 2, **part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged", "again")]
         # After the head; in the middle of the second epoch.
-        + [(name, " resumed", {"crash": 1} if first else {}) for name in ("frozen", "cut") for first in (True, False)]
-        + [("averaged", " resumed", {**part, "crash": 5}), ("averaged", " resumed", part)],
-        3: [(name, "", {}) for name in ("frozen", "cut", "tuned", "few", "still")],
+        + [item(name, 2, " resumed", **how) for name in ("frozen", "cut") for how in ({"crash": 1}, {})]
+        + [item("averaged", 2, " resumed", **how) for how in (part | {"crash": 5}, part)]
+        + [item(name, 2, " on disk", cache="shared") for name in ("viewed", "tuned")],
+        3: [item(name, 3) for name in ("frozen", "cut", "tuned", "few")] + [item("viewed", 3, " on disk", cache="shared")],
     }
-    for name, _, _ in items.pop(1):
-        folder = place / f"{name} 1"
-        (folder / "scratch0").mkdir(parents=True)
-        run(jobs[name], Alone(folder), folder / "scratch0")
     for size, runs in items.items():
-        spec = [{"job": asdict(jobs[name]), "folder": str(place / f"{name} {size}{more}"), **how} for name, more, how in runs]
-        in_group(size, spec, place / f"spec{size}.json")
+        # Between the two steps that each worker passes its share of the training images in: the first one's features are kept.
+        runs += [
+            item(name, size, " broken off", f"broken off {size}", **how) for name in ("frozen", "cut") for how in ({"break_off": 16}, {})
+        ]
+        runs += [item(name, size, **part) for name in ("still", "other")]
+        runs += [item(name, size, " resumed", **how) for name in ("still", "other") for how in (part | {"crash": 5}, part)]
+    for each in items.pop(1):
+        attempt(each)
+    for size, runs in items.items():
+        in_group(size, runs, place / f"spec{size}.json")
     return made
 
 
@@ -604,7 +620,7 @@ def _succeeded(member: subprocess.Popen[bytes]) -> None:
     assert member.wait() == 0
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [ALONE, *TOGETHER, "2 resumed", *BROKEN_OFF])
 @pytest.mark.parametrize(("name", "case"), [("frozen", CASES[0]), ("cut", CASES[1])])
 def test_frozen_means_the_same_bits_with_batchnorm_on_any_number_of_workers(name: str, case: Case, run: str, worlds: Worlds) -> None:
     net = backbones.load("nets:resnet20", "none")
@@ -629,7 +645,7 @@ def test_the_head_of_every_case_is_solved_without_a_bit_of_the_network_changing(
     assert all(torch.equal(current[f"trunk.{k}"], v) for k, v in before.items())
 
 
-@pytest.mark.parametrize("run", RUNS[1:3])
+@pytest.mark.parametrize("run", TOGETHER)
 @pytest.mark.parametrize("name", ["frozen", "cut", "tuned"])
 def test_every_image_of_validation_is_counted_once_and_answered_alike_on_any_number_of_workers(name: str, run: str, worlds: Worlds) -> None:
     count = len(worlds.side("val"))
@@ -645,7 +661,7 @@ def test_every_image_of_validation_is_counted_once_and_answered_alike_on_any_num
     assert [h["log_loss"] for h in together] == pytest.approx([h["log_loss"] for h in alone], abs=1e-5)
 
 
-@pytest.mark.parametrize("run", RUNS[1:3])
+@pytest.mark.parametrize("run", TOGETHER)
 @pytest.mark.parametrize("name", ["tuned", "still"])
 def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_batch(name: str, run: str, worlds: Worlds) -> None:
     """With batch normalisation, too, where it keeps the source's statistics."""
@@ -661,15 +677,21 @@ def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_
         assert torch.allclose(value, single[key], atol=1e-5), key
 
 
-def test_batch_normalisation_keeps_the_statistics_of_the_source_where_the_recipe_says_so(worlds: Worlds) -> None:
+@pytest.mark.parametrize("run", [ALONE, *TOGETHER, *RESUMED])
+@pytest.mark.parametrize(("name", "arms"), [("still", {"fine-tune"}), ("other", {"head", "fine-tune"})])
+def test_batch_normalisation_keeps_the_statistics_of_the_source_where_the_recipe_says_so(
+    name: str, arms: set[str], run: str, worlds: Worlds
+) -> None:
+    """In both large cases, on any number of workers, and where the run was interrupted in the middle of an epoch."""
     before = backbones.load("nets:resnet20", "none").module.state_dict()
-    kept, moved = worlds.weights("still 2"), worlds.weights("normed 2")
+    kept, moved = worlds.weights(f"{name} {run}"), worlds.weights("normed 2")
     statistics = [k for k in kept if "running_" in k or "num_batches" in k]
     assert len(statistics) == 3 * 7  # the stem, and two in each of three blocks
     assert all(torch.equal(kept[k], before[k.removeprefix("trunk.")]) for k in statistics)
     assert not any(torch.equal(moved[k], before[k.removeprefix("trunk.")]) for k in statistics)
     scale = "trunk.layer1.0.bn1.weight"
     assert not torch.equal(kept[scale], before[scale.removeprefix("trunk.")])  # it is trained like any other
+    assert {line["arm"] for line in worlds.lines(f"{name} {run}")} == arms
 
 
 def test_parts_of_a_batch_make_the_step_of_the_whole_in_a_group(worlds: Worlds) -> None:
@@ -705,13 +727,104 @@ def test_what_a_group_validated_is_what_the_exported_model_says(name: str, world
     assert last["log_loss"] == pytest.approx(loss, abs=1e-9)
 
 
-def test_a_group_that_was_interrupted_ends_as_the_uninterrupted_one(worlds: Worlds) -> None:
-    """In the middle of an epoch, with BatchNorm and a moving average."""
-    assert history_equal(worlds.weights("averaged 2 resumed"), worlds.weights("averaged 2"))
-    assert worlds.lines("averaged 2 resumed") == worlds.lines("averaged 2")
-    told = [json.loads(line)["text"] for line in (worlds.place / "averaged.jsonl").read_text().splitlines()]
-    assert sum("epoch 1/2" in text and "validation" in text for text in told) == 2  # the resumed run did not do it again
-    assert sum("epoch 2/2" in text and "validation" in text for text in told) == 2
+@pytest.mark.parametrize("name", ["frozen", "cut", "tuned", "still"])
+def test_the_metric_is_the_same_on_any_number_of_workers_and_counts_each_test_image_once(name: str, worlds: Worlds, tmp_path: Path) -> None:
+    """By the stage itself, of the models that 1, 2 and 3 workers exported."""
+    rows = worlds.side("test")
+    assert len(rows) % 2
+    assert len(rows) % 3
+    found, said = [], []
+    for workers in (ALONE, *TOGETHER):
+        root = tmp_path / workers
+        root.mkdir()
+        (root / "images").symlink_to(worlds.images)
+        shutil.copy(Path(__file__).parent.parent / stages.PARAMS, root)
+        shutil.copy(worlds.place / stages.MANIFEST, root)
+        shutil.copytree(worlds.finished(f"{name} {workers}") / "model", root / stages.MODEL)
+        stages.evaluate(root, silent)
+        found.append(stages.read_metrics(root))
+        said.append(read_predictions(root / stages.PREDICTIONS))
+    assert found[0]["images"] == len(rows)
+    assert 0 < found[0]["accuracy"] < 1  # else nothing could differ
+    for metrics, predictions in zip(found, said, strict=True):
+        assert sorted(predictions.md5) == sorted({row.md5 for row in rows})
+        assert np.array_equal(predictions.predicted, said[0].predicted)
+        assert metrics["log_loss"] == pytest.approx(found[0]["log_loss"], abs=2e-5)
+        assert metrics["calibration_error"] == pytest.approx(found[0]["calibration_error"], abs=2e-5)
+        near = dict.fromkeys(("log_loss", "calibration_error"))
+        assert metrics | near == found[0] | near
+
+
+@pytest.mark.parametrize("run", ["averaged 2", *(f"{name} {workers}" for name in ("still", "other") for workers in (1, 2, 3))])
+def test_a_group_that_was_interrupted_ends_as_the_uninterrupted_one(run: str, worlds: Worlds) -> None:
+    """In the middle of an epoch, with BatchNorm, and a moving average or the source's statistics."""
+    assert history_equal(worlds.weights(f"{run} resumed"), worlds.weights(run))
+    assert worlds.lines(f"{run} resumed") == worlds.lines(run)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("averaged", 1), ("still", 3), ("other", 3)])
+def test_what_was_trained_before_an_interruption_is_not_trained_again(name: str, sizes: int, worlds: Worlds) -> None:
+    told = [json.loads(line)["text"] for line in (worlds.place / f"{name}.jsonl").read_text().splitlines()]
+    for epoch in ("1/2", "2/2"):  # once by the run that nothing disturbed, and once by the other one
+        assert sum(f"epoch {epoch}" in text and "validation" in text for text in told) == 2 * sizes
+
+
+# --- workers and what is kept on disk -------------------------------------------------------------------------------------------------
+
+
+def shards(folder: Path) -> dict[str, list[list[str]]]:
+    """Return whose rows a cache holds: for each column, by what it holds, the images' md5 in each of its files."""
+    return {
+        json.loads(label.read_text())["label"]: [
+            [bytes(name).hex() for name in load_file(path)["md5"].numpy()] for path in sorted(label.parent.glob("*.safetensors"))
+        ]
+        for label in folder.glob("*/column.json")
+    }
+
+
+def test_workers_that_share_a_cache_compute_what_is_kept_there_once_in_all(worlds: Worlds) -> None:
+    """Features, random views and decoded images; and those that come later, of whatever number, compute nothing."""
+    train, val = ([row.md5 for row in worlds.side(side)] for side in ("train", "val"))
+    views = [f", view {number} (crop {CASES[1].recipe.crop:g}, flip True, seed 0)" for number in (1, 2)]
+    wanted = {f"nets:resnet20 {tap} at 32 pixels{view}": train for tap in ("layer1.2", "layer2.2") for view in views}
+    wanted |= {f"nets:resnet20 {tap} at 32 pixels": train + val for tap in ("layer1.2", "layer2.2")}
+    wanted |= {"decoded images at 32 pixels": train, "prepared images at 32 pixels": val}
+    found = shards(worlds.place / "shared")
+    assert {label: sorted(name for part in parts for name in part) for label, parts in found.items()} == {
+        label: sorted(names) for label, names in wanted.items()
+    }
+    assert {label: sorted(map(len, parts)) for label, parts in found.items() if ", view" in label or "decoded" in label} == {
+        label: [30, 31] for label in wanted if ", view" in label or "decoded" in label
+    }  # each worker its share
+    speed = {n: json.loads((worlds.finished(f"viewed {n} on disk") / "history.json").read_text())["speed"] for n in (2, 3)}
+    assert speed[2]["images_per_second"] > 0
+    assert speed[3]["images_per_second"] == 0
+
+
+def test_a_group_with_a_cache_trains_what_one_worker_trains_without_one(worlds: Worlds) -> None:
+    assert history_equal(worlds.weights("viewed 3 on disk"), worlds.weights("viewed 2 on disk"))
+    assert worlds.lines("viewed 3 on disk") == worlds.lines("viewed 2 on disk")
+    alone, together = worlds.weights("viewed 1"), worlds.weights("viewed 2 on disk")
+    assert alone.keys() == together.keys()
+    assert all(torch.allclose(together[key], value, atol=float(value.abs().max()) * 1e-4) for key, value in alone.items())
+    (one,), (two,) = worlds.lines("viewed 1"), worlds.lines("viewed 2 on disk")
+    assert two | {"log_loss": 0} == one | {"log_loss": 0}
+    assert two["log_loss"] == pytest.approx(one["log_loss"], abs=1e-5)
+    assert not torch.equal(together["head.weight"], worlds.weights("cut 2")["head.weight"])  # the views count
+    assert history_equal(worlds.weights("tuned 2 on disk"), worlds.weights("tuned 2"))
+    assert worlds.lines("tuned 2 on disk") == worlds.lines("tuned 2")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_run_that_is_broken_off_in_the_middle_of_its_features_goes_on_with_those_that_are_kept(size: int, worlds: Worlds) -> None:
+    for name in ("frozen", "cut"):
+        whole, resumed = worlds.weights(f"{name} {size}"), worlds.weights(f"{name} {size} broken off")
+        assert history_equal(whole, resumed)
+        assert worlds.lines(f"{name} {size} broken off") == worlds.lines(f"{name} {size}")
+    both = sorted(row.md5 for side in ("train", "val") for row in worlds.side(side))
+    for label, parts in shards(worlds.place / f"broken off {size}").items():
+        assert sorted(name for part in parts for name in part) == both, label  # by both attempts and all workers: each once
+        assert sum(len(part) == 16 for part in parts) == size, label  # of the first attempt
 
 
 @pytest.mark.parametrize(("asked", "workers", "found"), [("auto", 1, 32), ("auto", 16, 32), ("auto", 17, 34), (7, 3, 7), (6, 3, 6)])
@@ -840,6 +953,24 @@ def test_a_model_says_whether_its_backbone_is_as_it_came(case: Case, job: Callab
     assert load(tmp_path / "out" / "scratch" / "finished" / "model")[1].frozen is (case.freeze == "kept")
 
 
+def test_where_fine_tuning_is_undone_the_backbone_is_as_it_came_and_no_image_is_passed_again(
+    job: Callable[..., Job], passed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head that is solved last then reads what the cache holds."""
+    cache = str(tmp_path / "cache")
+    frozen = trained(job(replace(decided(CASES[0]), readings=SEVERAL), cache=cache), tmp_path / "frozen")
+    monkeypatch.setattr(State, "replaced", lambda *_: False)
+    decision = replace(decided(CASES[2], solve_again=True), readings=SEVERAL)
+    passed.clear()
+    undone = trained(job(decision, epochs=1, cache=cache), tmp_path / "undone")
+    val = {row.md5 for row in dataset.read_manifest(tmp_path / "manifest.parquet").used("val")}
+    assert sorted(passed) == sorted(val)  # the epoch that was undone was validated
+    assert load(tmp_path / "undone" / "scratch" / "finished" / "model")[1].frozen
+    trunk = {key for key in frozen if key.startswith("trunk.")}
+    assert trunk <= undone.keys()
+    assert all(torch.equal(frozen[key], undone[key]) for key in trunk)
+
+
 # --- what is told ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -856,6 +987,25 @@ def test_the_report_says_nothing_of_a_speed_that_was_not_measured() -> None:
     assert pace({"images_per_second": 0.0, "waited_for_data": 0.0}).startswith("No image was passed")
     told = pace({"images_per_second": 123.4, "waited_for_data": 0.051})
     assert told == "Training took 123 images a second; its first worker waited for data 5% of the time."
+
+
+def test_the_speed_counts_every_image_that_is_passed_be_it_of_validation_or_a_random_view(job: Callable[..., Job], tmp_path: Path) -> None:
+    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
+
+    def speed(name: str, **changes: Any) -> float:
+        trained(job(decided(CASES[0]), cache=str(tmp_path / "cache"), **changes), tmp_path / name)
+        told = json.loads((tmp_path / name / "scratch" / "finished" / "history.json").read_text())["speed"]
+        return float(told["images_per_second"])
+
+    made = job(decided(CASES[0]))  # the manifest is written
+    without = replace(manifest, rows=tuple(row for row in manifest.rows if row.split != "val"))
+    dataset.write_manifest(without, Path(made.manifest), tmp_path / "quarantine.csv")
+    assert speed("training side") > 0
+    assert speed("nothing new") == 0
+    dataset.write_manifest(manifest, Path(made.manifest), tmp_path / "quarantine.csv")
+    assert speed("validation side") > 0
+    assert speed("views", views=1) > 0
+    assert speed("nothing new again", views=1) == 0
 
 
 # --- small things ---------------------------------------------------------------------------------------------------------------------

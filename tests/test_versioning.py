@@ -51,9 +51,9 @@ def run_python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def repro(root: Path) -> str:
+def repro(root: Path, *arguments: str) -> str:
     """Run `dvc repro` and return what it printed."""
-    done = run_python(root, "-m", "dvc", "repro")
+    done = run_python(root, "-m", "dvc", "repro", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -622,12 +622,21 @@ def test_the_same_run_twice_gives_the_same_bytes(entrances: Entrances) -> None:
 
 
 def test_after_the_flow_dvc_has_nothing_to_report_and_nothing_to_run(entrances: Entrances) -> None:
-    before = lock_text(entrances.flow)
+    before, kept = lock_text(entrances.flow), contents(entrances.flow, str(stages.CACHE))
     assert versioning.clean(entrances.flow)
     printed = repro(entrances.flow)
     assert "Running stage" not in printed
     assert "Data and pipelines are up to date." in printed
     assert lock_text(entrances.flow) == before
+    assert contents(entrances.flow, str(stages.CACHE)) == kept != {}
+
+
+def test_what_dvc_runs_again_finds_the_features_that_are_kept(entrances: Entrances, tmp_path: Path) -> None:
+    """DVC deletes what a stage writes before it runs it; the cache is none of that, and nothing is computed or written there anew."""
+    shutil.copytree(entrances.dvc, tmp_path / "copy", symlinks=True)
+    kept = contents(tmp_path / "copy", str(stages.CACHE))
+    assert "Running stage 'train'" in repro(tmp_path / "copy", "--force", "--single-item", "train")
+    assert contents(tmp_path / "copy", str(stages.CACHE)) == kept != {}
 
 
 def test_after_dvc_the_flow_has_nothing_to_run(entrances: Entrances) -> None:

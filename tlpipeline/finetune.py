@@ -305,7 +305,24 @@ class Fit:
         if self.world.size == 1:
             return network  # type: ignore[return-value]
         ids = [self.world.device.index or 0] if self.world.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+        together = nn.parallel.DistributedDataParallel(network, device_ids=ids)
+        if self.world.size > 2 and self.world.device.type == "cpu":
+            self._settle(together)
+        return together
+
+    def _settle(self, network: nn.Module) -> None:
+        """Take a step that counts for nothing.
+
+        After its first step DistributedDataParallel sorts gradients anew, and the order in which more than two workers' are summed depends on
+        that: a run that goes on in the middle of an epoch would differ in last digits from one that nothing interrupted.
+        """
+        before, side = [(buffer, buffer.clone()) for buffer in self.model.buffers()], self.sides.transforms.size
+        self._train_mode()
+        with autocast(self.world.device, self.half):
+            logits = network(torch.zeros(2, 3, side, side, device=self.world.device))
+        (0 * logits.float().sum()).backward()  # type: ignore[no-untyped-call]
+        for buffer, value in before:
+            buffer.copy_(value)
 
     def _look(self, state: State, epochs: int, correct: str) -> None:
         """At a planned look of a race, say who is ahead; every worker comes to the same answer from the same predictions."""
