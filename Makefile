@@ -32,7 +32,7 @@ bench: $(STAMP)
 	$(ACTIVATE) python benchmarks/cases.py
 	$(ACTIVATE) python benchmarks/regret.py report
 	$(ACTIVATE) python benchmarks/peers.py tutorial --again
-	$(ACTIVATE) python benchmarks/peers.py methods --again --methods ours torchvision/8 $(if $(FASTAI),fastai --fastai $(FASTAI))
+	$(ACTIVATE) python benchmarks/peers.py methods --again --seeds 0 1 2 3 4 --methods ours torchvision/8 $(if $(FASTAI),fastai --fastai $(FASTAI))
 	$(ACTIVATE) python benchmarks/speed.py cache --size 128
 	$(ACTIVATE) python benchmarks/speed.py memory
 	$(ACTIVATE) python benchmarks/speed.py solvers
