@@ -9,10 +9,11 @@ import torch
 from test_inputs import PLAIN
 
 from tlpipeline import backbones, cutting, dataset, features
+from tlpipeline.cache import Store
 from tlpipeline.cutting import Tap
 from tlpipeline.dataset import Row
-from tlpipeline.errors import ClusterError
-from tlpipeline.features import MAX_WIDTH, extract, pool, reading, scaling
+from tlpipeline.errors import BackboneError, ClusterError
+from tlpipeline.features import MAX_WIDTH, Reader, extract, pool, reading, scaling
 from tlpipeline.inputs import Images
 
 CPU = torch.device("cpu")
@@ -140,3 +141,30 @@ def test_scaling_is_that_of_the_images_it_was_measured_on() -> None:
     features = randn(50, 6)
     scale = scaling(features, [2, 4])
     assert torch.allclose(scale(features[:1]), scale(features)[:1])
+
+
+def test_features_that_do_not_change_have_no_say_be_they_zero_or_not() -> None:
+    """Divided by a deviation that is rounding they would drown the others."""
+    good = randn(50, 6)
+    for level in (0.0, 0.7, 100.0):
+        constant = torch.full((50, 6), level) * (1 + 1e-7 * randn(50, 6))
+        scaled = scaling(torch.cat([good, constant], 1), (6, 6))(torch.cat([good, constant], 1))
+        assert float(scaled[:, :6].square().sum(1).mean()) == pytest.approx(1)
+        assert float(scaled[:, 6:].abs().max()) < 0.05, level
+
+
+def test_what_is_no_number_is_told_with_the_image_and_the_tap_and_not_kept(make_images: Callable[..., Path]) -> None:
+    folder = make_images(classes=2, each=6)
+    rows = dataset.ingest(folder, {}, lambda done, total: None).rows
+    backbone = backbones.load("demonstration", "DEFAULT")
+    tap = next(t for t in cutting.describe(backbone, 32) if t.name == "conv2")
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            next(backbone.module.parameters()).view(-1)[0] = value
+        trunk = cutting.cut(backbone, ["conv2"])
+        reader = Reader(Store(), backbone, trunk, [reading(tap)], backbone.transforms, CPU)
+        with pytest.raises(
+            BackboneError, match=r"expected numbers at tap conv2, found infinities or NaN in .*\.png\. Are the network's weights"
+        ):
+            reader.read(Images(folder, rows, backbone.transforms), lambda done: None)
+        assert reader.missing(rows).all()

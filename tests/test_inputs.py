@@ -48,6 +48,23 @@ def test_an_input_is_what_the_weights_own_transforms_give(weights: Any, side: in
         assert torch.allclose(normalise(torch.from_numpy(np.stack([pixels])), mine)[0], preset(image), atol=1e-6), size
 
 
+@pytest.mark.parametrize("size", [(20_000, 4), (4, 20_000)])
+def test_a_line_of_pixels_is_not_enlarged_as_a_whole(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it is its middle, which is all that is looked at."""
+    image, sides = noise(*size), []
+    plain = Image.Image.resize
+
+    def resize(self: Image.Image, to: tuple[int, int], *rest: Any) -> Image.Image:
+        sides.append(max(to))
+        return plain(self, to, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    found = prepare(image, PLAIN)
+    assert max(sides) == 128 * 32
+    monkeypatch.setattr(inputs, "ELONGATED", 10_000)
+    assert (found == prepare(image, PLAIN)).all()
+
+
 def test_an_image_of_the_right_size_is_not_touched() -> None:
     image = noise(32, 32)
     assert (prepare(image, PLAIN) == np.asarray(image)).all()

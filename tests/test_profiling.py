@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -164,6 +165,30 @@ def test_the_sample_is_doubled_only_while_the_choice_is_open(make_images: Callab
     assert measured(folder, manifest, images=24, undecided=lambda _: True).sampled == 96
 
 
+def test_many_classes_of_a_few_images_fill_the_sample_and_it_never_shrinks(
+    make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of({f"c{i:03d}": 3 for i in range(400)})
+    drawn = profiling.sample(rows, 800, seed=0)
+    assert 800 - 8 < len(drawn) <= 800
+    assert set(Counter(r.label for r in drawn).values()) == {3}
+    sizes = [len(profiling.sample(rows, wanted, seed=0)) for wanted in (100, 200, 400, 800, 1600)]
+    assert sizes == sorted(set(sizes))
+    # Where no larger sample is to be had the profile ends with the one that it has.
+    monkeypatch.setattr(profiling, "SOLVERS", 1e9)
+    folder = make_images(classes=3, each=40)
+    manifest = ingest(folder, {}, lambda done, total: None)
+    plain, asked = profiling.sample, []
+
+    def stuck(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
+        asked.append(wanted)
+        return plain(rows, min(wanted, 30), seed)
+
+    monkeypatch.setattr(profiling, "sample", stuck)
+    assert measured(folder, manifest, images=24, undecided=lambda _: True).sampled == 30
+    assert asked[1:] == [24, 48, 60]  # the first is of the images that are held out
+
+
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
 def test_the_sample_does_not_grow_where_the_solvers_would_cost_more_than_their_share_of_the_passes(
     make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, share: float
@@ -221,8 +246,8 @@ def test_every_class_is_probed_where_the_sample_may_hold_eight_images_of_each(tm
     assert (found.classes, found.probed) == (40, 40)
     assert found.sampled > 100
     few = measured(folder, manifest, images=64)
-    assert few.probed == 32
-    assert any(words.startswith("32 of 40 classes are in the sample") for words in weaknesses(few))
+    assert few.probed == 37  # of about seven images each
+    assert any(words.startswith("37 of 40 classes are in the sample") for words in weaknesses(few))
 
 
 def test_the_profile_tells_what_it_does_while_it_does_it(make_images: Callable[..., Path]) -> None:
@@ -447,7 +472,7 @@ def test_heads_are_held_against_images_of_classes_that_they_know(tmp_path: Path)
     found = measured(folder, manifest, images=64)
     known = {r.label for r in profiling.sample(manifest.used("train"), 256, 0)}
     aside = [r for r in manifest.used("val") if dataset.selects(r)]
-    assert found.probed == len(known) == 32
+    assert found.probed == len(known) == 37
     assert 0 < found.held_out == sum(r.label in known for r in aside) < len(aside)
 
 

@@ -17,12 +17,13 @@ from tlpipeline import cutting
 from tlpipeline.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
 from tlpipeline.cutting import Backbone, Tap, Transforms
 from tlpipeline.dataset import Row
-from tlpipeline.errors import PassTooLarge
+from tlpipeline.errors import BackboneError, PassTooLarge
 from tlpipeline.inputs import FORMAT, Images, in_batches, normalise
 from tlpipeline.precision import autocast
 
 NORMAL_SIDE = 224  # pixels
 GRIDS = (1, 2, 4)
+LEVEL_ROUNDING = 1e-5  # of what a feature is on average: less than that of change is rounding
 MAX_WIDTH = 3072
 # A network's answer for an image depends in its last digits on how many images are asked about together. Always the same number makes it a
 # function of the image alone, so that what was kept and what is computed anew are the same bits. 16 is as fast as any on CPUs.
@@ -207,7 +208,7 @@ class Reader:
         outputs = [(known[r.tap], r.tap, str(r.grids)) for r in readings]
         outputs += [(known[cutting.LOGITS], "logits", "")] if logits else []
         outputs += [(known[cutting.LOGITS], beside_key, "")] if beside else []
-        self.widths = [sum(r.blocks) for r in readings]
+        self.widths, self.taps = [sum(r.blocks) for r in readings], [r.tap for r in readings]
         self._columns = [
             (
                 store,
@@ -254,6 +255,7 @@ class Reader:
         with _Writer(self._keep, apart=self.apart) as write:
             for batch, outputs in _behind(passes(self.network, images, indices, self.device, self.beside, self.step)):
                 kept.append([out.cpu() for out in outputs])
+                self._numbers(kept[-1], [images.rows[i] for i in batch])
                 names += [images.rows[i].md5 for i in batch]
                 done += len(batch)
                 widest = max(out.shape[1] for out in kept[-1]) * 4
@@ -262,6 +264,20 @@ class Reader:
                     names, kept = [], []
                 progress(done)
             write(names, kept)
+
+    def _numbers(self, outputs: Sequence[Tensor], rows: Sequence[Row]) -> None:
+        """Check that what was read are numbers, before it is kept.
+
+        Raises:
+            BackboneError: they are not.
+        """
+        for tap, out in zip(self.taps, outputs, strict=False):
+            if not bool(out.isfinite().all()):
+                path = next(row.path for row, good in zip(rows, out.isfinite().all(1).tolist(), strict=True) if not good)
+                raise BackboneError(
+                    f"expected numbers at tap {tap}, found infinities or NaN in {path}. Are the network's weights damaged, or was it "
+                    "trained with other pixel statistics? See backbone.weights, and the mean and std of your own network."
+                )
 
     def _keep(self, names: Sequence[str], kept: Sequence[Sequence[Tensor]]) -> None:
         if names:
@@ -342,7 +358,8 @@ def scaling(features: Tensor, blocks: Sequence[int]) -> Scaling:
     mean = x.mean(0)
     deviation = (x - mean).square_().mean(0).sqrt()  # torch's own std takes ten times as long along the rows
     parts = []
-    for block in torch.split(deviation, list(blocks)):
-        floor = max(float(block.square().mean().sqrt()) * 0.01, 1e-12)
+    for block, level in zip(torch.split(deviation, list(blocks)), torch.split(mean, list(blocks)), strict=True):
+        # Features that never change are rounding and nothing else: their deviation is measured against what they are.
+        floor = max(float(block.square().mean().sqrt()) * 0.01, float(level.square().mean().sqrt()) * LEVEL_ROUNDING, 1e-12)
         parts.append(1 / (block.clamp(min=floor) * len(block) ** 0.5))
     return Scaling(mean, torch.cat(parts))

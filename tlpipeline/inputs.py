@@ -21,7 +21,8 @@ from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import Pixels, Row
 
 # Part of every key: other code makes other rows of an image, and another decoder other pixels.
-FORMAT = f"2, Pillow {PIL.__version__}"
+FORMAT = f"3, Pillow {PIL.__version__}"
+ELONGATED = 128  # long sides a short one, above which an image loses its ends before it is resized
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Augment = Callable[[Image.Image, Row, int, int], Image.Image]
@@ -30,6 +31,11 @@ Augment = Callable[[Image.Image, Row, int, int], Image.Image]
 def prepare(image: Image.Image, transforms: Transforms) -> Pixels:
     """Resize the short side, crop the centre: 8-bit RGB (size, size, 3). The same for profile, training, evaluation and prediction."""
     short = min(image.size)
+    if max(image.size) > ELONGATED * short:
+        # Only its middle is looked at; as wide as it is, a line of pixels would be enlarged to gigabytes.
+        middle = [((side - min(side, ELONGATED * short)) // 2, min(side, ELONGATED * short)) for side in image.size]
+        (left, width), (top, height) = middle
+        image = image.crop((left, top, left + width, top + height))
     width, height = (int(transforms.resize * side / short) if side != short else transforms.resize for side in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), _RESAMPLING[transforms.interpolation])

@@ -17,6 +17,7 @@ from tlpipeline.profile import Head, Profile, Tangent
 from tlpipeline.progress import Event, Progress
 
 HUNGER_DRAWS = 3
+LEAST_PENALTY = PENALTIES[0] / 100
 CONFIRMED_ON = 1024  # images of the sample that a head is solved on to confirm a slice
 
 
@@ -40,7 +41,7 @@ class Kernels:
         if not self.before:
             return PENALTIES
         usual = self.before.get(tuple(taps), float(np.median(list(self.before.values()))))
-        return usual, usual / 10
+        return usual, max(usual / 10, LEAST_PENALTY)
 
     def fit(self, taps: Sequence[int]) -> tuple[Fit, Bits]:
         """Return the leave-one-out fit on these taps together, and who was right."""

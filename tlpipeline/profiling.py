@@ -112,8 +112,8 @@ def _large_enough(
     """
     wanted = min(max(params.images, EACH_CLASS * len({r.label for r in rows})), params.images_max)
     penalties: dict[tuple[int, ...], float] = {}
+    drawn = sample(rows, wanted, params.seed)
     while True:
-        drawn = sample(rows, wanted, params.seed)
         read = sight.features(drawn)
         kernels = kernels_of(sight.readings, read, np.array([labels[r.label] for r in drawn]), penalties)
         sight.progress(Event("profile", len(drawn), len(drawn), f"probes of {len(drawn)} images at {len(sight.taps)} taps"))
@@ -122,8 +122,10 @@ def _large_enough(
         more = wanted <= params.images_max and len(drawn) < len(rows)
         if not more or solving(sight.readings, wanted, profile.classes) > SOLVERS * sight.passing(wanted, params.tangent):
             break
-        if not undecided(profile):
+        larger = sample(rows, wanted, params.seed)
+        if len(larger) <= len(drawn) or not undecided(profile):
             break
+        drawn = larger
     return drawn, read, kernels, profile
 
 
@@ -262,7 +264,7 @@ class _Sight:
 def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
     """Draw rows, classes in proportion but each at least once, by a hash of seed and content: neither order nor names play a part.
 
-    With more classes than an eighth of the sample, so many of them are drawn.
+    With more classes than an eighth of the sample, as many of them are drawn as fill it with eight images each, or all that they have.
     """
 
     def rank(text: str) -> str:
@@ -272,7 +274,13 @@ def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
     for row in sorted(rows, key=lambda r: rank(r.md5)):
         groups.setdefault(row.label, []).append(row)
     if len(groups) > max(wanted / EACH_CLASS, 1) and sum(len(g) for g in groups.values()) > wanted:
-        kept = sorted(groups, key=lambda label: rank(groups[label][0].md5))[: max(wanted // EACH_CLASS, 2)]
+        kept: list[str] = []
+        room = wanted
+        for label in sorted(groups, key=lambda label: rank(groups[label][0].md5)):
+            if room < EACH_CLASS and len(kept) >= 2:
+                break
+            kept.append(label)
+            room -= min(len(groups[label]), EACH_CLASS)
         groups = {label: groups[label] for label in kept}
     total = sum(len(g) for g in groups.values())
     if total <= wanted:
