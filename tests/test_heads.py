@@ -1,6 +1,7 @@
 """The head solver: the same optimum whether features are in memory, mapped, or rotated; the penalty is found where it should be."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,19 @@ import torch
 from tlpipeline import heads
 from tlpipeline.cache import Column, Table
 from tlpipeline.features import scaling
-from tlpipeline.heads import PENALTIES, START, Features, Problem, Span, image_weights, judged_penalty, score, solve_head, solve_kernel
+from tlpipeline.heads import (
+    PENALTIES,
+    START,
+    Features,
+    Problem,
+    Span,
+    image_weights,
+    judged_penalty,
+    score,
+    sharpness,
+    solve_head,
+    solve_kernel,
+)
 
 BLOCKS = [7, 5]
 
@@ -273,3 +286,33 @@ def test_a_start_that_lacks_a_class_is_as_good_as_one_that_has_it(monkeypatch: p
     warm = solve_head(x, known, BLOCKS, 8, 10, 0, 1e-3, (part[0], part[1]))
     assert len(walks) <= alone
     assert torch.allclose((x @ warm[0].T + warm[1]).softmax(1), (x @ cold[0].T + cold[1]).softmax(1), atol=0.02)
+
+
+def test_a_head_of_many_classes_becomes_as_sure_as_it_is_right_and_answers_as_before() -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(100, 64))
+
+    def some(each: int) -> tuple[torch.Tensor, np.ndarray]:
+        labels = np.repeat(np.arange(100), each)
+        return torch.from_numpy(centres[labels] + 1.5 * rng.normal(size=(len(labels), 64))).float(), labels
+
+    (x, known), (val, truth), (test, wanted) = some(12), some(2), some(5)
+    weight, bias, _ = solve_head(x, known, (64,), 100, 10, 0)
+    by = sharpness((val @ weight.T + bias).softmax(1), truth)
+    assert by > 1.5
+    logits = test @ weight.T + bias
+    before, after = logits.softmax(1), (logits * by).softmax(1)
+    assert torch.equal(before.argmax(1), after.argmax(1))
+    right = float((after.argmax(1).numpy() == wanted).mean())
+    assert abs(float(after.max(1).values.mean()) - right) < 0.05 < 0.15 < right - float(before.max(1).values.mean())
+    assert score(after, wanted)[1] < 0.8 * score(before, wanted)[1]
+
+
+def test_a_few_images_hardly_change_how_sure_a_head_is_and_none_do_not() -> None:
+    chances = torch.full((2, 3), 0.25)
+    chances[:, 0] = 0.5
+    assert 1 < sharpness(chances, np.array([0, 0])) < 1.1
+    assert 0.9 < sharpness(chances, np.array([1, 2])) < 1
+    assert sharpness(torch.zeros(0, 3), np.zeros(0, dtype=np.int64)) == 1
+    impossible = torch.tensor([[1.0, 0.0, 0.0]])
+    assert math.isfinite(sharpness(impossible, np.array([1])))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torch.nn import functional
 
 from tlpipeline.cache import Table
 from tlpipeline.features import Scaling, scaling
@@ -35,6 +36,7 @@ CHUNK = 1024
 IMBALANCE = 10.0  # times the images of the smallest class that the largest may have before classes are weighted alike
 
 ABSENT = -1e4  # bias of a class without a training image
+SHARPNESS = 0.2  # standard deviation of the logarithm of `sharpness`, before anything is seen
 LEAST_STEPS = 20  # of a solver whose time is up: fewer give no head that is worth having
 
 Labels = npt.NDArray[np.int64]
@@ -422,6 +424,27 @@ def _downhill(loss: Callable[[int], float], late: Late) -> int:
         if best != START:
             break
     return best
+
+
+def sharpness(chances: Tensor, labels: Labels) -> float:
+    """Return by how much logits are to be multiplied so that a head is as sure of itself as it is right: temperature scaling.
+
+    Guo et al. 2017 (arXiv 1706.04599), by log loss on images that the head was not solved on, drawn towards 1 so that a few images change little.
+    The answers stay what they are. A penalty that is right for them leaves a head of hundreds of classes far too unsure (docs/log.md).
+
+    Args:
+        chances: (n, K) of those images; labels: (n,) their classes.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if not len(labels):
+        return 1.0
+    logits, y = chances.double().clamp(min=1e-30).log(), torch.from_numpy(labels)
+
+    def loss(power: float) -> float:
+        return float(functional.cross_entropy(logits * math.exp(power), y, reduction="sum")) + power**2 / (2 * SHARPNESS**2)
+
+    return math.exp(float(minimize_scalar(loss, bounds=(-4, 4), method="bounded").x))
 
 
 # --- judging --------------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from tlpipeline.errors import ClusterError
 from tlpipeline.features import Reader, Reading
 from tlpipeline.files import write_json
 from tlpipeline.finetune import AT_ONCE, Deadline, Fit, Sides, batch_size
-from tlpipeline.heads import Labels, judged_penalty, solve_head, validated
+from tlpipeline.heads import Labels, judged_penalty, sharpness, solve_head, validated
 from tlpipeline.inputs import Images, in_batches
 from tlpipeline.job import Job, Tell, Teller, clock
 from tlpipeline.model import Classifier, Description, reader_of, save
@@ -183,6 +183,7 @@ def _solve(
             # Nothing is left to select: the head is solved once more, on the validation images as well. Fine-tuning must start without them.
             both = np.concatenate([y, held_labels])
             found = solve_head(x.below(val), both, blocks, classes, imbalance, job.seed, found[2], found[:2], late=deadline.late)
+            found = sharpened(found, sharpness(chances, held_labels))
     from_first([chances], world)
     accuracy, loss, correct = validated(chances, held_labels)
     state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct})
@@ -256,7 +257,13 @@ def _solved_last(fit: Fit, wide: Classifier, reader: Reader) -> tuple[tuple[Tens
     near = judged_penalty(x, sides.train_labels, judges, sides.val_labels, *kind, late)
     first = solve_head(x, sides.train_labels, *kind, *near, tolerance=1e-4, late=late)
     both = np.concatenate([sides.train_labels, sides.val_labels])
-    return solve_head(x.below(judges), both, *kind, first[2], first[:2], tolerance=1e-4, late=late), answers(first, judges)
+    found, said = solve_head(x.below(judges), both, *kind, first[2], first[:2], tolerance=1e-4, late=late), answers(first, judges)
+    return sharpened(found, sharpness(said, sides.val_labels)), said
+
+
+def sharpened(head: tuple[Tensor, Tensor, float], by: float) -> tuple[Tensor, Tensor, float]:
+    """Return a head (weight, bias, penalty) that gives the same answers, surer or less sure (see `sharpness`)."""
+    return head[0] * by, head[1] * by, head[2]
 
 
 def answers(head: tuple[Tensor, Tensor, float], features: Table) -> Tensor:
