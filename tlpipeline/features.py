@@ -124,7 +124,7 @@ def passes(
 
 
 def pooled(trunk: nn.Module, grids: Sequence[Sequence[int]], half: bool = False) -> Callable[[Tensor], list[Tensor]]:
-    """Return the trunk with its outputs pooled, float32; outputs behind the last entry of grids, such as logits, stay as they are.
+    """Return the trunk with its outputs pooled, float32 at least; outputs behind the last entry of grids, such as logits, stay as they are.
 
     Args:
         half: computed in bfloat16; else as whoever calls it says.
@@ -132,7 +132,8 @@ def pooled(trunk: nn.Module, grids: Sequence[Sequence[int]], half: bool = False)
 
     def read(inputs: Tensor) -> list[Tensor]:
         with autocast(inputs.device, True) if half else nullcontext():
-            return [(pool(out, grids[i]) if i < len(grids) else out).float() for i, out in enumerate(trunk(inputs))]
+            outputs = [pool(out, grids[i]) if i < len(grids) else out for i, out in enumerate(trunk(inputs))]
+        return [out if out.dtype == torch.float64 else out.float() for out in outputs]
 
     return read
 
