@@ -30,7 +30,7 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
         wait_minutes: how long to wait for another run in the same workspace.
     """
     workspace = workspace.resolve()
-    with alone(workspace, wait_minutes):
+    with alone(workspace, wait_minutes, images):
         pipeline.version(workspace, images)
         pipeline.stage(workspace, "ingest")
         pipeline.stage(workspace, "profile")

@@ -468,6 +468,20 @@ def test_a_given_layout_of_three_sides_is_taken_as_it_is(tmp_path: Path, name: s
     assert not manifest.remarks
 
 
+def test_a_given_layout_may_be_written_with_capitals(tmp_path: Path) -> None:
+    """Else Train and Test would silently become two classes."""
+    for side in ("Train", "TEST"):
+        for label in range(2):
+            for i in range(6):
+                path = tmp_path / side / f"class{label}" / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                paint(label, i + (100 if side == "TEST" else 0)).save(path)
+    found = dataset.ingest(tmp_path, {}, lambda done, total: None)
+    assert found.classes == ("class0", "class1")
+    assert {row.split for row in found.rows if row.path.startswith("TEST/")} == {TEST}
+    assert TEST not in {row.split for row in found.rows if row.path.startswith("Train/")}
+
+
 def test_where_train_and_test_are_given_val_is_carved_out_of_train_by_content(tmp_path: Path) -> None:
     manifest = listed(laid_out(tmp_path / "images", {"train": 40, "test": 6}))
     for row in manifest.rows:

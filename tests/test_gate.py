@@ -160,6 +160,15 @@ def test_images_that_the_champion_was_trained_on_are_left_out(rule: GateParams) 
     assert "50 images that net@v1 was trained on are left out" in verdict.reason
 
 
+def test_where_nothing_can_be_compared_the_way_out_is_named() -> None:
+    challenger = answers(np.ones(6, dtype=bool))
+    champion = replace(challenger, labels=np.full(6, -1))
+    verdict = against_champion(challenger, champion, "net@v1", frozenset(), BETTER)
+    assert not verdict.accepted
+    assert verdict.reason.startswith("rejected: no test image can be compared with net@v1; register it as a model of its own (data.name")
+    assert "new since net@v1" in verdict.reason
+
+
 def test_classes_that_the_champion_does_not_know_are_named_and_not_compared() -> None:
     labels = np.array([0, 1] * 50 + [2] * 30)
     challenger = answers(np.array([True] * 130), labels)

@@ -16,9 +16,9 @@ import yaml
 from conftest import paint, set_param
 from test_dataset import on, put, tiny
 
-from tlpipeline import dataset, stages, versioning, workspaces
+from tlpipeline import dataset, registry, stages, versioning, workspaces
 from tlpipeline.dataset import TEST, TRAIN, VAL
-from tlpipeline.errors import BackboneError, DataError, WorkspaceError
+from tlpipeline.errors import BackboneError, DataError, RegistryError, WorkspaceError
 from tlpipeline.params import load
 from tlpipeline.progress import silent
 
@@ -248,6 +248,26 @@ def test_without_a_remote_called_origin_nothing_is_pushed(workspace: Path) -> No
     assert not versioning.push_git(workspace)
 
 
+def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_is_fetched_first(registered: Path, tmp_path: Path) -> None:
+    origin = tmp_path / "origin.git"
+    versioning.git(tmp_path, "init", "--quiet", "--bare", str(origin))
+    versioning.git(registered, "remote", "add", "origin", str(origin))
+    versioning.push_git(registered)
+    version = registry.resolve(registered, "workspace@latest")
+    hook = origin / "hooks" / "update"
+    hook.write_text('#!/bin/sh\ncase "$1" in *prod*) echo "not today"; exit 1;; esac\n')
+    hook.chmod(0o755)
+    with pytest.raises(RegistryError, match=r"(?s)expected to publish the promotion workspace#prod#1, but: .*It is taken back; pull"):
+        registry.promote(registered, version)
+    assert not [tag for tag in versioning.tags(registered) if "#" in tag]
+    hook.unlink()
+    other = tmp_path / "other"
+    versioning.git(tmp_path, "clone", "--quiet", str(origin), str(other))
+    versioning.git(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", version.commit)
+    versioning.git(other, "push", "--quiet", "--tags", "origin")
+    assert registry.promote(registered, version) == "workspace#prod#2"
+
+
 # --- data -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +332,50 @@ def test_what_dvc_cannot_version_is_refused_and_named_when_the_data_are_committe
         versioning.add(workspace, "images")
     with pytest.raises(DataError, match=r"links to nothing or devices, such as .*dangling\.png"):
         workspaces.commit_data(workspace)
+
+
+def test_a_link_to_a_folder_is_refused_because_dvc_would_not_version_what_is_behind_it(workspace: Path, tmp_path: Path) -> None:
+    (workspace / "images" / "class0").rename(tmp_path / "elsewhere")
+    (workspace / "images" / "class0").symlink_to(tmp_path / "elsewhere")
+    before = versioning.head(workspace)
+    with pytest.raises(
+        DataError, match=r"found 1 links to folders, such as .*class0: DVC does not follow them.*Put the folder itself there"
+    ):
+        workspaces.commit_data(workspace)
+    assert versioning.head(workspace) == before
+
+
+def test_a_folder_that_cannot_be_read_is_told_and_not_left_out(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("class0"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"expected to read the folder .*class0, but: Permission denied\. Make it readable"):
+        dataset.files(workspace / "images")
+
+
+def test_images_that_were_not_versioned_are_before_others_take_their_place(workspace: Path, make_images: Callable[..., Path]) -> None:
+    paint(0, 500).save(workspace / "images" / "class0" / "only here.png")
+    workspaces.take_over(workspace, make_images(2, 5))
+    assert not (workspace / "images" / "class0" / "only here.png").exists()
+    assert versioning.git(workspace, "show", "--name-only", "--format=%s") == "Images before others took their place\n\nimages.dvc"
+    versioning.get(workspace, "HEAD", "images", workspace / "before")
+    assert (workspace / "before" / "class0" / "only here.png").is_file()
+
+
+def test_a_workspace_that_is_not_there_is_not_a_machine_without_git(tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match=r"expected a workspace at .*nowhere, found no such folder"):
+        versioning.git(tmp_path / "nowhere", "status")
+
+
+@pytest.mark.parametrize("name", ["no", "on # off", "1.5", "plain", "größer"])
+def test_what_init_writes_into_params_is_read_as_it_was_meant(name: str, workspace: Path) -> None:
+    workspaces._set(workspace, "backbone", "weights", name)
+    assert stages.params_of(workspace).backbone.weights == name
 
 
 # --- one stage ------------------------------------------------------------------------------------------------------------------------
@@ -481,7 +545,7 @@ def test_an_old_output_that_is_a_link_into_the_cache_is_not_written_through(tmp_
 TAKE_THE_LOCK = """
 import sys
 from pathlib import Path
-from tlpipeline.errors import WorkspaceError
+from tlpipeline.errors import RegistryError, WorkspaceError
 from tlpipeline.versioning import workspace_lock
 try:
     with workspace_lock(Path(sys.argv[1])):

@@ -43,6 +43,7 @@ def judge(root: Path, progress: Progress) -> gate.Verdict | None:
     if registry.registered_as(root, params.data.name, versioning.stage_output(root, "train", stages.MODEL)):
         return None
     challenger = evaluate.read_predictions(root / stages.PREDICTIONS)
+    versioning.fetch_tags(root)  # the champion may have been promoted elsewhere
     best = registry.champion(root, params.data.name)
     if best is None:
         return gate.against_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate)

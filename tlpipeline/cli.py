@@ -420,6 +420,7 @@ def _print_summary(summary: Any) -> None:
 
 def _table(header: tuple[str, ...], rows: Any) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*header, box=None, show_header=bool(header), pad_edge=False, header_style="bold")
@@ -427,7 +428,7 @@ def _table(header: tuple[str, ...], rows: Any) -> None:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

@@ -268,7 +268,7 @@ def files(images: Path) -> list[Path]:
     # A dot-file (.gitignore, .DS_Store) is the system's, not the user's.
     found = sorted(
         Path(folder) / name
-        for folder, folders, names in os.walk(images, followlinks=True)
+        for folder, _, names in os.walk(images, onerror=_unreadable, followlinks=True)
         for name in names
         if not name.startswith(".") and not any(part.startswith(".") for part in Path(folder).relative_to(images).parts)
     )
@@ -291,6 +291,15 @@ def files(images: Path) -> list[Path]:
     return found
 
 
+def linked_folders(images: Path) -> list[Path]:
+    """Return the links to folders below a folder."""
+    return sorted(Path(folder) / name for folder, folders, _ in os.walk(images) for name in folders if (Path(folder) / name).is_symlink())
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"expected to read the folder {error.filename}, but: {error.strerror}. Make it readable or remove it, then run again.")
+
+
 def _is_text(path: Path) -> bool:
     return str(path).encode("utf-8", "replace") == bytes(path)
 
@@ -303,15 +312,16 @@ def _given_sides(images: Path) -> str:
             "train" and "val" would silently become two classes.
     """
     names = {p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    sides = names & GIVEN_SIDES.keys()
+    sides = {n for n in names if n.casefold() in GIVEN_SIDES}
     if len(sides) < 2:
         return ""
-    if names != sides or not {TRAIN, TEST} <= sides:
+    given = {GIVEN_SIDES[n.casefold()] for n in sides}
+    if names != sides or not {TRAIN, TEST} <= given:
         raise DataError(
             f"expected the folders train, test and perhaps val in {images}, or else one folder per class, found {', '.join(sorted(names))}. "
             "Give it train and test and nothing else, or sort the images by class alone: then the sides follow from their content."
         )
-    return "all" if VAL in {GIVEN_SIDES[n] for n in names} else "no val"
+    return "all" if VAL in given else "no val"
 
 
 def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
@@ -319,7 +329,7 @@ def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
     parts = where.parts
     if len(parts) < (3 if given else 2):
         return Rejected(where.as_posix(), "outside any class folder")
-    side = GIVEN_SIDES[parts[0]] if given else ""
+    side = GIVEN_SIDES[parts[0].casefold()] if given else ""
     if given == "no val" and side == TRAIN:
         side = ""  # decided by content: val is carved out of train
     label = parts[1] if given else parts[0]

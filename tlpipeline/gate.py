@@ -91,6 +91,8 @@ def _judge(a: Any, b: Any, champion: str, left_out: int, new: tuple[str, ...], r
         f"({wins} won, {losses} lost, difference {low:+.1f} to {high:+.1f} points), "
         f"{'' if accepted else 'not '}significantly {claim} ({_shown(p_value)}, {test}, alpha {rule.alpha:g})"
     )
+    if not n:
+        reason = f"rejected: no test image can be compared with {champion}; register it as a model of its own (data.name in params.yaml)"
     if left_out:
         reason += f"; {left_out} images that {champion} was trained on are left out"
     if new:

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -179,7 +179,9 @@ def load(path: Path) -> Params:
         raise ParamsError(
             f"expected YAML in {path}, but it cannot be read: {error}. Mend it, or take `git show HEAD:{path.name}`."
         ) from error
-    return typing.cast(Params, _section(Params, content, path.name))
+    params = typing.cast(Params, _section(Params, content, path.name))
+    # As DVC names it: `images/` is `images`.
+    return dataclasses.replace(params, data=dataclasses.replace(params.data, images=PurePosixPath(params.data.images).as_posix()))
 
 
 def _section(cls: type, content: Any, where: str) -> Any:

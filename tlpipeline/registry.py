@@ -163,12 +163,17 @@ def promote(root: Path, version: Version, stage: str = PROD) -> str:
         RegistryError: GTO refuses, or the tag cannot be pushed.
     """
     number = f"v{'.'.join(map(str, version.number))}"
+    versioning.fetch_tags(root)  # somebody else may have promoted another one meanwhile
     try:
         versioning.gto(root, "assign", version.name, "--version", number, "--stage", stage, "--force")
     except WorkspaceError as error:
         raise RegistryError(f"expected to promote {version} to {stage}, but: {error}") from error
     tag = max((t for t in versioning.tags(root) if t.startswith(f"{version.name}#{stage}#")), key=lambda t: int(t.rsplit("#", 1)[1]))
-    versioning.push_git(root)
+    try:
+        versioning.push_git(root)
+    except WorkspaceError as error:
+        versioning.delete_tag(root, tag)
+        raise RegistryError(f"expected to publish the promotion {tag}, but: {error}. It is taken back; pull, and promote again.") from error
     return tag
 
 

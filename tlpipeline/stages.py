@@ -264,6 +264,7 @@ STAGES: dict[str, Callable[[Path, Progress], None]] = {
 
 def run(root: Path, name: str, progress: Progress) -> None:
     """Run one stage, as `dvc repro` does: no look at whether it is up to date. Its seconds go to run.json."""
+    versioning.require(root)
     with versioning.workspace_lock(root), versioning.room(root), timed(root, name):
         STAGES[name](root, progress)
 

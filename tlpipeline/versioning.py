@@ -44,6 +44,8 @@ def git(root: Path, *arguments: str, check: bool = True) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except FileNotFoundError as error:
+        if not root.is_dir():
+            raise WorkspaceError(f"expected a workspace at {root}, found no such folder. Name another with --workspace.") from error
         raise WorkspaceError(
             "expected git on this machine, found none. Install it: versions of data and models are git commits and tags."
         ) from error
@@ -95,7 +97,7 @@ def push_git(root: Path) -> bool:
 def fetch_tags(root: Path) -> None:
     """Fetch the tags of the remote `origin`, if there is one."""
     if "origin" in git(root, "remote").split():
-        git(root, "fetch", "--quiet", "--tags", "origin")
+        git(root, "fetch", "--tags", "origin")
 
 
 def tags(root: Path) -> dict[str, str]:

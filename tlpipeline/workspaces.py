@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from tlpipeline import registry, stages, versioning
 from tlpipeline.errors import DataError, WorkspaceError
 from tlpipeline.params import AUTO
@@ -74,7 +76,7 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
     shutil.copy(TEMPLATE / "dvcignore", root / ".dvcignore")
     if images is None:
         dataset.write_digits(root / "images")
-        _set(root, "train", "flip", "false")
+        _set(root, "train", "flip", False)
     else:
         shutil.copytree(images, root / "images")
         _set(root, "data", "name", _name_from(root))
@@ -107,15 +109,20 @@ def _name_from(root: Path) -> str:
     return name if name and name[0].isalpha() else f"images-{name}".strip("-")
 
 
-def _set(root: Path, section: str, key: str, value: str) -> None:
+def _set(root: Path, section: str, key: str, value: str | bool) -> None:
     """Change one value of params.yaml, its comment kept."""
+    if isinstance(value, str):
+        # YAML has its own mind about words such as `no`, and about colons and hashes.
+        value = value if yaml.safe_load(value) == value and not set(value) & set(":#") else json.dumps(value, ensure_ascii=False)
+    else:
+        value = str(value).lower()
     path = root / stages.PARAMS
     lines = path.read_text(encoding="utf-8").splitlines()
     start = lines.index(next(line for line in lines if line.startswith(f"{section}:")))
     at = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(f"  {key}:"))
     rest = lines[at].split("#", 1)
     comment = f"  # {rest[1].strip()}" if len(rest) > 1 else ""
-    lines[at] = f"  {key}: {json.dumps(value) if ':' in value else value}".ljust(21) + comment
+    lines[at] = f"  {key}: {value}".ljust(21) + comment
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -141,6 +148,11 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
         versioning.reproduce_upstream(root, images)  # a stage writes them; there is nothing to add
         return versioning.data_hash(root, images), []
     dataset.files(root / images)
+    if linked := dataset.linked_folders(root / images):
+        raise DataError(
+            f"expected folders in {root / images}, found {len(linked)} links to folders, such as {linked[0]}: DVC does not follow them, so what "
+            "is behind them would be trained on but not versioned. Put the folder itself there, or name the images with `tlpipeline run --images`."
+        )
     digest = versioning.add(root, images)
     known = dataset.read_exceptions(root / stages.SPLITS)
     new, remarks = dataset.needed_exceptions(
@@ -169,6 +181,11 @@ def take_over(root: Path, images: Path) -> None:
     if images.resolve() == target.resolve():
         return
     dataset.ingest(images, _preview(images), lambda done, total: None)
+    name = stages.params_of(root).data.images
+    if target.is_dir() and not versioning.is_stage_output(root, name) and versioning.changed(root, name):
+        # What was added since the last time is nowhere else.
+        versioning.add(root, name)
+        versioning.commit(root, "Images before others took their place", [f"{name}.dvc", str(Path(name).parent / ".gitignore")])
     draft = target.with_name(f".{target.name}.draft")
     versioning.unlink(draft)
     try:
@@ -229,15 +246,18 @@ def checked(root: Path, images: Path | None = None) -> None:
 
 
 @contextmanager
-def alone(root: Path, wait_minutes: float) -> Iterator[None]:
+def alone(root: Path, wait_minutes: float, images: Path | None = None) -> Iterator[None]:
     """Hold the workspace for a whole run, and stop the Ray runtime that the run may have started.
+
+    Args:
+        images: a folder that is to replace the workspace's images.
 
     Raises:
         WorkspaceError: it is no workspace, or another run is in it.
     """
     from tlpipeline import distributed
 
-    checked(root)
+    checked(root, images)
     with versioning.workspace_lock(root, wait_minutes * 60):
         try:
             yield
