@@ -326,16 +326,23 @@ def loop(options: argparse.Namespace) -> None:
     finetune.Fit.arm = arm  # type: ignore[method-assign, assignment]
     finetune.Fit._images = lambda self, epochs: loaders[-1]  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(prefix="speed-") as kept:
-        for turn in range(options.times):
+
+        def product() -> None:
             with tempfile.TemporaryDirectory(prefix="speed-") as made:
-                run_job(
-                    job(options, Path(made), folder, replace(manifest), decided, epochs=LOOP_EPOCHS, cache=str(Path(kept) / "cache")),
-                    Path(made),
-                )
+                ours = job(options, Path(made), folder, replace(manifest), decided, epochs=LOOP_EPOCHS, cache=str(Path(kept) / "cache"))
+                run_job(ours, Path(made))
+
+        def bare() -> None:
             model = Classifier(load(options), decided.readings, len(manifest.classes), frozen=False)
             seconds["bare loop"].append(
-                spent(lambda: bare_loop(model, loaders[-1][0], labels, loaders[-1][1], val_labels, decided.recipe, half))  # noqa: B023
+                spent(lambda: bare_loop(model, loaders[-1][0], labels, loaders[-1][1], val_labels, decided.recipe, half))
             )
+
+        for turn in range(options.times):
+            for work in (
+                (product, bare) if turn % 2 == 0 else (bare, product)
+            ):  # whoever comes second finds the machine as the first left it
+                work()
             print({name: [round(LOOP_EPOCHS * len(rows) / s, 1) for s in values[turn]] for name, values in seconds.items()}, flush=True)
     print(
         f"training images/s of {LOOP_EPOCHS} epochs of {len(rows)} images, each validated on {len(others)}; medians of {options.times} turns"
