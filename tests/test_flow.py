@@ -387,11 +387,24 @@ def test_a_model_that_cannot_be_pushed_is_not_registered(workspace: Path) -> Non
 
 
 def test_what_a_second_try_cannot_mend_is_not_tried_again(workspace: Path, tmp_path: Path, impatient: None) -> None:
-    run = retrain(workspace, images=tmp_path / "nothing")
+    broken = tmp_path / "images" / "class0" / "no image.png"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("nothing that could be trained on")
+    run = retrain(workspace, images=tmp_path / "images")
     assert run.state == "FAILED"
     assert isinstance(run.result, DataError)
     (only,) = task_runs(run)
     assert (only.name, only.run_count) == ("version", 1)
+
+
+def test_images_that_are_given_are_checked_before_the_run_and_the_workspace_s_own_need_not_be_there(
+    workspace: Path, tmp_path: Path, impatient: None
+) -> None:
+    shutil.rmtree(workspace / "images")
+    run = retrain(workspace, images=tmp_path / "nothing")
+    assert run.state == "FAILED"
+    assert re.search(r"expected a folder of images at .*nothing, found nothing", str(run.result))
+    assert not list(task_runs(run))
 
 
 @pytest.fixture
