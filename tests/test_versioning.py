@@ -16,7 +16,7 @@ import yaml
 from conftest import paint, set_param
 from test_dataset import on, put, tiny
 
-from tlpipeline import dataset, registry, stages, versioning, workspaces
+from tlpipeline import acts, dataset, registry, stages, versioning, workspaces
 from tlpipeline.dataset import TEST, TRAIN, VAL
 from tlpipeline.errors import BackboneError, DataError, RegistryError, WorkspaceError
 from tlpipeline.params import load
@@ -248,7 +248,9 @@ def test_without_a_remote_called_origin_nothing_is_pushed(workspace: Path) -> No
     assert not versioning.push_git(workspace)
 
 
-def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_is_fetched_first(registered: Path, tmp_path: Path) -> None:
+def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_is_fetched_first(
+    registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     origin = tmp_path / "origin.git"
     versioning.git(tmp_path, "init", "--quiet", "--bare", str(origin))
     versioning.git(registered, "remote", "add", "origin", str(origin))
@@ -265,6 +267,12 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     versioning.git(tmp_path, "clone", "--quiet", str(origin), str(other))
     versioning.git(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", version.commit)
     versioning.git(other, "push", "--quiet", "--tags", "origin")
+    # The gate asks who is in production before it judges.
+    monkeypatch.setattr(registry, "registered_as", lambda *_: None)
+    verdict = acts.judge(registered, silent)
+    assert verdict is not None
+    assert verdict.champion == str(version)
+    assert "workspace#prod#1" in versioning.tags(registered)
     assert registry.promote(registered, version) == "workspace#prod#2"
 
 
