@@ -279,10 +279,10 @@ def measure(options: argparse.Namespace, part: str, data: str, job: Job, keys: d
             sys.exit(f"expected {job.method} to train on {data}, but it failed:\n{done.stderr[-3000:]}")
         answer = json.loads(told.read_text())
     hits = int(unpack(answer["bits"], len(job.test)).sum())
-    spent = {name: round(answer[name], 2) for name in ("profile_s", "choose_s", "train_s") if name in answer}
-    cold = {name: round(answer[name], 2) for name in ("cold_s",) if name in answer}
-    row = key | answer | spent | cold | {
-        "classes": len(job.classes), "train": len(job.train), "val": len(job.val), "hits": hits, "cpu_s": round(sum(spent.values()), 2),
+    spent = {name: round(answer[name], 2) for name in ("profile_s", "choose_s", "train_s", "cold_s") if name in answer}
+    row = key | answer | spent | {
+        "classes": len(job.classes), "train": len(job.train), "val": len(job.val), "hits": hits,
+        "cpu_s": round(sum(spent.values()) - spent.get("cold_s", 0.0), 2),
         "wall_s": round(answer["wall_s"], 2), "imports_s": round(answer["imports_s"], 2), "threads": options.threads,
     }  # fmt: skip
     rewrite(path, COLUMNS, [*others(rows_of(path)), row])  # read again: another run may have added its own meanwhile
@@ -456,7 +456,8 @@ def report_tutorial(every: Sequence[dict[str, dict[str, str]]]) -> None:
         wholes = [float(unit[TUTORIAL]["train_s"]) / float(unit[OURS]["cpu_s"]) for unit in same]
         print(
             f"{size} pixels, {len(same)} seeds: the tutorial takes {times(ratios):.1f} times ({min(ratios):.1f} to {max(ratios):.1f}) the CPU "
-            f"seconds of the train stage, {times(colds):.1f} times those of one without the profile's features, {times(wholes):.1f} times those of profile, choose and train; accuracy "
+            f"seconds of the train stage, {times(colds):.1f} times those of one without the profile's features, {times(wholes):.1f} times "
+            f"those of profile, choose and train; accuracy "
             f"{mean([accuracy(unit[OURS]) for unit in same]):.2f} % against {mean([accuracy(unit[TUTORIAL]) for unit in same]):.2f} %"
         )
 

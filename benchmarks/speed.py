@@ -339,9 +339,8 @@ def loop(options: argparse.Namespace) -> None:
             )
 
         for turn in range(options.times):
-            for work in (
-                (product, bare) if turn % 2 == 0 else (bare, product)
-            ):  # whoever comes second finds the machine as the first left it
+            # Whoever comes second finds the machine as the first left it.
+            for work in (product, bare) if turn % 2 == 0 else (bare, product):
                 work()
             print({name: [round(LOOP_EPOCHS * len(rows) / s, 1) for s in values[turn]] for name, values in seconds.items()}, flush=True)
     print(

@@ -18,9 +18,9 @@ from tlpipeline.heads import (
     Problem,
     Span,
     image_weights,
+    inverse_temperature,
     judged_penalty,
     score,
-    sharpness,
     solve_head,
     solve_kernel,
 )
@@ -298,7 +298,7 @@ def test_a_head_of_many_classes_becomes_as_sure_as_it_is_right_and_answers_as_be
 
     (x, known), (val, truth), (test, wanted) = some(12), some(2), some(5)
     weight, bias, _ = solve_head(x, known, (64,), 100, 10, 0)
-    by = sharpness((val @ weight.T + bias).softmax(1), truth)
+    by = inverse_temperature((val @ weight.T + bias).softmax(1), truth)
     assert by > 1.5
     logits = test @ weight.T + bias
     before, after = logits.softmax(1), (logits * by).softmax(1)
@@ -311,8 +311,8 @@ def test_a_head_of_many_classes_becomes_as_sure_as_it_is_right_and_answers_as_be
 def test_a_few_images_hardly_change_how_sure_a_head_is_and_none_do_not() -> None:
     chances = torch.full((2, 3), 0.25)
     chances[:, 0] = 0.5
-    assert 1 < sharpness(chances, np.array([0, 0])) < 1.1
-    assert 0.9 < sharpness(chances, np.array([1, 2])) < 1
-    assert sharpness(torch.zeros(0, 3), np.zeros(0, dtype=np.int64)) == 1
+    assert 1 < inverse_temperature(chances, np.array([0, 0])) < 1.1
+    assert 0.9 < inverse_temperature(chances, np.array([1, 2])) < 1
+    assert inverse_temperature(torch.zeros(0, 3), np.zeros(0, dtype=np.int64)) == 1
     impossible = torch.tensor([[1.0, 0.0, 0.0]])
-    assert math.isfinite(sharpness(impossible, np.array([1])))
+    assert math.isfinite(inverse_temperature(impossible, np.array([1])))

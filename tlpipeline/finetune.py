@@ -316,12 +316,20 @@ class Fit:
         After its first step DistributedDataParallel sorts gradients anew, and the order in which more than two workers' are summed depends on
         that: a run that goes on in the middle of an epoch would differ in last digits from one that nothing interrupted.
         """
-        before, side = [(buffer, buffer.clone()) for buffer in self.model.buffers()], self.sides.transforms.size
+        before, side = self._buffers(), self.sides.transforms.size
         self._train_mode()
         with autocast(self.world.device, self.half):
             logits = network(torch.zeros(2, 3, side, side, device=self.world.device))
         (0 * logits.float().sum()).backward()  # type: ignore[no-untyped-call]
-        for buffer, value in before:
+        self._put_back(before)
+
+    def _buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the model's buffers, batch normalisation's statistics above all, each with what is in it now."""
+        return [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+
+    @staticmethod
+    def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+        for buffer, value in buffers:
             buffer.copy_(value)
 
     def _look(self, state: State, epochs: int, correct: str) -> None:
@@ -429,7 +437,7 @@ class Fit:
         parts = max(state.accumulate, self.recipe.accumulate)
         taken: tuple[Tensor, Tensor] | None = None
         # Batch normalisation moves its statistics with every part, and a part that was taken before memory ran out is taken again.
-        before = [] if self.still else [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        before = [] if self.still else self._buffers()
         while True:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -442,8 +450,7 @@ class Fit:
                 if 2 * parts > len(indices):
                     raise TrainingError(found + "Set data.size or train.batch_size lower.") from error
                 parts *= 2
-                for buffer, value in before:
-                    buffer.copy_(value)
+                self._put_back(before)
                 if self.world.size > 1:
                     # Other workers wait in the middle of this step: only a new start brings all to the same number of parts.
                     raise MemoryFull(

@@ -36,7 +36,7 @@ CHUNK = 1024
 IMBALANCE = 10.0  # times the images of the smallest class that the largest may have before classes are weighted alike
 
 ABSENT = -1e4  # bias of a class without a training image
-SHARPNESS = 0.2  # standard deviation of the logarithm of `sharpness`, before anything is seen
+TEMPERATURE_SPREAD = 0.2  # standard deviation of the temperature's logarithm, before anything is seen
 LEAST_STEPS = 20  # of a solver whose time is up: fewer give no head that is worth having
 
 Labels = npt.NDArray[np.int64]
@@ -426,7 +426,7 @@ def _downhill(loss: Callable[[int], float], late: Late) -> int:
     return best
 
 
-def sharpness(chances: Tensor, labels: Labels) -> float:
+def inverse_temperature(chances: Tensor, labels: Labels) -> float:
     """Return by how much logits are to be multiplied so that a head is as sure of itself as it is right: temperature scaling.
 
     Guo et al. 2017 (arXiv 1706.04599), by log loss on images that the head was not solved on, drawn towards 1 so that a few images change little.
@@ -442,7 +442,7 @@ def sharpness(chances: Tensor, labels: Labels) -> float:
     logits, y = chances.double().clamp(min=1e-30).log(), torch.from_numpy(labels)
 
     def loss(power: float) -> float:
-        return float(functional.cross_entropy(logits * math.exp(power), y, reduction="sum")) + power**2 / (2 * SHARPNESS**2)
+        return float(functional.cross_entropy(logits * math.exp(power), y, reduction="sum")) + power**2 / (2 * TEMPERATURE_SPREAD**2)
 
     return math.exp(float(minimize_scalar(loss, bounds=(-4, 4), method="bounded").x))
 

@@ -33,8 +33,8 @@ def prepare(image: Image.Image, transforms: Transforms) -> Pixels:
     short = min(image.size)
     if max(image.size) > ELONGATED * short:
         # Only its middle is looked at; as wide as it is, a line of pixels would be enlarged to gigabytes.
-        middle = [((side - min(side, ELONGATED * short)) // 2, min(side, ELONGATED * short)) for side in image.size]
-        (left, width), (top, height) = middle
+        width, height = (min(side, ELONGATED * short) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     width, height = (int(transforms.resize * side / short) if side != short else transforms.resize for side in image.size)
     if (width, height) != image.size:

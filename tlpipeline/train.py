@@ -26,7 +26,7 @@ from tlpipeline.errors import ClusterError
 from tlpipeline.features import Reader, Reading
 from tlpipeline.files import write_json
 from tlpipeline.finetune import AT_ONCE, Deadline, Fit, Sides, batch_size
-from tlpipeline.heads import Labels, judged_penalty, sharpness, solve_head, validated
+from tlpipeline.heads import Labels, inverse_temperature, judged_penalty, solve_head, validated
 from tlpipeline.inputs import Images, in_batches
 from tlpipeline.job import Job, Tell, Teller, clock
 from tlpipeline.model import Classifier, Description, reader_of, save
@@ -183,7 +183,7 @@ def _solve(
             # Nothing is left to select: the head is solved once more, on the validation images as well. Fine-tuning must start without them.
             both = np.concatenate([y, held_labels])
             found = solve_head(x.below(val), both, blocks, classes, imbalance, job.seed, found[2], found[:2], late=deadline.late)
-            found = sharpened(found, sharpness(chances, held_labels))
+            found = calibrated(found, chances, held_labels)
     from_first([chances], world)
     accuracy, loss, correct = validated(chances, held_labels)
     state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct})
@@ -258,11 +258,16 @@ def _solved_last(fit: Fit, wide: Classifier, reader: Reader) -> tuple[tuple[Tens
     first = solve_head(x, sides.train_labels, *kind, *near, tolerance=1e-4, late=late)
     both = np.concatenate([sides.train_labels, sides.val_labels])
     found, said = solve_head(x.below(judges), both, *kind, first[2], first[:2], tolerance=1e-4, late=late), answers(first, judges)
-    return sharpened(found, sharpness(said, sides.val_labels)), said
+    return calibrated(found, said, sides.val_labels), said
 
 
-def sharpened(head: tuple[Tensor, Tensor, float], by: float) -> tuple[Tensor, Tensor, float]:
-    """Return a head (weight, bias, penalty) that gives the same answers, surer or less sure (see `sharpness`)."""
+def calibrated(head: tuple[Tensor, Tensor, float], chances: Tensor, labels: Labels) -> tuple[Tensor, Tensor, float]:
+    """Return a head (weight, bias, penalty) that gives the same answers, and is as sure as one of the training images was right.
+
+    Args:
+        chances, labels: what that one says of validation, and what is so (see `inverse_temperature`).
+    """
+    by = inverse_temperature(chances, labels)
     return head[0] * by, head[1] * by, head[2]
 
 

@@ -159,10 +159,14 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
         root / images, versioning.files(root, images), known, lambda: _trained_on(root, params.data.name)
     )
     dataset.write_exceptions(root / stages.SPLITS, new)
-    parent = Path(images).parent
-    versioning.commit(root, message or f"Data {digest[:8]}", [f"{images}.dvc", str(parent / ".gitignore"), stages.SPLITS])
+    versioning.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), stages.SPLITS])
     versioning.push(root)
     return digest, remarks
+
+
+def _recorded(images: str) -> list[str]:
+    """Return the files in which DVC records a folder that was added."""
+    return [f"{images}.dvc", str(Path(images).parent / ".gitignore")]
 
 
 def _trained_on(root: Path, name: str) -> frozenset[str]:
@@ -177,15 +181,15 @@ def take_over(root: Path, images: Path) -> None:
     """
     from tlpipeline import dataset
 
-    target = root / stages.params_of(root).data.images
+    name = stages.params_of(root).data.images
+    target = root / name
     if images.resolve() == target.resolve():
         return
     dataset.ingest(images, _preview(images), lambda done, total: None)
-    name = stages.params_of(root).data.images
     if target.is_dir() and not versioning.is_stage_output(root, name) and versioning.changed(root, name):
         # What was added since the last time is nowhere else.
         versioning.add(root, name)
-        versioning.commit(root, "Images before others took their place", [f"{name}.dvc", str(Path(name).parent / ".gitignore")])
+        versioning.commit(root, "Images before others took their place", _recorded(name))
     draft = target.with_name(f".{target.name}.draft")
     versioning.unlink(draft)
     try:
