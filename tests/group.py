@@ -1,15 +1,15 @@
 """Runs training jobs in a plain gloo group: a member is `python group.py RANK SIZE PORT SPEC`, SPEC a JSON file with a list of jobs.
 
 Beside `job` and `folder` an item may say `crash`, the number of the checkpoint right after which the run is given up, `break_off`, the images
-whose features each worker has computed in one go when it is given up, and `checkpoint_images`, the images after which a part of an epoch is
-kept.
+whose features each worker has computed in one go when it is given up, `checkpoint_images`, the images after which a part of an epoch is kept,
+and `synchronised`, whether batch normalisation is one over all workers.
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +17,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from synchronised import synchronised
 
 from tlpipeline import checkpoint, features, finetune
 from tlpipeline.features import Reader
@@ -70,6 +71,7 @@ def attempt(item: Mapping[str, Any], rank: int = 0) -> None:
         patch.object(checkpoint, "SHARE", 1.0),  # whenever there could be one
         patch.object(finetune, "CHECKPOINT_IMAGES", item.get("checkpoint_images", finetune.CHECKPOINT_IMAGES)),
         breaking_off(item.get("break_off", 0)),
+        synchronised() if item.get("synchronised") else nullcontext(),
         suppress(Interrupted),
     ):
         run(Job(**item["job"]), Crashing(folder, item.get("crash", 0)), scratch)

@@ -572,7 +572,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
         return {"job": asdict(on_disk), "folder": str(place / f"{name} {size}{more}"), **how}
 
     items: dict[int, list[dict[str, Any]]] = {
-        1: [item(name, 1) for name in ("frozen", "cut", "viewed", "tuned", "again")],
+        1: [item(name, 1) for name in ("frozen", "cut", "viewed", "tuned", "again", "normed")],
         2: [item(name, 2, **part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged", "again")]
         # After the head; in the middle of the second epoch.
         + [item(name, 2, " resumed", **how) for name in ("frozen", "cut") for how in ({"crash": 1}, {})]
@@ -580,6 +580,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
         + [item(name, 2, " on disk", cache="shared") for name in ("viewed", "tuned")],
         3: [item(name, 3) for name in ("frozen", "cut", "tuned", "few")] + [item("viewed", 3, " on disk", cache="shared")],
     }
+    for size in (2, 3):
+        items[size].append(item("normed", size, " synchronised", synchronised=True))
     for size, runs in items.items():
         # Between the two steps that each worker passes its share of the training images in: the first one's features are kept.
         runs += [
@@ -692,6 +694,19 @@ def test_batch_normalisation_keeps_the_statistics_of_the_source_where_the_recipe
     scale = "trunk.layer1.0.bn1.weight"
     assert not torch.equal(kept[scale], before[scale.removeprefix("trunk.")])  # it is trained like any other
     assert {line["arm"] for line in worlds.lines(f"{name} {run}")} == arms
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_batch_normalisation_that_is_one_over_all_workers_is_that_of_one_worker(size: int, worlds: Worlds) -> None:
+    """The same losses, weights and statistics, with uneven shares and a short last batch; each worker's own statistics give others."""
+    alone, together, apart = (worlds.weights(run) for run in ("normed 1", f"normed {size} synchronised", "normed 2"))
+    assert together.keys() == alone.keys()
+    statistics = [k for k in alone if "running_" in k]
+    assert len(statistics) == 2 * 7
+    assert all(torch.allclose(together[k], value, atol=1e-4) for k, value in alone.items())
+    assert not any(torch.allclose(apart[k], alone[k], atol=1e-4) for k in statistics)
+    losses = [[line["loss"] for line in worlds.lines(run)] for run in ("normed 1", f"normed {size} synchronised")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_parts_of_a_batch_make_the_step_of_the_whole_in_a_group(worlds: Worlds) -> None:
