@@ -77,6 +77,8 @@ def synchronised() -> Iterator[None]:
         for name, kernel in kernels.items():
             patches.enter_context(patch.object(torch, name, kernel))
         patches.enter_context(patch.object(nn.SyncBatchNorm, "forward", forward))
-        patches.enter_context(patch.object(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda self, module: None))
+        patches.enter_context(
+            patch.object(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda self, module: None)
+        )
         patches.enter_context(patch.object(Fit, "_few_images_a_worker", lambda self, parts: self.world.size > 1))
         yield
