@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import unescape
@@ -20,6 +21,7 @@ import pytest
 
 from tests.conftest import set_param
 from tlpipeline import acts, choice, registry, report, stages, versioning
+from tlpipeline.dataset import read_manifest
 from tlpipeline.errors import DataError, WorkspaceError
 from tlpipeline.profile import Profile
 from tlpipeline.progress import Event, silent
@@ -370,6 +372,19 @@ def test_data_that_cannot_be_pushed_stop_the_run_after_some_tries(workspace: Pat
     # When the remote is back, the next run simply goes on.
     (workspace / ".dvc-remote").unlink()
     assert retrain(workspace).result.version == "workspace@v0.1.0"
+
+
+@pytest.mark.parametrize(("override", "metric"), [
+    ("{}", "accuracy"), ("{imbalance: 1.0}", "balanced_accuracy"), ("{imbalance: 1.0, balance: none}", "accuracy"),
+])  # fmt: skip
+def test_classes_count_alike_at_the_gate_where_training_weighs_them_alike(override: str, metric: str, registered: Path) -> None:
+    trained = Counter(row.label for row in read_manifest(registered / stages.MANIFEST).used("train"))
+    assert min(trained.values()) < max(trained.values()) < 10 * min(trained.values())
+    git(registered, "tag", "--delete", "workspace@v0.1.0")
+    set_param(registered, "train.override", override)
+    verdict = acts.judge(registered, silent)
+    assert verdict is not None
+    assert verdict.metric == metric
 
 
 def test_a_model_that_cannot_be_pushed_is_not_registered(workspace: Path) -> None:

@@ -1,5 +1,6 @@
 """The gate: exact paired tests against references, errors no more often than promised, only fair images compared."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -13,7 +14,7 @@ from tlpipeline.evaluate import Predictions
 from tlpipeline.gate import MAJORITY, Verdict, against_champion, against_majority
 from tlpipeline.params import GateParams
 
-BETTER = GateParams(rule="better", test="mcnemar", alpha=0.05, margin=2.0, promote="manual")
+BETTER = GateParams(rule="better", test="mcnemar", metric="auto", alpha=0.05, margin=2.0, promote="manual")
 NOT_WORSE = replace(BETTER, rule="not_worse")
 BOOTSTRAP = replace(BETTER, test="bootstrap")
 
@@ -192,6 +193,96 @@ def test_other_images_cannot_be_compared() -> None:
         against_champion(answers(np.ones(5)), answers(np.ones(6)), "net@v1", frozenset(), BETTER)
 
 
+# --- classes that count alike ---------------------------------------------------------------------------------------------------------
+
+ALIKE = replace(BETTER, metric="balanced_accuracy")
+RARE = np.array([0] * 190 + [1] * 10)
+
+
+def over(wins: tuple[int, int], losses: tuple[int, int], labels: np.ndarray = RARE) -> tuple[np.ndarray, np.ndarray]:
+    """Which images challenger and champion get right, by how many each class has that only one of them does; the rest both do."""
+    challenger, champion = (np.ones(len(labels), dtype=bool) for _ in range(2))
+    for label in (0, 1):
+        here = np.flatnonzero(labels == label)
+        champion[here[: wins[label]]] = False
+        challenger[here[wins[label] : wins[label] + losses[label]]] = False
+    return challenger, champion
+
+
+def judged_over(pair: tuple[np.ndarray, np.ndarray], rule: GateParams, uneven: bool = False, labels: np.ndarray = RARE) -> Verdict:
+    return against_champion(answers(pair[0], labels), answers(pair[1], labels), "net@v1", frozenset(), rule, uneven)
+
+
+def test_a_model_that_finds_the_rare_class_is_better_than_one_that_never_does() -> None:
+    """It finds eight of ten, and takes six of 190 others for them: no better by accuracy, and 38 points better where classes count alike."""
+    found = answers(np.r_[np.ones(184), np.zeros(6), np.ones(8), np.zeros(2)] > 0, RARE)
+    by_accuracy, alike = (against_majority(found, "a", BETTER, uneven) for uneven in (False, True))
+    assert (by_accuracy.accepted, by_accuracy.metric, by_accuracy.champion_score) == (False, "accuracy", 0.95)
+    assert (alike.accepted, alike.metric, alike.champion_score) == (True, "balanced_accuracy", 0.5)
+    assert alike.challenger_score == pytest.approx((184 / 190 + 8 / 10) / 2)
+    assert alike.reason.startswith(
+        "accepted: balanced accuracy 88.4% against 50.0% of the majority class on the same 200 test images (8 won, 6 "
+    )
+    assert "paired permutation test" in alike.reason
+    assert not against_majority(found, "a", replace(BETTER, metric="accuracy"), uneven=True).accepted
+    assert against_majority(found, "a", ALIKE, uneven=False).accepted
+
+
+@pytest.mark.parametrize(("wins", "losses"), [((3, 2), (1, 0)), ((0, 5), (6, 1)), ((2, 0), (0, 1)), ((0, 0), (0, 0))])
+def test_the_permutation_test_is_that_of_all_ways_to_swap_the_two(wins: tuple[int, int], losses: tuple[int, int]) -> None:
+    """Each image that only one gets right might as well have been the other's."""
+    weight = [1 / (2 * 190), 1 / (2 * 10)]
+    values = [weight[label] for label in (0, 1) for _ in range(wins[label] + losses[label])]
+    seen = sum(weight[label] * (wins[label] - losses[label]) for label in (0, 1))
+    sums = np.array([np.dot(signs, values) for signs in itertools.product((-1, 1), repeat=len(values))])
+    exact = float((sums >= seen - 1e-9).mean())
+    assert judged_over(over(wins, losses), ALIKE).p_value == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 10_000) + 1e-4)
+
+
+@pytest.mark.parametrize("rule", [BETTER, NOT_WORSE, BOOTSTRAP])
+def test_where_all_images_are_of_one_class_counting_alike_changes_nothing(rule: GateParams) -> None:
+    pair, labels = counted(14, 6, both=80), np.zeros(100, dtype=int)
+    plain, alike = (judged_over(pair, replace(rule, metric=metric), labels=labels) for metric in ("accuracy", "balanced_accuracy"))
+    assert replace(alike, metric="", reason="") == replace(plain, metric="", reason="")
+
+
+@pytest.mark.parametrize("test", ["mcnemar", "bootstrap"])
+def test_an_image_of_a_rare_class_counts_for_as_many_as_the_other_class_has_more(test: str) -> None:
+    rule = replace(ALIKE, test=test)
+    assert judged_over(over((0, 6), (20, 0)), rule).accepted  # 30 points of one class for 5 of the other
+    assert not judged_over(over((20, 0), (0, 6)), rule).accepted
+    assert judged_over(over((20, 0), (0, 6)), replace(rule, metric="accuracy")).accepted
+    slack = replace(rule, rule="not_worse", margin=10.0)
+    assert not judged_over(over((20, 0), (0, 2)), slack).accepted  # 4.7 points behind, give or take nine
+
+
+def test_a_tie_on_few_images_of_a_class_proves_nothing() -> None:
+    tie = over((0, 0), (0, 0))
+    assert judged_over(tie, replace(NOT_WORSE, metric="accuracy")).accepted
+    assert not judged_over(tie, replace(NOT_WORSE, metric="balanced_accuracy")).accepted
+
+
+def test_the_interval_is_that_of_resampling_within_classes() -> None:
+    verdict = judged_over(over((10, 4), (0, 1)), ALIKE)
+    spread = 50 * math.sqrt((10 / 190 - (10 / 190) ** 2) / 190 + (0.5 - 0.3**2) / 10)
+    centre = 50 * (10 / 190 + 0.3)
+    assert (verdict.low, verdict.high) == pytest.approx((centre - 1.645 * spread, centre + 1.645 * spread), abs=1.5)
+
+
+@pytest.mark.parametrize(("rule", "behind"), [(ALIKE, 0.0), (replace(ALIKE, rule="not_worse"), 0.02), (ALIKE, -0.1)])
+def test_what_is_no_better_where_classes_count_alike_is_accepted_no_more_often_than_alpha(rule: GateParams, behind: float) -> None:
+    """At the border of the rule: alike in both classes, behind by the margin in both, or better in the one by what it is worse in the other."""
+    labels, accepted = np.array([0] * 380 + [1] * 60), 0
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        easy = rng.random(440) < 0.6
+        less = np.where(labels == 0, behind, behind if behind >= 0 else -behind)
+        challenger = easy | (rng.random(440) < 0.5 - less / 0.4)
+        champion = easy | (rng.random(440) < 0.5)
+        accepted += judged_over((challenger, champion), rule, labels=labels).accepted
+    assert 0 < accepted / 400 <= rule.alpha + 0.01
+
+
 # --- the first model ------------------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +292,7 @@ def test_the_first_model_must_be_better_than_its_largest_class() -> None:
     good = against_majority(answers(rng.random(200) < 0.9, labels), "a", BETTER)
     assert good.accepted
     assert good.champion == MAJORITY
-    assert good.champion_accuracy == pytest.approx((labels == 0).mean())
+    assert good.champion_score == pytest.approx((labels == 0).mean())
     assert not against_majority(answers(labels == 0, labels), "a", BETTER).accepted
     assert not against_majority(answers(rng.random(200) < 0.6, labels), "a", BETTER).accepted
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,14 +44,18 @@ def judge(root: Path, progress: Progress) -> gate.Verdict | None:
     if registry.registered_as(root, params.data.name, versioning.stage_output(root, "train", stages.MODEL)):
         return None
     challenger = evaluate.read_predictions(root / stages.PREDICTIONS)
+    manifest = dataset.read_manifest(root / stages.MANIFEST)
+    trained = Counter(row.label for row in manifest.used(dataset.TRAIN))
+    recipe = stages.with_recipe(stages.read_case(root), params).recipe
+    uneven = max(trained.values()) > recipe.head_imbalance * min(trained.values())
     versioning.fetch_tags(root)  # the champion may have been promoted elsewhere
     best = registry.champion(root, params.data.name)
     if best is None:
-        return gate.against_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate)
-    rows = dataset.read_manifest(root / stages.MANIFEST).used(dataset.TEST)
+        return gate.against_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate, uneven)
+    rows = manifest.used(dataset.TEST)
     told = lambda done: progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))  # noqa: E731
     champion = stages.predict_rows(root, registry.folder(root, best), rows, told)
-    return gate.against_champion(challenger, champion, str(best), registry.trained_on(root, best), params.gate)
+    return gate.against_champion(challenger, champion, str(best), registry.trained_on(root, best), params.gate, uneven)
 
 
 def register(root: Path, verdict: gate.Verdict | None) -> Registration:
@@ -230,7 +235,8 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     verdict = registration.verdict
     against = ""
     if verdict is not None:
-        against = f"{verdict.champion_accuracy:.1%} of {verdict.champion} on {verdict.images} images"
+        own = f"balanced accuracy {verdict.challenger_score:.1%} against " if verdict.metric == gate.BALANCED else "against "
+        against = f"{own}{verdict.champion_score:.1%} of {verdict.champion} on {verdict.images} images"
     return Summary(
         images=len([r for r in manifest.rows if not r.duplicate_of]),
         classes=len(manifest.classes),

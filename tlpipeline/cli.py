@@ -407,8 +407,7 @@ def _print_summary(summary: Any) -> None:
         ("why", summary.reason),
         (
             "accuracy",
-            f"{summary.accuracy:.1%} ({summary.low:.1%} to {summary.high:.1%})"
-            + (f", against {summary.champion}" if summary.champion else ""),
+            f"{summary.accuracy:.1%} ({summary.low:.1%} to {summary.high:.1%})" + (f", {summary.champion}" if summary.champion else ""),
         ),
         ("version", summary.version + ("" if summary.new else " (unchanged)") if summary.version else "none registered"),
         ("", summary.outcome),

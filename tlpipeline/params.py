@@ -127,6 +127,7 @@ class GateParams:
     """When a challenger replaces the champion; margin in percentage points."""
 
     rule: str = field(metadata=_one_of("better", "not_worse"))
+    metric: str = field(metadata=_one_of(AUTO, "accuracy", "balanced_accuracy"))
     test: str = field(metadata=_one_of("mcnemar", "bootstrap"))
     alpha: float = field(metadata=_between(0.0001, 0.5))
     margin: float = field(metadata=_between(0, 100))
