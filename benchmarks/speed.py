@@ -5,6 +5,7 @@
     python benchmarks/speed.py loop     images/s of fine-tuning, checkpoints and validation in it, beside a bare torch loop over the same loader
     python benchmarks/speed.py workers  two workers with a thread each beside one with two threads
     python benchmarks/speed.py ray      where each second of a two-worker Ray fit goes that is not compute
+    python benchmarks/speed.py busy     such a fit beside as many busy processes as there are CPUs, beside one whose workers have Ray's own priority
     python benchmarks/speed.py solvers  what the profile's solvers cost beside its passes through the network
     python benchmarks/speed.py views    what random views bring a frozen head, and what they cost
     python benchmarks/speed.py precision  training steps in float32, in bfloat16 as torch has it, and as it is used here; frozen passes
@@ -548,7 +549,7 @@ def seconds_of(log: str, begun: float, done: float) -> dict[str, float]:
 
 
 def fits(options: argparse.Namespace) -> None:
-    """Start Ray, train twice with it and twice without in turns, stop Ray; print the seconds of each stage."""
+    """Start Ray, train twice with it and twice without in turns (or once as --only says), stop Ray; print the seconds of each stage."""
     from tlpipeline import distributed
     from tlpipeline.params import ClusterParams
     from tlpipeline.progress import silent
@@ -563,8 +564,8 @@ def fits(options: argparse.Namespace) -> None:
     told: dict[str, object] = {"import": imported - started, "runtime": time.perf_counter() - imported}
     plain = ray.train.torch.TorchTrainer
     clusters = {kind: ClusterParams(workers=n, gpu=False, max_failures=0, storage="none") for kind, n in (("alone", 0), ("Ray", 2))}
-    for turn in ("first", "later"):
-        for kind in clusters:
+    for turn in ("first",) if options.only else ("first", "later"):
+        for kind in options.only or clusters:
             with tempfile.TemporaryDirectory(prefix="speed-") as made:
                 place, log = Path(made), f"{made}/stamps"
                 ours = job(options, place, folder, manifest, decided, epochs=3)
@@ -613,6 +614,32 @@ def ray(options: argparse.Namespace) -> None:
     )
     print(f"load of this machine's {len(os.sched_getaffinity(0))} CPUs before and after: {load[0]:.1f}, {os.getloadavg()[0]:.1f}")
     print("STACK.md 1.3, two contended cores: runtime 5 to 15; a two-worker fit that does nothing 25 to 63")
+
+
+def busy(options: argparse.Namespace) -> None:
+    """Fits with Ray's priority for its workers and with ours, in turns, while as many other processes as there are CPUs never rest."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    places = ["--data", options.data, "--weights", options.weights, "--work", options.work]
+    took: dict[str, list[float]] = {"15": [], "0": []}
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        for turn in range(options.times + 1):
+            for niceness, seconds in took.items():
+                found = subprocess.run(
+                    [sys.executable, __file__, "fits", "--only", "Ray", *map(str, places)],
+                    env=kept | {"RAY_worker_niceness": niceness}, check=True, stdout=subprocess.PIPE, text=True,
+                ).stdout  # fmt: skip
+                if turn:  # the one before the first writes bytecode
+                    seconds.append(sum(json.loads(found.splitlines()[-1])["Ray, first"].values()))
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    theirs, ours = (statistics.median(took[niceness]) for niceness in took)
+    print(f"seconds of a two-worker fit on 100 images beside {len(others)} busy processes, median of {options.times}")
+    for niceness, seconds in took.items():
+        print(f"niceness {niceness:>2}: {statistics.median(seconds):6.1f} ({min(seconds):.1f} to {max(seconds):.1f})")
+    print(f"ours takes {ours / theirs:.2f} of the time that it takes with Ray's own, 15")
 
 
 def views(options: argparse.Namespace) -> None:
@@ -723,6 +750,7 @@ VERBS = {
     "workers": workers,
     "ray": ray,
     "fits": fits,
+    "busy": busy,
     "views": views,
     "precision": precisions,
     "half": half,

@@ -166,6 +166,13 @@ def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job],
 
 
 @pytest.mark.ray
+def test_workers_have_the_priority_of_who_starts_them(ray_runtime: None) -> None:
+    """Ray's own is the lowest but for four: beside any other busy process they would stand still."""
+    import ray
+
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
 def test_two_ray_workers_give_the_model_that_one_process_gives(whole: Whole, tmp_path: Path) -> None:
     single = distributed.run(whole.job("single"), HERE, "single", tmp_path / "runs", silent)
     assert weights(whole.finished).keys() == weights(single).keys()
