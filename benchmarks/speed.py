@@ -196,7 +196,9 @@ def one_peak(options: argparse.Namespace) -> None:
             parts = [Images(folder, [rows[i] for i in part], backbone.transforms) for part in in_batches(len(rows), SHARD_ROWS)]
             found = peak(lambda: [bare_pass(network, images) for images in parts])
         else:
-            ours = job(options, place, folder, manifest, decided, backbone="demonstration", weights="DEFAULT", weights_md5="none")
+            few = dataset.read_manifest(folder.parent / f"{least}.parquet")  # what writing many rows needs is no part of training
+            ours = job(options, place, folder, few, decided, backbone="demonstration", weights="DEFAULT", weights_md5="none")
+            ours = replace(ours, manifest=str(folder.parent / f"{n}.parquet"))
             del manifest  # the job reads its own
             found = peak(lambda: run_job(ours, place))
     print(json.dumps([found, manifest_size]))

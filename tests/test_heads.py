@@ -57,6 +57,21 @@ def test_mapped_features_give_the_head_that_features_in_memory_give(classes: int
     assert torch.allclose((x @ weight.T + bias).softmax(1), (x @ wanted[0].T + wanted[1]).softmax(1), atol=0.02)
 
 
+def test_features_in_memory_are_walked_in_parts_where_their_logits_would_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = drawn(300, 5)
+    problem = Problem(Features(x), labels, 5, image_weights(labels, 10), None)
+    at = np.random.default_rng(0).normal(size=5 * 13)
+    whole = problem(at, 1e-3)
+    assert [len(part) for _, part in problem.features.parts(5)] == [300]
+    monkeypatch.setattr(heads, "CHUNK", 64)
+    monkeypatch.setattr(heads, "WALKED", 5 * 128)
+    assert [len(part) for _, part in problem.features.parts(5)] == [128, 128, 44]
+    assert [len(part) for _, part in problem.features.parts(50)] == [64, 64, 64, 64, 44]
+    loss, gradient = problem(at, 1e-3)
+    assert loss == pytest.approx(whole[0], rel=1e-6)
+    assert gradient == pytest.approx(whole[1], abs=1e-6)
+
+
 def test_the_scaling_of_mapped_features_is_that_of_the_same_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "IN_MEMORY_BYTES", 0)
     x, _ = drawn(300, 3)

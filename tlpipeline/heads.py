@@ -32,6 +32,7 @@ EXACT, ROUNDED = (
 )  # rounding of inner products, beside an image with itself: in float64, and in float32 with their sum over images
 THREAD_OPS = 5e9  # operations of one part of a walk that are worth a thread: below, threads wait for memory and for each other
 IN_MEMORY_BYTES = 128 << 20
+WALKED = 8 << 20  # logits of one part of a walk; there are three times as many numbers for a moment
 CHUNK = 1024
 IMBALANCE = 10.0  # times the images of the smallest class that the largest may have before classes are weighted alike
 
@@ -65,13 +66,15 @@ class Features:
         """Features d."""
         return self.source.shape[1] if isinstance(self.source, Tensor) else self.source.width
 
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (where, features) for consecutive images."""
-        if isinstance(self.source, Tensor):
-            yield slice(0, len(self.source)), self.source
-            return
-        for start in range(0, len(self.source), CHUNK):
-            part = slice(start, min(start + CHUNK, len(self.source)))
+    def at_once(self, classes: int) -> int:
+        """Return how many images a walk takes together: as many as it can, but what it says of them has to have room, too."""
+        return max(WALKED // classes, CHUNK) if isinstance(self.source, Tensor) else CHUNK
+
+    def parts(self, classes: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (where, features) for consecutive images, of each of which so many numbers are to be said."""
+        step = self.at_once(classes)
+        for start in range(0, len(self.source), step):
+            part = slice(start, min(start + step, len(self.source)))
             yield part, self._part(part)
 
     def _part(self, where: slice) -> Tensor:
@@ -132,7 +135,7 @@ class Problem:
         head = self.logits(weight, bias)
         loss = 0.0
         gradient, residues = torch.zeros_like(weight), torch.zeros_like(bias)
-        for where, x in self.features.parts():
+        for where, x in self.features.parts(self.classes):
             log_chances = head(x).log_softmax(0)
             y, share = self.labels[where], self.shares[where]
             index = torch.arange(len(y))
@@ -167,7 +170,7 @@ class Problem:
 
     def threads(self) -> int:
         """Return how many threads a walk keeps busy. It is two thin products a part, and two threads took twice as long as one for 24 classes."""
-        images = len(self.features) if isinstance(self.features.source, Tensor) else min(len(self.features), CHUNK)
+        images = min(len(self.features), self.features.at_once(self.classes))
         return max(1, min(torch.get_num_threads(), int(4 * images * self.features.width * self.classes / THREAD_OPS)))
 
 
