@@ -366,6 +366,24 @@ def test_images_that_make_no_data_set_do_not_replace_the_workspace_s(workspace: 
     assert sorted(p.name for p in (workspace / "images").iterdir()) == ["class0", "class1"]
 
 
+# --- stage ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("profile", "manifest.parquet"),
+        ("choose", "manifest.parquet, profile.json"),
+        ("train", "manifest.parquet, case.json, race"),
+        ("evaluate", "manifest.parquet, model"),
+    ],
+)
+def test_a_stage_by_itself_says_which_of_its_inputs_are_missing(call: Callable[..., Said], workspace: Path, name: str, missing: str) -> None:
+    message = refused(call("stage", name, "-w", workspace))
+    assert f"expected {missing} before the stage {name}, found nothing there" in message
+    assert "`dvc repro`" in message
+
+
 # --- Ctrl-C ---------------------------------------------------------------------------------------------------------------------------
 
 

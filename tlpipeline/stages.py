@@ -263,9 +263,14 @@ STAGES: dict[str, Callable[[Path, Progress], None]] = {
 
 
 def run(root: Path, name: str, progress: Progress) -> None:
-    """Run one stage, as `dvc repro` does: no look at whether it is up to date. Its seconds go to run.json."""
+    """Run one stage, as `dvc repro` does: no look at whether it is up to date. Its seconds go to run.json.
+
+    Raises:
+        WorkspaceError: it is no workspace, or what the stage reads is not there. PipelineError: as the stage finds.
+    """
     versioning.require(root)
     with versioning.workspace_lock(root), versioning.room(root), timed(root, name):
+        versioning.require_inputs(root, name)
         STAGES[name](root, progress)
 
 

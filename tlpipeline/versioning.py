@@ -315,7 +315,7 @@ def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
     A stage whose dependencies, parameters and command are as recorded does not run: its outputs are restored from the cache where needed.
 
     Raises:
-        WorkspaceError: a dependency, parameter or the command changed while the stage ran; nothing is recorded then.
+        WorkspaceError: a dependency is missing; or one, a parameter or the command changed while the stage ran: nothing is recorded then.
     """
     with _repo(root) as repo:
         state = _state(repo, name)
@@ -323,12 +323,7 @@ def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
             return False
         if state == "missing" and _restored(repo, name):
             return False
-        stage = _stage(repo, name)
-        if missing := [d.def_path for d in stage.deps if not d.exists]:
-            raise WorkspaceError(
-                f"expected {', '.join(missing)} before the stage {name}, found nothing there. "
-                "Run the stages before it (`dvc repro`); fetch what a clone has not got yet (`dvc pull`)."
-            )
+        _require_inputs(repo, name)
         before = _dependencies(repo, name)
     function()
     with _repo(root) as repo:
@@ -340,6 +335,24 @@ def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
             )
         repo.commit(target=_address(repo, name), force=True)
     return True
+
+
+def require_inputs(root: Path, name: str) -> None:
+    """Check that all is there that a stage reads.
+
+    Raises:
+        WorkspaceError: something is not.
+    """
+    with _repo(root) as repo:
+        _require_inputs(repo, name)
+
+
+def _require_inputs(repo: Any, name: str) -> None:
+    if missing := [d.def_path for d in _stage(repo, name).deps if not d.exists]:
+        raise WorkspaceError(
+            f"expected {', '.join(missing)} before the stage {name}, found nothing there. "
+            "Run the stages before it (`dvc repro`); fetch what a clone has not got yet (`dvc pull`)."
+        )
 
 
 def _restored(repo: Any, name: str) -> bool:
