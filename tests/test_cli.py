@@ -158,6 +158,16 @@ def test_a_bug_of_ours_is_no_message_but_a_traceback(call: Callable[..., Said], 
         call("sample", "somewhere")
 
 
+def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tlpipeline import dataset
+
+    def forbidden(_: Path) -> int:
+        raise shutil.Error([("a", "b", "[Errno 13] Permission denied: 'a'")])
+
+    monkeypatch.setattr(dataset, "write_digits", forbidden)
+    assert "Permission denied: 'a'" in refused(call("sample", "somewhere"))
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -510,6 +520,49 @@ def test_predict_refuses(
 ) -> None:
     monkeypatch.chdir(registered)
     assert says in refused(call("predict", model, image))
+
+
+def read_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody write a folder, as far as whoever asks is told; root, who may run the tests, could in truth."""
+    real = os.access
+
+    def access(path: Any, mode: int) -> bool:
+        return not (mode & os.W_OK and Path(path).is_relative_to(root)) and real(path, mode)
+
+    monkeypatch.setattr(os, "access", access)
+
+
+def test_predict_writes_nothing_into_a_workspace_that_can_only_be_read(
+    call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def whole() -> dict[Path, int]:
+        return {p: p.lstat().st_mtime_ns for p in registered.rglob("*") if p.relative_to(registered).parts[:2] != (".dvc", "tmp")}
+
+    shutil.rmtree(registered / ".tlpipeline" / "models", ignore_errors=True)
+    image = registered / "images" / "class1" / "003.png"
+    before = whole()
+    with monkeypatch.context() as other:
+        read_only(registered, other)
+        said = call("predict", "workspace@v0", image, "-w", registered)
+    assert said.code == 0, said.err
+    assert whole() == before
+    assert call("predict", "workspace@v0", image, "-w", registered) == said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["run"], ["stage", "ingest"], ["data", "commit"], ["cache", "clear"], ["refstats", "images"], ["registry", "promote", "workspace@v0"]],
+)
+def test_what_would_write_says_that_a_workspace_can_only_be_read(
+    call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(registered)
+    before = history(registered)
+    with monkeypatch.context() as other:
+        read_only(registered, other)
+        message = refused(call(*words, "-w", registered))
+    assert f"expected a workspace that can be written, but {registered} can only be read" in message
+    assert history(registered) == before
 
 
 # --- registry -------------------------------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ Acts are no DVC stages: they read the champion, make commits and tags, and talk 
 import dataclasses
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tlpipeline import gate, registry, stages, versioning
@@ -317,7 +317,9 @@ def predicted(root: Path, model: str, images: Sequence[Path]) -> list[Any]:
     """Return what a model (a folder, name@v1, name#prod) says of image files; in a workspace that can be written with its cache."""
     from tlpipeline import predict
 
-    folder = predict.find(model, root)
-    cached = (root / stages.PARAMS).is_file() and os.access(root, os.W_OK)
-    with stages.store(root) if cached else nullcontext() as kept:
-        return predict.predict(folder, images, kept)
+    writable = versioning.read_only(root) is None
+    cached = writable and (root / stages.PARAMS).is_file()
+    with TemporaryDirectory() as elsewhere:
+        folder = predict.find(model, root, None if writable else Path(elsewhere))
+        with stages.store(root) if cached else nullcontext() as kept:
+            return predict.predict(folder, images, kept)

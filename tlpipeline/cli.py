@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tlpipeline.errors import PipelineError
-from tlpipeline.files import full
+from tlpipeline.files import denied, full
 from tlpipeline.progress import Event
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -37,9 +37,12 @@ def main() -> None:
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except OSError as error:
-        if not full(error):
+        if full(error):
+            _say(f"error: expected room on the disk, found none: {error}. Nothing half-written is used; free some space and run again.")
+        elif denied(error):
+            _say(f"error: expected to be allowed to use a file or folder, but: {error}. Change its rights or its owner, and run again.")
+        else:
             raise
-        _say(f"error: expected room on the disk, found none: {error}. Nothing half-written is used; free some space and run again.")
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own: wrong or missing arguments

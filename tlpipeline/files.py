@@ -1,11 +1,11 @@
-"""Files that are written completely or not at all: beside their place, flushed to the disk, renamed. And what a full disk looks like."""
+"""Files that are written completely or not at all: beside their place, flushed to the disk, renamed. And how a system says no."""
 
 import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def full(error: OSError) -> bool:
     """Say whether an error means a full disk or a quota that is used up."""
+    return _is(error, NO_ROOM)
+
+
+def denied(error: OSError) -> bool:
+    """Say whether an error means that this user may not read or write there, or that nobody may write there."""
+    return _is(error, NO_RIGHT)
+
+
+def _is(error: OSError, codes: Sequence[int]) -> bool:
     # Copying a folder gathers what went wrong with each file as text, and has no number of its own.
-    return error.errno in NO_ROOM or (isinstance(error, shutil.Error) and any(f"[Errno {code}]" in str(error) for code in NO_ROOM))
+    return error.errno in codes or (isinstance(error, shutil.Error) and any(f"[Errno {code}]" in str(error) for code in codes))
 
 
 @contextmanager

@@ -24,11 +24,15 @@ class Prediction:
     probabilities: dict[str, float]
 
 
-def find(text: str, root: Path) -> Path:
-    """Return the model folder that a text means: a folder, or a version of the workspace's registry (name@v1, name#prod)."""
+def find(text: str, root: Path, place: Path | None = None) -> Path:
+    """Return the model folder that a text means: a folder, or a version of the workspace's registry (name@v1, name#prod).
+
+    Args:
+        place: folder to fetch a version to that is not here yet; None keeps it in the workspace.
+    """
     if Path(text).is_dir():
         return Path(text)
-    return registry.folder(root, registry.resolve(root, text))
+    return registry.folder(root, registry.resolve(root, text), place)
 
 
 def predict(folder: Path, images: Sequence[Path], store: Store | None = None) -> list[Prediction]:

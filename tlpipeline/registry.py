@@ -91,10 +91,15 @@ def resolve(root: Path, text: str) -> Version:
     raise RegistryError(f"expected a version of {name}, found {wanted!r}; registered: {', '.join(str(v) for v in known)}.")
 
 
-def folder(root: Path, version: Version) -> Path:
-    """Return the model folder of a version, fetched from DVC's cache or remote where it is not here yet."""
+def folder(root: Path, version: Version, place: Path | None = None) -> Path:
+    """Return the model folder of a version, fetched from DVC's cache or remote where it is not here yet.
+
+    Args:
+        place: folder to fetch it to; None keeps it in the workspace.
+    """
     target = root / ".tlpipeline" / "models" / str(version)
     if not target.is_dir():
+        target = (place or target.parent) / target.name
         draft = target.with_name(f".{target.name}.draft")
         versioning.unlink(draft)
         draft.parent.mkdir(parents=True, exist_ok=True)
@@ -160,8 +165,9 @@ def promote(root: Path, version: Version, stage: str = PROD) -> str:
     """Put a version into a stage, and return the tag that says so.
 
     Raises:
-        RegistryError: GTO refuses, or the tag cannot be pushed.
+        RegistryError: GTO refuses, or the tag cannot be pushed. WorkspaceError: the workspace cannot be written.
     """
+    versioning.require_writable(root)
     number = f"v{'.'.join(map(str, version.number))}"
     versioning.fetch_tags(root)  # somebody else may have promoted another one meanwhile
     try:

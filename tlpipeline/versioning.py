@@ -195,8 +195,10 @@ def add(root: Path, path: str) -> str:
     with _repo(root) as repo:
         try:
             repo.add([str(Path(repo.root_dir) / path)])
-        except (_dvc_error(), FileNotFoundError, UnicodeError) as error:
-            raise WorkspaceError(f"expected to version {path} with DVC, but: {error}. Look there for links to nothing.") from error
+        except (_dvc_error(), FileNotFoundError, PermissionError, UnicodeError) as error:
+            raise WorkspaceError(
+                f"expected to version {path} with DVC, but: {error}. Look there for links to nothing and for files that cannot be read."
+            ) from error
     return data_hash(root, path)
 
 
@@ -422,7 +424,7 @@ def workspace_lock(root: Path, wait: float = 0.0) -> Iterator[None]:
         wait: seconds to wait for another run to end.
 
     Raises:
-        WorkspaceError: another process holds it.
+        WorkspaceError: another process holds it, or it cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -430,6 +432,7 @@ def workspace_lock(root: Path, wait: float = 0.0) -> Iterator[None]:
     if os.environ.get(_HOLDER) == str(path):
         yield  # a process that the holder itself started
         return
+    require_writable(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     holder = path.with_suffix(".holder")
@@ -448,6 +451,24 @@ def workspace_lock(root: Path, wait: float = 0.0) -> Iterator[None]:
         os.environ.pop(_HOLDER, None)
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def read_only(root: Path) -> Path | None:
+    """Return the first of a workspace's own places that this user may not write, None where all can be."""
+    places = (root, *(root / name for name in (".tlpipeline", LOCK, ".tlpipeline/cache", ".tlpipeline/models", ".dvc", ".git")))
+    return next((place for place in places if place.exists() and not os.access(place, os.W_OK)), None)
+
+
+def require_writable(root: Path) -> None:
+    """Check that this user may write a workspace.
+
+    Raises:
+        WorkspaceError: some of it may only be read.
+    """
+    if place := read_only(root):
+        raise WorkspaceError(
+            f"expected a workspace that can be written, but {place} can only be read. Change its rights or its owner, or clone the workspace."
+        )
 
 
 def free(root: Path) -> None:
