@@ -280,6 +280,34 @@ def test_init_takes_everything_back_when_the_remote_fails(
     assert not (tmp_path / "new").exists()
 
 
+def test_init_takes_everything_back_from_a_folder_that_was_there_and_from_those_that_it_made(
+    call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = make_images(2, 4)
+    (tmp_path / "remote").write_text("a file is no remote")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", "far/away"):
+        assert "check the remote" in refused(call("init", folder, "--images", images, "--remote", tmp_path / "remote"))
+        assert not list((tmp_path / "here").iterdir())
+
+
+def test_init_below_a_file_is_refused(call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path]) -> None:
+    (tmp_path / "file").write_text("no folder")
+    message = refused(call("init", tmp_path / "file" / "new", "--images", make_images(2, 4)))
+    assert f"expected to make the folder {tmp_path / 'file' / 'new'}, but: Not a directory. Choose another one." in message
+
+
+def test_init_names_what_to_install_for_a_remote(
+    call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dvc_s3", None)  # as where it is not installed
+    message = refused(call("init", tmp_path / "new", "--images", make_images(2, 4), "--remote", "s3://bucket/key"))
+    assert "requires 'dvc-s3' to be installed" in message
+    assert "`pip install 'tlpipeline[s3]'`" in message
+    assert not (tmp_path / "new").exists()
+
+
 def test_init_makes_a_workspace_that_names_its_model_and_its_deployments_after_the_folder(
     call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path]
 ) -> None:

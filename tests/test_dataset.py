@@ -888,6 +888,21 @@ def test_a_file_name_that_is_no_utf_8_is_refused(make_images: Callable[..., Path
     assert "caf\\xe9.png'. Rename them." in text
 
 
+def test_an_image_that_may_not_be_read_is_refused_before_a_folder_is_taken_over(make_images: Callable[..., Path], monkeypatch: Any) -> None:
+    from tlpipeline import workspaces
+
+    folder, honest = make_images(2, 3), Path.read_bytes
+
+    def forbidden(path: Path) -> bytes:
+        if path.name == "001.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return honest(path)
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(DataError, match=r"expected to read the image .*001\.png, but: Permission denied\. Make it readable"):
+        workspaces._preview(folder)
+
+
 def test_an_image_that_may_not_be_read_is_refused(make_images: Callable[..., Path], monkeypatch: Any) -> None:
     images = make_images(classes=2, each=12)
     honest = Path.read_bytes

@@ -18,7 +18,7 @@ from test_dataset import on, put, tiny
 
 from tlpipeline import acts, dataset, registry, stages, versioning, workspaces
 from tlpipeline.dataset import TEST, TRAIN, VAL
-from tlpipeline.errors import BackboneError, DataError, RegistryError, WorkspaceError
+from tlpipeline.errors import BackboneError, DataError, RegistryError, Unreachable, WorkspaceError
 from tlpipeline.params import load
 from tlpipeline.progress import silent
 
@@ -332,6 +332,18 @@ def test_a_push_without_a_remote_is_refused_with_the_command_that_adds_one(works
     (workspace / ".dvc" / "config").write_text("[core]\n    analytics = False\n")
     with pytest.raises(WorkspaceError, match=r"expected a DVC remote to publish to, found none. Add one: `dvc remote add"):
         versioning.push(workspace)
+
+
+def test_a_remote_whose_package_is_not_installed_is_told_with_what_to_install(workspace: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "dvc_s3", None)
+    config = workspace / ".dvc" / "config"
+    config.write_text(config.read_text().replace("../.dvc-remote", "s3://bucket/key"))
+    with pytest.raises(WorkspaceError, match=r"requires 'dvc-s3' to be installed.*`pip install 'tlpipeline\[s3\]'`") as caught:
+        versioning.push(workspace)
+    assert not isinstance(caught.value, Unreachable)  # a second try does not help
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    with pytest.raises(WorkspaceError, match="requires 'dvc-s3' to be installed"):
+        versioning.get(workspace, "HEAD", "images", workspace / "again")
 
 
 def test_what_dvc_cannot_version_is_refused_and_named_when_the_data_are_committed(workspace: Path) -> None:

@@ -291,6 +291,20 @@ def files(images: Path) -> list[Path]:
     return found
 
 
+def content_of(path: Path) -> bytes:
+    """Return the bytes of a file of the data set.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"expected to read the image {path}, but: {error.strerror}. Make it readable or remove it, then run again."
+        ) from error
+
+
 def linked_folders(images: Path) -> list[Path]:
     """Return the links to folders below a folder."""
     return sorted(Path(folder) / name for folder, folders, _ in os.walk(images) for name in folders if (Path(folder) / name).is_symlink())
@@ -333,12 +347,7 @@ def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
     if given == "no val" and side == TRAIN:
         side = ""  # decided by content: val is carved out of train
     label = parts[1] if given else parts[0]
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"expected to read the image {path}, but: {error.strerror}. Make it readable or remove it, then run again."
-        ) from error
+    content = content_of(path)
     if not content:
         return Rejected(where.as_posix(), "empty file")
     try:

@@ -162,6 +162,27 @@ def create(root: Path, remote: str) -> None:
         raise WorkspaceError(f"expected a folder or a URL that DVC knows as remote, found {remote!r}: {error}") from error
 
 
+def check_remote(remote: str) -> None:
+    """Check that what DVC needs to reach a remote of this kind is installed.
+
+    Raises:
+        WorkspaceError: it is not.
+    """
+    quiet()
+    from dvc.fs import get_fs_cls
+
+    try:
+        get_fs_cls({"url": remote})
+    except ImportError as error:
+        raise _not_installed(error) from error
+
+
+def _not_installed(error: ImportError) -> WorkspaceError:
+    return WorkspaceError(
+        f"expected what DVC needs for its remote, but: {error}. Install it (`pip install 'tlpipeline[s3]'` brings dvc-s3), and run again."
+    )
+
+
 def _configure(root: Path, remote: str) -> None:
     from dvc.repo import Repo
 
@@ -279,6 +300,8 @@ def get(root: Path, revision: str, path: str, target: Path) -> None:
     try:
         fs = DVCFileSystem(str(root), rev=revision)
         fs.get(path, str(target), recursive=True)
+    except ImportError as error:
+        raise _not_installed(error) from error
     except (_dvc_error(), DataIndexDirError, OSError) as error:
         raise WorkspaceError(
             f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc pull` or `dvc fetch --all-tags`."
@@ -495,6 +518,8 @@ def _repo(root: Path) -> Iterator[Any]:
         with room(root), chdir(root), Repo(str(root)) as repo:
             _mend(repo)
             yield repo
+    except ImportError as error:  # what a remote needs is loaded when it is first spoken to
+        raise _not_installed(error) from error
     except _dvc_error() as error:  # no repository, a dvc.yaml that cannot be read, another DVC command at work
         raise WorkspaceError(
             f"expected DVC to work in {root}, but: {error}. Mend that (`dvc status` shows it too), and run again."

@@ -38,7 +38,8 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
         remote: DVC remote; None is the folder .dvc-remote inside the workspace.
 
     Raises:
-        WorkspaceError: the folder is not empty. DataError: there are no images. BackboneError: the network or its weights are not to be had.
+        WorkspaceError: the folder is not empty, it cannot be made, or its remote not be reached. DataError: there are no images.
+        BackboneError: the network or its weights are not to be had.
     """
     from tlpipeline import backbones, dataset
 
@@ -56,14 +57,21 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     source = Path(weights)
     md5 = _md5(source) if source.is_file() else backbones.NONE
     # Everything that can be wrong is found before anything is written.
+    if remote is not None:
+        versioning.check_remote(remote)
     backbones.load(backbone, weights, md5=md5)
     if images is not None:
         dataset.ingest(images, _preview(images), lambda done, total: progress(Event("init", done, total, "images checked")))
-    root.mkdir(parents=True, exist_ok=True)
+    missing = [path for path in (*reversed(root.resolve().parents), root.resolve()) if not path.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkspaceError(f"expected to make the folder {root}, but: {error.strerror}. Choose another one.") from error
     try:
         _fill(root, images, backbone, source if source.is_file() else weights, md5, remote)
     except BaseException:
-        shutil.rmtree(root)
+        for path in missing[:1] or list(root.iterdir()):  # what was made here goes, a folder that was there stays
+            versioning.unlink(path)
         raise
 
 
@@ -205,7 +213,8 @@ def _preview(images: Path) -> dict[str, str]:
     """Return the sides that splits.csv would give small classes, so that a folder can be checked before it is taken over."""
     from tlpipeline import dataset
 
-    hashes = {p.relative_to(images).as_posix(): _md5(p) for p in dataset.files(images) if p.stat().st_size}
+    paths = [p for p in dataset.files(images) if p.stat().st_size]
+    hashes = {p.relative_to(images).as_posix(): hashlib.md5(dataset.content_of(p), usedforsecurity=False).hexdigest() for p in paths}
     new, _ = dataset.needed_exceptions(images, hashes, {}, frozenset)
     return {line.md5: line.split for line in new}
 
