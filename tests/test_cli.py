@@ -416,7 +416,9 @@ def test_images_that_make_no_data_set_do_not_replace_the_workspace_s(workspace: 
         ("evaluate", "manifest.parquet, model"),
     ],
 )
-def test_a_stage_by_itself_says_which_of_its_inputs_are_missing(call: Callable[..., Said], workspace: Path, name: str, missing: str) -> None:
+def test_a_stage_by_itself_says_which_of_its_inputs_are_missing(
+    call: Callable[..., Said], workspace: Path, name: str, missing: str
+) -> None:
     message = refused(call("stage", name, "-w", workspace))
     assert f"expected {missing} before the stage {name}, found nothing there" in message
     assert "`dvc repro`" in message

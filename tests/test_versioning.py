@@ -365,6 +365,26 @@ def test_a_link_to_a_folder_is_refused_because_dvc_would_not_version_what_is_beh
     assert versioning.head(workspace) == before
 
 
+@pytest.mark.parametrize(
+    ("where", "line", "says"),
+    [
+        (".dvcignore", "class2", r"24 files, such as .*class2/000\.png"),
+        (".dvcignore", "00?.png", r"30 files, such as .*class0/000\.png"),
+        ("images/class1/.dvcignore", "000.png", r"2 files, such as .*class1/000\.png"),
+        ("images/.dvcignore", "*.txt", r"1 files, such as .*images/\.dvcignore"),
+    ],
+)
+def test_images_that_dvc_is_told_to_ignore_are_refused_because_they_would_be_trained_on(
+    workspace: Path, where: str, line: str, says: str
+) -> None:
+    with (workspace / where).open("a") as file:
+        file.write(f"{line}\n")
+    before = versioning.head(workspace), (workspace / "images.dvc").read_text()
+    with pytest.raises(DataError, match=rf"a \.dvcignore keeps it from {says}, which would be trained on.*Take that line out"):
+        workspaces.commit_data(workspace)
+    assert (versioning.head(workspace), (workspace / "images.dvc").read_text()) == before
+
+
 def test_a_folder_that_cannot_be_read_is_told_and_not_left_out(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = os.scandir
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
@@ -216,11 +216,19 @@ def add(root: Path, path: str) -> str:
     with _repo(root) as repo:
         try:
             repo.add([str(Path(repo.root_dir) / path)])
-        except (_dvc_error(), FileNotFoundError, PermissionError, UnicodeError) as error:
+        except _dvc_error(FileNotFoundError, PermissionError, UnicodeError) as error:
             raise WorkspaceError(
                 f"expected to version {path} with DVC, but: {error}. Look there for links to nothing and for files that cannot be read."
             ) from error
     return data_hash(root, path)
+
+
+def hidden(root: Path, path: str, found: Iterable[Path]) -> list[Path]:
+    """Return which of the files found below a folder DVC does not see, because of a .dvcignore; and those in the folder, which it refuses."""
+    with _repo(root) as repo:
+        folder = Path(repo.root_dir) / path
+        seen = {Path(name).relative_to(folder) for name in repo.dvcignore.find(repo.fs, str(folder))}
+    return [p for p in found if p.relative_to(root / path) not in seen] + [root / path / p for p in sorted(seen) if p.name == ".dvcignore"]
 
 
 def data_hash(root: Path, path: str) -> str:
@@ -281,7 +289,7 @@ def push(root: Path) -> int:
             )
         try:
             return int(repo.push())
-        except (_dvc_error(), OSError) as error:
+        except _dvc_error(OSError) as error:
             raise Unreachable(
                 f"expected to push to the DVC remote, but: {error}. Nothing was registered; check the remote and run again."
             ) from error
@@ -302,7 +310,7 @@ def get(root: Path, revision: str, path: str, target: Path) -> None:
         fs.get(path, str(target), recursive=True)
     except ImportError as error:
         raise _not_installed(error) from error
-    except (_dvc_error(), DataIndexDirError, OSError) as error:
+    except _dvc_error(DataIndexDirError, OSError) as error:
         raise WorkspaceError(
             f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc pull` or `dvc fetch --all-tags`."
         ) from error
@@ -541,11 +549,13 @@ def _mend(repo: Any) -> None:
                 path.unlink()
 
 
-def _dvc_error() -> type[Exception]:
+def _dvc_error(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return what DVC raises for people to mend, and these others; what comes from the parts that DVC is made of has no common base."""
     from dvc.exceptions import DvcException
+    from dvc.fs import AuthError, ConfigError, RemoteMissingDepsError
+    from dvc_data.hashfile.build import IgnoreInCollectedDirError
 
-    error: type[Exception] = DvcException
-    return error
+    return (DvcException, AuthError, ConfigError, RemoteMissingDepsError, IgnoreInCollectedDirError, *others)
 
 
 @contextmanager

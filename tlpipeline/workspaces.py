@@ -155,11 +155,16 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     if versioning.is_stage_output(root, images):
         versioning.reproduce_upstream(root, images)  # a stage writes them; there is nothing to add
         return versioning.data_hash(root, images), []
-    dataset.files(root / images)
+    found = dataset.files(root / images)
     if linked := dataset.linked_folders(root / images):
         raise DataError(
             f"expected folders in {root / images}, found {len(linked)} links to folders, such as {linked[0]}: DVC does not follow them, so what "
             "is behind them would be trained on but not versioned. Put the folder itself there, or name the images with `tlpipeline run --images`."
+        )
+    if hidden := versioning.hidden(root, images, found):
+        raise DataError(
+            f"expected that DVC versions all of {root / images}, but a .dvcignore keeps it from {len(hidden)} files, such as {hidden[0]}, which would "
+            "be trained on all the same. Take that line out of the .dvcignore, or move these files out of the folder."
         )
     digest = versioning.add(root, images)
     known = dataset.read_exceptions(root / stages.SPLITS)
