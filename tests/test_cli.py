@@ -542,13 +542,19 @@ def test_predict_as_json_gives_all_probabilities_and_a_folder_says_what_its_vers
         ("wrkspace@v0", "images/class0/003.png", "did you mean workspace?"),
         ("images", "images/class0/003.png", "expected a model folder"),
         ("workspace@v0", "images/class0/nothing.png", "found nothing"),
-        ("workspace@v0", "params.yaml", "cannot be read"),
+        (
+            "workspace@v0",
+            "params.yaml",
+            "expected an image at params.yaml, but it cannot be read: not an image. Replace it or leave it out",
+        ),
+        ("workspace@v0", ".tlpipeline/torn.png", "expected an image at .tlpipeline/torn.png, but it cannot be read: broken: "),
     ],
 )
 def test_predict_refuses(
     call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch, model: str, image: str, says: str
 ) -> None:
     monkeypatch.chdir(registered)
+    Path(".tlpipeline/torn.png").write_bytes(Path("images/class0/003.png").read_bytes()[:300])
     assert says in refused(call("predict", model, image))
 
 

@@ -708,11 +708,26 @@ def test_no_splits_csv_is_no_exception(tmp_path: Path) -> None:
     assert read_exceptions(tmp_path / "splits.csv") == {}
 
 
-@pytest.mark.parametrize("text", ["md5,side,label\n", "md5,split,label\na,testing,cat\n", "md5,split,label\na\n", "a,test,cat\n"])
-def test_a_splits_csv_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "splits.csv").write_text(text)
-    with pytest.raises(DataError, match=r"expected the columns md5,split,label and the sides train, val, test .* found"):
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"md5,side,label\n", "md5,side,label"),
+        (b"md5,split,label\na,testing,cat\n", "the side testing"),
+        (b"md5,split,label\na\n", "the side None"),
+        (b"a,test,cat\n", "a,test,cat"),
+        (b"", "an empty file"),
+        ("md5,split,label\n".encode("utf-16"), "'utf-8' codec can't decode"),
+        (b"md5,split,label\n" + b"a" * 200_000, "field larger than"),
+    ],
+    ids=str,
+)
+def test_a_splits_csv_that_cannot_be_read_is_refused_with_the_way_back(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "splits.csv").write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"expected the columns md5,split,label and the sides train, val, test .*`git checkout splits\.csv`"
+    ) as caught:
         read_exceptions(tmp_path / "splits.csv")
+    assert f", found {found}" in str(caught.value)
 
 
 # --- manifest -------------------------------------------------------------------------------------------------------------------------
@@ -781,7 +796,8 @@ def test_a_listed_image_that_this_decoder_refuses_is_named_with_the_way_out(cont
     (tmp_path / "picture.jpg").write_bytes(content)
     row = Row("picture.jpg", md5(content), "", "", 64, 64, "RGB", "")
     with pytest.raises(
-        DataError, match=r"expected an image at .*picture\.jpg, but it cannot be read: .+\. Replace or remove it, and run again"
+        DataError,
+        match=r"expected an image at .*picture\.jpg, but it cannot be read: (broken: .+|not an image)\. Replace it or leave it out",
     ):
         read(tmp_path, row, at_least)
 

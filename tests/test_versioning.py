@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -418,6 +419,30 @@ def test_what_init_writes_into_params_is_read_as_it_was_meant(name: str, workspa
     assert stages.params_of(workspace).backbone.weights == name
 
 
+@pytest.mark.parametrize("style", ["as it is", "four spaces", "flow", "flow in lines", "quoted"])
+def test_a_value_is_written_into_params_however_they_are_laid_out(style: str, workspace: Path) -> None:
+    path = workspace / "params.yaml"
+    text, whole = path.read_text(), yaml.safe_load(path.read_text())
+    flow = json.dumps(whole["profile"])
+    path.write_text(
+        {
+            "as it is": text,
+            "four spaces": text.replace("\n  ", "\n    "),
+            "flow": re.sub(r"(?s)\nprofile:\n.*?\n\n", f"\nprofile: {flow}  # all of it\n\n", text),
+            "flow in lines": re.sub(r"(?s)\nprofile:\n.*?\n\n", "\nprofile: " + flow.replace(", ", ",\n  ") + "\n\n", text),
+            "quoted": text.replace("\n  reference: none ", '\n  "reference":   "none" '),
+        }[style]
+    )
+    before = path.read_text()
+    workspaces._set(workspace, "profile", "reference", "weights/a, b.json")
+    whole["profile"]["reference"] = "weights/a, b.json"
+    assert yaml.safe_load(path.read_text()) == whole
+    assert [line for line in path.read_text().splitlines() if "#" in line and "reference" not in line] == [
+        line for line in before.splitlines() if "#" in line and "reference" not in line
+    ]
+    assert path.read_text().count("#") == before.count("#")
+
+
 # --- one stage ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +532,16 @@ def test_seconds_go_to_a_file_that_neither_git_nor_dvc_keeps(ingested: Path) -> 
     assert stages.RUN not in (ingested / "dvc.yaml").read_text()
     stages.bring_up_to_date(ingested, "ingest", silent)
     assert stages.read_json(ingested, stages.RUN)["seconds"] == {"ingest": None}
+
+
+def test_a_run_json_that_a_kill_tore_is_taken_for_empty(registered: Path) -> None:
+    for left in ("", '{"seconds": {"ingest": 0.'):
+        (registered / stages.RUN).write_text(left)
+        assert not stages.bring_up_to_date(registered, "profile", silent)
+        assert stages.read_run(registered) == {"seconds": {"profile": None}}
+        (registered / stages.RUN).write_text(left)
+        registration = acts.Registration("workspace@v0.1.0", False, "", None, "again")
+        assert acts.summary(registered, registration, acts.write_report(registered, registration)).seconds == {}
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------------------------

@@ -176,8 +176,8 @@ def write_report(root: Path, registration: Registration) -> Path:
         history=(root / stages.HISTORY).read_text(encoding="utf-8"),
         mistakes=errors,
         remarks=manifest.remarks + shift(root) + bounded(root),
-        seconds=stages.read_json(root, stages.RUN).get("seconds", {}),
-        training=stages.read_json(root, stages.RUN).get("training", {}),
+        seconds=stages.read_run(root).get("seconds", {}),
+        training=stages.read_run(root).get("training", {}),
         data_hash=versioning.data_hash(root, params.data.images),
         commit=versioning.head(root),
     )
@@ -252,7 +252,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         new=registration.new,
         outcome=registration.reason,
         report=str(report),
-        seconds=stages.read_json(root, stages.RUN).get("seconds", {}),
+        seconds=stages.read_run(root).get("seconds", {}),
     )
 
 

@@ -164,7 +164,7 @@ def pretrain(
     output: Annotated[Path, typer.Option(help="Folder for <backbone>.safetensors and its card.")] = Path("weights"),
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 24,
     rate: Annotated[float, typer.Option(help="Learning rate at a batch of 64.")] = 0.03,
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights, order and augmentation.")] = 0,
     flip: Annotated[bool, typer.Option(help="Mirror images at random; not for text, digits, signs.")] = True,
 ) -> None:
     """Pretrain a network of your own to transfer from."""

@@ -161,8 +161,7 @@ def read(root: Path, row: Row, at_least: int | None = None) -> Image.Image:
     except UNREADABLE as error:
         # It was decoded when it was listed, by another Pillow perhaps, or with more memory.
         raise DataError(
-            f"expected an image at {path}, but it cannot be read: {error or type(error).__name__}. "
-            "Replace or remove it, and run again: the folder is then listed anew."
+            f"expected an image at {path}, but it cannot be read: {_why(error)}. Replace it or leave it out, and run again."
         ) from error
 
 
@@ -354,14 +353,17 @@ def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
         image = decode(content)
         with Image.open(io.BytesIO(content)) as original:
             mode = original.mode
-    except UnidentifiedImageError:
-        return Rejected(where.as_posix(), "not an image")
     except UNREADABLE as error:
-        return Rejected(where.as_posix(), f"broken: {error}")
+        return Rejected(where.as_posix(), _why(error))
     if 0 in image.size:
         return Rejected(where.as_posix(), "zero size")
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     return Row(where.as_posix(), md5, label, side, image.width, image.height, mode, "")
+
+
+def _why(error: Exception) -> str:
+    """Return in words why a file could not be decoded."""
+    return "not an image" if isinstance(error, UnidentifiedImageError) else f"broken: {str(error) or type(error).__name__}"
 
 
 def _without_conflicts(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
@@ -454,16 +456,28 @@ def read_exceptions(path: Path) -> dict[str, str]:
     """Read splits.csv as md5 to side; a missing file has no exceptions.
 
     Raises:
-        DataError: a line is not `md5,split,label` with a known side.
+        DataError: it is empty or no text, or a line is not `md5,split,label` with a known side.
     """
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        lines = list(reader)
-    if reader.fieldnames != ["md5", "split", "label"] or any(line["split"] not in SIDES for line in lines):
-        raise DataError(f"expected the columns md5,split,label and the sides {', '.join(SIDES)} in {path}, found {reader.fieldnames}.")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            header, lines = reader.fieldnames, list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _no_exceptions(path, str(error)) from error
+    if header != ["md5", "split", "label"]:
+        raise _no_exceptions(path, ",".join(header) if header else "an empty file")
+    if others := [line["split"] for line in lines if line["split"] not in SIDES]:
+        raise _no_exceptions(path, f"the side {others[0]}")
     return {line["md5"]: line["split"] for line in lines}
+
+
+def _no_exceptions(path: Path, found: str) -> DataError:
+    return DataError(
+        f"expected the columns md5,split,label and the sides {', '.join(SIDES)} in {path}, found {found}. "
+        f"`git checkout {path.name}` brings back what was recorded."
+    )
 
 
 def write_exceptions(path: Path, new: Iterable[SplitException]) -> None:

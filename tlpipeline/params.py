@@ -18,6 +18,8 @@ from tlpipeline.errors import ParamsError, nearest
 
 AUTO = "auto"
 _MAPPING = typing.get_origin(Mapping[str, Any])
+_SEEDS = 2**63 - 1  # what torch takes
+_DRAWS = 100_000  # each takes a number for each image of the profile: gigabytes from here on
 
 
 def _at_least(low: float) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class ProfileParams:
     shift: bool
     affinity: bool
     reference: str = field(metadata=_not_empty())
-    seed: int = field(metadata=_at_least(0))
+    seed: int = field(metadata=_between(0, _SEEDS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class ChooseParams:
     race_images: int = field(metadata=_at_least(1))
     gain: float = field(metadata=_between(0, 100))
     alpha: float = field(metadata=_between(0.001, 0.5))
-    draws: int = field(metadata=_at_least(100))
+    draws: int = field(metadata=_between(100, _DRAWS))
     textbook_images: int = field(metadata=_at_least(1))
     textbook_similarity: float = field(metadata=_between(0, 1))
 
@@ -105,14 +107,16 @@ class ChooseParams:
 class TrainParams:
     """What a user may turn of the training; the method's own values are rows of cases.py."""
 
-    seed: int = field(metadata=_at_least(0))
+    seed: int = field(metadata=_between(0, _SEEDS))
     epochs: int | str = field(metadata=_auto_or_at_least(1))
     batch_size: int | str = field(metadata=_auto_or_at_least(2))
     flip: bool
     precision: str = field(metadata=_one_of("auto", "float32"))
     views: int = field(metadata=_between(0, 64))
     budget_minutes: float = field(metadata=_at_least(0))
-    override: Mapping[str, Any]
+    override: Mapping[str, Any] = field(
+        metadata={"check": lambda v: all(isinstance(key, str) for key in v), "allowed": "names of recipe values"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

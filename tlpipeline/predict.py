@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tlpipeline import dataset, model, registry
+from tlpipeline import model, registry
 from tlpipeline.cache import Store
 from tlpipeline.dataset import Row
 from tlpipeline.errors import DataError
@@ -46,12 +46,7 @@ def predict(folder: Path, images: Sequence[Path], store: Store | None = None) ->
     """
     classifier, description = model.load(folder)
     pictures = Images(Path(), [_row(path) for path in images], description.transforms)
-    try:
-        chances = model.probabilities(classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
-    except dataset.UNREADABLE:
-        for path in images:
-            _check(path)
-        raise  # every image can be read: it is something else
+    chances = model.probabilities(classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
     return [
         Prediction(
             str(path),
@@ -72,11 +67,3 @@ def _row(path: Path) -> Row:
     except OSError as error:
         raise DataError(f"expected an image at {path}, but it cannot be read: {error}.") from error
     return Row(str(path), hashlib.md5(content, usedforsecurity=False).hexdigest(), "", "", 0, 0, "", "")
-
-
-def _check(path: Path) -> None:
-    """Say which image it was that could not be decoded."""
-    try:
-        dataset.decode(path.read_bytes())
-    except dataset.UNREADABLE as error:
-        raise DataError(f"expected an image at {path}, but it cannot be read: {error}.") from error

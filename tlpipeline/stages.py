@@ -20,7 +20,7 @@ from typing import Any
 
 from tlpipeline import versioning
 from tlpipeline.errors import DataError, ParamsError, WorkspaceError
-from tlpipeline.files import write_json
+from tlpipeline.files import torn, write_json
 from tlpipeline.params import Params, load
 from tlpipeline.progress import Event, Progress
 
@@ -300,15 +300,12 @@ def timed(root: Path, name: str) -> Iterator[None]:
 
 def _note(root: Path, name: str, found: Any) -> None:
     """Write what differs from run to run to run.json: a stage's seconds, or the speed of its training."""
-    path = root / RUN
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if name == "ingest":
-        content = {}
+    content = {} if name == "ingest" else read_run(root)
     if isinstance(found, dict):
         content[name] = found
     else:
         content.setdefault("seconds", {})[name] = found
-    write_json(content, path)
+    write_json(content, root / RUN)
 
 
 # --- what others read -----------------------------------------------------------------------------------------------------------------
@@ -345,6 +342,11 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     """Return the content of a JSON file of the workspace, {} where it is missing."""
     path = root / name
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def read_run(root: Path) -> dict[str, Any]:
+    """Return what run.json holds of the last run; it is no input of anything, so one that is only partly there holds nothing."""
+    return {} if torn(root / RUN) else read_json(root, RUN)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -118,20 +119,22 @@ def _name_from(root: Path) -> str:
 
 
 def _set(root: Path, section: str, key: str, value: str | bool) -> None:
-    """Change one value of params.yaml, its comment kept."""
+    """Change one value of params.yaml, however the file is laid out; its comments are kept."""
     if isinstance(value, str):
-        # YAML has its own mind about words such as `no`, and about colons and hashes.
-        value = value if yaml.safe_load(value) == value and not set(value) & set(":#") else json.dumps(value, ensure_ascii=False)
+        # YAML has its own mind about words such as `no`, about colons and hashes, and in flow style about commas and brackets.
+        value = value if yaml.safe_load(value) == value and not set(value) & set(":#,[]{}") else json.dumps(value, ensure_ascii=False)
     else:
         value = str(value).lower()
     path = root / stages.PARAMS
-    lines = path.read_text(encoding="utf-8").splitlines()
-    start = lines.index(next(line for line in lines if line.startswith(f"{section}:")))
-    at = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(f"  {key}:"))
-    rest = lines[at].split("#", 1)
-    comment = f"  # {rest[1].strip()}" if len(rest) > 1 else ""
-    lines[at] = f"  {key}: {value}".ljust(21) + comment
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    node: Any = yaml.compose(text, yaml.SafeLoader)
+    for name in (section, key):
+        node = {found.value: below for found, below in node.value}[name]
+    start, end = node.start_mark.index, node.end_mark.index
+    rest = text[end:].lstrip(" ")
+    if rest.startswith("#"):  # which stays in its column where there is room
+        rest = " " * max(2, len(text) - len(rest) - start - len(value)) + rest
+    path.write_text(text[:start] + value + rest, encoding="utf-8")
 
 
 def _md5(path: Path) -> str:
