@@ -277,6 +277,91 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     assert registry.promote(registered, version) == "workspace#prod#2"
 
 
+# --- what GTO withdraws ---------------------------------------------------------------------------------------------------------------
+
+
+def standing(root: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Return each version that is registered, with its stages."""
+    return [(str(version), version.stages) for version in registry.versions(root, "workspace")]
+
+
+@pytest.fixture
+def two(registered: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with two versions, tagged a while ago, of which first the older and then the newer was promoted."""
+    versioning.git(registered, "commit", "--quiet", "--allow-empty", "-m", "newer")
+    monkeypatch.setenv("GIT_COMMITTER_DATE", "2020-01-01T00:00:00Z")
+    for tag, commit in (("@v0.1.0", "HEAD~1"), ("@v0.1.1", "HEAD"), ("#prod#1", "HEAD~1"), ("#prod#2", "HEAD")):
+        versioning.git(registered, "tag", "--force", "--annotate", "-m", "why", f"workspace{tag}", commit)
+    monkeypatch.delenv("GIT_COMMITTER_DATE")
+    return registered
+
+
+def test_tags_that_gto_does_not_write_are_none_of_ours(two: Path) -> None:
+    for tag in (
+        "workspace#prod#x",
+        "workspace#prod#",
+        "workspace##3",
+        "workspace@v9",
+        "workspace@v9.9.9-rc1",
+        "workspaces@v9.9.9",
+        "workspace",
+    ):
+        subprocess.run(["git", "update-ref", f"refs/tags/{tag}", "HEAD"], cwd=two, check=True)
+    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
+    assert registry.promote(two, registry.resolve(two, "workspace@v0.1.0")) == "workspace#prod#3"
+    assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]
+
+
+def test_a_version_that_gto_takes_out_of_a_stage_holds_it_no_more_and_is_not_rolled_back_to(two: Path) -> None:
+    versioning.gto(two, "deprecate", "workspace", "v0.1.1", "prod")
+    assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]  # as `gto show` says
+    with pytest.raises(RegistryError, match=r"expected a version that was in prod before workspace@v0\.1\.0, found none"):
+        registry.rollback(two, "workspace")
+    versioning.gto(two, "deprecate", "workspace", "v0.1.0", "prod")
+    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ())]
+    with pytest.raises(RegistryError, match=r"expected a version of workspace in stage 'prod', found none"):
+        registry.resolve(two, "workspace#prod")
+    assert registry.promote(two, registry.resolve(two, "workspace@latest")) == "workspace#prod#5"
+    assert standing(two)[1] == ("workspace@v0.1.1", ("prod",))
+
+
+def test_a_version_that_gto_withdraws_is_neither_listed_nor_champion_and_its_number_is_not_given_again(two: Path) -> None:
+    case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
+    versioning.gto(two, "deprecate", "workspace", "v0.1.1")
+    assert standing(two) == [("workspace@v0.1.0", ("prod",))]
+    assert str(registry.champion(two, "workspace")) == str(registry.resolve(two, "workspace@latest")) == "workspace@v0.1.0"
+    assert registry.next_number(two, "workspace", classes, case) == (0, 1, 2)
+    versioning.gto(two, "register", "workspace", "HEAD", "--version", "v0.1.1", "--force", "--simple", "false")  # takes it back
+    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
+
+
+def test_a_model_that_gto_withdraws_is_registered_no_more_and_a_run_does_not_register_it_again(two: Path) -> None:
+    case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
+    versioning.gto(two, "deprecate", "workspace")
+    assert standing(two) == []
+    assert registry.champion(two, "workspace") is None
+    with pytest.raises(RegistryError, match="found only withdrawn versions of 'workspace'"):
+        registry.resolve(two, "workspace@latest")
+    assert registry.next_number(two, "workspace", classes, case) == (0, 1, 2)
+    assert acts.judge(two, silent) is None
+    registration = acts.register(two, None)
+    assert (registration.version, registration.new) == ("", False)
+    assert registration.reason == "this model was registered as workspace@v0.1.1, which was withdrawn: it is not registered again."
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_promotions_count_in_the_order_in_which_gto_numbered_them_and_by_time_where_it_gave_none(
+    two: Path, behind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if behind:  # a machine whose clock is
+        monkeypatch.setenv("GIT_COMMITTER_DATE", "2019-01-01T00:00:00Z")
+    versioning.git(two, "tag", "--annotate", "-m", "why", "workspace#prod#3", "HEAD~1")
+    assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]
+    monkeypatch.setenv("GIT_COMMITTER_DATE", "2090-01-01T00:00:00Z")
+    versioning.git(two, "tag", "--annotate", "-m", "why", "workspace#prod", "HEAD")
+    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
+
+
 # --- data -----------------------------------------------------------------------------------------------------------------------------
 
 

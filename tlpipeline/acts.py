@@ -66,6 +66,10 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
     already = registry.registered_as(root, name, versioning.stage_output(root, "train", stages.MODEL))
     if verdict is None and already is not None:
         versioning.commit(root, "Record the run", tracked)
+        if already.number not in [version.number for version in registry.versions(root, name)]:
+            return Registration(
+                "", False, "", None, f"this model was registered as {already}, which was withdrawn: it is not registered again."
+            )
         return Registration(str(already), False, "", None, f"this model is registered already as {already}: nothing to do.")
     assert verdict is not None, "the gate must speak before a new model is registered"
     case = stages.read_case(root)

@@ -1,13 +1,16 @@
 """Versions of models as git tags by GTO: `name@v1.2.0` for a version, `name#prod#3` for the third promotion to prod.
 
+What `gto deprecate` withdraws is a tag, too: `name@v1.2.0!` a version, `name#prod!#4` its promotion, `name@deprecated` the whole model.
+
 A version stands on the commit whose dvc.lock holds the model. It becomes visible last: files are pushed, then the commit is made, then the
 tag. The history of promotions is append-only; a rollback is one more promotion.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from tlpipeline import versioning
@@ -16,7 +19,8 @@ from tlpipeline.errors import RegistryError, WorkspaceError, nearest
 
 PROD = "prod"
 CARD = "MODEL_CARD.md"
-_VERSION = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
+# What GTO writes behind the name of a model; other tags are none of ours.
+_TAG = re.compile(r"(#(?P<stage>[^#@!]+)|@v(?P<major>\d+)\.(?P<minor>\d+)\.(?P<patch>\d+)|@deprecated)(?P<off>!?)(#(?P<count>\d+))?")
 
 
 @dataclass(frozen=True, order=True)
@@ -32,26 +36,52 @@ class Version:
         return f"{self.name}@v{'.'.join(map(str, self.number))}"
 
 
-def versions(root: Path, name: str) -> list[Version]:
-    """Return all versions of a model, oldest first."""
-    tags = versioning.tags(root)
-    now: dict[str, list[str]] = {}
-    for stage in sorted({tag.split("#")[1] for tag in tags if tag.startswith(f"{name}#")}):
-        history = _assignments(tags, name, stage)
-        if history:
-            now.setdefault(history[-1], []).append(stage)
+@dataclass(frozen=True)
+class _Event:
+    """A tag of GTO: a version or a stage of a commit, or neither for the whole model; `off` where that was withdrawn."""
+
+    tag: str
+    commit: str
+    number: tuple[int, int, int] | None
+    stage: str | None
+    off: bool
+    count: int
+
+
+def _events(root: Path, name: str) -> list[_Event]:
+    """Return what became of a model, in the order in which it did: as GTO counted, by time where it gave no number."""
     found = []
-    for tag, commit in tags.items():
-        if tag.startswith(f"{name}@") and (match := _VERSION.fullmatch(tag.partition("@")[2])):
-            major, minor, patch = (int(part) for part in match.groups())
-            found.append(Version((major, minor, patch), name, commit, tuple(now.get(commit, ()))))
-    return sorted(found)
+    for at, (tag, commit) in enumerate(versioning.tags(root).items()):
+        if tag.startswith(name) and (match := _TAG.fullmatch(tag, len(name))):
+            number = (int(match["major"]), int(match["minor"]), int(match["patch"])) if match["major"] else None
+            found.append((at, _Event(tag, commit, number, match["stage"], bool(match["off"]), int(match["count"] or 0))))
+    counted = sorted((event.count, at) for at, event in found if event.count)
+    # A clock that is behind does not put a promotion before those that it was counted after.
+    late = dict(zip((count for count, _ in counted), accumulate((at for _, at in counted), max), strict=True))
+    return [event for _, event in sorted(found, key=lambda f: (late.get(f[1].count, f[0]), f[1].count))]
 
 
-def _assignments(tags: dict[str, str], name: str, stage: str) -> list[str]:
-    """Return the commits that were promoted to a stage, in order."""
-    prefix = f"{name}#{stage}#"
-    return [tags[tag] for tag in sorted((t for t in tags if t.startswith(prefix)), key=lambda t: int(t[len(prefix) :]))]
+def versions(root: Path, name: str, withdrawn: bool = False) -> list[Version]:
+    """Return all versions of a model, oldest first; those that were withdrawn only if asked for."""
+    events = _events(root, name)
+    if not withdrawn and events and not (events[-1].number or events[-1].stage):
+        return []  # the whole model, and nothing became of it since
+    last = {event.number: event for event in events if event.number}  # the last word about each
+    known = {number: event.commit for number, event in last.items() if withdrawn or not event.off}
+    now: dict[str, list[str]] = {}
+    for stage in sorted({event.stage for event in events if event.stage}):
+        if history := [commit for commit in _assignments(events, stage) if commit in known.values()]:
+            now.setdefault(history[-1], []).append(stage)
+    return sorted(Version(number, name, commit, tuple(now.get(commit, ()))) for number, commit in known.items())
+
+
+def _assignments(events: Iterable[_Event], stage: str) -> list[str]:
+    """Return the commits that were promoted to a stage, in order, without those that were taken out of it since."""
+    held: list[str] = []
+    for event in events:
+        if event.stage == stage:
+            held = [commit for commit in held if commit != event.commit] if event.off else [*held, event.commit]
+    return held
 
 
 def champion(root: Path, name: str) -> Version | None:
@@ -69,6 +99,10 @@ def resolve(root: Path, text: str) -> Version:
     name = re.split("[@#]", text)[0]
     known = versions(root, name)
     if not known:
+        if versions(root, name, withdrawn=True):
+            raise RegistryError(
+                f"expected a registered model, found only withdrawn versions of {name!r}. `tlpipeline run` registers the next one."
+            )
         names = sorted({t.partition("@")[0] for t in versioning.tags(root) if "@" in t})
         raise RegistryError(
             f"expected a registered model, found no versions of {name!r}; {nearest(name, names) if names else 'nothing is registered yet: `tlpipeline run`.'}"
@@ -118,16 +152,19 @@ def trained_on(root: Path, version: Version) -> frozenset[str]:
 
 
 def registered_as(root: Path, name: str, model_hash: str) -> Version | None:
-    """Return the version that already holds this very model, if any."""
-    for version in reversed(versions(root, name)):
+    """Return the version that already holds this very model, if any, withdrawn or not."""
+    for version in reversed(versions(root, name, withdrawn=True)):
         if model_hash and versioning.stage_output(root, "train", "model", version.commit) == model_hash:
             return version
     return None
 
 
 def next_number(root: Path, name: str, classes: Sequence[str], case: str) -> tuple[int, int, int]:
-    """Return the number of the next version: a patch for new weights, a minor step where the case or the classes changed."""
-    known = versions(root, name)
+    """Return the number of the next version: a patch for new weights, a minor step where the case or the classes changed.
+
+    The number of a version that was withdrawn is not given again.
+    """
+    known = versions(root, name, withdrawn=True)
     if not known:
         return (0, 1, 0)
     major, minor, patch = known[-1].number
@@ -174,7 +211,7 @@ def promote(root: Path, version: Version, stage: str = PROD) -> str:
         versioning.gto(root, "assign", version.name, "--version", number, "--stage", stage, "--force")
     except WorkspaceError as error:
         raise RegistryError(f"expected to promote {version} to {stage}, but: {error}") from error
-    tag = max((t for t in versioning.tags(root) if t.startswith(f"{version.name}#{stage}#")), key=lambda t: int(t.rsplit("#", 1)[1]))
+    tag = max((event for event in _events(root, version.name) if event.stage == stage and not event.off), key=lambda e: e.count).tag
     try:
         versioning.push_git(root)
     except WorkspaceError as error:
@@ -190,7 +227,7 @@ def rollback(root: Path, name: str, stage: str = PROD) -> tuple[Version, Version
         RegistryError: there is no earlier one.
     """
     by_commit = {v.commit: v for v in versions(root, name)}
-    history = [by_commit[c] for c in _assignments(versioning.tags(root), name, stage) if c in by_commit]
+    history = [by_commit[c] for c in _assignments(_events(root, name), stage) if c in by_commit]
     if not history:
         raise RegistryError(f"expected a version of {name} in stage {stage}, found none, so there is nothing to roll back.")
     before = history[: history.index(history[-1])]

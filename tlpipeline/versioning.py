@@ -101,8 +101,10 @@ def fetch_tags(root: Path) -> None:
 
 
 def tags(root: Path) -> dict[str, str]:
-    """Return each tag with the commit that it stands on."""
-    lines = git(root, "for-each-ref", "refs/tags", "--format=%(refname:short) %(objectname) %(*objectname)").splitlines()
+    """Return each tag with the commit that it stands on, the oldest first."""
+    lines = git(
+        root, "for-each-ref", "refs/tags", "--sort=creatordate", "--format=%(refname:short) %(objectname) %(*objectname)"
+    ).splitlines()
     return {parts[0]: parts[-1] for parts in (line.split() for line in lines)}
 
 
