@@ -371,6 +371,19 @@ def test_run_refuses_what_is_no_workspace(call: Callable[..., Said], workspace: 
     assert "`" in message, "a way out"
 
 
+def test_run_refuses_a_detached_head_where_it_would_push(call: Callable[..., Said], workspace: Path, tmp_path: Path) -> None:
+    from tlpipeline import workspaces
+
+    versioning.git(workspace, "switch", "--quiet", "--detach")
+    workspaces.checked(workspace)  # nothing would be pushed
+    versioning.git(workspace, "remote", "add", "origin", str(tmp_path / "origin.git"))
+    message = refused(call("run", "-w", workspace))
+    assert "expected a branch to push to origin, but the HEAD of" in message
+    assert "`git switch main`" in message
+    versioning.git(workspace, "switch", "--quiet", "-c", "mine")
+    workspaces.checked(workspace)
+
+
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [

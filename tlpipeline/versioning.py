@@ -85,10 +85,33 @@ def head(root: Path) -> str:
     return git(root, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
 
 
+def has_origin(root: Path) -> bool:
+    """Say whether there is a remote `origin`."""
+    return "origin" in git(root, "remote").split()
+
+
+def require_branch(root: Path) -> None:
+    """Check that there is a branch to push, where there is a remote `origin`.
+
+    Raises:
+        WorkspaceError: the HEAD is detached.
+    """
+    if has_origin(root) and not git(root, "symbolic-ref", "--quiet", "HEAD", check=False):
+        raise WorkspaceError(
+            f"expected a branch to push to origin, but the HEAD of {root} is detached, at {head(root)[:10]}. "
+            "Switch to one (`git switch main`), or make one of what is there (`git switch -c NAME`)."
+        )
+
+
 def push_git(root: Path) -> bool:
-    """Push the branch and its tags to the remote `origin`, if there is one; say whether there is."""
-    if "origin" not in git(root, "remote").split():
+    """Push the branch and its tags to the remote `origin`, if there is one; say whether there is.
+
+    Raises:
+        WorkspaceError: the HEAD is detached, or origin refuses.
+    """
+    if not has_origin(root):
         return False
+    require_branch(root)
     git(root, "push", "--quiet", "--set-upstream", "origin", "HEAD")
     git(root, "push", "--quiet", "--tags", "origin")
     return True
@@ -96,7 +119,7 @@ def push_git(root: Path) -> bool:
 
 def fetch_tags(root: Path) -> None:
     """Fetch the tags of the remote `origin`, if there is one."""
-    if "origin" in git(root, "remote").split():
+    if has_origin(root):
         git(root, "fetch", "--tags", "origin")
 
 

@@ -248,6 +248,7 @@ def checked(root: Path, images: Path | None = None) -> None:
     from tlpipeline import backbones, cases, cutting, dataset, distributed
 
     versioning.require(root)
+    versioning.require_branch(root)
     params = stages.params_of(root)
     if params.choose.case != AUTO:
         cases.find(params.choose.case)
