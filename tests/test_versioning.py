@@ -277,6 +277,91 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     assert registry.promote(registered, version) == "workspace#prod#2"
 
 
+# --- a registration that is killed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def origin(registered: Path, tmp_path: Path) -> Path:
+    """The bare repository to which the registered workspace was pushed; an accepted version is to be promoted at once."""
+    set_param(registered, "gate.promote", "auto")
+    versioning.git(tmp_path, "init", "--quiet", "--bare", str(tmp_path / "origin.git"))
+    versioning.git(registered, "remote", "add", "origin", str(tmp_path / "origin.git"))
+    versioning.push_git(registered)
+    return tmp_path / "origin.git"
+
+
+def killed(root: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    """Register a version, and be killed before one of: push, assign, push the promotion."""
+    (root / registry.CARD).write_text("newer")
+    pushed: list[Path] = []
+    push, gto = versioning.push_git, versioning.gto
+
+    def push_git(where: Path) -> bool:
+        pushed.append(where)
+        if len(pushed) == {"push": 1, "assign": 0, "push the promotion": 2}[point]:
+            raise KeyboardInterrupt
+        return push(where)
+
+    def run(where: Path, *arguments: str) -> None:
+        if arguments[0] == point:
+            raise KeyboardInterrupt
+        gto(where, *arguments)
+
+    with monkeypatch.context() as other:
+        other.setattr(versioning, "push_git", push_git)
+        other.setattr(versioning, "gto", run)
+        with pytest.raises(KeyboardInterrupt):
+            registry.publish(root, "workspace", (0, 1, 1), "newer", [registry.CARD], "prod")
+
+
+@pytest.mark.parametrize("point", ["push", "assign", "push the promotion"])
+def test_what_a_killed_run_registered_is_published_and_promoted_by_the_next(
+    registered: Path, origin: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    killed(registered, monkeypatch, point)
+    told: list[Any] = []
+    assert acts.judge(registered, told.append) is None
+    assert told[0].text.startswith("workspace@v0.1.1 is published, which an interrupted run had registered")
+    assert sorted(versioning.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
+    assert str(registry.resolve(registered, "workspace#prod")) == "workspace@v0.1.1"
+    assert versioning.head(origin) == versioning.head(registered)
+    told.clear()
+    assert acts.judge(registered, told.append) is None
+    assert told == []
+
+
+def test_what_a_killed_run_would_have_promoted_does_not_undo_what_was_promoted_since_nor_what_the_settings_say_now(
+    registered: Path, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(registered, monkeypatch, "push")
+    manual = tmp_path / "manual"
+    shutil.copytree(registered, manual, symlinks=True)
+    set_param(manual, "gate.promote", "manual")
+    acts.judge(manual, silent)
+    assert sorted(versioning.tags(origin)) == ["workspace@v0.1.0", "workspace@v0.1.1"]
+
+    other = tmp_path / "other"
+    versioning.git(tmp_path, "clone", "--quiet", str(origin), str(other))
+    versioning.git(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", "workspace@v0.1.0^{commit}")
+    versioning.git(other, "push", "--quiet", "--tags", "origin")
+    acts.judge(registered, silent)
+    assert sorted(versioning.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
+    assert str(registry.resolve(registered, "workspace#prod")) == "workspace@v0.1.0"
+
+
+def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published(
+    registered: Path, origin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(registered, monkeypatch, "push")
+    origin.rename(origin.with_name("gone"))
+    with pytest.raises(
+        RegistryError, match=r"(?s)expected to publish workspace@v0\.1\.1, but: .*The tag is taken back; pull, and run again"
+    ):
+        acts.judge(registered, silent)
+    assert list(versioning.tags(registered)) == ["workspace@v0.1.0"]
+    assert registry.go_on(registered, True) is None
+
+
 # --- what GTO withdraws ---------------------------------------------------------------------------------------------------------------
 
 

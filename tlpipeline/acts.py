@@ -37,10 +37,17 @@ class Registration:
 
 
 def judge(root: Path, progress: Progress) -> gate.Verdict | None:
-    """Compare the workspace's model with the champion on the same test images; None where this very model is registered already."""
+    """Compare the workspace's model with the champion on the same test images; None where this very model is registered already.
+
+    What a killed run registered is published first: it may be the champion.
+    """
     from tlpipeline import dataset, evaluate
 
     params = stages.params_of(root)
+    if begun := registry.go_on(root, params.gate.promote == "auto"):
+        progress(
+            Event("gate", 1, 1, f"{begun[0]} is published, which an interrupted run had registered{' and promoted' if begun[1] else ''}")
+        )
     if registry.registered_as(root, params.data.name, versioning.stage_output(root, "train", stages.MODEL)):
         return None
     challenger = evaluate.read_predictions(root / stages.PREDICTIONS)
@@ -83,8 +90,8 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
     from tlpipeline import report
 
     (root / registry.CARD).write_text(report.card(str(version), card_facts(root, verdict)), encoding="utf-8")
-    version = registry.publish(root, name, number, f"{version}: {case.case}, accuracy {metrics['accuracy']:.4f}", tracked)
-    promoted = registry.promote(root, version) if params.gate.promote == "auto" else ""
+    message = f"{version}: {case.case}, accuracy {metrics['accuracy']:.4f}"
+    version, promoted = registry.publish(root, name, number, message, tracked, registry.PROD if params.gate.promote == "auto" else "")
     return Registration(str(version), True, promoted, verdict, verdict.reason)
 
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from tlpipeline import versioning
 from tlpipeline.dataset import TRAIN, VAL, read_manifest
 from tlpipeline.errors import RegistryError, WorkspaceError, nearest
+from tlpipeline.files import write_json
 
 PROD = "prod"
 CARD = "MODEL_CARD.md"
+_BEGUN = ".tlpipeline/publishing.json"  # what is registered, but not yet published and promoted as it was to be
 # What GTO writes behind the name of a model; other tags are none of ours.
 _TAG = re.compile(r"(#(?P<stage>[^#@!]+)|@v(?P<major>\d+)\.(?P<minor>\d+)\.(?P<patch>\d+)|@deprecated)(?P<off>!?)(#(?P<count>\d+))?")
 
@@ -175,8 +177,16 @@ def next_number(root: Path, name: str, classes: Sequence[str], case: str) -> tup
     return (major, minor, patch + 1)
 
 
-def publish(root: Path, name: str, number: tuple[int, int, int], message: str, paths: Sequence[str]) -> Version:
-    """Register the model of the present dvc.lock: push the files, commit, tag, push the commit and the tag; in that order.
+def publish(
+    root: Path, name: str, number: tuple[int, int, int], message: str, paths: Sequence[str], stage: str = ""
+) -> tuple[Version, str]:
+    """Register the model of the present dvc.lock: push the files, commit, tag, push the commit and the tag, promote; in that order.
+
+    Args:
+        stage: to put the version into at once.
+
+    Returns:
+        The version, and the tag of its promotion.
 
     Raises:
         WorkspaceError: the files could not be pushed; nothing is registered then.
@@ -185,21 +195,65 @@ def publish(root: Path, name: str, number: tuple[int, int, int], message: str, p
     versioning.fetch_tags(root)
     versioning.push(root)
     text = f"v{'.'.join(map(str, number))}"
-    commit = versioning.commit(root, message, paths)
+    version = Version(number, name, versioning.commit(root, message, paths))
+    write_json({"name": name, "version": str(version), "stage": stage, "before": _latest(root, name, stage)}, root / _BEGUN)
     try:
         versioning.gto(root, "register", name, "HEAD", "--version", text, "--message", message)
     except WorkspaceError as error:
-        raise RegistryError(f"expected to register {name}@{text}, but: {error}. Run again: the next number is taken then.") from error
+        (root / _BEGUN).unlink()
+        raise RegistryError(f"expected to register {version}, but: {error}. Run again: the next number is taken then.") from error
+    _, promoted = _go_on(root, version, stage)
+    return version, promoted
+
+
+def go_on(root: Path, promoting: bool) -> tuple[Version, str] | None:
+    """Publish what an earlier run registered and was killed before it had published, and promote it if that run was to and none was since.
+
+    Args:
+        promoting: promote it, if it was to be.
+
+    Returns:
+        The version, and the tag of its promotion; None where there is nothing to go on with.
+
+    Raises:
+        RegistryError: as `publish`.
+    """
+    if not (root / _BEGUN).exists():
+        return None
+    begun = json.loads((root / _BEGUN).read_text(encoding="utf-8"))
+    version = next((v for v in versions(root, begun["name"]) if str(v) == begun["version"]), None)
+    if version is None:  # the kill came before the tag, or it was withdrawn
+        (root / _BEGUN).unlink()
+        return None
+    return _go_on(root, version, begun["stage"] if promoting else "")
+
+
+def _go_on(root: Path, version: Version, stage: str) -> tuple[Version, str]:
+    begun = json.loads((root / _BEGUN).read_text(encoding="utf-8"))
     try:
         versioning.push_git(root)
     except WorkspaceError as error:
-        versioning.delete_tag(root, f"{name}@{text}")
-        raise RegistryError(f"expected to publish {name}@{text}, but: {error}. The tag is taken back; pull, and run again.") from error
-    return Version(number, name, commit)
+        if begun.get("pushed"):
+            raise RegistryError(f"expected to publish what became of {version}, but: {error}. Mend that, and run again.") from error
+        versioning.delete_tag(root, str(version))
+        (root / _BEGUN).unlink()
+        raise RegistryError(f"expected to publish {version}, but: {error}. The tag is taken back; pull, and run again.") from error
+    write_json(begun | {"pushed": True}, root / _BEGUN)
+    promoted = promote(root, version, stage, begun["before"]) if stage else ""
+    (root / _BEGUN).unlink()
+    return version, promoted
 
 
-def promote(root: Path, version: Version, stage: str = PROD) -> str:
+def _latest(root: Path, name: str, stage: str) -> str:
+    """Return the tag of the last promotion to a stage, or of the end of one; "" where there was none."""
+    return next((event.tag for event in reversed(_events(root, name)) if event.stage == stage), "")
+
+
+def promote(root: Path, version: Version, stage: str = PROD, unless_since: str | None = None) -> str:
     """Put a version into a stage, and return the tag that says so.
+
+    Args:
+        unless_since: the tag of the last promotion to this stage that is known of; if there was another since, nothing is done.
 
     Raises:
         RegistryError: GTO refuses, or the tag cannot be pushed. WorkspaceError: the workspace cannot be written.
@@ -207,6 +261,8 @@ def promote(root: Path, version: Version, stage: str = PROD) -> str:
     versioning.require_writable(root)
     number = f"v{'.'.join(map(str, version.number))}"
     versioning.fetch_tags(root)  # somebody else may have promoted another one meanwhile
+    if unless_since is not None and _latest(root, version.name, stage) != unless_since:
+        return ""
     try:
         versioning.gto(root, "assign", version.name, "--version", number, "--stage", stage, "--force")
     except WorkspaceError as error:
