@@ -48,9 +48,9 @@ def reach() -> None:
     Raises:
         WorkspaceError: it does not.
     """
-    # A terminal sends Ctrl-C to every process of the run. The temporary server inherits this mask and stays to be told that the run was
-    # interrupted: Prefect asks a dead one again and again, for minutes.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # A terminal sends Ctrl-C, and SIGHUP where it is closed, to every process of the run. The temporary server inherits this mask and stays
+    # to be told that the run was interrupted: Prefect asks a dead one again and again, for minutes.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         client = get_client(sync_client=True)
     finally:

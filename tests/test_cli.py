@@ -476,6 +476,28 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_ends_as_if_it_had_not_
     assert (registered / "plots" / "history.csv").read_bytes() == (undisturbed / "plots" / "history.csv").read_bytes()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_told_to_end_takes_the_server_with_it_that_it_started(workspace: Path, number: signal.Signals) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")}
+    command = [sys.executable, "-m", "tlpipeline", "run", "-w", str(workspace)]
+    before = signal.signal(number, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as process:
+        signal.signal(number, before)
+        assert process.stderr
+        first = process.stderr.readline()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        servers = [child for child in children if b"uvicorn" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert first.startswith("ingest"), first + rest
+    assert process.returncode == 128 + number, rest
+    assert "interrupted; checkpoints are kept, and the next run goes on from the last one" in rest.splitlines()
+    assert "Traceback" not in rest
+    assert len(servers) == 1
+    assert not Path(f"/proc/{servers[0]}").exists()
+    versioning.free(workspace)
+
+
 def test_a_training_run_leaves_its_own_checkpoints_and_no_older_ones(call: Callable[..., Said], registered: Path) -> None:
     """`dvc repro` has yet to record it."""
     runs = registered / ".tlpipeline" / "runs"

@@ -284,7 +284,7 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
 def origin(registered: Path, tmp_path: Path) -> Path:
     """The bare repository to which the registered workspace was pushed; an accepted version is to be promoted at once."""
     set_param(registered, "gate.promote", "auto")
-    versioning.git(tmp_path, "init", "--quiet", "--bare", str(tmp_path / "origin.git"))
+    versioning.git(tmp_path, "init", "--quiet", "--bare", "--initial-branch", "main", str(tmp_path / "origin.git"))
     versioning.git(registered, "remote", "add", "origin", str(tmp_path / "origin.git"))
     versioning.push_git(registered)
     return tmp_path / "origin.git"

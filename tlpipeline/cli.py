@@ -4,7 +4,10 @@ Heavy imports (torch, ray, prefect, dvc) happen inside the functions: `tlpipelin
 """
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +26,7 @@ app.add_typer(registry, name="registry")
 app.add_typer(cache, name="cache")
 
 _INTERRUPTED = 130
+_KEPT = "interrupted; checkpoints are kept, and the next run goes on from the last one"
 
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the workspace.")]
 
@@ -50,8 +54,29 @@ def main() -> None:
             sys.exit(error.exit_code)
         raise
     if code == _INTERRUPTED:  # what the parser makes of Ctrl-C
-        _say("interrupted; checkpoints are kept, and the next run goes on from the last one")
+        _say(_KEPT)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the body as Ctrl-C does, with all that it started: Prefect's temporary server would stay behind.
+
+    Raises:
+        SystemExit: one came; with 128 and its number, as of a process that it ended.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has one ignored
+            signal.signal(number, end)
+    try:
+        yield
+    except SystemExit as error:
+        _say(_KEPT)
+        raise SystemExit(128 + signal.SIGTERM if error.code == signal.SIGTERM else error.code) from None  # Ray leaves with the bare number
 
 
 def _say(text: str) -> None:
@@ -91,13 +116,14 @@ def run(
     from flows.retrain import reach, retrain
     from tasks.pipeline import listener
 
-    reach()
-    with _Bar() as bar:
-        token = listener.set(bar)
-        try:
-            summary = retrain(workspace=workspace, images=images)
-        finally:
-            listener.reset(token)
+    with _ends_in_order():
+        reach()
+        with _Bar() as bar:
+            token = listener.set(bar)
+            try:
+                summary = retrain(workspace=workspace, images=images)
+            finally:
+                listener.reset(token)
     _print_summary(summary)
 
 
