@@ -67,11 +67,13 @@ def test_the_optimiser_decays_neither_norms_nor_biases_and_follows_depth() -> No
     assert isinstance(made, torch.optim.SGD)
     by_size = {p.numel(): g for g in made.param_groups for p in g["params"]}
     assert by_size[108]["weight_decay"] == 5e-4
+    assert (by_size[108]["momentum"], by_size[108]["nesterov"]) == (0.9, True)
     assert all(g["weight_decay"] == 0 for g in made.param_groups if g["params"][0].dim() == 1)
     assert sum(p.numel() for g in made.param_groups for p in g["params"]) == 108 + 4 + 8 + 4  # what is frozen is not there
     layered = optimiser(net, Recipe(), "layer", 0.1, [["0.weight", "0.bias"]], fused=False)
     assert isinstance(layered, torch.optim.AdamW)
     assert {round(g["lr"], 6) for g in layered.param_groups} == {0.1, 0.075}
+    assert {g["weight_decay"] for g in layered.param_groups} == {0.05, 0}
     forced = optimiser(net, Recipe(optimiser="adamw"), "batch", 0.1, [], fused=False)
     assert isinstance(forced, torch.optim.AdamW)
 
@@ -114,6 +116,30 @@ def test_the_moving_average_follows_the_weights_and_can_be_exchanged_with_them()
     assert net.weight.item() == 1.0
 
 
+def test_the_moving_average_takes_in_what_a_step_left(job: Make, tmp_path: Path) -> None:
+    net = linear()
+    fit = a_fit(net, job(decided(TUNED, average=0.9)), [0, 1, 2] * 16, tmp_path)
+    start = {key: value.clone() for key, value in net.state_dict().items()}
+    moving, average = fit._start(0.1, State(arm="fine-tune"))
+    fit._epoch(net, ListedImages(fit, [(list(range(8)), PIXELS)]), moving, average, 0.1, State(arm="fine-tune"), 1)
+    assert not same(net.state_dict(), start, atol=1e-3)
+    assert same(average.weights, {key: start[key].lerp(value, 9 / 11) for key, value in net.state_dict().items()}, atol=1e-6)
+
+
+def test_the_weights_move_as_they_would_without_their_average(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[dict[str, torch.Tensor]] = []
+    remember = Checkpoints.keep
+
+    def keep(self: Checkpoints, *given: Any) -> None:
+        remember(self, *given)
+        moved.append(self.current)
+
+    monkeypatch.setattr(Checkpoints, "keep", keep)
+    kept = [trained(job(decided(TUNED, average=decay), epochs=3), tmp_path / str(decay)) for decay in (0.0, 0.9)]
+    assert all(same(plain, averaged) for plain, averaged in zip(moved[:3], moved[3:], strict=True))
+    assert not same(*kept)
+
+
 # --- images ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +151,14 @@ def test_mixup_and_cutmix_mix_images_and_labels_alike() -> None:
         assert torch.allclose(labels.sum(1), torch.ones(4))
         # Pixels are class numbers here: the mean pixel is the mean label.
         assert torch.allclose(inputs.mean((1, 2, 3)), labels @ torch.arange(4.0), atol=0.02)
+
+
+def test_where_mixup_and_cutmix_are_both_asked_for_batches_get_one_or_the_other() -> None:
+    torch.manual_seed(0)
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8)
+    batches = [mix(images, torch.arange(4), 4, 0.4, 1.0)[0] for _ in range(20)]
+    cut = [bool((inputs.amax((1, 2, 3)) > inputs.amin((1, 2, 3))).any()) for inputs in batches]
+    assert 4 < sum(cut) < 16  # images that are mixed by mixup stay of one colour
 
 
 def test_randaugment_follows_seed_epoch_content_and_turn_and_leaves_the_random_state_alone() -> None:
@@ -367,6 +401,89 @@ def test_the_balanced_sampler_draws_classes_alike(job: Make) -> None:
     assert sorted(fit._order(3)) == list(range(100))
 
 
+@pytest.mark.parametrize("recipe", [{}, {"balance": "sampler", "imbalance": 1.0}])
+def test_each_epoch_and_each_seed_has_an_order_of_its_own(recipe: dict[str, Any], job: Make, tmp_path: Path) -> None:
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        return tuple(a_fit(linear(), job(decided(TUNED, **recipe), seed=seed), [0, 0, 1] * 16, tmp_path)._order(epoch).tolist())
+
+    assert order(0, 1) == order(0, 1)
+    assert len({order(0, 0), order(0, 1), order(1, 0), order(1, 1)}) == 4
+
+
+@pytest.mark.parametrize(("images", "batch", "workers", "taken"), [
+    (20, 16, 1, [16, 4]), (19, 16, 1, [16]), (3, 16, 1, [3]), (12, 8, 2, [4, 2]), (11, 8, 2, [4]), (7, 6, 3, [2]),
+])  # fmt: skip
+def test_a_last_batch_of_few_images_is_left_for_another_epoch_unless_it_is_the_only_one(
+    images: int, batch: int, workers: int, taken: list[int], job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of a batch is enough, if each worker has two images of it."""
+    monkeypatch.setattr(finetune, "reduced", lambda values, *_: values)
+    fit = a_fit(linear(), job(decided(TUNED), batch_size=batch), [i % 3 for i in range(images)], tmp_path, workers=workers)
+    asked: list[int] = []
+
+    class Asked(ListedImages):
+        def batches(self, batches: Any, **_: Any) -> Any:
+            asked.extend(map(len, batches))
+            return iter([])
+
+    moving, average = fit._start(0.1, State(arm="fine-tune"))
+    fit._epoch(fit.model, Asked(fit, []), moving, average, 0.1, State(arm="fine-tune"), 1)
+    assert asked == taken
+
+
+def test_dropout_and_mixing_are_drawn_anew_for_each_epoch_step_and_worker(
+    job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "reduced", lambda values, *_: values)
+    drawn: list[int] = []
+    monkeypatch.setattr(Fit, "_step", lambda *_: drawn.append(torch.initial_seed()) or torch.zeros(()))  # type: ignore[func-returns-value]
+
+    def epochs(rank: int, seed: int) -> None:
+        fit = a_fit(linear(), job(decided(TUNED), seed=seed), [0, 1, 2] * 16, tmp_path, workers=2, rank=rank)
+        moving, average = fit._start(0.1, State(arm="fine-tune"))
+        for epoch in (0, 1):
+            images = ListedImages(fit, [([0, 1], PIXELS[:2])] * 3)
+            fit._epoch(fit.model, images, moving, average, 0.1, State(arm="fine-tune", epoch=epoch), 2)
+
+    for rank, seed in itertools.product((0, 1), (0, 1)):
+        epochs(rank, seed)
+    assert len(set(drawn)) == len(drawn) == 2 * 2 * 2 * 3
+    epochs(0, 0)
+    assert drawn[-6:] == drawn[:6]
+
+
+@pytest.mark.parametrize(("crop", "picture", "side"), [
+    (0.5, 1000, 91), (1.0, 1000, 64), (0.5, 70, 91), (0.5, 60, 64), (0.5, 33, 64), (0.5, 20, 32),
+])  # fmt: skip
+def test_pictures_are_kept_as_sharp_as_crops_can_show_and_no_larger_than_they_are(
+    crop: float, picture: int, side: int, job: Make, tmp_path: Path
+) -> None:
+    fit = a_fit(linear(), job(decided(TUNED, crop=crop)), [0, 1, 2] * 4, tmp_path)
+    rows = [replace(row, width=picture, height=3 * picture) for row in fit.sides.train]
+    fit.sides = replace(fit.sides, train=rows, transforms=replace(fit.sides.transforms, size=32, resize=32))
+    images, val = fit._images(1)
+    assert images.decoded is not None
+    assert images.decoded.side == side
+    assert val.decoded is not None
+    assert val.decoded.side == 32
+
+
+@pytest.mark.parametrize(("short", "epochs", "kept"), [(0, 2, True), (1, 2, False), (0, 1, False)])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_decoded_images_are_kept_where_they_come_back_and_all_three_colours_have_room(
+    on_disk: bool, short: int, epochs: int, kept: bool, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 3 * (12 * 23**2 + 2 * 8**2) - short
+    monkeypatch.setattr(finetune, "IN_MEMORY_BYTES", 0 if on_disk else room)
+    fit = a_fit(linear(), job(decided(TUNED), cache_bytes=room if on_disk else 0), [0, 1, 2] * 4, tmp_path)
+    fit.store = Store(tmp_path / "cache" if on_disk else None)
+    filled: list[int] = []
+    monkeypatch.setattr(Decoded, "fill", lambda self, rows, _: filled.append(len(rows)))
+    monkeypatch.setattr(Decoded, "open", lambda *_: None)
+    fit._images(epochs)
+    assert filled == ([12, 2] if kept else [])
+
+
 def test_an_image_that_comes_back_in_an_epoch_is_seen_from_elsewhere(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=2, each=10, name="again", size=64)
     rows = list(dataset.ingest(folder, {}, lambda done, total: None).rows)
@@ -446,12 +563,15 @@ def test_steps_are_taken_in_bfloat16_where_the_processor_has_it(
     precision: str, native: bool, kind: torch.dtype, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finetune, "computes_in_bfloat16", lambda device: native)
-    net, seen = linear(), []
-    net.register_forward_hook(lambda _, given, out: seen.append(out.dtype))
-    fit = a_fit(net, job(decided(TUNED), precision=precision), [0, 1, 2, 0, 1, 2, 0, 1], tmp_path)
+    net, seen, labels = linear(), [], [0, 1, 2, 0, 1, 2, 0, 1]
+    net.register_forward_hook(lambda _, given, out: seen.append(out.detach()))
+    fit = a_fit(net, job(decided(TUNED), precision=precision), labels, tmp_path)
     images = Images(tmp_path, fit.sides.train, fit.sides.transforms)
-    fit._step(net, list(range(8)), PIXELS, images, 8, State(arm="fine-tune"))
-    assert seen == [kind]
+    loss = fit._step(net, list(range(8)), PIXELS, images, 8, State(arm="fine-tune"))
+    assert [logits.dtype for logits in seen] == [kind]
+    # From there on it is float32: a sum in bfloat16 has three digits.
+    wanted = nn.functional.cross_entropy(seen[0].float(), torch.tensor(labels), reduction="sum")
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
     assert net[1].weight.grad.dtype == torch.float32
 
 
@@ -537,6 +657,25 @@ def test_going_back_restores_weights_and_optimiser_and_halves_the_rate_from_ther
     peak = TUNED.recipe.rate("none", 32) * 16 / 64
     wanted = [peak * schedule(step, 3 * each, TUNED.recipe.warm_up) for step in range(3 * each)]
     assert rates == pytest.approx([*wanted[: each + 2], *(rate / 2 for rate in wanted[each:])])
+
+
+@pytest.mark.parametrize(("look", "images", "taken", "again"), [
+    (2, 10**6, 1, 0),  # looked at before the step is taken
+    (1000, 10**6, None, 0),  # at the end of the epoch, all of which is thrown away
+    (1000, 16, 2, 1),  # before a part of the epoch is kept
+])  # fmt: skip
+def test_a_gradient_that_is_no_number_between_two_looks_is_not_overlooked(
+    look: int, images: int, taken: int | None, again: int, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "LOOK_STEPS", {"cpu": look})
+    monkeypatch.setattr(finetune, "CHECKPOINT_IMAGES", images)
+    each = math.ceil(len(dataset.read_manifest(Path(job(decided(TUNED)).manifest)).used("train")) / 16)
+    exploding(monkeypatch, {each + 2})  # the second step of the second epoch
+    rates = rates_of(monkeypatch)
+    trained(job(decided(TUNED), epochs=2), tmp_path / "run")
+    peak = TUNED.recipe.rate("none", 32) * 16 / 64
+    wanted = [peak * schedule(step, 2 * each, TUNED.recipe.warm_up) for step in range(2 * each)]
+    assert rates == pytest.approx([*wanted[: each + (each if taken is None else taken)], *(rate / 2 for rate in wanted[each + again :])])
 
 
 @pytest.mark.parametrize(("at", "given_up"), [({6, 9}, False), ({6, 9, 12}, True)])
@@ -641,8 +780,8 @@ def test_workers_whose_memory_runs_out_all_begin_again_in_more_parts(job: Make, 
     fit._step(net, [0, 1, 2, 3], PIXELS[:4], images, 8, State(arm="fine-tune", accumulate=4))
 
 
-def test_a_batch_that_is_taken_again_moves_batch_normalisation_once(job: Make, tmp_path: Path) -> None:
-    """The first part went well, memory ran out in the second: what the first one did to the statistics does not count."""
+def test_a_batch_that_is_taken_again_moves_batch_normalisation_and_gradients_once(job: Make, tmp_path: Path) -> None:
+    """The first part went well, memory ran out in the second: what the first one did to the statistics and gradients does not count."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 3))
     fit = a_fit(net, job(decided(TUNED)), [0, 1, 2, 0, 1, 2, 0, 1], tmp_path)
@@ -659,10 +798,16 @@ def test_a_batch_that_is_taken_again_moves_batch_normalisation_once(job: Make, t
     fit._step(net, list(range(8)), PIXELS, images, 8, State(arm="fine-tune", accumulate=2))
     assert passes == [4, 4, 2, 2, 2, 2]
     hook.remove()
-    tight = {key: value.clone() for key, value in net.state_dict().items()}
+
+    def gradients() -> dict[str, torch.Tensor]:
+        return {name: parameter.grad.clone() for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+    tight, pulled = {key: value.clone() for key, value in net.state_dict().items()}, gradients()
     net.load_state_dict(start)
     fit._step(net, list(range(8)), PIXELS, images, 8, State(arm="fine-tune", accumulate=4))
     assert same(tight, net.state_dict(), atol=0)
+    assert pulled
+    assert same(pulled, gradients(), atol=0)
     assert int(tight["0.num_batches_tracked"]) == 4
 
 
@@ -719,8 +864,12 @@ def test_a_time_budget_gives_back_the_best_finished_epoch(
     assert same(weights, seen[2])
 
 
-def test_a_gpu_that_looks_at_the_clock_seldom_looks_at_it_after_each_epoch(
-    job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("epochs", "looks", "remarks"), [
+    (9, 5, ["train.budget_minutes ended fine-tune after epoch 5 of 9"]),
+    (5, 4, []),  # what has come to its end was not ended by the time
+])  # fmt: skip
+def test_a_gpu_that_looks_at_the_clock_seldom_looks_at_it_after_each_epoch_but_the_last(
+    epochs: int, looks: int, remarks: list[str], job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []
     monkeypatch.setattr(Deadline, "passed", lambda _: bool(looked.append(0)) or len(looked) > 4)
@@ -730,9 +879,9 @@ def test_a_gpu_that_looks_at_the_clock_seldom_looks_at_it_after_each_epoch(
     monkeypatch.setattr(Fit, "_images", lambda self, epochs: (ListedImages(self, batches), ListedImages(self, [])))
     monkeypatch.setattr(finetune, "probabilities", lambda *_: torch.full((2, 3), 1 / 3))
     state = State(arm="head")
-    fit.arm("fine-tune", 9, 0.1, state)
-    assert (state.epoch, len(looked)) == (5, 5)
-    assert state.remarks == ["train.budget_minutes ended fine-tune after epoch 5 of 9"]
+    fit.arm("fine-tune", epochs, 0.1, state)
+    assert (state.epoch, len(looked)) == (5, looks)
+    assert state.remarks == remarks
 
 
 @pytest.mark.parametrize(("told", "kept"), [
@@ -797,6 +946,25 @@ def test_time_that_was_spent_before_an_interruption_counts(job: Make, tmp_path: 
     assert begun[1] > 0.0
 
 
+def test_each_checkpoint_says_how_long_the_run_has_taken(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the head, each epoch and each part of one: what an interruption repeats is all that is not counted."""
+    monkeypatch.setattr(finetune, "CHECKPOINT_IMAGES", 32)
+    seconds: list[float] = []
+    plain = Checkpoints.write
+
+    def write(self: Checkpoints, state: State) -> None:
+        plain(self, state)
+        seconds.append(json.loads((self.written / "state.json").read_text())["seconds"])
+
+    monkeypatch.setattr(Checkpoints, "write", write)
+    trained(job(decided(TUNED), epochs=2, budget_minutes=1000), tmp_path / "run")
+    assert len(seconds) > 3
+    assert seconds == sorted(set(seconds))
+    seconds.clear()
+    trained(job(decided(TUNED), epochs=2), tmp_path / "free")
+    assert set(seconds) == {0.0}  # where they are not bounded they are not kept: two runs are the same bytes
+
+
 def test_a_time_budget_that_is_not_needed_changes_nothing(job: Make, tmp_path: Path) -> None:
     bounded = trained(job(decided(TUNED), epochs=3, budget_minutes=1000), tmp_path / "bounded")
     assert same(trained(job(decided(TUNED), epochs=3), tmp_path / "free"), bounded)
@@ -838,16 +1006,16 @@ def test_where_the_time_is_up_no_random_view_is_begun(job: Make, tmp_path: Path,
 # --- no validation ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [{}, {"patience": 2}])
+@pytest.mark.parametrize("recipe", [{}, {"patience": 1}])
 def test_without_validation_images_what_was_trained_is_what_is_kept(recipe: dict[str, Any], job: Make, tmp_path: Path) -> None:
-    made = job(replace(decided(TUNED, scratch_from=1, **recipe), init="auto"), epochs=2)
+    made = job(replace(decided(TUNED, scratch_from=1, **recipe), init="auto"), epochs=3)
     manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
     none = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != "val"))
     dataset.write_manifest(none, tmp_path / "manifest.parquet", tmp_path / "quarantine.csv")
     trained(made, tmp_path / "run")
     state = finished(tmp_path / "run")
-    assert [h["arm"] for h in state["history"]] == ["head", "fine-tune", "fine-tune"]  # nothing says that scratch would be better
-    assert (state["best_arm"], state["best_epoch"]) == ("fine-tune", 2)
+    assert [h["arm"] for h in state["history"]] == ["head", *["fine-tune"] * 3]  # nothing says that scratch would be better
+    assert (state["best_arm"], state["best_epoch"]) == ("fine-tune", 3)
 
 
 def test_without_validation_images_a_time_budget_keeps_what_was_trained(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1028,6 +1196,74 @@ def test_a_run_between_two_checkpoints_is_lost_and_repeated_to_the_same_end(
     assert same(run("gone on"), often)
     assert finished(tmp_path / "cut")["slower"] == diverges
     assert history(tmp_path / "cut") == history(tmp_path / "often")
+
+
+def test_what_is_remembered_for_a_checkpoint_stays_what_it_was_while_training_goes_on(job: Make, tmp_path: Path) -> None:
+    net = linear()
+    fit = a_fit(net, job(decided(TUNED, average=0.9)), [0, 1, 2] * 16, tmp_path)
+    moving, average = fit._start(0.1, State(arm="fine-tune"))
+
+    def epoch() -> None:
+        fit._epoch(net, ListedImages(fit, [(list(range(8)), PIXELS)]), moving, average, 0.1, State(arm="fine-tune"), 1)
+
+    def remembered() -> list[dict[str, torch.Tensor]]:
+        kept = fit.checkpoint
+        return [{k: v.clone() for k, v in part.items()} for part in (kept.current, kept.best, kept.spare, kept.optimiser, kept.average)]
+
+    epoch()
+    fit.checkpoint.keep(State(arm="fine-tune"), moving, average)
+    fit.checkpoint.keep_best()
+    fit.checkpoint.keep_spare()
+    before = remembered()
+    assert all(before)
+    epoch()
+    assert not same(before[0], net.state_dict())
+    assert all(same(old, new) for old, new in zip(before, remembered(), strict=True))
+
+
+def test_a_checkpoint_gives_back_all_that_was_remembered(job: Make, tmp_path: Path) -> None:
+    net = linear()
+    written = Checkpoints(Alone(tmp_path / "world"), tmp_path, net)
+    names = ("current", "best", "spare", "optimiser", "average")
+    for number, name in enumerate(names):
+        setattr(written, name, {key: torch.full_like(value, number) for key, value in net.state_dict().items()})
+    state = State("fine-tune", epoch=3, step=2, spare_epoch=1, averaged=5, slower=1, seconds=7.5, remarks=["one"])
+    written.write(state)
+    read = Checkpoints(Alone(tmp_path / "world"), tmp_path, net)
+    assert read.restore(None) == state
+    assert all(same(getattr(read, name), getattr(written, name)) for name in names)
+    assert same(net.state_dict(), written.current)
+
+
+def test_what_a_run_has_kept_itself_comes_before_what_it_was_started_from(tmp_path: Path) -> None:
+    """A train stage that goes on where a race ended, and is interrupted, does not begin at the race's end once more."""
+    net = linear()
+    race, own = (Checkpoints(Alone(tmp_path / name), tmp_path / name, net) for name in ("race", "own"))
+    race.write(State("fine-tune", epoch=1))
+    assert own.restore(race.written) == State("fine-tune", epoch=1)
+    own.write(State("fine-tune", epoch=2))
+    assert own.restore(race.written) == State("fine-tune", epoch=2)
+
+
+def test_an_arm_begins_with_nothing_of_the_one_before_it(job: Make, tmp_path: Path) -> None:
+    """Neither momentum, nor average, nor a halved rate, nor an epoch in reserve; and a step that fails goes back to where this one began."""
+    net = linear()
+    fit = a_fit(net, job(decided(TUNED, average=0.9)), [0, 1, 2] * 16, tmp_path)
+    state = State("fine-tune", slower=1, spare_epoch=2, spare_accuracy=0.9, spare_loss=0.1)
+    moving, average = fit._start(0.1, state)
+    fit._epoch(net, ListedImages(fit, [(list(range(8)), PIXELS)]), moving, average, 0.1, state, 1)
+    fit.checkpoint.keep(state, moving, average)
+    fit.checkpoint.keep_spare()
+    net.load_state_dict(linear().state_dict())
+    fit.arm("scratch", 0, 0.1, state)
+    assert (state.arm, state.epoch, state.slower) == ("scratch", 0, 0)
+    assert not state.cut_short()
+    assert not fit.checkpoint.spare
+    moving, average = fit._start(0.1, state)
+    assert not flat(moving)
+    assert average.steps == 0
+    assert same(average.weights, net.state_dict())
+    assert same(fit.checkpoint.current, net.state_dict())
 
 
 # --- compiled networks ----------------------------------------------------------------------------------------------------------------
