@@ -22,16 +22,16 @@ from group import Crashing, Interrupted, attempt
 from safetensors.torch import load_file
 from test_cases import decision_for
 
-from tlpipeline import backbones, cutting, dataset, features, stages
+from tlpipeline import backbones, cache, cutting, dataset, features, stages
 from tlpipeline import train as train_module
 from tlpipeline.augment import augmentation
 from tlpipeline.cases import CASES, Case, Decision, Recipe
-from tlpipeline.checkpoint import State
+from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError
 from tlpipeline.evaluate import read_predictions
 from tlpipeline.features import Reading, extract, scaling
-from tlpipeline.finetune import Deadline, batch_size
+from tlpipeline.finetune import Deadline, Fit, batch_size
 from tlpipeline.heads import judged_penalty, score, solve_head, validated
 from tlpipeline.inputs import Images
 from tlpipeline.job import Job
@@ -165,6 +165,58 @@ def test_random_init_trains_from_scratch_for_longer(job: Callable[..., Job], tmp
     assert len(lines) == 2 * Recipe().scratch_times
 
 
+@pytest.mark.parametrize("init", ["random", "auto"])
+def test_training_from_scratch_begins_with_random_weights(
+    init: str, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with those that were given, nor with those that fine-tuning left."""
+    moved: dict[str, dict[str, torch.Tensor]] = {}
+    remember = Checkpoints.keep
+
+    def keep(self: Checkpoints, state: State, *rest: Any) -> None:
+        remember(self, state, *rest)
+        moved[state.arm] = self.current
+
+    monkeypatch.setattr(Checkpoints, "keep", keep)
+    decision = replace(decided(CASES[3], rate_none=1e-12, scratch_from=0, scratch_times=1.0), init=init)
+    trained(job(decision, epochs=1, seed=3), tmp_path / "out")
+    assert set(moved) == ({"scratch"} if init == "random" else {"fine-tune", "scratch"})
+    fresh = backbones.load("demonstration", backbones.NONE, size=32, seed=3).module.state_dict()
+    weights = {key: value for key, value in moved["scratch"].items() if "weight" in key}
+    assert all(torch.allclose(value, fresh[key.removeprefix("trunk.")], atol=1e-6) for key, value in weights.items() if "trunk" in key)
+    assert float(weights["head.weight"].abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(("rate", "peak"), [(0.01, 0.03), (0.05, 0.1)])
+def test_random_weights_get_a_larger_rate_but_no_more_than_a_tenth(
+    rate: float, peak: float, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    arm = Fit.arm
+
+    def noted(self: Fit, name: str, epochs: int, asked: float, state: State) -> None:
+        rates.append(asked)
+        arm(self, name, epochs, 1e-9, state)
+
+    monkeypatch.setattr(Fit, "arm", noted)
+    trained(job(replace(decided(CASES[3], rate_none=rate), init="random"), epochs=1), tmp_path / "out")
+    assert rates == [pytest.approx(peak)]
+
+
+def test_time_that_is_up_after_fine_tuning_leaves_none_for_random_weights(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = Fit.arm
+
+    def spent(self: Fit, *given: Any) -> None:
+        arm(self, *given)
+        self.deadline.before = 1e9
+
+    monkeypatch.setattr(Fit, "arm", spent)
+    trained(job(decided(CASES[3], rate_none=1e-12, scratch_from=0), epochs=1, budget_minutes=1000), tmp_path / "out")
+    assert [line["arm"] for line in history(tmp_path / "out")] == ["head", "fine-tune"]
+
+
 def test_auto_falls_back_to_scratch_only_where_fine_tuning_does_not_beat_the_frozen_probe(
     job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +296,34 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
     assert apart > 1e-2
     assert torch.allclose(train_only, first[0], atol=float(apart) / 20)
     assert torch.allclose(both, second[0], atol=float(apart) / 20)
+
+
+@pytest.mark.parametrize("decision", [decided(CASES[0]), decided(CASES[2], solve_again=True)], ids=["frozen", "solved again"])
+def test_a_head_that_knows_the_validation_images_is_as_sure_as_the_one_that_did_not_was_right(
+    decision: Decision, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[torch.Tensor, np.ndarray]] = []
+    heads = []
+    for by in (1.0, 2.0):
+        monkeypatch.setattr(train_module, "inverse_temperature", lambda *given, by=by: asked.append(given) or by)
+        tensors = trained(job(decision, epochs=1), tmp_path / str(by))
+        heads.append((tensors["head.weight"], tensors["head.bias"]))
+    assert all(torch.equal(once * 2, twice) for once, twice in zip(*heads, strict=True))
+    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
+    labels = np.array([manifest.classes.index(row.label) for row in manifest.used("val")])
+    last = history(tmp_path / "1.0")[-1]
+    assert last["arm"] in ("head", "last head")
+    for chances, truth in asked:
+        assert np.array_equal(truth, labels)
+        assert validated(chances, truth) == (last["accuracy"], last["log_loss"], last["correct"])
+
+
+def test_what_a_network_reads_that_was_trained_is_not_kept_in_the_cache(job: Callable[..., Job], tmp_path: Path) -> None:
+    """Nobody else will ask for it, and it would push out what others do."""
+    decision = replace(decided(CASES[2], solve_again=True), readings=SEVERAL)
+    trained(job(decision, epochs=1, cache=str(tmp_path / "cache")), tmp_path / "out")
+    assert history(tmp_path / "out")[-1]["arm"] == "last head"
+    assert [kept.label for kept in cache.info(tmp_path / "cache")] == ["demonstration fc2 at 32 pixels"]
 
 
 def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads_by_then(job: Callable[..., Job], tmp_path: Path) -> None:
