@@ -239,7 +239,7 @@ def test_a_model_from_before_it_said_whether_it_is_frozen_is_taken_for_trained(n
 # --- crashes and company --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped in a name", "flipped in a row", "foreign"])
 def test_a_damaged_shard_is_thrown_away_and_built_again(damage: str, listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
     folder, rows = listed[0], listed[1][:32]
     wanted = [r.all() for r in reader_after(tmp_path, net, folder, rows).rows(rows)]
@@ -249,12 +249,14 @@ def test_a_damaged_shard_is_thrown_away_and_built_again(damage: str, listed: tup
         shard.write_bytes(content[: len(content) // 2])
     elif damage == "empty":
         shard.write_bytes(b"")
-    elif damage == "flipped":
-        content[-100] ^= 1
+    elif damage.startswith("flipped"):
+        place = wanted[0][3:4].numpy().tobytes() if damage.endswith("row") else bytes.fromhex(rows[3].md5)
+        content[content.index(place) + 5] ^= 1
         shard.write_bytes(content)
     else:
         save_file({"something": torch.zeros(3)}, shard)
     assert steps(Store(tmp_path / "cache"), net, folder, rows, LAST) == 2
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 1  # the damaged one would be read at each start
     again = [r.all() for r in reader(Store(tmp_path / "cache"), net, LAST).rows(rows)]
     assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
 
@@ -298,6 +300,17 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "column").iterdir()] == [".half.draft"]
     assert not Column(tmp_path / "column").has([md5(0)])[0]
+
+
+def test_drafts_of_writers_that_were_killed_go_and_those_of_writers_at_work_stay(tmp_path: Path) -> None:
+    Store(tmp_path).column("key", "label").add([md5(0)], numbers(1))
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    for name, age in (("dead", 2 * 3600), ("alive", 60)):
+        (place / f".{name}.draft").write_bytes(b"half")
+        os.utime(place / f".{name}.draft", (time.time() - age, time.time() - age))
+    cache.prune(tmp_path, 1e9)
+    assert [path.name for path in place.glob(".*")] == [".alive.draft"]
+    assert len(list(place.glob("*.safetensors"))) == 1
 
 
 WRITER = """
@@ -428,11 +441,13 @@ def test_a_run_that_needs_room_takes_it_from_what_was_not_used_for_an_hour(tmp_p
     assert {k.label: k.files for k in cache.info(tmp_path)} == {"label 2": 1, "label 3": 6}
 
 
-def test_how_large_the_cache_is_is_not_measured_at_each_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [1e9, 1.0])
+def test_how_large_the_cache_is_is_not_measured_at_each_shard(limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where it is full of what is in use either."""
     measured: list[float] = []
     prune = cache.prune
     monkeypatch.setattr(cache, "prune", lambda *given: measured.append(0) or prune(*given))  # type: ignore[func-returns-value]
-    column = Store(tmp_path, 1e9).column("key", "label")
+    column = Store(tmp_path, limit).column("key", "label")
     for number in range(5):
         column.add([md5(number)], numbers(1, 1000, number))
     assert len(measured) == 1

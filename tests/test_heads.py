@@ -246,6 +246,39 @@ def test_a_solver_whose_time_is_up_takes_a_few_steps_and_tries_no_other_penalty(
     assert late[2] == heads.PENALTIES[heads.START]
 
 
+def test_classes_weigh_alike_from_more_than_so_many_times_the_images_on() -> None:
+    for rare, weight in ((3, 1 / 33), (2, 1 / 4)):
+        labels = np.array([0] * 30 + [2] * rare)
+        shares = image_weights(labels, imbalance=10)
+        assert shares.sum() == pytest.approx(1)
+        assert shares[-1] == pytest.approx(weight)  # half of the loss for two images, or as much as any other
+
+
+def test_the_penalty_is_found_on_images_of_all_classes_in_whatever_order_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is read class by class, and no more than a thousand images are held out from."""
+    x, labels = drawn(1500, 5)
+    order = np.argsort(labels, kind="stable")
+    there: list[list[int]] = []
+
+    class Watched(Problem):
+        def __init__(self, features: Features, labels: np.ndarray, *rest: object) -> None:
+            there.append(np.bincount(labels).tolist())
+            super().__init__(features, labels, *rest)
+
+    monkeypatch.setattr(heads, "Problem", Watched)
+    solve_head(x[torch.from_numpy(order)], labels[order], BLOCKS, 5, 10, 0)
+    assert len(there) == 2  # one fold, and the head of all images
+    assert sum(there[0]) == pytest.approx(heads.CV_IMAGES * (1 - 1 / heads.FOLDS), abs=5)
+    assert min(there[0]) > 90
+
+
+def test_both_ends_of_the_penalties_are_reached() -> None:
+    for best in range(len(PENALTIES)):
+        asked: list[int] = []
+        assert heads._downhill(lambda i, best=best, asked=asked: asked.append(i) or abs(i - best), heads.never) == best
+        assert set(asked) <= set(range(len(PENALTIES)))
+
+
 def test_a_class_with_a_single_image_is_survived() -> None:
     x, labels = drawn(60, 3)
     labels[labels == 2] = 0

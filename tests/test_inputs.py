@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,6 +157,22 @@ def test_an_image_that_changed_since_it_was_listed_stops_the_batches(listed: tup
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(DataChanged, match=rows[5].path):
         next(batches)
+
+
+def test_images_that_are_kept_decoded_are_known_by_all_that_makes_their_pixels(listed: tuple[Path, list[Row]]) -> None:
+    folder, rows = listed
+    store = Store()
+    made = [squeezed(store, folder, side) for side in (32, 33)]
+    made += [
+        prepared(store, folder, replace(PLAIN, **change)) for change in ({}, {"resize": 40}, {"size": 24}, {"interpolation": "bicubic"})
+    ]
+    for decoded in made:
+        assert not decoded.column.has([rows[0].md5])[0]
+        decoded.fill(rows[:1], lambda done: None)
+        decoded.open(rows[:1])
+        assert decoded.pixels(rows[0]).shape == (decoded.side, decoded.side, 3)
+    again = prepared(store, folder, replace(PLAIN, mean=(0.0, 0.0, 0.0)))  # what comes after the pixels plays no part
+    assert again.column.has([rows[0].md5])[0]
 
 
 def test_files_are_decoded_no_larger_than_they_are_needed(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -472,8 +472,10 @@ def test_a_checkpoint_is_never_half_there(tmp_path: Path) -> None:
         (source / "value").write_text(str(number))
         world.report({}, source)
     (tmp_path / "world" / "new").mkdir()  # a copy that did not finish
+    shutil.copytree(tmp_path / "source1", tmp_path / "world" / "old")  # an older one that was not removed any more
     with world.restore() as folder:
         assert (folder / "value").read_text() == "2"
+    shutil.rmtree(tmp_path / "world" / "old")
     (tmp_path / "world" / "kept").rename(tmp_path / "world" / "old")
     with world.restore() as folder:
         assert (folder / "value").read_text() == "2"
@@ -1153,6 +1155,35 @@ def test_without_flip_nothing_is_mirrored() -> None:
     for index in range(40):
         row = np.asarray(augmentation(0.5, False, 0, 0)(ramp, row_of(str(index), 32, 32), 32))[16, :, 0].astype(int)
         assert row[-1] > row[0]
+
+
+def test_crops_are_of_all_sizes_shapes_and_places_that_were_asked_for_and_half_are_mirrored() -> None:
+    """Red says how far to the right a pixel was, and green how far down."""
+    from PIL import Image
+
+    ramp = np.arange(256, dtype=np.uint8)
+    image = Image.fromarray(np.stack(np.broadcast_arrays(ramp[None, :], ramp[:, None], np.uint8(0)), 2))
+    boxes = []
+    for index in range(400):
+        pixels = np.asarray(augmentation(0.3, True, 0, 0)(image, row_of(str(index), 256, 256), 32), dtype=float)
+        (left, right), (top, bottom) = pixels[16, [0, -1], 0], pixels[[0, -1], 16, 1]
+        width, height = (right - left) * 32 / 31 / 256, (bottom - top) * 32 / 31 / 256  # between the middles of the outermost pixels
+        boxes.append((abs(width), height, width < 0, min(left, right) / 255 - abs(width) / 64, top / 255 - height / 64))
+    widths, heights, mirrored, lefts, tops = np.array(boxes).T
+    area, aspect = widths * heights, widths / heights
+    whole = area < 0.5  # larger ones may lose what does not fit
+    assert 0.28 < area.min() < 0.33
+    assert 0.9 < area.max() < 1.02
+    assert 0.55 < area.mean() < 0.67
+    assert 0.73 < aspect[whole].min() < 0.8
+    assert 1.25 < aspect[whole].max() < 1.37
+    assert abs(np.log(aspect).mean()) < 0.03
+    assert 0.4 < mirrored.mean() < 0.6
+    for start, length in ((lefts, widths), (tops, heights)):
+        place = (start / (1 - length))[length < 0.8]  # 0 is the first place that it may have, 1 the last
+        assert place.min() < 0.1
+        assert place.max() > 0.9
+        assert 0.45 < place.mean() < 0.55
 
 
 def test_an_interrupted_run_is_resumed_by_the_same_code_only() -> None:
