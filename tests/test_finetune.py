@@ -946,6 +946,26 @@ def test_time_that_was_spent_before_an_interruption_counts(job: Make, tmp_path: 
     assert begun[1] > 0.0
 
 
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_of_several_workers_the_first_one_s_clock_counts(first: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends alone, or writes alone, leaves the others waiting for ever."""
+
+    def broadcast(tensors: Any, world: Alone) -> None:
+        for tensor in tensors:
+            tensor.fill_(first)
+
+    monkeypatch.setattr(finetune, "from_first", broadcast)
+    monkeypatch.setattr(checkpoint, "from_first", broadcast)
+    world = Alone(tmp_path)
+    world.size, world.rank = 2, 1
+    for spent in (0.0, 1e9):
+        assert Deadline(1, world, spent).passed() is bool(first)
+        kept = Checkpoints(world, tmp_path, linear())
+        kept._took, kept._ended = 1.0, -spent
+        assert kept.due() is bool(first)
+    assert not Deadline(0, world, 1e9).passed()
+
+
 def test_each_checkpoint_says_how_long_the_run_has_taken(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the head, each epoch and each part of one: what an interruption repeats is all that is not counted."""
     monkeypatch.setattr(finetune, "CHECKPOINT_IMAGES", 32)

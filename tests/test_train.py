@@ -547,6 +547,15 @@ def test_no_worker_goes_on_before_all_have_looked_for_a_checkpoint(tmp_path: Pat
     assert waits == ["read", "all"]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_no_worker_goes_on_before_a_checkpoint_is_safe(first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, waits = Alone(tmp_path / "world"), []
+    world.size = 2
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: waits.append((tmp_path / "world" / "kept" / "value").exists()))
+    world.report({}, written(tmp_path / "source", "1") if first else None)
+    assert waits == [first]
+
+
 def test_early_stopping_goes_on_counting_where_it_was_interrupted(job: Callable[..., Job], tmp_path: Path) -> None:
     # A rate that changes nothing: the first epoch is the best, and two more without a better one end it.
     decision = decided(CASES[2], rate_none=1e-12, patience=2)
