@@ -97,6 +97,22 @@ def test_features_of_an_image_are_the_same_bits_whatever_else_is_asked_about(lis
             assert torch.equal(whole[some], part)
 
 
+def test_a_frozen_network_reads_the_same_whatever_mode_it_was_left_in(listed: tuple[Path, list[Row]]) -> None:
+    """BatchNorm would read by the statistics of a batch, and move its own."""
+    net = backbones.load("nets:resnet20", "none")
+    images, tap = Images(*listed, net.transforms), next(t for t in cutting.describe(net, 32) if t.name == "layer1.2")
+    trunk = cutting.cut(net, ["layer1.2"])
+    before = {key: value.clone() for key, value in trunk.state_dict().items()}
+    (wanted,) = extract(trunk.eval(), [(1, 2)], images, CPU, lambda _: None)
+    (found,) = extract(trunk.train(), [(1, 2)], images, CPU, lambda _: None)
+    asked = Reader(Store(), net, trunk, [features.Reading(tap.name, tap.channels, (1, 2))], net.transforms, CPU)
+    trunk.train()
+    (kept,) = asked.read(images, lambda _: None)
+    assert torch.equal(found, wanted)
+    assert torch.equal(kept.all(), wanted)
+    assert all(torch.equal(value, before[key]) for key, value in trunk.state_dict().items())
+
+
 def test_progress_counts_every_image(listed: tuple[Path, list[Row]]) -> None:
     told: list[int] = []
     trunk = cutting.cut(backbones.load("demonstration", "none"), ["conv1"])

@@ -233,6 +233,23 @@ def test_a_frozen_backbone_gets_no_gradients_and_another_does() -> None:
         assert model.head.weight.grad is not None
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_is_trained_is_computed_as_its_trainer_says_and_only_what_is_frozen_in_bfloat16(frozen: bool) -> None:
+    model = Classifier(backbones.load("demonstration", "DEFAULT"), [Reading("conv2", 64, (1, 2))], 3, frozen, in_bfloat16=True)
+    assert model.in_bfloat16 is frozen
+    inputs, seen = torch.zeros(2, 3, 32, 32), list[torch.dtype]()
+    next(iter(m for m in model.trunk.modules() if isinstance(m, torch.nn.Conv2d))).register_forward_hook(
+        lambda _, given, out: seen.append(out.dtype)
+    )
+    assert model(inputs).dtype == torch.float32
+    assert seen == [torch.bfloat16 if frozen else torch.float32]
+
+
+def test_a_loaded_model_is_ready_to_predict(folder: Path) -> None:
+    """Whoever calls it by itself must not meet dropout."""
+    assert not any(module.training for module in load(folder)[0].modules())
+
+
 def test_a_new_head_knows_nothing() -> None:
     model = Classifier(backbones.load("demonstration", "DEFAULT"), LAST["demonstration"], 3, frozen=True)
     assert logits(model, torch.rand(2, 3, 32, 32)).abs().max() == 0
