@@ -1,11 +1,12 @@
 """Taps stand where blocks end, and cuts are real: what lies behind them is neither kept nor run."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlpipeline import backbones
 from tlpipeline.backbones import load
@@ -158,6 +159,16 @@ def test_attention_counts_as_work() -> None:
 def test_a_cut_shares_its_tensors_with_the_backbone() -> None:
     net = load("demonstration", "none")
     assert cut(net, ["conv2"]).get_parameter("conv1.0.weight") is net.module.get_parameter("conv1.0.weight")
+
+
+def test_threads_that_cut_at_once_leave_networks_as_they_were() -> None:
+    net = backbones.load("demonstration", "DEFAULT")
+    before = nn.Module.__call__, nn.Module.__getattr__
+    with ThreadPoolExecutor(4) as pool:
+        trunks = list(pool.map(lambda _: cut(net, ["conv1", "fc2"]), range(40)))
+    assert (nn.Module.__call__, nn.Module.__getattr__) == before
+    images = torch.rand(2, 3, 32, 32)
+    assert all(torch.equal(trunk(images)[1], trunks[0](images)[1]) for trunk in trunks)
 
 
 def test_an_unknown_tap_is_answered_with_the_list_of_taps() -> None:

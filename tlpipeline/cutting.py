@@ -6,6 +6,7 @@ outputs need is gone, parameters included.
 
 import hashlib
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from tlpipeline.errors import BackboneError
 
 LOGITS = "logits"
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,9 @@ def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.
     The module shares its tensors with the backbone. It maps images (batch, 3, size, size) to a tuple with one tensor a tap, in the order
     given, as (batch, channel, height, width) or (batch, channel), followed by the source head's logits where `logits` is true.
 
+    For milliseconds torch.fx replaces what all of the process's networks are called by: one thread cuts at a time, and no other may call a
+    network meanwhile.
+
     Raises:
         BackboneError: a tap does not exist, or the network's code between the taps cannot be traced.
     """
@@ -131,7 +136,8 @@ def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.
             raise BackboneError(f"expected a tap of {backbone.name}, found {tap!r}; its taps are {', '.join(backbone.tap_names)}.")
     backbone.module.eval()
     try:
-        graph = _BlockTracer(backbone.tap_names).trace(backbone.module)
+        with _ALONE:
+            graph = _BlockTracer(backbone.tap_names).trace(backbone.module)
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
         raise BackboneError(
             f"expected to cut {backbone.name} between its taps, but its forward() branches on data there: {error}. "
