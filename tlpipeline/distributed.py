@@ -263,7 +263,7 @@ def runtime(workers: int) -> None:
             raise ClusterError(f"expected a Ray cluster at RAY_ADDRESS={address}, but: {error}. Start it, or unset RAY_ADDRESS.") from error
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only
-    # Ray's own is 15: beside any other busy process its workers would get a thirtieth of a processor. Whoever runs a cluster decides that there.
+    # Ray's own is 15: beside any other busy process its workers would get a twentieth of a processor. Whoever runs a cluster decides that there.
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",
