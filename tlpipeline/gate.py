@@ -161,7 +161,7 @@ def _p_value(parts: Sequence[Stratum], margin: float, rule: GateParams) -> tuple
 
     seen = sum(part.difference for part in parts)
     if rule.test == "bootstrap":
-        return (_share(_bootstrap(parts) <= -margin) if parts else 1.0), "paired bootstrap"
+        return (_p_of_draws(_bootstrap(parts) <= -margin) if parts else 1.0), "paired bootstrap"
     if margin == 0 and len(parts) <= 1:
         wins, losses = sum(part.wins for part in parts), sum(part.losses for part in parts)
         return (float(binomtest(wins, wins + losses, 0.5, alternative="greater").pvalue) if wins + losses else 1.0), "exact McNemar test"
@@ -171,7 +171,7 @@ def _p_value(parts: Sequence[Stratum], margin: float, rule: GateParams) -> tuple
         thrown = sum(
             part.share * (2 * rng.binomial(part.wins + part.losses, 0.5, DRAWS) - part.wins - part.losses) / part.images for part in parts
         )
-        return _share(thrown >= seen - 1e-12), "paired permutation test"
+        return _p_of_draws(thrown >= seen - 1e-12), "paired permutation test"
     # Non-inferiority of paired proportions: Tango's score test (1998), the probability of a loss estimated under the null difference. The scores of
     # several strata add up.
     null, spread = -margin, 0.0
@@ -183,7 +183,7 @@ def _p_value(parts: Sequence[Stratum], margin: float, rule: GateParams) -> tuple
     return (float(norm.sf((seen - null) / math.sqrt(spread))) if parts else 1.0), "paired score test"
 
 
-def _share(drawn: Any) -> float:
+def _p_of_draws(drawn: Any) -> float:
     """The p-value that draws under the null leave possible: never 0."""
     return float((1 + drawn.sum()) / (1 + len(drawn)))
 
