@@ -6,6 +6,8 @@ import tlpipeline  # noqa: F401  (before torch, which reads how threads wait whe
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,3 +167,10 @@ def job(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
         return Job(**{**plain, **changes})
 
     return make
+
+
+def run_python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in another process that is no child of a lock's holder."""
+    environment = {k: v for k, v in os.environ.items() if k != "TLPIPELINE_LOCK_HOLDER"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300)

@@ -18,7 +18,7 @@ import pytest
 import typer
 
 from tests.conftest import set_param
-from tlpipeline import cli, stages, versioning
+from tlpipeline import cli, git, lock, stages
 
 HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
 VERBS = {
@@ -374,13 +374,13 @@ def test_run_refuses_what_is_no_workspace(call: Callable[..., Said], workspace: 
 def test_run_refuses_a_detached_head_where_it_would_push(call: Callable[..., Said], workspace: Path, tmp_path: Path) -> None:
     from tlpipeline import workspaces
 
-    versioning.git(workspace, "switch", "--quiet", "--detach")
+    git.run(workspace, "switch", "--quiet", "--detach")
     workspaces.checked(workspace)  # nothing would be pushed
-    versioning.git(workspace, "remote", "add", "origin", str(tmp_path / "origin.git"))
+    git.run(workspace, "remote", "add", "origin", str(tmp_path / "origin.git"))
     message = refused(call("run", "-w", workspace))
     assert "expected a branch to push to origin, but the HEAD of" in message
     assert "`git switch main`" in message
-    versioning.git(workspace, "switch", "--quiet", "-c", "mine")
+    git.run(workspace, "switch", "--quiet", "-c", "mine")
     workspaces.checked(workspace)
 
 
@@ -495,7 +495,7 @@ def test_a_run_that_is_told_to_end_takes_the_server_with_it_that_it_started(work
     assert "Traceback" not in rest
     assert len(servers) == 1
     assert not Path(f"/proc/{servers[0]}").exists()
-    versioning.free(workspace)
+    lock.free(workspace)
 
 
 def test_a_training_run_leaves_its_own_checkpoints_and_no_older_ones(call: Callable[..., Said], registered: Path) -> None:
@@ -658,8 +658,8 @@ def test_the_cache_is_shown_bounded_and_emptied(call: Callable[..., Said], regis
 
 
 def test_the_cache_is_not_emptied_under_a_run(call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with versioning.workspace_lock(registered), monkeypatch.context() as other:
-        other.setattr(versioning, "_HOLDER", "NOBODY")  # as another process sees it, which the run did not start
+    with lock.hold(registered), monkeypatch.context() as other:
+        other.setattr(lock, "_HOLDER", "NOBODY")  # as another process sees it, which the run did not start
         assert "is running in it" in refused(call("cache", "clear", "-w", registered))
     assert (registered / ".tlpipeline" / "cache").exists()
 

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import paint, set_param
+from conftest import paint, run_python, set_param
 from test_dataset import on, put, tiny
 
-from tlpipeline import acts, dataset, registry, stages, versioning, workspaces
+from tlpipeline import acts, dataset, git, lock, stages, versioning, workspaces
 from tlpipeline.dataset import TEST, TRAIN, VAL
-from tlpipeline.errors import BackboneError, DataError, RegistryError, Unreachable, WorkspaceError
+from tlpipeline.errors import BackboneError, DataError, Unreachable, WorkspaceError
+from tlpipeline.files import unlink
 from tlpipeline.params import load
 from tlpipeline.progress import silent
 
@@ -43,13 +43,6 @@ def contents(root: Path, *names: str) -> dict[str, bytes]:
     """Return the bytes of every file of these outputs."""
     files = [f for name in names for f in (sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name])]
     return {f.relative_to(root).as_posix(): f.read_bytes() for f in files if f.is_file()}
-
-
-def run_python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in another process that is no child of a lock's holder."""
-    environment = {k: v for k, v in os.environ.items() if k != "TLPIPELINE_LOCK_HOLDER"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def repro(root: Path, *arguments: str) -> str:
@@ -83,11 +76,11 @@ def ingested(_ingested: Path, tmp_path: Path) -> Path:
 
 
 def test_init_makes_a_workspace_with_everything_committed(workspace: Path) -> None:
-    versioning.require(workspace)
+    lock.require_workspace(workspace)
     assert load(workspace / "params.yaml").data.name == "workspace"
-    assert versioning.git(workspace, "log", "--format=%s").splitlines() == ["First images", "New workspace"]
-    assert versioning.git(workspace, "status", "--short") == "M params.yaml"  # by the fixture: no workers
-    tracked = versioning.git(workspace, "ls-files").splitlines()
+    assert git.run(workspace, "log", "--format=%s").splitlines() == ["First images", "New workspace"]
+    assert git.run(workspace, "status", "--short") == "M params.yaml"  # by the fixture: no workers
+    tracked = git.run(workspace, "ls-files").splitlines()
     assert {"dvc.yaml", "params.yaml", "prefect.yaml", "splits.csv", "images.dvc", ".dvc/config", ".gitignore", ".dvcignore"} <= set(
         tracked
     )
@@ -173,36 +166,6 @@ def test_a_remote_is_written_as_it_was_meant(tmp_path: Path, monkeypatch: Any) -
 # --- what is no workspace -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_workspace_is_refused_with_the_way_to_make_one(tmp_path: Path) -> None:
-    def refusal() -> str:
-        with pytest.raises(WorkspaceError) as caught:
-            versioning.require(tmp_path / "w")
-        assert "Create one with `tlpipeline init DIR`, or name one with --workspace." in str(caught.value)
-        return str(caught.value)
-
-    assert "found no such folder" in refusal()
-    (tmp_path / "w").mkdir()
-    assert "expected a git repository" in refusal()
-    (tmp_path / "w" / ".git").mkdir()
-    assert "expected a DVC repository" in refusal()
-    (tmp_path / "w" / ".dvc").mkdir()
-    assert "expected the pipeline in" in refusal()
-    (tmp_path / "w" / "dvc.yaml").write_text("stages: {}\n")
-    versioning.require(tmp_path / "w")
-
-
-def test_git_outside_a_repository_is_refused_with_what_git_says(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(WorkspaceError, match=r"git log failed in .*not a git repository"):
-        versioning.git(tmp_path, "log")
-
-
-def test_a_machine_without_git_is_told_to_install_it(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(WorkspaceError, match=r"expected git on this machine, found none. Install it"):
-        versioning.git(tmp_path, "status")
-
-
 def test_a_stage_outside_a_dvc_repository_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match=r"expected DVC to work in .*not inside of a DVC repository"):
         versioning.run_stage(tmp_path, "ingest", never)
@@ -221,232 +184,6 @@ def test_a_stage_before_its_dependencies_is_refused_with_what_is_missing(workspa
         versioning.run_stage(workspace, "choose", never)
 
 
-# --- git ------------------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_commit_of_nothing_new_is_the_present_one(workspace: Path) -> None:
-    before = versioning.head(workspace)
-    assert versioning.commit(workspace, "again", ["dvc.yaml", "not-there.txt"]) == before
-
-
-def test_a_commit_takes_the_named_paths_only(workspace: Path) -> None:
-    put(workspace, {"card.md": b"a", "other.md": b"b"})
-    versioning.commit(workspace, "a card", ["card.md"])
-    assert versioning.git(workspace, "show", "--name-only", "--format=%s") == "a card\n\ncard.md"
-    assert versioning.show(workspace, "HEAD", "card.md") == "a"
-    assert versioning.show(workspace, "HEAD", "other.md") is None
-
-
-def test_tags_are_given_with_the_commit_they_stand_on(workspace: Path) -> None:
-    versioning.git(workspace, "tag", "plain")
-    versioning.git(workspace, "tag", "--annotate", "-m", "why", "annotated")
-    assert versioning.tags(workspace) == dict.fromkeys(["plain", "annotated"], versioning.head(workspace))
-    versioning.delete_tag(workspace, "plain")
-    assert list(versioning.tags(workspace)) == ["annotated"]
-
-
-def test_without_a_remote_called_origin_nothing_is_pushed(workspace: Path) -> None:
-    assert not versioning.push_git(workspace)
-
-
-def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_is_fetched_first(
-    registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    origin = tmp_path / "origin.git"
-    versioning.git(tmp_path, "init", "--quiet", "--bare", str(origin))
-    versioning.git(registered, "remote", "add", "origin", str(origin))
-    versioning.push_git(registered)
-    version = registry.resolve(registered, "workspace@latest")
-    hook = origin / "hooks" / "update"
-    hook.write_text('#!/bin/sh\ncase "$1" in *prod*) echo "not today"; exit 1;; esac\n')
-    hook.chmod(0o755)
-    with pytest.raises(RegistryError, match=r"(?s)expected to publish the promotion workspace#prod#1, but: .*It is taken back; pull"):
-        registry.promote(registered, version)
-    assert not [tag for tag in versioning.tags(registered) if "#" in tag]
-    hook.unlink()
-    other = tmp_path / "other"
-    versioning.git(tmp_path, "clone", "--quiet", str(origin), str(other))
-    versioning.git(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", version.commit)
-    versioning.git(other, "push", "--quiet", "--tags", "origin")
-    # The gate asks who is in production before it judges.
-    monkeypatch.setattr(registry, "registered_as", lambda *_: None)
-    verdict = acts.judge(registered, silent)
-    assert verdict is not None
-    assert verdict.champion == str(version)
-    assert "workspace#prod#1" in versioning.tags(registered)
-    assert registry.promote(registered, version) == "workspace#prod#2"
-
-
-# --- a registration that is killed ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def origin(registered: Path, tmp_path: Path) -> Path:
-    """The bare repository to which the registered workspace was pushed; an accepted version is to be promoted at once."""
-    set_param(registered, "gate.promote", "auto")
-    versioning.git(tmp_path, "init", "--quiet", "--bare", "--initial-branch", "main", str(tmp_path / "origin.git"))
-    versioning.git(registered, "remote", "add", "origin", str(tmp_path / "origin.git"))
-    versioning.push_git(registered)
-    return tmp_path / "origin.git"
-
-
-def killed(root: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
-    """Register a version, and be killed before one of: push, assign, push the promotion."""
-    (root / registry.CARD).write_text("newer")
-    pushed: list[Path] = []
-    push, gto = versioning.push_git, versioning.gto
-
-    def push_git(where: Path) -> bool:
-        pushed.append(where)
-        if len(pushed) == {"push": 1, "assign": 0, "push the promotion": 2}[point]:
-            raise KeyboardInterrupt
-        return push(where)
-
-    def run(where: Path, *arguments: str) -> None:
-        if arguments[0] == point:
-            raise KeyboardInterrupt
-        gto(where, *arguments)
-
-    with monkeypatch.context() as other:
-        other.setattr(versioning, "push_git", push_git)
-        other.setattr(versioning, "gto", run)
-        with pytest.raises(KeyboardInterrupt):
-            registry.publish(root, "workspace", (0, 1, 1), "newer", [registry.CARD], "prod")
-
-
-@pytest.mark.parametrize("point", ["push", "assign", "push the promotion"])
-def test_what_a_killed_run_registered_is_published_and_promoted_by_the_next(
-    registered: Path, origin: Path, monkeypatch: pytest.MonkeyPatch, point: str
-) -> None:
-    killed(registered, monkeypatch, point)
-    told: list[Any] = []
-    assert acts.judge(registered, told.append) is None
-    assert told[0].text.startswith("workspace@v0.1.1 is published, which an interrupted run had registered")
-    assert sorted(versioning.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
-    assert str(registry.resolve(registered, "workspace#prod")) == "workspace@v0.1.1"
-    assert versioning.head(origin) == versioning.head(registered)
-    told.clear()
-    assert acts.judge(registered, told.append) is None
-    assert told == []
-
-
-def test_what_a_killed_run_would_have_promoted_does_not_undo_what_was_promoted_since_nor_what_the_settings_say_now(
-    registered: Path, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed(registered, monkeypatch, "push")
-    manual = tmp_path / "manual"
-    shutil.copytree(registered, manual, symlinks=True)
-    set_param(manual, "gate.promote", "manual")
-    acts.judge(manual, silent)
-    assert sorted(versioning.tags(origin)) == ["workspace@v0.1.0", "workspace@v0.1.1"]
-
-    other = tmp_path / "other"
-    versioning.git(tmp_path, "clone", "--quiet", str(origin), str(other))
-    versioning.git(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", "workspace@v0.1.0^{commit}")
-    versioning.git(other, "push", "--quiet", "--tags", "origin")
-    acts.judge(registered, silent)
-    assert sorted(versioning.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
-    assert str(registry.resolve(registered, "workspace#prod")) == "workspace@v0.1.0"
-
-
-def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published(
-    registered: Path, origin: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed(registered, monkeypatch, "push")
-    origin.rename(origin.with_name("gone"))
-    with pytest.raises(
-        RegistryError, match=r"(?s)expected to publish workspace@v0\.1\.1, but: .*The tag is taken back; pull, and run again"
-    ):
-        acts.judge(registered, silent)
-    assert list(versioning.tags(registered)) == ["workspace@v0.1.0"]
-    assert registry.go_on(registered, True) is None
-
-
-# --- what GTO withdraws ---------------------------------------------------------------------------------------------------------------
-
-
-def standing(root: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """Return each version that is registered, with its stages."""
-    return [(str(version), version.stages) for version in registry.versions(root, "workspace")]
-
-
-@pytest.fixture
-def two(registered: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A workspace with two versions, tagged a while ago, of which first the older and then the newer was promoted."""
-    versioning.git(registered, "commit", "--quiet", "--allow-empty", "-m", "newer")
-    monkeypatch.setenv("GIT_COMMITTER_DATE", "2020-01-01T00:00:00Z")
-    for tag, commit in (("@v0.1.0", "HEAD~1"), ("@v0.1.1", "HEAD"), ("#prod#1", "HEAD~1"), ("#prod#2", "HEAD")):
-        versioning.git(registered, "tag", "--force", "--annotate", "-m", "why", f"workspace{tag}", commit)
-    monkeypatch.delenv("GIT_COMMITTER_DATE")
-    return registered
-
-
-def test_tags_that_gto_does_not_write_are_none_of_ours(two: Path) -> None:
-    for tag in (
-        "workspace#prod#x",
-        "workspace#prod#",
-        "workspace##3",
-        "workspace@v9",
-        "workspace@v9.9.9-rc1",
-        "workspaces@v9.9.9",
-        "workspace",
-    ):
-        subprocess.run(["git", "update-ref", f"refs/tags/{tag}", "HEAD"], cwd=two, check=True)
-    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
-    assert registry.promote(two, registry.resolve(two, "workspace@v0.1.0")) == "workspace#prod#3"
-    assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]
-
-
-def test_a_version_that_gto_takes_out_of_a_stage_holds_it_no_more_and_is_not_rolled_back_to(two: Path) -> None:
-    versioning.gto(two, "deprecate", "workspace", "v0.1.1", "prod")
-    assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]  # as `gto show` says
-    with pytest.raises(RegistryError, match=r"expected a version that was in prod before workspace@v0\.1\.0, found none"):
-        registry.rollback(two, "workspace")
-    versioning.gto(two, "deprecate", "workspace", "v0.1.0", "prod")
-    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ())]
-    with pytest.raises(RegistryError, match=r"expected a version of workspace in stage 'prod', found none"):
-        registry.resolve(two, "workspace#prod")
-    assert registry.promote(two, registry.resolve(two, "workspace@latest")) == "workspace#prod#5"
-    assert standing(two)[1] == ("workspace@v0.1.1", ("prod",))
-
-
-def test_a_version_that_gto_withdraws_is_neither_listed_nor_champion_and_its_number_is_not_given_again(two: Path) -> None:
-    case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
-    versioning.gto(two, "deprecate", "workspace", "v0.1.1")
-    assert standing(two) == [("workspace@v0.1.0", ("prod",))]
-    assert str(registry.champion(two, "workspace")) == str(registry.resolve(two, "workspace@latest")) == "workspace@v0.1.0"
-    assert registry.next_number(two, "workspace", classes, case) == (0, 1, 2)
-    versioning.gto(two, "register", "workspace", "HEAD", "--version", "v0.1.1", "--force", "--simple", "false")  # takes it back
-    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
-
-
-def test_a_model_that_gto_withdraws_is_registered_no_more_and_a_run_does_not_register_it_again(two: Path) -> None:
-    case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
-    versioning.gto(two, "deprecate", "workspace")
-    assert standing(two) == []
-    assert registry.champion(two, "workspace") is None
-    with pytest.raises(RegistryError, match="found only withdrawn versions of 'workspace'"):
-        registry.resolve(two, "workspace@latest")
-    assert registry.next_number(two, "workspace", classes, case) == (0, 1, 2)
-    assert acts.judge(two, silent) is None
-    registration = acts.register(two, None)
-    assert (registration.version, registration.new) == ("", False)
-    assert registration.reason == "this model was registered as workspace@v0.1.1, which was withdrawn: it is not registered again."
-
-
-@pytest.mark.parametrize("behind", [False, True])
-def test_promotions_count_in_the_order_in_which_gto_numbered_them_and_by_time_where_it_gave_none(
-    two: Path, behind: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if behind:  # a machine whose clock is
-        monkeypatch.setenv("GIT_COMMITTER_DATE", "2019-01-01T00:00:00Z")
-    versioning.git(two, "tag", "--annotate", "-m", "why", "workspace#prod#3", "HEAD~1")
-    assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]
-    monkeypatch.setenv("GIT_COMMITTER_DATE", "2090-01-01T00:00:00Z")
-    versioning.git(two, "tag", "--annotate", "-m", "why", "workspace#prod", "HEAD")
-    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
-
-
 # --- data -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -459,16 +196,16 @@ def test_a_small_class_gets_its_sides_once_and_lines_are_only_appended(workspace
     assert [line.split(",")[1:] for line in first.splitlines()[1:]] == [[TEST, "small"], [VAL, "small"]]
     assert remarks == []
 
-    before = versioning.head(workspace)
+    before = git.head(workspace)
     workspaces.commit_data(workspace)
     assert splits.read_text() == first
-    assert versioning.head(workspace) == before
+    assert git.head(workspace) == before
 
     put(workspace / "images", {f"tiny/{i}.ppm": content for i, content in enumerate(on(TEST, 3))})
     workspaces.commit_data(workspace)
     assert splits.read_text().startswith(first)
     assert [line.split(",")[1:] for line in splits.read_text()[len(first) :].splitlines()] == [[VAL, "tiny"], [TRAIN, "tiny"]]
-    assert versioning.show(workspace, "HEAD", stages.SPLITS) == splits.read_text().strip()
+    assert git.show(workspace, "HEAD", stages.SPLITS) == splits.read_text().strip()
 
 
 def test_new_images_are_versioned_committed_and_published(workspace: Path) -> None:
@@ -479,12 +216,12 @@ def test_new_images_are_versioned_committed_and_published(workspace: Path) -> No
     assert digest == versioning.data_hash(workspace, "images") != before
     assert not versioning.changed(workspace, "images")
     assert "class0/new.png" in versioning.files(workspace, "images")
-    assert versioning.git(workspace, "show", "--name-only", "--format=%s") == "one more\n\nimages.dvc"
+    assert git.run(workspace, "show", "--name-only", "--format=%s") == "one more\n\nimages.dvc"
     assert versioning.push(workspace) == 0
 
 
 def test_images_come_back_as_they_were_at_a_commit_even_without_the_cache(workspace: Path, tmp_path: Path) -> None:
-    before, commit = contents(workspace, "images"), versioning.head(workspace)
+    before, commit = contents(workspace, "images"), git.head(workspace)
     paint(0, 500).save(workspace / "images" / "class0" / "000.png")
     workspaces.commit_data(workspace)
     shutil.rmtree(workspace / ".dvc" / "cache")
@@ -528,12 +265,12 @@ def test_what_dvc_cannot_version_is_refused_and_named_when_the_data_are_committe
 def test_a_link_to_a_folder_is_refused_because_dvc_would_not_version_what_is_behind_it(workspace: Path, tmp_path: Path) -> None:
     (workspace / "images" / "class0").rename(tmp_path / "elsewhere")
     (workspace / "images" / "class0").symlink_to(tmp_path / "elsewhere")
-    before = versioning.head(workspace)
+    before = git.head(workspace)
     with pytest.raises(
         DataError, match=r"found 1 links to folders, such as .*class0: DVC does not follow them.*Put the folder itself there"
     ):
         workspaces.commit_data(workspace)
-    assert versioning.head(workspace) == before
+    assert git.head(workspace) == before
 
 
 @pytest.mark.parametrize(
@@ -550,10 +287,10 @@ def test_images_that_dvc_is_told_to_ignore_are_refused_because_they_would_be_tra
 ) -> None:
     with (workspace / where).open("a") as file:
         file.write(f"{line}\n")
-    before = versioning.head(workspace), (workspace / "images.dvc").read_text()
+    before = git.head(workspace), (workspace / "images.dvc").read_text()
     with pytest.raises(DataError, match=rf"a \.dvcignore keeps it from {says}, which would be trained on.*Take that line out"):
         workspaces.commit_data(workspace)
-    assert (versioning.head(workspace), (workspace / "images.dvc").read_text()) == before
+    assert (git.head(workspace), (workspace / "images.dvc").read_text()) == before
 
 
 def test_a_folder_that_cannot_be_read_is_told_and_not_left_out(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,14 +310,9 @@ def test_images_that_were_not_versioned_are_before_others_take_their_place(works
     paint(0, 500).save(workspace / "images" / "class0" / "only here.png")
     workspaces.take_over(workspace, make_images(2, 5))
     assert not (workspace / "images" / "class0" / "only here.png").exists()
-    assert versioning.git(workspace, "show", "--name-only", "--format=%s") == "Images before others took their place\n\nimages.dvc"
+    assert git.run(workspace, "show", "--name-only", "--format=%s") == "Images before others took their place\n\nimages.dvc"
     versioning.get(workspace, "HEAD", "images", workspace / "before")
     assert (workspace / "before" / "class0" / "only here.png").is_file()
-
-
-def test_a_workspace_that_is_not_there_is_not_a_machine_without_git(tmp_path: Path) -> None:
-    with pytest.raises(WorkspaceError, match=r"expected a workspace at .*nowhere, found no such folder"):
-        versioning.git(tmp_path / "nowhere", "status")
 
 
 @pytest.mark.parametrize("name", ["no", "on # off", "1.5", "plain", "größer"])
@@ -698,7 +430,7 @@ def test_a_stage_that_fails_is_not_recorded_and_leaves_its_old_outputs(ingested:
 
 def test_seconds_go_to_a_file_that_neither_git_nor_dvc_keeps(ingested: Path) -> None:
     assert set(stages.read_json(ingested, stages.RUN)["seconds"]) == {"ingest"}
-    assert versioning.git(ingested, "check-ignore", stages.RUN) == stages.RUN
+    assert git.run(ingested, "check-ignore", stages.RUN) == stages.RUN
     assert stages.RUN not in (ingested / "dvc.yaml").read_text()
     stages.bring_up_to_date(ingested, "ingest", silent)
     assert stages.read_json(ingested, stages.RUN)["seconds"] == {"ingest": None}
@@ -712,6 +444,26 @@ def test_a_run_json_that_a_kill_tore_is_taken_for_empty(registered: Path) -> Non
         (registered / stages.RUN).write_text(left)
         registration = acts.Registration("workspace@v0.1.0", False, "", None, "again")
         assert acts.summary(registered, registration, acts.write_report(registered, registration)).seconds == {}
+
+
+@pytest.mark.parametrize("left", ["", '{"read": {"/somewhere": [{"pid": 1, "c'])
+def test_a_list_of_dvc_that_a_kill_tore_does_not_stop_the_next_run(ingested: Path, left: str) -> None:
+    listed = ingested / ".dvc" / "tmp" / "rwlock"
+    listed.parent.mkdir(exist_ok=True)
+    listed.write_text(left)
+    (ingested / "dvc.lock").unlink()
+    assert stages.bring_up_to_date(ingested, "ingest", silent)
+    assert not any(json.loads(listed.read_text()).values())
+
+
+def test_a_list_of_dvc_that_is_whole_is_left_to_dvc(ingested: Path) -> None:
+    """Another command of DVC that is at work has its entries there, and is respected."""
+    listed = ingested / ".dvc" / "tmp" / "rwlock"
+    listed.parent.mkdir(exist_ok=True)
+    whole = json.dumps({"read": {}, "write": {str(ingested / "manifest.parquet"): {"pid": os.getpid(), "cmd": "dvc other"}}})
+    listed.write_text(whole)
+    with versioning._repo(ingested):
+        assert listed.read_text() == whole
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------------------------
@@ -768,109 +520,16 @@ def test_a_disk_that_fills_while_dvc_keeps_the_outputs_records_nothing(ingested:
     assert stages.bring_up_to_date(ingested, "ingest", silent)  # not lost: the next run does it
 
 
-def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), versioning.room(tmp_path):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-
 def test_an_old_output_that_is_a_link_into_the_cache_is_not_written_through(tmp_path: Path) -> None:
     put(tmp_path, {"cache/file": b"kept", "cache/folder/file": b"kept"})
     for name in ("file", "folder"):
         (tmp_path / name).symlink_to(tmp_path / "cache" / name)
-        versioning.unlink(tmp_path / name)
+        unlink(tmp_path / name)
         assert not (tmp_path / name).is_symlink()
     assert set(contents(tmp_path, "cache").values()) == {b"kept"}
-    versioning.unlink(tmp_path / "cache")
+    unlink(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-    versioning.unlink(tmp_path / "cache")
-
-
-# --- the lock -------------------------------------------------------------------------------------------------------------------------
-
-TAKE_THE_LOCK = """
-import sys
-from pathlib import Path
-from tlpipeline.errors import RegistryError, WorkspaceError
-from tlpipeline.versioning import workspace_lock
-try:
-    with workspace_lock(Path(sys.argv[1])):
-        print("in")
-except WorkspaceError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("left", ["", '{"read": {"/somewhere": [{"pid": 1, "c'])
-def test_a_list_of_dvc_that_a_kill_tore_does_not_stop_the_next_run(ingested: Path, left: str) -> None:
-    listed = ingested / ".dvc" / "tmp" / "rwlock"
-    listed.parent.mkdir(exist_ok=True)
-    listed.write_text(left)
-    (ingested / "dvc.lock").unlink()
-    assert stages.bring_up_to_date(ingested, "ingest", silent)
-    assert not any(json.loads(listed.read_text()).values())
-
-
-def test_a_list_of_dvc_that_is_whole_is_left_to_dvc(ingested: Path) -> None:
-    """Another command of DVC that is at work has its entries there, and is respected."""
-    listed = ingested / ".dvc" / "tmp" / "rwlock"
-    listed.parent.mkdir(exist_ok=True)
-    whole = json.dumps({"read": {}, "write": {str(ingested / "manifest.parquet"): {"pid": os.getpid(), "cmd": "dvc other"}}})
-    listed.write_text(whole)
-    with versioning._repo(ingested):
-        assert listed.read_text() == whole
-
-
-def test_a_second_process_is_refused_and_told_who_is_in_the_workspace(tmp_path: Path) -> None:
-    with versioning.workspace_lock(tmp_path):
-        said = run_python(tmp_path, "-c", TAKE_THE_LOCK, str(tmp_path)).stdout
-        assert f"expected to have the workspace {tmp_path} alone, but process {os.getpid()} (" in said
-        assert "Wait for it to end, or stop it; then run again." in said
-    assert run_python(tmp_path, "-c", TAKE_THE_LOCK, str(tmp_path)).stdout == "in\n"
-
-
-def test_a_process_that_the_holder_started_is_let_in(tmp_path: Path) -> None:
-    with versioning.workspace_lock(tmp_path):
-        done = subprocess.run([sys.executable, "-c", TAKE_THE_LOCK, str(tmp_path)], capture_output=True, text=True)
-    assert done.stdout == "in\n"
-
-
-def test_the_holder_itself_may_enter_twice_and_frees_the_lock_at_the_outer_end(tmp_path: Path) -> None:
-    with versioning.workspace_lock(tmp_path):
-        with versioning.workspace_lock(tmp_path):
-            pass
-        assert "TLPIPELINE_LOCK_HOLDER" in os.environ
-    assert "TLPIPELINE_LOCK_HOLDER" not in os.environ
-    versioning.free(tmp_path)
-
-
-def test_the_lock_of_one_workspace_does_not_open_another(tmp_path: Path) -> None:
-    code = "import os, sys; os.environ['TLPIPELINE_LOCK_HOLDER'] = '/elsewhere'\n" + TAKE_THE_LOCK
-    with versioning.workspace_lock(tmp_path):
-        assert "expected to have the workspace" in run_python(tmp_path, "-c", code, str(tmp_path)).stdout
-
-
-def test_a_run_that_failed_frees_the_workspace(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), versioning.workspace_lock(tmp_path):
-        raise ZeroDivisionError
-    versioning.free(tmp_path)
-    assert not (tmp_path / ".tlpipeline" / "lock.holder").exists()
-
-
-def test_a_process_that_died_frees_the_workspace(tmp_path: Path) -> None:
-    code = "import os, sys\nfrom pathlib import Path\nfrom tlpipeline.versioning import workspace_lock\n"
-    code += "with workspace_lock(Path(sys.argv[1])):\n    os._exit(9)\n"
-    assert run_python(tmp_path, "-c", code, str(tmp_path)).returncode == 9
-    versioning.free(tmp_path)
-
-
-def test_a_dvc_repro_elsewhere_fails_with_a_clear_message_while_a_run_is_on(workspace: Path) -> None:
-    with versioning.workspace_lock(workspace):
-        done = run_python(workspace, "-m", "dvc", "repro")
-    assert done.returncode != 0
-    assert f"alone, but process {os.getpid()} (" in done.stderr
-    assert "is running in it. Wait for it to end" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not lock_text(workspace)
+    unlink(tmp_path / "cache")
 
 
 # --- one definition, two entrances ----------------------------------------------------------------------------------------------------
@@ -956,7 +615,7 @@ def test_after_dvc_the_flow_has_nothing_to_run(entrances: Entrances) -> None:
 
 def test_a_run_leaves_only_what_is_to_be_committed(entrances: Entrances) -> None:
     for root in (entrances.flow, entrances.dvc):
-        lines = versioning.git(root, "status", "--short", "--untracked-files=all").splitlines()
+        lines = git.run(root, "status", "--short", "--untracked-files=all").splitlines()
         assert sorted(line.split()[-1] for line in lines) == sorted(
             ["params.yaml", "dvc.lock", stages.QUARANTINE, stages.PROFILE, stages.CASE, stages.METRICS, stages.CLASSES]
         )
@@ -1008,7 +667,7 @@ def test_a_recorded_hash_can_be_asked_of_now_and_of_a_commit(entrances: Entrance
     assert versioning.stage_input(root, "ingest", "images") == versioning.data_hash(root, "images")
     assert versioning.stage_output(root, "ingest", "no-such-output") == ""
     assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == ""
-    versioning.commit(root, "Record the run", workspaces.TRACKED)
+    git.commit(root, "Record the run", workspaces.TRACKED)
     (root / "dvc.lock").unlink()
     assert versioning.stage_output(root, "ingest", stages.MANIFEST) == ""
     assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == manifest

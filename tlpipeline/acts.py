@@ -6,15 +6,17 @@ Acts are no DVC stages: they read the champion, make commits and tags, and talk 
 import dataclasses
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tlpipeline import gate, registry, stages, versioning
+from tlpipeline import gate, git, lock, registry, stages, versioning
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.progress import Event, Progress
 from tlpipeline.workspaces import TRACKED, name_of
@@ -55,7 +57,7 @@ def judge(root: Path, progress: Progress) -> gate.Verdict | None:
     trained = Counter(row.label for row in manifest.used(dataset.TRAIN))
     recipe = stages.with_recipe(stages.read_case(root), params).recipe
     uneven = max(trained.values()) > recipe.head_imbalance * min(trained.values())
-    versioning.fetch_tags(root)  # the champion may have been promoted elsewhere
+    git.fetch_tags(root)  # the champion may have been promoted elsewhere
     best = registry.champion(root, params.data.name)
     if best is None:
         return gate.against_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate, uneven)
@@ -72,7 +74,7 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
     tracked = [*TRACKED, f"{params.data.images}.dvc"]
     already = registry.registered_as(root, name, versioning.stage_output(root, "train", stages.MODEL))
     if verdict is None and already is not None:
-        versioning.commit(root, "Record the run", tracked)
+        git.commit(root, "Record the run", tracked)
         if already.number not in [version.number for version in registry.versions(root, name)]:
             return Registration(
                 "", False, "", None, f"this model was registered as {already}, which was withdrawn: it is not registered again."
@@ -82,7 +84,7 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
     case = stages.read_case(root)
     metrics = stages.read_metrics(root)
     if not verdict.accepted:
-        versioning.commit(root, f"Rejected: {case.case}, accuracy {metrics['accuracy']:.4f}", tracked)
+        git.commit(root, f"Rejected: {case.case}, accuracy {metrics['accuracy']:.4f}", tracked)
         versioning.push(root)
         return Registration("", False, "", verdict, verdict.reason)
     number = registry.next_number(root, name, list(metrics["classes"]), case.case)
@@ -110,9 +112,20 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
         "params_md5": hashlib.md5((root / stages.PARAMS).read_bytes(), usedforsecurity=False).hexdigest(),
         "params": dataclasses.asdict(params),
         "seed": params.train.seed,
-        "parent": versioning.head(root),
-        "environment": versioning.environment(["tlpipeline", "torch", "torchvision", "numpy", "scikit-learn", "pillow", "ray", "dvc"]),
+        "parent": git.head(root),
+        "environment": _environment(["tlpipeline", "torch", "torchvision", "numpy", "scikit-learn", "pillow", "ray", "dvc"]),
     }
+
+
+def _environment(packages: Sequence[str]) -> dict[str, str]:
+    """Return the installed versions of these packages."""
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def bounded(root: Path) -> tuple[str, ...]:
@@ -126,11 +139,11 @@ def bounded(root: Path) -> tuple[str, ...]:
 
 def registered(root: Path) -> list[tuple[str, ...]]:
     """Return a row for each registered version, newest first: version, stages, case, accuracy, interval, data, commit."""
-    versioning.require(root)
+    lock.require_workspace(root)
     rows: list[tuple[str, ...]] = []
     for version in reversed(registry.versions(root, name_of(root))):
-        case = json.loads(versioning.show(root, version.commit, stages.CASE) or "{}")
-        m = json.loads(versioning.show(root, version.commit, stages.METRICS) or "{}")
+        case = json.loads(git.show(root, version.commit, stages.CASE) or "{}")
+        m = json.loads(git.show(root, version.commit, stages.METRICS) or "{}")
         data = versioning.stage_input(root, "ingest", stages.params_of(root).data.images, version.commit)
         rows.append(
             (
@@ -148,9 +161,9 @@ def registered(root: Path) -> list[tuple[str, ...]]:
 
 def card_of(root: Path, text: str) -> str:
     """Return the model card of a version (name@v1, name#prod)."""
-    versioning.require(root)
+    lock.require_workspace(root)
     version = registry.resolve(root, text)
-    return versioning.show(root, version.commit, registry.CARD) or f"{version} has no {registry.CARD}"
+    return git.show(root, version.commit, registry.CARD) or f"{version} has no {registry.CARD}"
 
 
 # --- report ---------------------------------------------------------------------------------------------------------------------------
@@ -190,7 +203,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         seconds=stages.read_run(root).get("seconds", {}),
         training=stages.read_run(root).get("training", {}),
         data_hash=versioning.data_hash(root, params.data.images),
-        commit=versioning.head(root),
+        commit=git.head(root),
     )
     path = root / REPORT
     path.write_text(page, encoding="utf-8")
@@ -277,7 +290,7 @@ def decided(root: Path) -> tuple[Any, Any]:
 
     for name in (stages.PROFILE, stages.CASE):
         if not (root / name).is_file():
-            versioning.require(root)
+            lock.require_workspace(root)
             raise WorkspaceError(
                 f"expected a decision in {root / name}, found no such file. `tlpipeline run` or `dvc repro choose` makes the decision."
             )
@@ -328,7 +341,7 @@ def predicted(root: Path, model: str, images: Sequence[Path]) -> list[Any]:
     """Return what a model (a folder, name@v1, name#prod) says of image files; in a workspace that can be written with its cache."""
     from tlpipeline import predict
 
-    writable = versioning.read_only(root) is None
+    writable = lock.read_only(root) is None
     cached = writable and (root / stages.PARAMS).is_file()
     with TemporaryDirectory() as elsewhere:
         folder = predict.find(model, root, None if writable else Path(elsewhere))

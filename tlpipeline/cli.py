@@ -108,11 +108,11 @@ def run(
 ) -> None:
     """Run the whole flow: version, profile, choose, train, evaluate, gate, register, report."""
     _prepare(workspace)
-    from tlpipeline import versioning
+    from tlpipeline import lock
     from tlpipeline.workspaces import checked
 
     checked(workspace, images)  # a mistake is told before the Prefect server starts
-    versioning.free(workspace)
+    lock.free(workspace)
     from flows.retrain import reach, retrain
     from tasks.pipeline import listener
 
@@ -245,10 +245,10 @@ def data_commit(
 ) -> None:
     """Version the images as they are now, push them, and tell a Prefect server, if one is configured, that they changed."""
     _prepare(workspace)
-    from tlpipeline import versioning, workspaces
+    from tlpipeline import lock, workspaces
 
-    versioning.require(workspace)
-    with versioning.workspace_lock(workspace):
+    lock.require_workspace(workspace)
+    with lock.hold(workspace):
         digest, remarks = workspaces.commit_data(workspace, message)
         images = workspaces.count_images(workspace)
     for remark in remarks:
@@ -295,10 +295,10 @@ def registry_promote(
     workspace: Workspace = Path(),
 ) -> None:
     """Put a version into a stage."""
+    from tlpipeline import lock
     from tlpipeline import registry as models
-    from tlpipeline import versioning
 
-    versioning.require(workspace)
+    lock.require_workspace(workspace)
     found = models.resolve(workspace, version)
     print(f"{found} is in {stage} now ({models.promote(workspace, found, stage)})")
 
@@ -310,10 +310,10 @@ def registry_rollback(
     workspace: Workspace = Path(),
 ) -> None:
     """Put the version back that was in a stage before."""
+    from tlpipeline import lock
     from tlpipeline import registry as models
-    from tlpipeline import versioning
 
-    versioning.require(workspace)
+    lock.require_workspace(workspace)
     before, now = models.rollback(workspace, name, stage)
     print(f"{now} is in {stage} again, instead of {before}")
 

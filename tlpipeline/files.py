@@ -86,3 +86,11 @@ def torn(path: Path) -> bool:
     except ValueError:
         return True
     return False
+
+
+def unlink(path: Path) -> None:
+    """Remove a file, a link or a folder before it is written anew (a link into DVC's cache must not be written through)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

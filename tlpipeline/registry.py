@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from tlpipeline import versioning
+from tlpipeline import git, lock, versioning
 from tlpipeline.dataset import TRAIN, VAL, read_manifest
 from tlpipeline.errors import RegistryError, WorkspaceError, nearest
-from tlpipeline.files import write_json
+from tlpipeline.files import unlink, write_json
 
 PROD = "prod"
 CARD = "MODEL_CARD.md"
@@ -53,7 +53,7 @@ class _Event:
 def _events(root: Path, name: str) -> list[_Event]:
     """Return what became of a model, in the order in which it did: as GTO counted, by time where it gave no number."""
     found = []
-    for at, (tag, commit) in enumerate(versioning.tags(root).items()):
+    for at, (tag, commit) in enumerate(git.tags(root).items()):
         if tag.startswith(name) and (match := _TAG.fullmatch(tag, len(name))):
             number = (int(match["major"]), int(match["minor"]), int(match["patch"])) if match["major"] else None
             found.append((at, _Event(tag, commit, number, match["stage"], bool(match["off"]), int(match["count"] or 0))))
@@ -105,7 +105,7 @@ def resolve(root: Path, text: str) -> Version:
             raise RegistryError(
                 f"expected a registered model, found only withdrawn versions of {name!r}. `tlpipeline run` registers the next one."
             )
-        names = sorted({t.partition("@")[0] for t in versioning.tags(root) if "@" in t})
+        names = sorted({t.partition("@")[0] for t in git.tags(root) if "@" in t})
         raise RegistryError(
             f"expected a registered model, found no versions of {name!r}; {nearest(name, names) if names else 'nothing is registered yet: `tlpipeline run`.'}"
         )
@@ -137,7 +137,7 @@ def folder(root: Path, version: Version, place: Path | None = None) -> Path:
     if not target.is_dir():
         target = (place or target.parent) / target.name
         draft = target.with_name(f".{target.name}.draft")
-        versioning.unlink(draft)
+        unlink(draft)
         draft.parent.mkdir(parents=True, exist_ok=True)
         versioning.get(root, version.commit, "model", draft)
         draft.rename(target)
@@ -170,8 +170,8 @@ def next_number(root: Path, name: str, classes: Sequence[str], case: str) -> tup
     if not known:
         return (0, 1, 0)
     major, minor, patch = known[-1].number
-    before = json.loads(versioning.show(root, known[-1].commit, "case.json") or "{}").get("case")
-    tested = json.loads(versioning.show(root, known[-1].commit, "classes.json") or "{}")
+    before = json.loads(git.show(root, known[-1].commit, "case.json") or "{}").get("case")
+    tested = json.loads(git.show(root, known[-1].commit, "classes.json") or "{}")
     if before != case or sorted(tested) != sorted(classes):
         return (major, minor + 1, 0)
     return (major, minor, patch + 1)
@@ -192,13 +192,13 @@ def publish(
         WorkspaceError: the files could not be pushed; nothing is registered then.
         RegistryError: somebody else registered this number first; the local tag is taken back.
     """
-    versioning.fetch_tags(root)
+    git.fetch_tags(root)
     versioning.push(root)
     text = f"v{'.'.join(map(str, number))}"
-    version = Version(number, name, versioning.commit(root, message, paths))
+    version = Version(number, name, git.commit(root, message, paths))
     write_json({"name": name, "version": str(version), "stage": stage, "before": _latest(root, name, stage)}, root / _BEGUN)
     try:
-        versioning.gto(root, "register", name, "HEAD", "--version", text, "--message", message)
+        git.gto(root, "register", name, "HEAD", "--version", text, "--message", message)
     except WorkspaceError as error:
         (root / _BEGUN).unlink()
         raise RegistryError(f"expected to register {version}, but: {error}. Run again: the next number is taken then.") from error
@@ -231,11 +231,11 @@ def go_on(root: Path, promoting: bool) -> tuple[Version, str] | None:
 def _go_on(root: Path, version: Version, stage: str) -> tuple[Version, str]:
     begun = json.loads((root / _BEGUN).read_text(encoding="utf-8"))
     try:
-        versioning.push_git(root)
+        git.push(root)
     except WorkspaceError as error:
         if begun.get("pushed"):
             raise RegistryError(f"expected to publish what became of {version}, but: {error}. Mend that, and run again.") from error
-        versioning.delete_tag(root, str(version))
+        git.delete_tag(root, str(version))
         (root / _BEGUN).unlink()
         raise RegistryError(f"expected to publish {version}, but: {error}. The tag is taken back; pull, and run again.") from error
     write_json(begun | {"pushed": True}, root / _BEGUN)
@@ -258,20 +258,20 @@ def promote(root: Path, version: Version, stage: str = PROD, unless_since: str |
     Raises:
         RegistryError: GTO refuses, or the tag cannot be pushed. WorkspaceError: the workspace cannot be written.
     """
-    versioning.require_writable(root)
+    lock.require_writable(root)
     number = f"v{'.'.join(map(str, version.number))}"
-    versioning.fetch_tags(root)  # somebody else may have promoted another one meanwhile
+    git.fetch_tags(root)  # somebody else may have promoted another one meanwhile
     if unless_since is not None and _latest(root, version.name, stage) != unless_since:
         return ""
     try:
-        versioning.gto(root, "assign", version.name, "--version", number, "--stage", stage, "--force")
+        git.gto(root, "assign", version.name, "--version", number, "--stage", stage, "--force")
     except WorkspaceError as error:
         raise RegistryError(f"expected to promote {version} to {stage}, but: {error}") from error
     tag = max((event for event in _events(root, version.name) if event.stage == stage and not event.off), key=lambda e: e.count).tag
     try:
-        versioning.push_git(root)
+        git.push(root)
     except WorkspaceError as error:
-        versioning.delete_tag(root, tag)
+        git.delete_tag(root, tag)
         raise RegistryError(f"expected to publish the promotion {tag}, but: {error}. It is taken back; pull, and promote again.") from error
     return tag
 

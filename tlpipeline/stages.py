@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tlpipeline import versioning
+from tlpipeline import lock, versioning
 from tlpipeline.errors import DataError, ParamsError, WorkspaceError
-from tlpipeline.files import torn, write_json
+from tlpipeline.files import torn, unlink, write_json
 from tlpipeline.params import Params, load
 from tlpipeline.progress import Event, Progress
 
@@ -55,11 +55,11 @@ def params_of(root: Path) -> Params:
 def _output(root: Path, *names: str) -> Iterator[list[Path]]:
     """Give a draft place for each output; move them all into place if the body succeeds, or none of them."""
     drafts = root / OWN / "draft"
-    versioning.unlink(drafts)
+    unlink(drafts)
     (drafts / "old").mkdir(parents=True)
     places = [drafts / name.replace("/", "_") for name in names]
     try:
-        with versioning.room(root):
+        with lock.room(root):
             yield places
             _exchange([(place, root / name, drafts / "old" / place.name) for place, name in zip(places, names, strict=True)])
     finally:
@@ -78,7 +78,7 @@ def _exchange(moves: Sequence[tuple[Path, Path, Path]]) -> None:
             os.replace(new, target)
     except BaseException:
         for target, aside in begun:
-            versioning.unlink(target)
+            unlink(target)
             if os.path.lexists(aside):
                 os.replace(aside, target)
         raise
@@ -186,7 +186,7 @@ def train(root: Path, progress: Progress) -> None:
     # `dvc repro` has yet to record this run, which is handed over if that fails; no one will ask for the others.
     for other in runs.iterdir():
         if not other.name.startswith(name):
-            versioning.unlink(other)
+            unlink(other)
 
 
 def _without_effect(root: Path, params: Params, decision: Any) -> list[str]:
@@ -268,8 +268,8 @@ def run(root: Path, name: str, progress: Progress) -> None:
     Raises:
         WorkspaceError: it is no workspace, or what the stage reads is not there. PipelineError: as the stage finds.
     """
-    versioning.require(root)
-    with versioning.workspace_lock(root), versioning.room(root), timed(root, name):
+    lock.require_workspace(root)
+    with lock.hold(root), lock.room(root), timed(root, name):
         versioning.require_inputs(root, name)
         STAGES[name](root, progress)
 
@@ -281,7 +281,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
         with timed(root, name):
             STAGES[name](root, progress)
 
-    with versioning.room(root):
+    with lock.room(root):
         ran = versioning.run_stage(root, name, run_timed)
     if name in ("choose", "train") and ran:
         shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed, and train nothing

@@ -1,161 +1,31 @@
-"""The only driver of DVC and git: versions of data, stages recorded as they ran, the workspace lock.
+"""The only driver of DVC: versions of data, and stages recorded as they ran.
 
 The Python API of DVC is not promised to be stable, so it is kept in this one file. A stage that ran in this process is recorded right after
 it ran, from dependencies that were hashed before it ran and are unchanged since; never by a blanket `dvc commit`.
 """
 
-import errno
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tlpipeline import git, lock
 from tlpipeline.errors import Unreachable, WorkspaceError
-from tlpipeline.files import full, torn
-
-LOCK = Path(".tlpipeline/lock")
-_HOLDER = "TLPIPELINE_LOCK_HOLDER"
+from tlpipeline.files import torn
 
 
 def quiet() -> None:
-    """Turn off the analytics of DVC and GTO, DVC's own messages, and its bars; a user's own settings win."""
+    """Turn off DVC's analytics, messages and bars; a user's own settings win."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
     logging.getLogger("dvc").setLevel(logging.ERROR)
     for name in ("dvc.progress", "dvc_data.callbacks"):  # whose levels say whether bars are drawn, in the midst of ours
         logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-# --- git ------------------------------------------------------------------------------------------------------------------------------
-
-
-def git(root: Path, *arguments: str, check: bool = True) -> str:
-    """Run git in the workspace and return what it printed.
-
-    Raises:
-        WorkspaceError: it failed (with `check`), or git is not installed.
-    """
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    except FileNotFoundError as error:
-        if not root.is_dir():
-            raise WorkspaceError(f"expected a workspace at {root}, found no such folder. Name another with --workspace.") from error
-        raise WorkspaceError(
-            "expected git on this machine, found none. Install it: versions of data and models are git commits and tags."
-        ) from error
-    if check and done.returncode:
-        raise WorkspaceError(f"git {' '.join(arguments[:2])} failed in {root}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout.strip()
-
-
-def require(root: Path) -> None:
-    """Check that this is a workspace: a git and DVC repository with dvc.yaml.
-
-    Raises:
-        WorkspaceError: it is not.
-    """
-    way_out = "Create one with `tlpipeline init DIR`, or name one with --workspace."
-    if not root.is_dir():
-        raise WorkspaceError(f"expected a workspace at {root}, found no such folder. {way_out}")
-    if not (root / ".git").exists():
-        raise WorkspaceError(f"expected a git repository at {root}, found none. {way_out}")
-    if not (root / ".dvc").is_dir():
-        raise WorkspaceError(f"expected a DVC repository at {root}, found no .dvc folder. {way_out}")
-    if not (root / "dvc.yaml").is_file():
-        raise WorkspaceError(f"expected the pipeline in {root / 'dvc.yaml'}, found no such file. {way_out}")
-
-
-def commit(root: Path, message: str, paths: Sequence[str]) -> str:
-    """Commit those of these paths that exist or are known to git; return the commit (the present one where nothing changed)."""
-    there = [p for p in paths if (root / p).exists() or git(root, "ls-files", "--", p)]
-    git(root, "add", "--all", "--", *there)
-    if git(root, "diff", "--cached", "--name-only", "--", *there):
-        git(root, "commit", "--quiet", "-m", message, "--", *there)
-    return head(root)
-
-
-def head(root: Path) -> str:
-    """Return the present commit, or "" before the first."""
-    return git(root, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
-
-
-def has_origin(root: Path) -> bool:
-    """Say whether there is a remote `origin`."""
-    return "origin" in git(root, "remote").split()
-
-
-def require_branch(root: Path) -> None:
-    """Check that there is a branch to push, where there is a remote `origin`.
-
-    Raises:
-        WorkspaceError: the HEAD is detached.
-    """
-    if has_origin(root) and not git(root, "symbolic-ref", "--quiet", "HEAD", check=False):
-        raise WorkspaceError(
-            f"expected a branch to push to origin, but the HEAD of {root} is detached, at {head(root)[:10]}. "
-            "Switch to one (`git switch main`), or make one of what is there (`git switch -c NAME`)."
-        )
-
-
-def push_git(root: Path) -> bool:
-    """Push the branch and its tags to the remote `origin`, if there is one; say whether there is.
-
-    Raises:
-        WorkspaceError: the HEAD is detached, or origin refuses.
-    """
-    if not has_origin(root):
-        return False
-    require_branch(root)
-    git(root, "push", "--quiet", "--set-upstream", "origin", "HEAD")
-    git(root, "push", "--quiet", "--tags", "origin")
-    return True
-
-
-def fetch_tags(root: Path) -> None:
-    """Fetch the tags of the remote `origin`, if there is one."""
-    if has_origin(root):
-        git(root, "fetch", "--tags", "origin")
-
-
-def tags(root: Path) -> dict[str, str]:
-    """Return each tag with the commit that it stands on, the oldest first."""
-    lines = git(
-        root, "for-each-ref", "refs/tags", "--sort=creatordate", "--format=%(refname:short) %(objectname) %(*objectname)"
-    ).splitlines()
-    return {parts[0]: parts[-1] for parts in (line.split() for line in lines)}
-
-
-def delete_tag(root: Path, tag: str) -> None:
-    """Delete a local tag."""
-    git(root, "tag", "--delete", tag)
-
-
-def show(root: Path, revision: str, path: str) -> str | None:
-    """Return the text of a git file at a revision, or None where it is not there."""
-    if git(root, "cat-file", "-t", f"{revision}:./{path}", check=False) != "blob":
-        return None
-    return git(root, "show", f"{revision}:./{path}")
-
-
-def gto(root: Path, *arguments: str) -> None:
-    """Run GTO, which writes the tags of versions and stages, in a process of its own.
-
-    Importing GTO reconfigures the logging of the whole process; while Prefect sends its logs that ends in a deadlock.
-
-    Raises:
-        WorkspaceError: GTO refused.
-    """
-    command = [sys.executable, "-c", "from gto.cli import app; app()", *arguments]
-    quiet()
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise WorkspaceError(f"gto {arguments[0]}: {(done.stderr or done.stdout).strip()}")
 
 
 # --- creating -------------------------------------------------------------------------------------------------------------------------
@@ -171,10 +41,10 @@ def create(root: Path, remote: str) -> None:
     from dvc.repo import Repo
 
     if not (root / ".git").exists():
-        git(root, "init", "--quiet", "--initial-branch", "main")
+        git.run(root, "init", "--quiet", "--initial-branch", "main")
     for key, value in (("user.name", "tlpipeline"), ("user.email", "tlpipeline@localhost")):
-        if not git(root, "config", key, check=False):
-            git(root, "config", key, value)  # commits and tags need a name; only where the user has set none
+        if not git.run(root, "config", key, check=False):
+            git.run(root, "config", key, value)  # commits and tags need a name; only where the user has set none
     if not (root / ".dvc").exists():
         logging.getLogger("dvc").setLevel(logging.ERROR)  # importing DVC sets its own level
         Repo.init(str(root)).close()
@@ -456,7 +326,7 @@ def _locked(root: Path, name: str, kind: str, path: str, revision: str | None) -
 
     text = (root / "dvc.lock").read_text(encoding="utf-8") if revision is None and (root / "dvc.lock").exists() else None
     if revision is not None:
-        text = show(root, revision, "dvc.lock")
+        text = git.show(root, revision, "dvc.lock")
     if not text:
         return ""
     entries = ((yaml.safe_load(text).get("stages") or {}).get(name) or {}).get(kind) or []
@@ -467,74 +337,6 @@ def clean(root: Path) -> bool:
     """Say whether `dvc status` has nothing to report."""
     with _repo(root) as repo:
         return not repo.status()
-
-
-# --- the lock -------------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def workspace_lock(root: Path, wait: float = 0.0) -> Iterator[None]:
-    """Hold the workspace: two runs on one never overlap, whichever entrance they came through. The system frees it when a process dies.
-
-    Args:
-        wait: seconds to wait for another run to end.
-
-    Raises:
-        WorkspaceError: another process holds it, or it cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    path = (root / LOCK).resolve()
-    if os.environ.get(_HOLDER) == str(path):
-        yield  # a process that the holder itself started
-        return
-    require_writable(root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    holder = path.with_suffix(".holder")
-    try:
-        lock.acquire(timeout=wait, poll_interval=0.2)
-    except Timeout as error:
-        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
-        raise WorkspaceError(
-            f"expected to have the workspace {root} alone, but {who} is running in it. Wait for it to end, or stop it; then run again."
-        ) from error
-    try:
-        holder.write_text(f"process {os.getpid()} ({' '.join(Path(a).name for a in sys.argv[:3])})\n", encoding="utf-8")
-        os.environ[_HOLDER] = str(path)
-        yield
-    finally:
-        os.environ.pop(_HOLDER, None)
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-def read_only(root: Path) -> Path | None:
-    """Return the first of a workspace's own places that this user may not write, None where all can be."""
-    places = (root, *(root / name for name in (".tlpipeline", LOCK, ".tlpipeline/cache", ".tlpipeline/models", ".dvc", ".git")))
-    return next((place for place in places if place.exists() and not os.access(place, os.W_OK)), None)
-
-
-def require_writable(root: Path) -> None:
-    """Check that this user may write a workspace.
-
-    Raises:
-        WorkspaceError: some of it may only be read.
-    """
-    if place := read_only(root):
-        raise WorkspaceError(
-            f"expected a workspace that can be written, but {place} can only be read. Change its rights or its owner, or clone the workspace."
-        )
-
-
-def free(root: Path) -> None:
-    """Check that no other run is in the workspace.
-
-    Raises:
-        WorkspaceError: one is.
-    """
-    with workspace_lock(root):
-        pass
 
 
 # --- DVC ------------------------------------------------------------------------------------------------------------------------------
@@ -548,7 +350,7 @@ def _repo(root: Path) -> Iterator[Any]:
     # DVC reads some paths (its run cache's, a remote's) from the working directory, whatever repository it was opened on.
     root = root.resolve()
     try:
-        with room(root), chdir(root), Repo(str(root)) as repo:
+        with lock.room(root), chdir(root), Repo(str(root)) as repo:
             _mend(repo)
             yield repo
     except ImportError as error:  # what a remote needs is loaded when it is first spoken to
@@ -581,42 +383,3 @@ def _dvc_error(*others: type[Exception]) -> tuple[type[Exception], ...]:
     from dvc_data.hashfile.build import IgnoreInCollectedDirError
 
     return (DvcException, AuthError, ConfigError, RemoteMissingDepsError, IgnoreInCollectedDirError, *others)
-
-
-@contextmanager
-def room(root: Path) -> Iterator[None]:
-    """Tell a full disk as what it is.
-
-    Raises:
-        WorkspaceError: the body found no space left, or the quota used up.
-    """
-    try:
-        yield
-    except OSError as error:
-        if not full(error):
-            raise
-        raise WorkspaceError(
-            f"expected room on the disk of {root}, found none ({error.strerror or os.strerror(errno.ENOSPC)}). What was recorded before is unchanged; free some space "
-            "(`dvc gc --workspace` removes unused versions) and run again."
-        ) from error
-
-
-def unlink(path: Path) -> None:
-    """Remove a stage's old output, file or folder, before it is written anew (a link into the cache must not be written through)."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def environment(packages: Sequence[str]) -> Mapping[str, str]:
-    """Return the installed versions of these packages."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": sys.version.split()[0]}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from tlpipeline import registry, stages, versioning
+from tlpipeline import git, lock, registry, stages, versioning
 from tlpipeline.errors import DataError, WorkspaceError
+from tlpipeline.files import unlink
 from tlpipeline.params import AUTO
 from tlpipeline.progress import Event, Progress, silent
 
@@ -72,7 +73,7 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
         _fill(root, images, backbone, source if source.is_file() else weights, md5, remote)
     except BaseException:
         for path in missing[:1] or list(root.iterdir()):  # what was made here goes, a folder that was there stays
-            versioning.unlink(path)
+            unlink(path)
         raise
 
 
@@ -108,7 +109,7 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
         versioning.add(root, f"weights/{weights.name}")
         tracked += [f"weights/{weights.name}.dvc", "weights/.gitignore"]
     dataset.write_exceptions(root / stages.SPLITS, [])
-    versioning.commit(root, "New workspace", tracked)
+    git.commit(root, "New workspace", tracked)
     commit_data(root, "First images")
 
 
@@ -175,7 +176,7 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
         root / images, versioning.files(root, images), known, lambda: _trained_on(root, params.data.name)
     )
     dataset.write_exceptions(root / stages.SPLITS, new)
-    versioning.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), stages.SPLITS])
+    git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), stages.SPLITS])
     versioning.push(root)
     return digest, remarks
 
@@ -205,15 +206,15 @@ def take_over(root: Path, images: Path) -> None:
     if target.is_dir() and not versioning.is_stage_output(root, name) and versioning.changed(root, name):
         # What was added since the last time is nowhere else.
         versioning.add(root, name)
-        versioning.commit(root, "Images before others took their place", _recorded(name))
+        git.commit(root, "Images before others took their place", _recorded(name))
     draft = target.with_name(f".{target.name}.draft")
-    versioning.unlink(draft)
+    unlink(draft)
     try:
         shutil.copytree(images, draft)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    versioning.unlink(target)
+    unlink(target)
     draft.rename(target)
 
 
@@ -247,8 +248,8 @@ def checked(root: Path, images: Path | None = None) -> None:
     """
     from tlpipeline import backbones, cases, cutting, dataset, distributed
 
-    versioning.require(root)
-    versioning.require_branch(root)
+    lock.require_workspace(root)
+    git.require_branch(root)
     params = stages.params_of(root)
     if params.choose.case != AUTO:
         cases.find(params.choose.case)
@@ -280,7 +281,7 @@ def alone(root: Path, wait_minutes: float, images: Path | None = None) -> Iterat
     from tlpipeline import distributed
 
     checked(root, images)
-    with versioning.workspace_lock(root, wait_minutes * 60):
+    with lock.hold(root, wait_minutes * 60):
         try:
             yield
         finally:
@@ -307,11 +308,11 @@ def refstats(root: Path, images: Path, progress: Progress = silent) -> Path:
             "Give images like those that the weights were trained on; 500 are enough, and they need no labels."
         )
     checked(root)
-    with versioning.workspace_lock(root):
+    with lock.hold(root):
         path = stages.reference(root, images, progress)
         where = path.relative_to(root).as_posix()
         _set(root, "profile", "reference", where)
-        versioning.commit(root, f"Reference statistics {where}", [where, stages.PARAMS])
+        git.commit(root, f"Reference statistics {where}", [where, stages.PARAMS])
     return path
 
 
@@ -339,7 +340,7 @@ def clear_cache(root: Path) -> str:
     from tlpipeline import cache
 
     stages.params_of(root)
-    with versioning.workspace_lock(root):  # a run keeps what it computes there
+    with lock.hold(root):  # a run keeps what it computes there
         size = sum(k.bytes for k in cache.info(root / stages.CACHE))
         cache.clear(root / stages.CACHE)
     return f"{size / 1e6:.1f} MB deleted; the next run computes what it needs again"

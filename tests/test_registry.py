@@ -1,0 +1,211 @@
+"""Versions and promotions as tags: what is published, what a killed run left, what GTO withdraws."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import set_param
+
+from tlpipeline import acts, git, registry, stages
+from tlpipeline.errors import RegistryError
+from tlpipeline.progress import silent
+
+
+def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_is_fetched_first(
+    registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = tmp_path / "origin.git"
+    git.run(tmp_path, "init", "--quiet", "--bare", str(origin))
+    git.run(registered, "remote", "add", "origin", str(origin))
+    git.push(registered)
+    version = registry.resolve(registered, "workspace@latest")
+    hook = origin / "hooks" / "update"
+    hook.write_text('#!/bin/sh\ncase "$1" in *prod*) echo "not today"; exit 1;; esac\n')
+    hook.chmod(0o755)
+    with pytest.raises(RegistryError, match=r"(?s)expected to publish the promotion workspace#prod#1, but: .*It is taken back; pull"):
+        registry.promote(registered, version)
+    assert not [tag for tag in git.tags(registered) if "#" in tag]
+    hook.unlink()
+    other = tmp_path / "other"
+    git.run(tmp_path, "clone", "--quiet", str(origin), str(other))
+    git.run(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", version.commit)
+    git.run(other, "push", "--quiet", "--tags", "origin")
+    # The gate asks who is in production before it judges.
+    monkeypatch.setattr(registry, "registered_as", lambda *_: None)
+    verdict = acts.judge(registered, silent)
+    assert verdict is not None
+    assert verdict.champion == str(version)
+    assert "workspace#prod#1" in git.tags(registered)
+    assert registry.promote(registered, version) == "workspace#prod#2"
+
+
+# --- a registration that is killed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def origin(registered: Path, tmp_path: Path) -> Path:
+    """The bare repository to which the registered workspace was pushed; an accepted version is to be promoted at once."""
+    set_param(registered, "gate.promote", "auto")
+    git.run(tmp_path, "init", "--quiet", "--bare", "--initial-branch", "main", str(tmp_path / "origin.git"))
+    git.run(registered, "remote", "add", "origin", str(tmp_path / "origin.git"))
+    git.push(registered)
+    return tmp_path / "origin.git"
+
+
+def killed(root: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    """Register a version, and be killed before one of: push, assign, push the promotion."""
+    (root / registry.CARD).write_text("newer")
+    pushed: list[Path] = []
+    push, gto = git.push, git.gto
+
+    def push_git(where: Path) -> bool:
+        pushed.append(where)
+        if len(pushed) == {"push": 1, "assign": 0, "push the promotion": 2}[point]:
+            raise KeyboardInterrupt
+        return push(where)
+
+    def run(where: Path, *arguments: str) -> None:
+        if arguments[0] == point:
+            raise KeyboardInterrupt
+        gto(where, *arguments)
+
+    with monkeypatch.context() as other:
+        other.setattr(git, "push", push_git)
+        other.setattr(git, "gto", run)
+        with pytest.raises(KeyboardInterrupt):
+            registry.publish(root, "workspace", (0, 1, 1), "newer", [registry.CARD], "prod")
+
+
+@pytest.mark.parametrize("point", ["push", "assign", "push the promotion"])
+def test_what_a_killed_run_registered_is_published_and_promoted_by_the_next(
+    registered: Path, origin: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    killed(registered, monkeypatch, point)
+    told: list[Any] = []
+    assert acts.judge(registered, told.append) is None
+    assert told[0].text.startswith("workspace@v0.1.1 is published, which an interrupted run had registered")
+    assert sorted(git.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
+    assert str(registry.resolve(registered, "workspace#prod")) == "workspace@v0.1.1"
+    assert git.head(origin) == git.head(registered)
+    told.clear()
+    assert acts.judge(registered, told.append) is None
+    assert told == []
+
+
+def test_what_a_killed_run_would_have_promoted_does_not_undo_what_was_promoted_since_nor_what_the_settings_say_now(
+    registered: Path, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(registered, monkeypatch, "push")
+    manual = tmp_path / "manual"
+    shutil.copytree(registered, manual, symlinks=True)
+    set_param(manual, "gate.promote", "manual")
+    acts.judge(manual, silent)
+    assert sorted(git.tags(origin)) == ["workspace@v0.1.0", "workspace@v0.1.1"]
+
+    other = tmp_path / "other"
+    git.run(tmp_path, "clone", "--quiet", str(origin), str(other))
+    git.run(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", "workspace@v0.1.0^{commit}")
+    git.run(other, "push", "--quiet", "--tags", "origin")
+    acts.judge(registered, silent)
+    assert sorted(git.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
+    assert str(registry.resolve(registered, "workspace#prod")) == "workspace@v0.1.0"
+
+
+def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published(
+    registered: Path, origin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(registered, monkeypatch, "push")
+    origin.rename(origin.with_name("gone"))
+    with pytest.raises(
+        RegistryError, match=r"(?s)expected to publish workspace@v0\.1\.1, but: .*The tag is taken back; pull, and run again"
+    ):
+        acts.judge(registered, silent)
+    assert list(git.tags(registered)) == ["workspace@v0.1.0"]
+    assert registry.go_on(registered, True) is None
+
+
+# --- what GTO withdraws ---------------------------------------------------------------------------------------------------------------
+
+
+def standing(root: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Return each version that is registered, with its stages."""
+    return [(str(version), version.stages) for version in registry.versions(root, "workspace")]
+
+
+@pytest.fixture
+def two(registered: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with two versions, tagged a while ago, of which first the older and then the newer was promoted."""
+    git.run(registered, "commit", "--quiet", "--allow-empty", "-m", "newer")
+    monkeypatch.setenv("GIT_COMMITTER_DATE", "2020-01-01T00:00:00Z")
+    for tag, commit in (("@v0.1.0", "HEAD~1"), ("@v0.1.1", "HEAD"), ("#prod#1", "HEAD~1"), ("#prod#2", "HEAD")):
+        git.run(registered, "tag", "--force", "--annotate", "-m", "why", f"workspace{tag}", commit)
+    monkeypatch.delenv("GIT_COMMITTER_DATE")
+    return registered
+
+
+def test_tags_that_gto_does_not_write_are_none_of_ours(two: Path) -> None:
+    for tag in (
+        "workspace#prod#x",
+        "workspace#prod#",
+        "workspace##3",
+        "workspace@v9",
+        "workspace@v9.9.9-rc1",
+        "workspaces@v9.9.9",
+        "workspace",
+    ):
+        subprocess.run(["git", "update-ref", f"refs/tags/{tag}", "HEAD"], cwd=two, check=True)
+    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
+    assert registry.promote(two, registry.resolve(two, "workspace@v0.1.0")) == "workspace#prod#3"
+    assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]
+
+
+def test_a_version_that_gto_takes_out_of_a_stage_holds_it_no_more_and_is_not_rolled_back_to(two: Path) -> None:
+    git.gto(two, "deprecate", "workspace", "v0.1.1", "prod")
+    assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]  # as `gto show` says
+    with pytest.raises(RegistryError, match=r"expected a version that was in prod before workspace@v0\.1\.0, found none"):
+        registry.rollback(two, "workspace")
+    git.gto(two, "deprecate", "workspace", "v0.1.0", "prod")
+    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ())]
+    with pytest.raises(RegistryError, match=r"expected a version of workspace in stage 'prod', found none"):
+        registry.resolve(two, "workspace#prod")
+    assert registry.promote(two, registry.resolve(two, "workspace@latest")) == "workspace#prod#5"
+    assert standing(two)[1] == ("workspace@v0.1.1", ("prod",))
+
+
+def test_a_version_that_gto_withdraws_is_neither_listed_nor_champion_and_its_number_is_not_given_again(two: Path) -> None:
+    case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
+    git.gto(two, "deprecate", "workspace", "v0.1.1")
+    assert standing(two) == [("workspace@v0.1.0", ("prod",))]
+    assert str(registry.champion(two, "workspace")) == str(registry.resolve(two, "workspace@latest")) == "workspace@v0.1.0"
+    assert registry.next_number(two, "workspace", classes, case) == (0, 1, 2)
+    git.gto(two, "register", "workspace", "HEAD", "--version", "v0.1.1", "--force", "--simple", "false")  # takes it back
+    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
+
+
+def test_a_model_that_gto_withdraws_is_registered_no_more_and_a_run_does_not_register_it_again(two: Path) -> None:
+    case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
+    git.gto(two, "deprecate", "workspace")
+    assert standing(two) == []
+    assert registry.champion(two, "workspace") is None
+    with pytest.raises(RegistryError, match="found only withdrawn versions of 'workspace'"):
+        registry.resolve(two, "workspace@latest")
+    assert registry.next_number(two, "workspace", classes, case) == (0, 1, 2)
+    assert acts.judge(two, silent) is None
+    registration = acts.register(two, None)
+    assert (registration.version, registration.new) == ("", False)
+    assert registration.reason == "this model was registered as workspace@v0.1.1, which was withdrawn: it is not registered again."
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_promotions_count_in_the_order_in_which_gto_numbered_them_and_by_time_where_it_gave_none(
+    two: Path, behind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if behind:  # a machine whose clock is
+        monkeypatch.setenv("GIT_COMMITTER_DATE", "2019-01-01T00:00:00Z")
+    git.run(two, "tag", "--annotate", "-m", "why", "workspace#prod#3", "HEAD~1")
+    assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]
+    monkeypatch.setenv("GIT_COMMITTER_DATE", "2090-01-01T00:00:00Z")
+    git.run(two, "tag", "--annotate", "-m", "why", "workspace#prod", "HEAD")
+    assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
