@@ -43,7 +43,7 @@ from architectures import BATCH, CLASSES, Trained, check, decide, described, inp
 from grid import append, rewrite, rows_of  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from tlpipeline import backbones, dataset, model  # noqa: E402
+from tlpipeline import backbones, dataset, model, splits  # noqa: E402
 from tlpipeline.cases import CASES, Case, Decision  # noqa: E402
 from tlpipeline.checkpoint import MODEL, STATE  # noqa: E402
 from tlpipeline.cutting import Backbone, Tap  # noqa: E402
@@ -206,7 +206,7 @@ def write_start(plan: Plan, manifest: Path, path: Path) -> None:
     In a deep network without them hardly anything of an image arrives at the last tap, and no gradient at the first.
     """
     fresh = backbones.load(plan.name, backbones.NONE, size=plan.size)
-    images = Images(manifest.parent / "images", dataset.read_manifest(manifest).used(dataset.TRAIN), fresh.transforms.at(plan.size))
+    images = Images(manifest.parent / "images", dataset.read_manifest(manifest).used(splits.TRAIN), fresh.transforms.at(plan.size))
     write_tensors(random_reference(fresh, [inputs(images)], seed=0).module.state_dict(), path)
 
 
@@ -286,7 +286,7 @@ def checked(plan: Plan, manifest: Path, place: Path) -> None:
         backbone = backbones.load(plan.name, START, md5=md5(place / START), root=place, size=plan.size)
     listed = dataset.read_manifest(manifest)
     transforms = backbone.transforms.at(plan.size)
-    shown, val = (Images(manifest.parent / "images", listed.used(side), transforms) for side in (dataset.TEST, dataset.VAL))
+    shown, val = (Images(manifest.parent / "images", listed.used(side), transforms) for side in (splits.TEST, splits.VAL))
     for case, decision in trained.items():
         scratch = place / case / "scratch0"
         finished = scratch / "finished"

@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import regret
 
-from tlpipeline import backbones, cases, cutting, dataset, train
+from tlpipeline import backbones, cases, cutting, dataset, decoding, train
 from tlpipeline.augment import augmentation
 from tlpipeline.cache import Store
 from tlpipeline.checkpoint import Checkpoints
-from tlpipeline.dataset import TRAIN, VAL, Manifest
+from tlpipeline.dataset import Manifest
 from tlpipeline.features import pooled, step
 from tlpipeline.finetune import Deadline, Fit, Sides
 from tlpipeline.inputs import Images, in_batches, normalise
@@ -49,6 +49,7 @@ from tlpipeline.model import Classifier
 from tlpipeline.optimise import optimiser
 from tlpipeline.params import AUTO
 from tlpipeline.precision import computes_in_bfloat16, on_tensor_cores, reads_in_bfloat16
+from tlpipeline.splits import TRAIN, VAL
 from tlpipeline.workers import Alone
 
 TARGET = 0.9
@@ -296,7 +297,7 @@ def made_up(place: Path, images: int) -> Manifest:
         noisy = np.asarray(smooth, dtype=np.int16) + rng.integers(-12, 13, (SIDE, SIDE, 3), dtype=np.int16)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(place / f"class{i % CLASSES}" / f"{i}.jpg", quality=90)
 
-    with ThreadPoolExecutor(dataset.cpus()) as pool:
+    with ThreadPoolExecutor(decoding.cpus()) as pool:
         list(pool.map(write, range(images)))
     whole = dataset.ingest(place, {}, lambda done, total: None)
     return replace(whole, rows=tuple(replace(row, split=VAL if i % 6 == 5 else TRAIN) for i, row in enumerate(whole.rows)))
@@ -308,7 +309,7 @@ def what_it_runs_on(device: torch.device) -> str:
         name = f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB), CUDA {torch.version.cuda}"
     else:
         name = f"NO GPU: the CPU with {torch.get_num_threads()} threads, which says nothing about a GPU"
-    return f"{name}; {dataset.cpus()} CPUs, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}"
+    return f"{name}; {decoding.cpus()} CPUs, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}"
 
 
 def main() -> None:

@@ -61,8 +61,9 @@ from regret import folders, pool, sizes, split
 from torch import Tensor, nn
 
 from tlpipeline.cases import Recipe
-from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest
+from tlpipeline.dataset import Manifest
 from tlpipeline.probes import pack, unpack
+from tlpipeline.splits import TEST, TRAIN, VAL
 
 HERE = Path(__file__).resolve().parent
 PEERS = "peers.csv"
@@ -121,7 +122,7 @@ def ours(job: Job) -> Answer:
     # The stages import these when they first need them.
     for name in ("dvc.repo", "scipy.linalg", "sklearn.linear_model", "torchvision.models"):
         importlib.import_module(name)
-    from tlpipeline import dataset, evaluate, stages, workspaces
+    from tlpipeline import dataset, evaluate, splits, stages, workspaces
     from tlpipeline.progress import silent
 
     imported = cpu_seconds()
@@ -139,8 +140,8 @@ def ours(job: Job) -> Answer:
         for key, value in settings.items():
             change(root, key, str(value))
         (root / stages.SPLITS).unlink()
-        lines = [dataset.SplitException(md5, side, job.classes[label]) for side, rows in sides.items() for _, md5, label in rows]
-        dataset.write_exceptions(root / stages.SPLITS, lines)
+        lines = [splits.SplitException(md5, side, job.classes[label]) for side, rows in sides.items() for _, md5, label in rows]
+        splits.write_exceptions(root / stages.SPLITS, lines)
         stages.ingest(root, silent)
         found = {row.md5: row.split for row in dataset.read_manifest(root / stages.MANIFEST).rows}
         if found != wanted:

@@ -77,9 +77,9 @@ from grid import (  # noqa: E402
     rows_of,
 )
 
-from tlpipeline import backbones, cases, choice, cutting, dataset, outlook, params, profiling, train, weighing  # noqa: E402
+from tlpipeline import backbones, cases, choice, cutting, dataset, outlook, params, profiling, splits, train, weighing  # noqa: E402
 from tlpipeline import model as models  # noqa: E402
-from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
+from tlpipeline.dataset import Manifest, Row  # noqa: E402
 from tlpipeline.features import extract, reading  # noqa: E402
 from tlpipeline.heads import solve_head  # noqa: E402
 from tlpipeline.inputs import Images  # noqa: E402
@@ -88,6 +88,7 @@ from tlpipeline.probes import pack  # noqa: E402
 from tlpipeline.profile import slice_test  # noqa: E402
 from tlpipeline.progress import silent  # noqa: E402
 from tlpipeline.shift import FIRST_IMAGES  # noqa: E402
+from tlpipeline.splits import TEST, TRAIN, VAL  # noqa: E402
 from tlpipeline.workers import Alone  # noqa: E402
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def frozen_arms(
     looked = profile.sampled + profile.held_out + (3 * profile.tangent.images if profile.tangent else 0)
     looked += min(FIRST_IMAGES, profile.sampled) if profile.shift else 0
     key = dict(zip(("data", "backbone", "n", "seed"), unit.key, strict=True))
-    judges = pack(np.array([not dataset.selects(r) for r in manifest.used(VAL)]))
+    judges = pack(np.array([not splits.selects(r.md5) for r in manifest.used(VAL)]))
     evidence = (
         key | found | {"looked": looked, "cpu_s": round(profiled, 2), "judges": judges, "taps": " ".join(t.name for t in profile.taps)}
     )

@@ -45,7 +45,7 @@ import regret  # noqa: E402
 from tlpipeline import backbones, cases, cutting, dataset, finetune, params, precision, profiling, train  # noqa: E402
 from tlpipeline.augment import augmentation  # noqa: E402
 from tlpipeline.cache import SHARD_ROWS, Store  # noqa: E402
-from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row  # noqa: E402
+from tlpipeline.dataset import Manifest, Row  # noqa: E402
 from tlpipeline.features import STEP  # noqa: E402
 from tlpipeline.heads import IN_MEMORY_BYTES, solve_head  # noqa: E402
 from tlpipeline.inputs import Images, in_batches, normalise, prepare  # noqa: E402
@@ -53,6 +53,7 @@ from tlpipeline.job import Job  # noqa: E402
 from tlpipeline.model import Classifier, reader_of  # noqa: E402
 from tlpipeline.profile import Profile  # noqa: E402
 from tlpipeline.progress import silent  # noqa: E402
+from tlpipeline.splits import TEST, TRAIN, VAL  # noqa: E402
 from tlpipeline.workers import Alone  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlpipeline import dataset
+from tlpipeline import dataset, splits
 from tlpipeline.dataset import Row
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -71,7 +71,7 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
 def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
     """A folder of 21 images in three classes, and their rows."""
     folder = make_images(classes=3, each=7)
-    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*dataset.SIDES)
+    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)
 
 
 @pytest.fixture(scope="session")

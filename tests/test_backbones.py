@@ -25,7 +25,7 @@ from torchvision.models import SqueezeNet1_0_Weights, WeightsEnum
 from tlpipeline import backbones
 from tlpipeline.backbones import Demonstration, check_name, load
 from tlpipeline.cutting import Backbone, cut, describe
-from tlpipeline.dataset import decode
+from tlpipeline.decoding import decode
 from tlpipeline.errors import BackboneError
 from tlpipeline.inputs import normalise, prepare
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tlpipeline import backbones, cache, cutting, dataset, profiling, stages
+from tlpipeline import backbones, cache, cutting, dataset, profiling, splits, stages
 from tlpipeline.cache import Column, Store, Table
 from tlpipeline.cutting import Backbone
 from tlpipeline.dataset import Row
@@ -79,7 +79,7 @@ def net() -> Backbone:
 @pytest.fixture
 def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
     folder = make_images(classes=4, each=40)
-    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*dataset.SIDES)
+    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)
 
 
 # --- by content -----------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from sklearn.metrics import (
 )
 
 from tlpipeline import backbones, dataset
-from tlpipeline.dataset import SIDES, Row
+from tlpipeline.dataset import Row
 from tlpipeline.evaluate import (
     Predictions,
     calibration_error,
@@ -34,6 +34,7 @@ from tlpipeline.evaluate import (
 from tlpipeline.features import Reading
 from tlpipeline.inputs import Images
 from tlpipeline.model import Classifier, probabilities
+from tlpipeline.splits import SIDES
 
 
 def drawn(n: int = 300, classes: int = 5, seed: int = 0, absent: int | None = None) -> Predictions:

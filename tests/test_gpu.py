@@ -17,7 +17,6 @@ from tlpipeline import backbones, cutting, dataset, features, model
 from tlpipeline.cases import CASES, Decision, Recipe
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.cutting import Transforms
-from tlpipeline.dataset import TRAIN, VAL
 from tlpipeline.features import Reader, Reading, numerics, passes, pooled, reading, step
 from tlpipeline.files import write_tensors
 from tlpipeline.finetune import Deadline, Fit, Sides
@@ -26,6 +25,7 @@ from tlpipeline.job import Job, Teller
 from tlpipeline.model import Classifier
 from tlpipeline.optimise import flat, optimiser, unflat
 from tlpipeline.precision import on_tensor_cores, reads_in_bfloat16
+from tlpipeline.splits import TRAIN, VAL
 from tlpipeline.train import run
 from tlpipeline.workers import Alone
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.models import ConvNeXt_Tiny_Weights, EfficientNet_B0_Weights, SqueezeNet1_0_Weights, Swin_T_Weights
 
-from tlpipeline import dataset, inputs
+from tlpipeline import dataset, decoding, inputs, splits
 from tlpipeline.cache import Store
 from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import Row
@@ -121,7 +121,7 @@ def test_training_changes_each_image_by_its_index_and_keeps_what_it_decoded(list
 
 def test_an_image_that_is_not_kept_is_made_to_the_same_pixels(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=2, each=4, size=100)
-    rows = dataset.ingest(folder, {}, lambda done, total: None).used(*dataset.SIDES)
+    rows = dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)
     for make in (lambda store: squeezed(store, folder, 46), lambda store: prepared(store, folder, PLAIN)):
         kept, made = make(Store()), make(Store())
         kept.fill(rows[:5], lambda done: None)
@@ -179,7 +179,7 @@ def test_files_are_decoded_no_larger_than_they_are_needed(make_images: Callable[
     folder = make_images(classes=2, each=3, size=512)
     row = dataset.ingest(folder, {}, lambda done, total: None).rows[0]
     asked: list[int | None] = []
-    plain = dataset.decode
+    plain = decoding.decode
 
     def noted(content: bytes, at_least: int | None = None) -> Image.Image:
         asked.append(at_least)
@@ -204,7 +204,7 @@ def test_the_seconds_that_a_batch_is_waited_for_are_counted(make_images: Callabl
 
 
 def test_workers_of_one_machine_share_its_cpus_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "cpus", lambda: 16)
+    monkeypatch.setattr(decoding, "cpus", lambda: 16)
     assert inputs._threads() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert inputs._threads() == 4

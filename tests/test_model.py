@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tlpipeline import backbones, dataset
+from tlpipeline import backbones, dataset, splits
 from tlpipeline.cache import Store
 from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
 from tlpipeline.features import Reading
@@ -260,7 +260,7 @@ def test_a_new_head_knows_nothing() -> None:
 
 def test_probabilities_stand_in_the_order_of_the_images(make_images: Callable[..., Path]) -> None:
     pictures = make_images(classes=3, each=5)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*dataset.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
     model, description = build("nets:resnet20")
     told: list[int] = []
 
@@ -293,7 +293,7 @@ def test_a_reader_that_is_alone_takes_fewer_images_at_a_time_where_memory_runs_o
 ) -> None:
     """What others would take over must not depend on the memory that is free; a head that is solved at the end of training must not be lost."""
     pictures = make_images(classes=2, each=10)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*dataset.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
     model, description = build("nets:resnet20", frozen=False)
     images, cpu = Images(pictures, rows, description.transforms), torch.device("cpu")
     (plain,) = reader_of(model, Store(tmp_path / "plain"), description.transforms, cpu).read(images, lambda done: None)
@@ -311,7 +311,7 @@ def test_a_reader_that_is_alone_takes_fewer_images_at_a_time_where_memory_runs_o
 def test_a_trained_network_answers_for_fewer_images_at_a_time_where_memory_runs_out(make_images: Callable[..., Path]) -> None:
     """So that a fine-tuning whose batches fitted in parts is not lost in its validation."""
     pictures = make_images(classes=2, each=5)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*dataset.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
     model, description = build("nets:resnet20", frozen=False)
     images, cpu = Images(pictures, rows, description.transforms), torch.device("cpu")
     plain = probabilities(model, images, cpu, lambda done: None)
@@ -328,7 +328,7 @@ def test_a_trained_network_answers_for_fewer_images_at_a_time_where_memory_runs_
 def test_a_frozen_network_never_answers_for_fewer(make_images: Callable[..., Path]) -> None:
     """What is kept of it would depend on how much memory was free."""
     pictures = make_images(classes=2, each=5)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*dataset.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
     model, description = build("nets:resnet20", frozen=True)
     asked = full_above(model, 5)
     with pytest.raises(PassTooLarge, match="a forward pass of 16 images"):

@@ -14,7 +14,7 @@ from PIL import Image
 from test_backbones import take
 from test_profile import planted
 
-from tlpipeline import backbones, dataset, kernels, profiling, shift
+from tlpipeline import backbones, dataset, kernels, profiling, shift, splits
 from tlpipeline.choice import choose
 from tlpipeline.dataset import Manifest, Row, ingest
 from tlpipeline.errors import DataError
@@ -95,7 +95,7 @@ def test_the_profile_reads_only_training_and_validation_images(make_images: Call
 def test_the_half_of_validation_that_judges_is_never_looked_at(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_images(classes=3, each=60)
     manifest = ingest(folder, {}, lambda done, total: None)
-    judging = {row.md5 for row in manifest.used("val") if not dataset.selects(row)}
+    judging = {row.md5 for row in manifest.used("val") if not splits.selects(row.md5)}
     seen: list[Row] = []
     real = dataset.read
     monkeypatch.setattr(dataset, "read", lambda root, row, *rest: (seen.append(row), real(root, row, *rest))[1])
@@ -471,7 +471,7 @@ def test_heads_are_held_against_images_of_classes_that_they_know(tmp_path: Path)
     manifest = ingest(folder, {}, lambda done, total: None)
     found = measured(folder, manifest, images=64)
     known = {r.label for r in profiling.sample(manifest.used("train"), 256, 0)}
-    aside = [r for r in manifest.used("val") if dataset.selects(r)]
+    aside = [r for r in manifest.used("val") if splits.selects(r.md5)]
     assert found.probed == len(known) == 37
     assert 0 < found.held_out == sum(r.label in known for r in aside) < len(aside)
 

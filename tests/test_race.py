@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_profiling import scene
 
-from tlpipeline import backbones, cache, checkpoint, dataset, distributed, finetune, outlook, pretrain, profiling, race, weighing
+from tlpipeline import backbones, cache, checkpoint, dataset, distributed, finetune, outlook, pretrain, profiling, race, splits, weighing
 from tlpipeline.cases import Decision
 from tlpipeline.dataset import Manifest
 from tlpipeline.job import Job
@@ -145,9 +145,9 @@ def test_a_race_that_stops_early_is_not_won_by_fine_tuning(setting: Setting, mon
 def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     decision, _ = setting.run(OPEN, monkeypatch, "judges")
     assert decision.race is not None
-    judges = [row for row in setting.manifest.used(dataset.VAL) if not dataset.selects(row)]
+    judges = [row for row in setting.manifest.used(splits.VAL) if not splits.selects(row.md5)]
     assert {look.images for look in decision.race.looks} == {len(judges)}
-    assert setting.profile.held_out == len(setting.manifest.used(dataset.VAL)) - len(judges)
+    assert setting.profile.held_out == len(setting.manifest.used(splits.VAL)) - len(judges)
 
 
 def test_what_the_winner_trained_is_gone_on_with_and_ends_as_if_there_had_been_no_race(

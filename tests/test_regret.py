@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from tlpipeline import outlook, params
-from tlpipeline.dataset import TEST, TRAIN, VAL, Row
+from tlpipeline.dataset import Row
+from tlpipeline.splits import TEST, TRAIN, VAL
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

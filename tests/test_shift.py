@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.conftest import paint
-from tlpipeline import backbones, cutting, dataset, shift
+from tlpipeline import backbones, cutting, dataset, shift, splits
 from tlpipeline.cutting import Backbone
-from tlpipeline.dataset import Row, decode
+from tlpipeline.dataset import Row
+from tlpipeline.decoding import decode
 from tlpipeline.errors import BackboneError, DataError
 from tlpipeline.features import extract
 from tlpipeline.inputs import Images, normalise, prepare
@@ -334,7 +335,7 @@ def listed(tmp_path: Path) -> tuple[Path, list[Row]]:
         (folder / f"class{label}").mkdir(parents=True)
         for index in range(100):
             dimmed(paint(label, index)).save(folder / f"class{label}" / f"{index}.png")
-    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*dataset.SIDES)
+    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)
 
 
 def reference_of(net: Backbone, root: Path, rows: Sequence[Row]) -> Reference:

@@ -22,7 +22,7 @@ from group import Crashing, Interrupted, attempt
 from safetensors.torch import load_file
 from test_cases import decision_for
 
-from tlpipeline import backbones, cache, cutting, dataset, features, stages
+from tlpipeline import backbones, cache, cutting, dataset, features, splits, stages
 from tlpipeline import train as train_module
 from tlpipeline.augment import augmentation
 from tlpipeline.cases import CASES, Case, Decision, Recipe
@@ -999,7 +999,7 @@ def test_one_new_image_in_a_hundred_costs_one_pass_in_a_hundred(
         index = 100
         while True:  # an image of the test side is not read here
             paint(label, index).save(folder / f"class{label}" / "new.png")
-            if dataset.side_of(hashlib.md5((folder / f"class{label}" / "new.png").read_bytes()).hexdigest()) != "test":
+            if splits.side_of(hashlib.md5((folder / f"class{label}" / "new.png").read_bytes()).hexdigest()) != "test":
                 break
             index += 1
     second = train_again("second")
@@ -1039,8 +1039,8 @@ def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, p
     set_param(workspace, "choose.case", "small_similar")
     stages.ingest(workspace, silent)
     manifest = dataset.read_manifest(workspace / stages.MANIFEST)
-    train, val, test = ({row.md5 for row in manifest.used(side)} for side in dataset.SIDES)
-    profiled = train | {row.md5 for row in manifest.used("val") if dataset.selects(row)}
+    train, val, test = ({row.md5 for row in manifest.used(side)} for side in splits.SIDES)
+    profiled = train | {row.md5 for row in manifest.used("val") if splits.selects(row.md5)}
     wanted = {"profile": profiled, "choose": set(), "train": val - profiled, "evaluate": test}
     for name, images in wanted.items():
         stages.STAGES[name](workspace, silent)

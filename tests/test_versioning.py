@@ -16,12 +16,12 @@ import yaml
 from conftest import paint, run_python, set_param
 from test_dataset import on, put, tiny
 
-from tlpipeline import acts, dataset, git, lock, stages, versioning, workspaces
-from tlpipeline.dataset import TEST, TRAIN, VAL
+from tlpipeline import acts, dataset, git, lock, splits, stages, versioning, workspaces
 from tlpipeline.errors import BackboneError, DataError, Unreachable, WorkspaceError
 from tlpipeline.files import unlink
 from tlpipeline.params import load
 from tlpipeline.progress import silent
+from tlpipeline.splits import TEST, TRAIN, VAL
 
 # As little as the pipeline can do: what is tested is who runs it.
 CHEAP = {"profile.images": "16", "profile.images_max": "16", "choose.draws": "100", "train.epochs": "1", "cluster.workers": "0"}
@@ -408,7 +408,7 @@ def test_what_changes_while_the_stage_runs_is_refused_and_nothing_is_recorded(in
         if change == "an image":
             paint(1, 501).save(ingested / "images" / "class1" / "late.png")
         elif change == "splits.csv":
-            dataset.write_exceptions(ingested / "splits.csv", [dataset.SplitException("0" * 32, TEST, "class0")])
+            splits.write_exceptions(ingested / "splits.csv", [splits.SplitException("0" * 32, TEST, "class0")])
         else:
             text = (ingested / "dvc.yaml").read_text()
             (ingested / "dvc.yaml").write_text(text.replace("tlpipeline stage ingest", "tlpipeline stage ingest --other"))

@@ -43,7 +43,7 @@ def judge(root: Path, progress: Progress) -> gate.Verdict | None:
 
     What a killed run registered is published first: it may be the champion.
     """
-    from tlpipeline import dataset, evaluate
+    from tlpipeline import dataset, evaluate, splits
 
     params = stages.params_of(root)
     if begun := registry.go_on(root, params.gate.promote == "auto"):
@@ -54,14 +54,14 @@ def judge(root: Path, progress: Progress) -> gate.Verdict | None:
         return None
     challenger = evaluate.read_predictions(root / stages.PREDICTIONS)
     manifest = dataset.read_manifest(root / stages.MANIFEST)
-    trained = Counter(row.label for row in manifest.used(dataset.TRAIN))
+    trained = Counter(row.label for row in manifest.used(splits.TRAIN))
     recipe = stages.with_recipe(stages.read_case(root), params).recipe
     uneven = max(trained.values()) > recipe.head_imbalance * min(trained.values())
     git.fetch_tags(root)  # the champion may have been promoted elsewhere
     best = registry.champion(root, params.data.name)
     if best is None:
         return gate.against_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate, uneven)
-    rows = manifest.used(dataset.TEST)
+    rows = manifest.used(splits.TEST)
     told = lambda done: progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))  # noqa: E731
     champion = stages.predict_rows(root, registry.folder(root, best), rows, told)
     return gate.against_champion(challenger, champion, str(best), registry.trained_on(root, best), params.gate, uneven)
@@ -171,13 +171,13 @@ def card_of(root: Path, text: str) -> str:
 
 def write_report(root: Path, registration: Registration) -> Path:
     """Write report.html: one self-contained page about the run."""
-    from tlpipeline import dataset, evaluate, report
+    from tlpipeline import dataset, evaluate, report, splits
     from tlpipeline.profile import Profile
 
     params = stages.params_of(root)
     manifest = dataset.read_manifest(root / stages.MANIFEST, root / stages.QUARANTINE)
     found = evaluate.read_predictions(root / stages.PREDICTIONS)
-    rows = {row.md5: row for row in manifest.used(dataset.TEST)}
+    rows = {row.md5: row for row in manifest.used(splits.TEST)}
     errors = [
         report.Mistake(
             rows[found.md5[i]].path,

@@ -1,48 +1,20 @@
-"""Images on disk: reading them whatever their mode, listing them in a manifest, and splits that never move.
-
-An image's side follows from its content: `u = md5(file bytes) / 2^128`; below .70 it is train, below .85 val, else test. Class, path and
-seed play no part, so an image keeps its side whatever is added or removed. The few exceptions that small classes need are lines of
-`splits.csv`; a given `{train,val,test}/<class>` layout wins over both.
-"""
+"""Images on disk, listed in a manifest: what can be used, on which side, copies once, and remarks for people."""
 
 import csv
 import hashlib
-import io
-import math
 import os
-import struct
-import warnings
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from tlpipeline.decoding import UNREADABLE, content_of, cpus, decode, inspect, why
 from tlpipeline.errors import DataChanged, DataError
-
-TRAIN, VAL, TEST = "train", "val", "test"
-SIDES = (TRAIN, VAL, TEST)
-GIVEN_SIDES = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
-TRAIN_BELOW, VAL_BELOW = 0.70, 0.85
-MINIMUM_PER_CLASS = 3
-_LOOK_INTO_BELOW = 50  # images of a class below which a broken one could be the only one of its side
-
-# What decoders raise on damaged files (found by feeding them some).
-UNREADABLE = (
-    OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError,
-    AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
-
-Pixels = npt.NDArray[np.uint8]
-
-# Damaged EXIF blocks and TIFF tags only warn; the pixels are checked by loading them. Said once for the process, because
-# `warnings.catch_warnings` in the threads that decode would leave the filters of the whole process changed.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+from tlpipeline.splits import GIVEN_SIDES, MINIMUM_PER_CLASS, TEST, TRAIN, VAL, given_sides, side_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,55 +60,6 @@ class Manifest:
         return sorted((r for r in self.rows if r.split in sides and not r.duplicate_of), key=lambda r: r.md5)
 
 
-# --- pixels ---------------------------------------------------------------------------------------------------------------------------
-
-
-def decode(content: bytes, at_least: int | None = None) -> Image.Image:
-    """Decode an image file to 8-bit RGB, upright.
-
-    EXIF orientation is applied; of an animation the first frame is taken; transparency is laid over white; 16-bit greys are scaled by their
-    full range (65535 to 255), floating-point images by their own range.
-
-    Args:
-        at_least: short side in pixels that is enough: a JPEG is then decoded at a half, a quarter or an eighth of its size where that still
-            leaves so many, which is several times faster.
-
-    Raises:
-        UnidentifiedImageError: the content is no image. Exception: it is damaged; Pillow's decoders raise what they like.
-    """
-    with Image.open(io.BytesIO(content)) as opened:
-        opened.seek(0)
-        if at_least is not None and opened.format == "JPEG" and at_least < min(opened.size):
-            scale = at_least / min(opened.size)
-            opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
-        opened.load()
-        image: Image.Image = ImageOps.exif_transpose(opened)
-        return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        grey = values.astype(np.float64) / 65535.0
-        grey[values == image.info.get("transparency", -1)] = 1.0
-        return Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8), "L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    if image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        there = np.isfinite(values)
-        if not there.any():
-            raise ValueError("no finite pixel")
-        low, high = values[there].min(), values[there].max()
-        grey = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low if high > low else 1.0)
-        return Image.fromarray((grey * 255).round().astype(np.uint8), "L").convert("RGB")
-    return image.convert("RGB")
-
-
 def read(root: Path, row: Row, at_least: int | None = None) -> Image.Image:
     """Read the image of a manifest row, checking that it is still the one that was listed; `at_least` as for `decode`.
 
@@ -161,13 +84,8 @@ def read(root: Path, row: Row, at_least: int | None = None) -> Image.Image:
     except UNREADABLE as error:
         # It was decoded when it was listed, by another Pillow perhaps, or with more memory.
         raise DataError(
-            f"expected an image at {path}, but it cannot be read: {_why(error)}. Replace it or leave it out, and run again."
+            f"expected an image at {path}, but it cannot be read: {why(error)}. Replace it or leave it out, and run again."
         ) from error
-
-
-def cpus() -> int:
-    """Return how many CPUs this process may use, which on a shared machine are fewer than it has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _WAY_BACK = "The data folder changed while a run was on: start the run again, or restore the images with `dvc checkout`."
@@ -193,7 +111,7 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
             class only, a class has fewer than 3 distinct images, or no file is an image.
     """
     paths = files(images)
-    given = _given_sides(images)
+    given = given_sides(images)
     done = 0
     rows: list[Row] = []
     rejected: list[Rejected] = []
@@ -222,19 +140,6 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
     return Manifest(tuple(sorted(rows, key=lambda r: r.path)), tuple(sorted(rejected, key=lambda r: r.path)), tuple(remarks))
 
 
-def side_of(md5: str, carve_val: bool = False) -> str:
-    """Return the side that an image's content gives it.
-
-    Args:
-        md5: 32 hexadecimal digits.
-        carve_val: the test side is given already: keep the share of train to val (70 to 15) among the rest.
-    """
-    u = int(md5, 16) / 2**128
-    if carve_val:
-        return TRAIN if u < TRAIN_BELOW / VAL_BELOW else VAL
-    return TRAIN if u < TRAIN_BELOW else VAL if u < VAL_BELOW else TEST
-
-
 def readable(images: Path) -> list[Row]:
     """Return the distinct readable images below a folder, whatever its layout, without labels and sides: for statistics only."""
     found: dict[str, Row] = {}
@@ -243,14 +148,6 @@ def readable(images: Path) -> list[Row]:
         if isinstance(row, Row):
             found.setdefault(row.md5, replace(row, path=path.relative_to(images).as_posix(), label="", split=""))
     return sorted(found.values(), key=lambda row: row.md5)
-
-
-def selects(row: Row) -> bool:
-    """Say whether a validation image belongs to the half that may select (a slice point, an epoch); the other half only judges.
-
-    By content, so that it never changes halves. The last digit of the md5 is used, because the first ones give the side.
-    """
-    return row.md5[-1] in "02468ace"
 
 
 def files(images: Path) -> list[Path]:
@@ -290,20 +187,6 @@ def files(images: Path) -> list[Path]:
     return found
 
 
-def content_of(path: Path) -> bytes:
-    """Return the bytes of a file of the data set.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"expected to read the image {path}, but: {error.strerror}. Make it readable or remove it, then run again."
-        ) from error
-
-
 def linked_folders(images: Path) -> list[Path]:
     """Return the links to folders below a folder."""
     return sorted(Path(folder) / name for folder, folders, _ in os.walk(images) for name in folders if (Path(folder) / name).is_symlink())
@@ -317,26 +200,6 @@ def _is_text(path: Path) -> bool:
     return str(path).encode("utf-8", "replace") == bytes(path)
 
 
-def _given_sides(images: Path) -> str:
-    """Say which layout this is: "" (by content), "all" (train, val and test are given) or "no val".
-
-    Raises:
-        DataError: two folders or more are named as sides, but train or test is not there or other folders stand beside them; by content,
-            "train" and "val" would silently become two classes.
-    """
-    names = {p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    sides = {n for n in names if n.casefold() in GIVEN_SIDES}
-    if len(sides) < 2:
-        return ""
-    given = {GIVEN_SIDES[n.casefold()] for n in sides}
-    if names != sides or not {TRAIN, TEST} <= given:
-        raise DataError(
-            f"expected the folders train, test and perhaps val in {images}, or else one folder per class, found {', '.join(sorted(names))}. "
-            "Give it train and test and nothing else, or sort the images by class alone: then the sides follow from their content."
-        )
-    return "all" if VAL in given else "no val"
-
-
 def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
     where = path.relative_to(images)
     parts = where.parts
@@ -345,25 +208,12 @@ def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
     side = GIVEN_SIDES[parts[0].casefold()] if given else ""
     if given == "no val" and side == TRAIN:
         side = ""  # decided by content: val is carved out of train
-    label = parts[1] if given else parts[0]
     content = content_of(path)
-    if not content:
-        return Rejected(where.as_posix(), "empty file")
-    try:
-        image = decode(content)
-        with Image.open(io.BytesIO(content)) as original:
-            mode = original.mode
-    except UNREADABLE as error:
-        return Rejected(where.as_posix(), _why(error))
-    if 0 in image.size:
-        return Rejected(where.as_posix(), "zero size")
+    found = inspect(content)
+    if isinstance(found, str):
+        return Rejected(where.as_posix(), found)
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    return Row(where.as_posix(), md5, label, side, image.width, image.height, mode, "")
-
-
-def _why(error: Exception) -> str:
-    """Return in words why a file could not be decoded."""
-    return "not an image" if isinstance(error, UnidentifiedImageError) else f"broken: {str(error) or type(error).__name__}"
+    return Row(where.as_posix(), md5, parts[1] if given else parts[0], side, *found, "")
 
 
 def _without_conflicts(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
@@ -438,117 +288,6 @@ def _empty_sides(rows: Sequence[Row]) -> list[str]:
 
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name}: {n}" for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-# --- splits.csv -----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SplitException:
-    """A line of splits.csv: this content is on this side, whatever the rule says."""
-
-    md5: str
-    split: str
-    label: str
-
-
-def read_exceptions(path: Path) -> dict[str, str]:
-    """Read splits.csv as md5 to side; a missing file has no exceptions.
-
-    Raises:
-        DataError: it is empty or no text, or a line is not `md5,split,label` with a known side.
-    """
-    if not path.exists():
-        return {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            header, lines = reader.fieldnames, list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise _no_exceptions(path, str(error)) from error
-    if header != ["md5", "split", "label"]:
-        raise _no_exceptions(path, ",".join(header) if header else "an empty file")
-    if others := [line["split"] for line in lines if line["split"] not in SIDES]:
-        raise _no_exceptions(path, f"the side {others[0]}")
-    return {line["md5"]: line["split"] for line in lines}
-
-
-def _no_exceptions(path: Path, found: str) -> DataError:
-    return DataError(
-        f"expected the columns md5,split,label and the sides {', '.join(SIDES)} in {path}, found {found}. "
-        f"`git checkout {path.name}` brings back what was recorded."
-    )
-
-
-def write_exceptions(path: Path, new: Iterable[SplitException]) -> None:
-    """Append lines to splits.csv (created with its header where it is missing)."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    header = not before
-    with path.open("a", newline="", encoding="utf-8") as file:
-        if before and not before.endswith("\n"):
-            file.write("\n")  # an editor left the last line open
-        writer = csv.writer(file, lineterminator="\n")
-        if header:
-            writer.writerow(["md5", "split", "label"])
-        writer.writerows((line.md5, line.split, line.label) for line in new)
-
-
-def needed_exceptions(
-    images: Path, hashes: Mapping[str, str], known: Mapping[str, str], trained_on: Callable[[], frozenset[str]]
-) -> tuple[list[SplitException], list[str]]:
-    """Find the classes that would have an empty side and give each such side one image.
-
-    The image with the highest u goes to test, the next to val, the lowest to train. Images that a registered version was trained on never
-    go to test: the class is then named as not evaluated.
-
-    Args:
-        hashes: path below images to md5, of all files.
-        known: lines that splits.csv has already.
-        trained_on: gives the md5 of all images that a registered version was trained on; asked only where a side is empty.
-
-    Returns:
-        The new lines for splits.csv, and remarks.
-    """
-    if not images.is_dir() or _given_sides(images):
-        return [], []
-    by_label: dict[str, dict[str, str]] = defaultdict(dict)
-    labels: dict[str, set[str]] = defaultdict(set)
-    for path, md5 in sorted(hashes.items()):
-        label, _, rest = path.partition("/")
-        if rest and not any(part.startswith(".") for part in path.split("/")):
-            by_label[label].setdefault(md5, path)
-            labels[md5].add(label)
-    new: list[SplitException] = []
-    remarks: list[str] = []
-    for label, paths in sorted(by_label.items()):
-        usable = {md5: path for md5, path in paths.items() if len(labels[md5]) == 1}
-        if len(usable) < _LOOK_INTO_BELOW:
-            usable = {md5: path for md5, path in usable.items() if isinstance(_inspect(images, images / path, ""), Row)}
-        sides = {md5: known.get(md5) or side_of(md5) for md5 in usable}
-        if len(sides) >= MINIMUM_PER_CLASS and set(sides.values()) != set(SIDES):
-            lines, remark = _filled(label, sides, trained_on(), frozenset(known))
-            new += lines
-            remarks += remark
-    return new, remarks
-
-
-def _filled(label: str, sides: dict[str, str], trained_on: frozenset[str], fixed: frozenset[str]) -> tuple[list[SplitException], list[str]]:
-    sides = dict(sides)
-    lines: list[SplitException] = []
-    remarks: list[str] = []
-    for side in (TEST, VAL, TRAIN):
-        if side in sides.values():
-            continue
-        # Take from a side that keeps at least one image, and never move what splits.csv already fixed.
-        counts = Counter(sides.values())
-        free = sorted((md5 for md5, s in sides.items() if counts[s] > 1 and md5 not in fixed and not (side == TEST and md5 in trained_on)))
-        if not free:
-            remarks.append(f"not {'evaluated' if side == TEST else 'validated'}: {label} has no image that could go to {side}")
-            continue
-        chosen = free[0] if side == TRAIN else free[-1]
-        sides[chosen] = side
-        lines.append(SplitException(chosen, side, label))
-    return lines, remarks
 
 
 # --- files ----------------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 
 from tlpipeline import errors, train
 from tlpipeline.checkpoint import MODEL
-from tlpipeline.dataset import cpus
+from tlpipeline.decoding import cpus
 from tlpipeline.errors import ClusterError, MemoryFull, PipelineError
 from tlpipeline.files import NO_ROOM, torn, write_json
 from tlpipeline.job import Job, Tail

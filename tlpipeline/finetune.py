@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tlpipeline import dataset, weighing
+from tlpipeline import splits, weighing
 from tlpipeline.augment import augmentation, mix, seed_of
 from tlpipeline.cache import Store
 from tlpipeline.cases import BUDGET, LOSS, SAMPLER, Recipe
@@ -338,7 +338,7 @@ class Fit:
         if race is None or state.epoch not in at:
             return
         weighed = weighing.Weighed(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), fitted())
-        judges = np.array([not dataset.selects(row) for row in self.sides.val])
+        judges = np.array([not splits.selects(row.md5) for row in self.sides.val])
         frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (str(race["frozen"]), correct))
         part = weighing.LOOKS - len(at) + at.index(state.epoch)
         seen = weighing.look(weighed, part, state.epoch, epochs, frozen, tuned)

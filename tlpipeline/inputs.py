@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tlpipeline import dataset
+from tlpipeline import dataset, decoding
 from tlpipeline.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
 from tlpipeline.cutting import Transforms
-from tlpipeline.dataset import Pixels, Row
+from tlpipeline.dataset import Row
+from tlpipeline.decoding import Pixels
 
 # Part of every key: other code makes other rows of an image, and another decoder other pixels.
 FORMAT = f"3, Pillow {PIL.__version__}"
@@ -188,7 +189,7 @@ def prepared(store: Store, root: Path, transforms: Transforms) -> Decoded:
 
 def _threads() -> int:
     """Return how many threads decode: a worker's share of the CPUs of its machine, at least two, because one of them may wait for the disk."""
-    return max(2, dataset.cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(2, decoding.cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def in_batches(count: int, size: int) -> list[range]:

@@ -17,7 +17,7 @@ from tlpipeline.cache import Store
 from tlpipeline.cases import Recipe
 from tlpipeline.checkpoint import Checkpoints, State
 from tlpipeline.cutting import Transforms, normalisation
-from tlpipeline.dataset import TEST, TRAIN, VAL, Manifest, Row
+from tlpipeline.dataset import Manifest, Row
 from tlpipeline.errors import BackboneError
 from tlpipeline.files import write_json, write_tensors
 from tlpipeline.finetune import Deadline, Fit, Sides
@@ -28,6 +28,7 @@ from tlpipeline.model import probabilities
 from tlpipeline.precision import on_tensor_cores
 from tlpipeline.probes import wilson
 from tlpipeline.progress import Event, Progress
+from tlpipeline.splits import TEST, TRAIN, VAL
 from tlpipeline.workers import Alone
 
 RECIPE = Recipe(crop=0.4, patience=1000, label_smoothing=0.05, layer_decay_norm=1.0)

@@ -19,10 +19,10 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from tlpipeline import cutting, dataset
+from tlpipeline import cutting, splits
 from tlpipeline.cache import Store
 from tlpipeline.cutting import Backbone
-from tlpipeline.dataset import TRAIN, VAL, Manifest, Row
+from tlpipeline.dataset import Manifest, Row
 from tlpipeline.errors import DataError
 from tlpipeline.features import Reader, Reading, extract, numerics, reading
 from tlpipeline.inputs import FORMAT, Images, in_batches, normalise
@@ -32,6 +32,7 @@ from tlpipeline.probes import head_similarity, pack, wilson
 from tlpipeline.profile import Head, Probe, Profile, Tangent, slice_point
 from tlpipeline.progress import Event, Progress
 from tlpipeline.shift import BATCH, FIRST_IMAGES, Reference, Watcher, random_reference, sequential, tap_shift
+from tlpipeline.splits import TRAIN, VAL
 from tlpipeline.tangent import BUCKETS, Sketcher, tangent_kernel
 
 HELD_OUT = 512
@@ -74,7 +75,7 @@ def measure(
     labels = {label: i for i, label in enumerate(manifest.classes)}
     sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift, half)
     val = manifest.used(VAL)
-    aside, judges = sample([r for r in val if dataset.selects(r)], HELD_OUT, params.seed), sum(not dataset.selects(r) for r in val)
+    aside, judges = sample([r for r in val if splits.selects(r.md5)], HELD_OUT, params.seed), sum(not splits.selects(r.md5) for r in val)
     drawn, read, kernels, profile = _large_enough(sight, rows, labels, judges, params, undecided)
     there = {r.label for r in drawn}
     held = [r for r in aside if r.label in there]

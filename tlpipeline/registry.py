@@ -14,9 +14,10 @@ from itertools import accumulate
 from pathlib import Path
 
 from tlpipeline import git, lock, versioning
-from tlpipeline.dataset import TRAIN, VAL, read_manifest
+from tlpipeline.dataset import read_manifest
 from tlpipeline.errors import RegistryError, WorkspaceError, nearest
 from tlpipeline.files import unlink, write_json
+from tlpipeline.splits import TRAIN, VAL
 
 PROD = "prod"
 CARD = "MODEL_CARD.md"

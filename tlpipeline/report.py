@@ -13,8 +13,9 @@ from PIL import Image
 
 from tlpipeline import explain
 from tlpipeline.cases import CASES, LARGE, SIMILAR
-from tlpipeline.dataset import SIDES, TRAIN, Manifest
+from tlpipeline.dataset import Manifest
 from tlpipeline.profile import Profile
+from tlpipeline.splits import SIDES, TRAIN
 
 TEMPLATE = Path(__file__).with_name("template")
 THUMBNAIL = 96

@@ -38,9 +38,9 @@ OWN = Path(".tlpipeline")
 GIGABYTE = 1e9
 # The files that decide what a training run or a race does: an interrupted one is resumed only by the same.
 TRAINING = (
-    "augment.py", "backbones.py", "cache.py", "cases.py", "checkpoint.py", "choice.py", "cutting.py", "dataset.py", "distributed.py", "features.py",
-    "finetune.py", "heads.py", "inputs.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "precision.py", "probes.py", "profile.py",
-    "race.py", "train.py", "weighing.py", "workers.py",
+    "augment.py", "backbones.py", "cache.py", "cases.py", "checkpoint.py", "choice.py", "cutting.py", "dataset.py", "decoding.py", "distributed.py",
+    "features.py", "finetune.py", "heads.py", "inputs.py", "job.py", "model.py", "optimise.py", "outlook.py", "outlook.json", "precision.py", "probes.py",
+    "profile.py", "race.py", "splits.py", "train.py", "weighing.py", "workers.py",
 )  # fmt: skip
 RUNS = OWN / "runs"
 CACHE = OWN / "cache"
@@ -89,10 +89,10 @@ def _exchange(moves: Sequence[tuple[Path, Path, Path]]) -> None:
 
 def ingest(root: Path, progress: Progress) -> None:
     """List the images: manifest.parquet, and quarantine.csv with a reason for each file that is left out."""
-    from tlpipeline import dataset
+    from tlpipeline import dataset, splits
 
     params = params_of(root)
-    exceptions = dataset.read_exceptions(root / SPLITS)
+    exceptions = splits.read_exceptions(root / SPLITS)
     manifest = dataset.ingest(
         root / params.data.images, exceptions, lambda done, total: progress(Event("ingest", done, total, f"{done} of {total} files read"))
     )
@@ -229,18 +229,18 @@ def _job(root: Path, params: Params, decision: Any, history: Path) -> Any:
 
 def evaluate(root: Path, progress: Progress) -> None:
     """Measure the model on the test side: metrics.json, classes.json, predictions.parquet, the confusion matrix."""
-    from tlpipeline import dataset
+    from tlpipeline import dataset, splits
     from tlpipeline import evaluate as measuring
 
     params = params_of(root)
     manifest = dataset.read_manifest(root / MANIFEST)
-    rows = manifest.used(dataset.TEST)
+    rows = manifest.used(splits.TEST)
     if not rows:
         raise DataError("expected test images, found none: nothing could be evaluated. Add images, then `tlpipeline data commit`.")
     found = predict_rows(
         root, root / MODEL, rows, lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images"))
     )
-    content = measuring.metrics(found, params.evaluate.confidence, measuring.counts(manifest.used(dataset.TRAIN)))
+    content = measuring.metrics(found, params.evaluate.confidence, measuring.counts(manifest.used(splits.TRAIN)))
     # Apart from the others, so that `dvc metrics show` stays readable with many classes.
     classes = content.pop("classes")
     with _output(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (written, by_class, table, matrix):
@@ -390,10 +390,10 @@ def _backbone(root: Path, params: Params, size: int | None = None) -> Any:
 
 def _backbone_and_size(root: Path, params: Params, manifest: Any) -> tuple[Any, int]:
     """Return the network and the side at which images enter it."""
-    from tlpipeline import cutting, dataset
+    from tlpipeline import cutting, splits
 
     backbone = _backbone(root, params)
-    short = [min(row.width, row.height) for row in manifest.used(dataset.TRAIN)]
+    short = [min(row.width, row.height) for row in manifest.used(splits.TRAIN)]
     if not short:
         raise DataError("expected training images to profile, found none. See quarantine.csv for what was left out.")
     size = cutting.input_size(backbone, params.data.size, statistics.median(short))

@@ -21,7 +21,7 @@ from tlpipeline.augment import augmentation
 from tlpipeline.cache import Store, Table
 from tlpipeline.cases import BUDGET, Decision, Recipe
 from tlpipeline.checkpoint import MODEL, STATE, Checkpoints, State
-from tlpipeline.dataset import TRAIN, VAL, Row, read_manifest
+from tlpipeline.dataset import Row, read_manifest
 from tlpipeline.errors import ClusterError
 from tlpipeline.features import Reader, Reading
 from tlpipeline.files import write_json
@@ -32,6 +32,7 @@ from tlpipeline.job import Job, Tell, Teller, clock
 from tlpipeline.model import Classifier, Description, reader_of, save
 from tlpipeline.precision import reads_in_bfloat16
 from tlpipeline.probes import paired
+from tlpipeline.splits import TRAIN, VAL
 from tlpipeline.workers import World, from_first, reduced
 
 CHUNK = 1024

@@ -78,7 +78,7 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
 
 
 def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
-    from tlpipeline import dataset
+    from tlpipeline import dataset, splits
 
     for name in ("dvc.yaml", "params.yaml", "prefect.yaml"):
         shutil.copy(TEMPLATE / name, root / name)
@@ -108,7 +108,7 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
     if isinstance(weights, Path):
         versioning.add(root, f"weights/{weights.name}")
         tracked += [f"weights/{weights.name}.dvc", "weights/.gitignore"]
-    dataset.write_exceptions(root / stages.SPLITS, [])
+    splits.write_exceptions(root / stages.SPLITS, [])
     git.commit(root, "New workspace", tracked)
     commit_data(root, "First images")
 
@@ -152,7 +152,7 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     Returns:
         The hash of the data set, and remarks for people.
     """
-    from tlpipeline import dataset
+    from tlpipeline import dataset, splits
 
     params = stages.params_of(root)
     images = params.data.images
@@ -171,11 +171,11 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
             "be trained on all the same. Take that line out of the .dvcignore, or move these files out of the folder."
         )
     digest = versioning.add(root, images)
-    known = dataset.read_exceptions(root / stages.SPLITS)
-    new, remarks = dataset.needed_exceptions(
+    known = splits.read_exceptions(root / stages.SPLITS)
+    new, remarks = splits.needed_exceptions(
         root / images, versioning.files(root, images), known, lambda: _trained_on(root, params.data.name)
     )
-    dataset.write_exceptions(root / stages.SPLITS, new)
+    splits.write_exceptions(root / stages.SPLITS, new)
     git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), stages.SPLITS])
     versioning.push(root)
     return digest, remarks
@@ -220,11 +220,11 @@ def take_over(root: Path, images: Path) -> None:
 
 def _preview(images: Path) -> dict[str, str]:
     """Return the sides that splits.csv would give small classes, so that a folder can be checked before it is taken over."""
-    from tlpipeline import dataset
+    from tlpipeline import dataset, decoding, splits
 
     paths = [p for p in dataset.files(images) if p.stat().st_size]
-    hashes = {p.relative_to(images).as_posix(): hashlib.md5(dataset.content_of(p), usedforsecurity=False).hexdigest() for p in paths}
-    new, _ = dataset.needed_exceptions(images, hashes, {}, frozenset)
+    hashes = {p.relative_to(images).as_posix(): hashlib.md5(decoding.content_of(p), usedforsecurity=False).hexdigest() for p in paths}
+    new, _ = splits.needed_exceptions(images, hashes, {}, frozenset)
     return {line.md5: line.split for line in new}
 
 

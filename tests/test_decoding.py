@@ -1,0 +1,179 @@
+"""Image files of every mode become the pixels that they show."""
+
+import io
+import struct
+import warnings
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import paint
+from PIL import Image
+
+from tlpipeline import decoding
+from tlpipeline.cutting import Transforms
+from tlpipeline.decoding import decode
+from tlpipeline.inputs import prepare
+
+WHITE, RED, BLACK = [255, 255, 255], [255, 0, 0], [0, 0, 0]
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(content: bytes) -> list[Any]:
+    """Decode, check that it is 8-bit RGB, and return the rows of pixels."""
+    image = decode(content)
+    assert image.mode == "RGB"
+    return np.asarray(image).tolist()  # type: ignore[no-any-return]
+
+
+def test_grey_becomes_rgb() -> None:
+    assert pixels(encoded(Image.fromarray(np.array([[0, 7, 255]], np.uint8)))) == [[BLACK, [7, 7, 7], WHITE]]
+
+
+def test_black_and_white_becomes_rgb() -> None:
+    assert pixels(encoded(Image.new("1", (1, 2), 1))) == [[WHITE], [WHITE]]
+
+
+def test_rgb_stays_as_it_is() -> None:
+    image = paint(1, 1)
+    assert pixels(encoded(image)) == np.asarray(image).tolist()
+
+
+def palette() -> Image.Image:
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    return image
+
+
+def test_a_palette_becomes_its_colours() -> None:
+    assert pixels(encoded(palette())) == [[RED, [0, 255, 0], [0, 0, 255]]]
+
+
+def test_a_transparent_palette_entry_becomes_white() -> None:
+    assert pixels(encoded(palette(), transparency=1)) == [[RED, WHITE, [0, 0, 255]]]
+
+
+def test_half_transparent_palette_entries_are_laid_over_white() -> None:
+    assert pixels(encoded(palette(), transparency=bytes([255, 0, 51]))) == [[RED, WHITE, [204, 204, 255]]]
+
+
+def test_transparency_is_laid_over_white() -> None:
+    image = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51]]], np.uint8), "RGBA")
+    assert pixels(encoded(image)) == [[RED, WHITE, [204, 204, 204]]]
+
+
+def test_grey_transparency_is_laid_over_white() -> None:
+    image = Image.fromarray(np.array([[[9, 255], [9, 0], [0, 51]]], np.uint8), "LA")
+    assert pixels(encoded(image)) == [[[9, 9, 9], WHITE, [204, 204, 204]]]
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 7), ("RGB", (7, 8, 9))])
+def test_a_colour_that_is_declared_transparent_becomes_white(mode: str, colour: Any) -> None:
+    image = Image.new(mode, (2, 1), colour)
+    image.putpixel((1, 0), 3 if mode == "L" else (3, 3, 3))
+    assert pixels(encoded(image, transparency=colour)) == [[WHITE, [3, 3, 3]]]
+
+
+def test_cmyk_becomes_rgb() -> None:
+    assert pixels(encoded(Image.new("CMYK", (1, 1), (255, 0, 0, 0)), "TIFF")) == [[[0, 255, 255]]]
+    ((found,),) = pixels(encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert np.abs(np.array(found) - RED).max() <= 4
+
+
+def test_16_bit_greys_are_scaled_by_their_full_range() -> None:
+    image = Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16))
+    for kind in ("PNG", "TIFF"):
+        assert pixels(encoded(image, kind)) == [[BLACK, [1, 1, 1], [128, 128, 128], WHITE]]
+
+
+def test_a_transparent_16_bit_grey_becomes_white_and_the_others_keep_their_scale() -> None:
+    image = Image.fromarray(np.array([[0, 257, 32768]], np.uint16))
+    assert pixels(encoded(image, transparency=0)) == [[WHITE, [1, 1, 1], [128, 128, 128]]]
+
+
+def test_16_bit_colours_become_8_bit() -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    line = b"\0" + struct.pack(">6H", 65535, 0, 0, 0, 257 * 7, 0)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
+    assert pixels(png) == [[RED, [0, 7, 0]]]
+
+
+def test_floating_point_pixels_are_scaled_by_their_own_range() -> None:
+    assert pixels(encoded(Image.fromarray(np.array([[-1.0, 0.0, 1.0]], np.float32)), "TIFF")) == [[BLACK, [128, 128, 128], WHITE]]
+
+
+def test_floating_point_pixels_that_are_no_numbers_do_not_spoil_the_others() -> None:
+    values = np.array([[np.nan, np.inf, -np.inf, 0.0, 2.0, 1.0]], np.float32)
+    assert pixels(encoded(Image.fromarray(values), "TIFF")) == [[BLACK, WHITE, BLACK, BLACK, WHITE, [128, 128, 128]]]
+
+
+def test_floating_point_pixels_of_one_value_are_black() -> None:
+    assert pixels(encoded(Image.new("F", (1, 1), 5.0), "TIFF")) == [[BLACK]]
+
+
+def test_an_image_without_a_single_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="no finite pixel"):
+        decode(encoded(Image.new("F", (1, 1), float("nan")), "TIFF"))
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    first, second = Image.new("RGB", (2, 2), (255, 0, 0)), Image.new("RGB", (2, 2), (0, 0, 255))
+    content = encoded(first, "GIF", save_all=True, append_images=[second], duration=10)
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.n_frames == 2
+    assert pixels(content) == [[RED, RED], [RED, RED]]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turned"), [(1, [[1, 2, 3]]), (2, [[3, 2, 1]]), (3, [[3, 2, 1]]), (6, [[1], [2], [3]]), (8, [[3], [2], [1]])]
+)
+def test_the_orientation_that_the_camera_noted_is_applied(orientation: int, turned: list[list[int]]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(np.array([[1, 2, 3]], np.uint8)), exif=exif)
+    assert [[red for red, _, _ in line] for line in pixels(content)] == turned
+
+
+def test_a_damaged_exif_block_does_not_cost_the_image() -> None:
+    image = paint(0, 0)
+    content = encoded(image, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff broken")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # pytest puts filters of its own before the library's
+        assert pixels(content) == np.asarray(image).tolist()
+
+
+def test_decoding_leaves_the_filters_for_warnings_as_other_threads_see_them(monkeypatch: Any) -> None:
+    before, seen = list(warnings.filters), []
+
+    def look(image: Image.Image) -> Image.Image:
+        seen.append(list(warnings.filters))
+        return image
+
+    monkeypatch.setattr(decoding.ImageOps, "exif_transpose", look)
+    decode(encoded(paint(0, 0)))
+    assert seen == [before]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("side", "share"), [(48, 1 / 64), (100, 1 / 16), (200, 1 / 4), (400, 1)])
+def test_a_jpeg_is_decoded_no_larger_than_it_is_needed_and_to_the_same_picture(side: int, share: float, orientation: int) -> None:
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(coarse.resize((1200, 800), Image.Resampling.BICUBIC), "JPEG", quality=95, exif=exif)
+    full, scaled = decode(content), decode(content, 2 * side)
+    assert min(scaled.size) >= 2 * side
+    assert scaled.width * scaled.height == pytest.approx(full.width * full.height * share, rel=0.02)
+    transforms = Transforms(side, side, (0.5,) * 3, (0.5,) * 3, "bilinear")
+    one, other = (prepare(image, transforms).astype(int) for image in (full, scaled))
+    assert np.abs(one - other).mean() < 1.5
+    assert np.abs(one - other).max() < 24
