@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -31,6 +33,7 @@ from tlpipeline.progress import Event, silent
 from tlpipeline.workers import Alone
 
 TWO = ClusterParams(workers=2, gpu=False, max_failures=2, storage="none")
+NICENESS = "RAY_worker_niceness"
 HERE = ClusterParams(workers=0, gpu=False, max_failures=0, storage="none")
 
 
@@ -110,6 +113,27 @@ def test_gpus_that_are_not_there_fail_at_once() -> None:
         distributed.preflight(replace(TWO, gpu=True))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_what_a_joined_cluster_has_is_not_judged_by_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    assert distributed.preflight(replace(TWO, workers=999)) is False
+    assert distributed.preflight(replace(TWO, workers=999, gpu=True)) is True
+    with pytest.raises(ClusterError, match="expected a GPU for each of 1 workers, found 0"):
+        distributed.preflight(replace(HERE, gpu=True))  # who trains in this process has this machine alone
+
+
+@pytest.mark.parametrize(("asked", "gpus", "found"), [("auto", 0, False), ("auto", 1, True), (False, 1, False), (True, 1, True)])
+def test_gpus_are_used_where_there_are_some_unless_the_user_says_otherwise(
+    asked: Any, gpus: int, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert distributed.preflight(replace(TWO, workers=1, gpu=asked)) is found
+    if found:
+        with pytest.raises(ClusterError, match=r"expected a GPU for each of 2 workers, found 1\. Set cluster\.workers to 1"):
+            distributed.preflight(replace(TWO, gpu=asked))
+
+
 @pytest.mark.parametrize(("asked", "gpus", "address", "found"), [
     ("auto", 2, "x", True), ("auto", 1, "x", False), ("auto", 0, "x", False), (False, 2, "x", False), (True, 2, "x", True), (True, 1, "x", None),
     ("auto", 2, "", False),
@@ -146,7 +170,20 @@ def test_a_full_disk_is_named_with_the_way_out() -> None:
     told = distributed._translated(Failed(RuntimeError("OSError: [Errno 28] No space left on device")), 1, "somewhere")
     assert isinstance(told, ClusterError)
     assert re.search(r"expected room for checkpoints in somewhere, found none .*the run resumes from it", str(told))
+    quota = distributed._translated(Failed(RuntimeError("OSError: [Errno 122] Disk quota exceeded")), 1, "somewhere")
+    assert "expected room for checkpoints in somewhere" in str(quota)
     assert "failed more often than cluster.max_failures (1)" in str(distributed._translated(Failed(RuntimeError("else")), 1, "somewhere"))
+
+
+def test_an_error_of_ours_that_ray_wrapped_is_found_in_what_it_wrapped() -> None:
+    class Failed(Exception):
+        def __init__(self, why: BaseException) -> None:
+            self.worker_failures = {0: RuntimeError("lost"), 1: why}
+
+    ours = BackboneError("expected weights")
+    for wrapped in (RuntimeError("a"), RuntimeError("b")):
+        setattr(wrapped, "__cause__" if str(wrapped) == "a" else "__context__", ours)
+        assert distributed._translated(Failed(wrapped), 1, "somewhere") is ours
 
 
 def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job], tmp_path: Path) -> None:
@@ -277,11 +314,249 @@ def test_what_a_killed_worker_left_on_its_machine_is_removed_by_the_next_of_its_
 
     left = {rank: killed(rank) for rank in (0, 1)}
     other = distributed._scratch(replace(made, history=str(tmp_path / "other.jsonl")), 0)
-    with distributed._scratch(made, 0), other:
+    with distributed._scratch(made, 0) as mine, other:
         assert not left[0].exists()
+        assert mine.is_dir()  # another run on the same machine lets it be
         assert left[1].is_dir()
     with distributed._scratch(made, 1):
         assert not left[1].exists()
+
+
+# --- what Ray is asked for ------------------------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """Stands for Ray: notes what it is asked for, and fits nothing."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, Any] = {}
+        self.started: list[dict[str, Any]] = []
+        self.fits: Callable[[], Any] = lambda: SimpleNamespace(checkpoint=None)
+
+    def trainer(self, loop: Any, **named: Any) -> Any:
+        self.named = named
+        return SimpleNamespace(fit=lambda: self.fits())
+
+    def start(self, **named: Any) -> None:
+        self.started.append(named)
+
+
+def checkpoint(folder: Path, *names: str) -> Any:
+    """A checkpoint of Ray's with these files."""
+    from ray.train import Checkpoint
+
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return SimpleNamespace(checkpoint=Checkpoint.from_directory(str(folder)))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    import ray
+    import ray.train.torch
+
+    made = Asked()
+    for key in [*distributed._QUIET, "RAY_AUTH_MODE", NICENESS]:
+        monkeypatch.setenv(key, "1")  # so that it is as before afterwards
+        monkeypatch.delenv(key)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", made.trainer)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", made.start)
+    monkeypatch.setattr(distributed, "cpus", lambda: 8)
+    return made
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_fit_is_asked_for_as_the_settings_say(
+    elsewhere: bool, asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    place = tmp_path / ("storage" if elsewhere else "runs")
+    torn = place / "name" / "checkpoint_manager_snapshot.json"
+    torn.parent.mkdir(parents=True)
+    torn.write_text("{")
+    cluster = ClusterParams(workers=3, gpu=False, max_failures=5, storage=str(place) if elsewhere else "none")
+    made = job(decided(CASES[0]))
+    with pytest.raises(ClusterError, match="they kept no checkpoint"):
+        distributed.run(made, cluster, "name", tmp_path / "runs", silent)
+    assert not torn.exists()
+    assert asked.named["train_loop_config"] == asdict(made)
+    kept, scale, group = asked.named["run_config"], asked.named["scaling_config"], asked.named["torch_config"]
+    assert (kept.name, kept.storage_path, kept.failure_config.max_failures) == ("name", str(place), 5)
+    assert kept.checkpoint_config.num_to_keep == 2  # or a long run fills the disk
+    assert (scale.num_workers, scale.use_gpu) == (3, False)
+    assert (group.backend, group.timeout_s) == ("gloo", 24 * 3600)  # the others wait while the first one solves a head
+    assert kept.worker_runtime_env["env_vars"] == {"OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "ACTIVE"}
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, "8"), (8, "1")])
+def test_workers_of_one_machine_share_its_cpus_for_computing(
+    workers: int, threads: str, asked: Asked, job: Callable[..., Job], tmp_path: Path
+) -> None:
+    with pytest.raises(ClusterError):
+        distributed.run(job(decided(CASES[0])), replace(TWO, workers=workers), "name", tmp_path / "runs", silent)
+    assert asked.named["run_config"].worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == threads
+
+
+def test_workers_on_a_cluster_with_more_cpus_than_this_machine_compute_with_a_thread_each(
+    asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    monkeypatch.setattr(distributed, "cpus", lambda: 2)
+    with pytest.raises(ClusterError, match="they kept no checkpoint"):
+        distributed.run(job(decided(CASES[0])), replace(TWO, workers=8), "name", tmp_path / "runs", silent)
+    assert asked.named["run_config"].worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_joined_cluster_that_has_gpus_trains_on_them(
+    asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 2.0})
+    with pytest.raises(ClusterError):
+        distributed.run(job(decided(CASES[0])), replace(TWO, gpu="auto"), "name", tmp_path / "runs", silent)
+    assert asked.named["scaling_config"].use_gpu is True
+    assert asked.named["torch_config"].backend == "nccl"
+
+
+def test_a_joined_cluster_with_too_few_cpus_is_refused_with_the_way_out(
+    asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    with pytest.raises(ClusterError, match=r"expected 9 CPUs in the Ray cluster, found 8\. Set cluster\.workers to 8 or add nodes"):
+        distributed.run(job(decided(CASES[0])), replace(TWO, workers=9), "name", tmp_path / "runs", silent)
+    assert not asked.named  # Ray would wait for ever
+
+
+def test_a_cluster_that_is_not_there_is_named_with_the_way_out(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refused(**_: Any) -> None:
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    distributed.runtime(2)
+    assert [named["address"] for named in asked.started] == ["cluster:6379"]
+    monkeypatch.setattr(ray, "init", refused)
+    with pytest.raises(ClusterError, match=r"RAY_ADDRESS=cluster:6379, but: nobody answers\. Start it, or unset RAY_ADDRESS"):
+        distributed.runtime(2)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_ray_of_ones_own_is_local_and_as_small_as_its_workers(workers: int, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv(NICENESS, "7")
+    distributed.runtime(workers)
+    (started,) = asked.started
+    assert (started["address"], started["num_cpus"], started["include_dashboard"]) == ("local", max(workers, 1), False)
+    assert started["object_store_memory"] == 256 << 20
+    assert os.environ[NICENESS] == "7"  # whoever has said it is heard
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    distributed.runtime(workers)
+    assert len(asked.started) == 1
+
+
+def test_what_the_user_has_said_to_ray_is_heard(
+    asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1000")
+    with pytest.raises(ClusterError):
+        distributed.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
+    assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "1000"
+    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.2"
+
+
+# --- how a fit ends -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_its_newest_checkpoint_and_nothing_of_an_earlier_one(
+    asked: Asked, job: Callable[..., Job], tmp_path: Path
+) -> None:
+    made = job(decided(CASES[0]))
+    (tmp_path / "runs" / "name-finished" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "name-finished" / "model" / "earlier.json").write_text("{}")
+    asked.fits = lambda: checkpoint(tmp_path / "newest", "model/model.json", "history.json")
+    finished = distributed.run(made, TWO, "name", tmp_path / "runs", silent)
+    assert finished == tmp_path / "runs" / "name-finished"
+    assert sorted(path.name for path in finished.rglob("*") if path.is_file()) == ["history.json", "model.json"]
+
+
+def test_a_checkpoint_from_the_middle_is_the_end_of_a_race_and_of_nothing_else(
+    asked: Asked, job: Callable[..., Job], tmp_path: Path
+) -> None:
+    asked.fits = lambda: checkpoint(tmp_path / "middle", "state.json")
+    with pytest.raises(ClusterError, match=r"newest checkpoint is from the middle\. Start the run again: it resumes"):
+        distributed.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
+    finished = distributed.run(job(decided(CASES[0]), race={}), TWO, "name", tmp_path / "runs", silent)
+    assert (finished / "state.json").is_file()
+
+
+def test_an_interruption_that_ray_answers_is_one(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray leaves a handler of its own
+        raise SystemExit(0)
+
+    asked.fits = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        distributed.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_fit_may_be_started_from_any_thread(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
+    asked.fits = lambda: checkpoint(tmp_path / "newest", "model/model.json")
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(distributed.run, job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent).result()
+    assert (finished / "model").is_dir()
+
+
+@pytest.mark.parametrize("tried_again", [False, True])
+def test_an_error_that_a_worker_wrote_down_is_raised_whether_ray_tried_again_or_not(
+    tried_again: bool, asked: Asked, job: Callable[..., Job], tmp_path: Path
+) -> None:
+    from ray.train import TrainingFailedError
+
+    made = job(decided(CASES[0]))
+
+    def fails() -> Any:
+        distributed._gave_up(made).write_text('{"kind": "MemoryFull", "values": ["expected room", 4]}')
+        if tried_again:
+            return SimpleNamespace(checkpoint=None)
+        raise TrainingFailedError("only its text")
+
+    asked.fits = fails
+    with pytest.raises(MemoryFull, match=r"^expected room$"):
+        distributed._on_workers(made, TWO, False, "name", tmp_path / "runs")
+    assert not distributed._gave_up(made).exists()
+
+
+def test_an_error_that_an_earlier_run_left_is_forgotten(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
+    """A driver that was killed has not read it, and workers that find it do nothing."""
+    made = job(decided(CASES[0]))
+    distributed._gave_up(made).write_text('{"kind": "TrainingError", "values": ["expected it to converge"]}')
+    asked.fits = lambda: checkpoint(tmp_path / "newest", "model/model.json")
+    assert distributed.run(made, TWO, "name", tmp_path / "runs", silent)
+    assert not distributed._gave_up(made).exists()
+
+
+def test_workers_that_failed_too_often_say_what_is_kept(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
+    from ray.train import TrainingFailedError
+
+    def fails() -> Any:
+        raise TrainingFailedError("a worker died")
+
+    asked.fits = fails
+    with pytest.raises(ClusterError, match=r"max_failures \(2\) allows: a worker died\. What was trained is kept"):
+        distributed.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
 
 
 DRIVER = """
