@@ -302,6 +302,25 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
     assert not Column(tmp_path / "column").has([md5(0)])[0]
 
 
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(file: int) -> None:
+        done.append("flushed")
+        fsync(file)
+
+    def named(draft: Path, path: Path) -> None:
+        done.append("named")
+        assert not path.exists()
+        replace(draft, path)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", named)
+    Column(tmp_path).add([md5(0)], numbers(1))
+    assert done == ["flushed", "named"]
+
+
 def test_drafts_of_writers_that_were_killed_go_and_those_of_writers_at_work_stay(tmp_path: Path) -> None:
     Store(tmp_path).column("key", "label").add([md5(0)], numbers(1))
     (place,) = (path for path in tmp_path.iterdir() if path.is_dir())

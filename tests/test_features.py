@@ -184,3 +184,21 @@ def test_what_is_no_number_is_told_with_the_image_and_the_tap_and_not_kept(make_
         ):
             reader.read(Images(folder, rows, backbone.transforms), lambda done: None)
         assert reader.missing(rows).all()
+
+
+@pytest.mark.parametrize("tap", [0, 1])
+def test_of_all_taps_and_images_the_one_that_gives_no_number_is_named(tap: int, listed: tuple[Path, list[Row]]) -> None:
+    folder, rows = listed
+    net = backbones.load("demonstration", "DEFAULT")
+    taps = [next(t for t in cutting.describe(net, 32) if t.name == name) for name in ("conv1", "conv2")]
+    reader = Reader(Store(), net, cutting.cut(net, ["conv1", "conv2"]), [reading(t) for t in taps], net.transforms, CPU)
+    plain = reader.network
+
+    def spoilt(inputs: torch.Tensor) -> Any:
+        outputs = plain(inputs)
+        outputs[tap][3, 5] = float("nan")
+        return outputs
+
+    reader.network = spoilt
+    with pytest.raises(BackboneError, match=rf"at tap {taps[tap].name}, found infinities or NaN in {rows[3].path}\."):
+        reader.read(Images(folder, rows, net.transforms), lambda done: None)

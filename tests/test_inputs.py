@@ -119,6 +119,33 @@ def test_training_changes_each_image_by_its_index_and_keeps_what_it_decoded(list
     assert torch.equal(first, again)
 
 
+def test_an_image_that_comes_back_is_asked_for_by_its_turn(listed: tuple[Path, list[Row]]) -> None:
+    folder, rows = listed
+    seen: set[tuple[str, int]] = set()
+
+    def noted(image: Image.Image, row: Row, side: int, turn: int) -> Image.Image:
+        seen.add((row.path, turn))
+        return image
+
+    count = len(rows)
+    list(Images(folder, rows, PLAIN, noted).batches([[0, count], [2 * count + 1]]))
+    assert seen == {(rows[0].path, 0), (rows[0].path, 1), (rows[1].path, 2)}
+
+
+def test_what_another_run_decoded_meanwhile_is_not_decoded_again(
+    listed: tuple[Path, list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rows = listed
+    mine, other = (squeezed(Store(tmp_path / "cache"), folder, 32) for _ in range(2))
+    assert not mine.column.has([row.md5 for row in rows]).any()
+    other.fill(rows[:9], lambda done: None)
+    monkeypatch.setattr(inputs, "SHARD_ROWS", 8)
+    told: list[int] = []
+    mine.fill(rows, told.append)
+    assert told == [8, 12]  # of the twelve that are left
+    mine.open(rows)
+
+
 def test_an_image_that_is_not_kept_is_made_to_the_same_pixels(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=2, each=4, size=100)
     rows = dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)

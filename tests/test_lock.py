@@ -2,12 +2,16 @@
 
 import errno
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from conftest import run_python
+from filelock import FileLock
 
 from tlpipeline import lock
 from tlpipeline.errors import WorkspaceError
@@ -43,6 +47,19 @@ def test_what_is_no_workspace_is_refused_with_the_way_to_make_one(tmp_path: Path
     lock.require_workspace(tmp_path / "w")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space"), OSError(errno.EDQUOT, "Quota"), shutil.Error([("a", "b", "[Errno 28] No space left on device")])],
+    ids=["disk", "quota", "in a copy"],
+)
+def test_a_full_disk_is_told_with_the_way_out(error: OSError, tmp_path: Path) -> None:
+    with (
+        pytest.raises(WorkspaceError, match=r"expected room on the disk of .*What was recorded before is unchanged; free some space"),
+        lock.room(tmp_path),
+    ):
+        raise error
+
+
 def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), lock.room(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -75,6 +92,48 @@ def test_the_lock_of_one_workspace_does_not_open_another(tmp_path: Path) -> None
     code = "import os, sys; os.environ['TLPIPELINE_LOCK_HOLDER'] = '/elsewhere'\n" + TAKE_THE_LOCK
     with lock.hold(tmp_path):
         assert "expected to have the workspace" in run_python(tmp_path, "-c", code, str(tmp_path)).stdout
+
+
+def test_a_workspace_is_the_same_by_whatever_path_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with lock.hold(Path()), lock.hold(tmp_path), lock.hold(tmp_path / "link"):
+        assert os.environ["TLPIPELINE_LOCK_HOLDER"] == str(tmp_path.resolve() / lock.LOCK)
+
+
+def test_who_waits_gets_the_workspace_once_it_is_free(tmp_path: Path) -> None:
+    (tmp_path / lock.LOCK).parent.mkdir()
+    other = FileLock(tmp_path / lock.LOCK, thread_local=False)
+    other.acquire()
+    with pytest.raises(WorkspaceError, match="alone, but another process is running in it"):  # it has not said yet who it is
+        lock.free(tmp_path)
+    threading.Timer(0.3, other.release).start()
+    with lock.hold(tmp_path, wait=60):
+        assert not other.is_locked
+
+
+def test_the_name_of_who_was_in_a_workspace_is_gone_before_another_may_enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would be the other's name that is removed."""
+    there: list[bool] = []
+    plain = FileLock.release
+
+    def release(self: FileLock, force: bool = False) -> None:
+        there.append((tmp_path / ".tlpipeline" / "lock.holder").exists())
+        plain(self, force)
+
+    monkeypatch.setattr(FileLock, "release", release)
+    with lock.hold(tmp_path):
+        assert (tmp_path / ".tlpipeline" / "lock.holder").read_text().startswith(f"process {os.getpid()} (")
+    assert there[0] is False
+
+
+@pytest.mark.parametrize("place", [".", ".tlpipeline", lock.LOCK, ".tlpipeline/cache", ".tlpipeline/models", ".dvc", ".git"], ids=str)
+def test_what_may_only_be_read_is_named_before_a_run_begins(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / place and real(path, mode))
+    with pytest.raises(WorkspaceError, match=f"but {re.escape(str(tmp_path / place))} can only be read. Change its rights or its owner"):
+        lock.free(tmp_path)
 
 
 def test_a_run_that_failed_frees_the_workspace(tmp_path: Path) -> None:
