@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -137,6 +138,36 @@ def test_other_weights_taps_pyramids_sizes_and_views_are_computed_anew(
         counts.append(counting.steps)
     assert counts == [1, 1, 0]
     assert steps(store, net, folder, rows, LAST) == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"mean": (0.1, 0.2, 0.3)}, {"std": (0.1, 0.2, 0.3)}, {"resize": 40}, {"interpolation": "bicubic"}], ids=str
+)
+def test_other_transforms_are_read_anew(change: dict[str, Any], net: Backbone) -> None:
+    store, rows = Store(), [Row("a.png", md5(0), "a", "train", 32, 32, "RGB", "")]
+    asked = [
+        reader(store, dataclasses.replace(net, transforms=t), LAST) for t in (net.transforms, dataclasses.replace(net.transforms, **change))
+    ]
+    asked[0].columns[0].add([md5(0)], numbers(1, 128))
+    assert [bool(each.missing(rows)[0]) for each in asked] == [False, True]
+
+
+def test_an_image_is_known_where_all_that_is_asked_of_it_is(listed: tuple[Path, list[Row]], net: Backbone) -> None:
+    folder, rows = listed[0], listed[1][:16]
+    for first in (FIRST, LAST):
+        store = Store()
+        assert steps(store, net, folder, rows, first) == 1
+        assert steps(store, net, folder, rows, FIRST, LAST) == 1
+
+
+def test_shards_are_no_larger_than_their_bound_however_wide_a_row_is(
+    listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not written yet lies in memory."""
+    folder, rows = listed
+    monkeypatch.setattr("tlpipeline.features.SHARD_BYTES", 32 * 4 * 128)
+    assert steps(Store(tmp_path), net, folder, rows, LAST) == 10
+    assert [kept.files for kept in cache.info(tmp_path)] == [5]  # of two steps each
 
 
 def test_what_is_kept_is_known_by_the_decoder_that_made_the_pixels(net: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,6 +605,7 @@ def test_rows_are_mapped_not_read(tmp_path: Path) -> None:
     rows = again.rows([md5((part, i)) for part in range(8) for i in range(1024)])
     table = Table([rows])
     process = psutil.Process()
+    table.take(slice(0, 256)).sum()  # what the first time alone needs
     before = process.memory_info()
     total = 0.0
     for start in range(0, len(table), 256):

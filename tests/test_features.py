@@ -63,6 +63,14 @@ def test_pooling_leaves_vectors_alone() -> None:
     assert pool(vectors, (1,)) is vectors
 
 
+def test_what_is_read_is_float32_at_least() -> None:
+    trunk, maps = torch.nn.Identity(), randn(2, 3, 4, 4)
+    for half in (False, True):
+        read = features.pooled(lambda inputs: [trunk(inputs), inputs.flatten(1)], [(1, 2)], half)  # type: ignore[arg-type]
+        assert {out.dtype for out in read(maps.bfloat16())} == {torch.float32}
+        assert {out.dtype for out in read(maps.double())} == {torch.float64}
+
+
 # --- extraction -----------------------------------------------------------------------------------------------------------------------
 
 

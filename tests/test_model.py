@@ -308,6 +308,25 @@ def test_a_reader_that_is_alone_takes_fewer_images_at_a_time_where_memory_runs_o
         reader_of(model, Store(tmp_path / "none"), description.transforms, cpu, alone=True).read(images, lambda done: None)
 
 
+def test_what_was_kept_before_memory_ran_out_is_not_passed_again(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlpipeline.features.SHARD_ROWS", 1)  # a step is a shard
+    pictures = make_images(classes=2, each=20)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
+    model, description = build("nets:resnet20", frozen=False)
+    asked: list[int] = []
+
+    def full(_: Any, given: Any) -> None:
+        asked.append(len(given[0]))
+        if len(asked) > 2 and len(given[0]) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    model.trunk.register_forward_pre_hook(full)
+    reader = reader_of(model, Store(), description.transforms, torch.device("cpu"), alone=True)
+    (found,) = reader.read(Images(pictures, rows, description.transforms), lambda done: None)
+    assert len(found) == 40
+    assert asked == [16, 16, 16, 8, *[4] * 6]  # 24 were missing
+
+
 def test_a_trained_network_answers_for_fewer_images_at_a_time_where_memory_runs_out(make_images: Callable[..., Path]) -> None:
     """So that a fine-tuning whose batches fitted in parts is not lost in its validation."""
     pictures = make_images(classes=2, each=5)
