@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -369,6 +370,20 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return made
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port of this machine at which somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def joined(asked: Asked, port: int, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """The same where RAY_ADDRESS names a cluster."""
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    return asked
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_fit_is_asked_for_as_the_settings_say(
     elsewhere: bool, asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -403,48 +418,72 @@ def test_workers_of_one_machine_share_its_cpus_for_computing(
 
 
 def test_workers_on_a_cluster_with_more_cpus_than_this_machine_compute_with_a_thread_each(
-    asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
     monkeypatch.setattr(distributed, "cpus", lambda: 2)
     with pytest.raises(ClusterError, match="they kept no checkpoint"):
         distributed.run(job(decided(CASES[0])), replace(TWO, workers=8), "name", tmp_path / "runs", silent)
-    assert asked.named["run_config"].worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == "1"
+    assert joined.named["run_config"].worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_joined_cluster_that_has_gpus_trains_on_them(
-    asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
-    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 2.0})
     with pytest.raises(ClusterError):
         distributed.run(job(decided(CASES[0])), replace(TWO, gpu="auto"), "name", tmp_path / "runs", silent)
-    assert asked.named["scaling_config"].use_gpu is True
-    assert asked.named["torch_config"].backend == "nccl"
+    assert joined.named["scaling_config"].use_gpu is True
+    assert joined.named["torch_config"].backend == "nccl"
 
 
 def test_a_joined_cluster_with_too_few_cpus_is_refused_with_the_way_out(
-    asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
     with pytest.raises(ClusterError, match=r"expected 9 CPUs in the Ray cluster, found 8\. Set cluster\.workers to 8 or add nodes"):
         distributed.run(job(decided(CASES[0])), replace(TWO, workers=9), "name", tmp_path / "runs", silent)
-    assert not asked.named  # Ray would wait for ever
+    assert not joined.named  # Ray would wait for ever
 
 
-def test_a_cluster_that_is_not_there_is_named_with_the_way_out(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_is_joined_as_it_is(joined: Asked, port: int) -> None:
+    distributed.runtime(2)
+    assert joined.started == [{"address": f"127.0.0.1:{port}", "log_to_driver": False, "logging_level": "ERROR"}]
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once_with_the_way_out(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would go on asking for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(
+        ClusterError, match=rf"at RAY_ADDRESS={address}, but: .*refused\. Start it, or set RAY_ADDRESS to where it is, or unset"
+    ):
+        distributed.runtime(2)
+    assert not asked.started
+
+
+@pytest.mark.parametrize(
+    ("address", "error"),
+    [
+        ("auto", ConnectionError("could not find any")),
+        ("nonsense", ValueError("invalid address format")),
+        ("ray://127.0.0.1:10001", ValueError("requires ray[client]")),
+        ("127.0.0.1:PORT", RuntimeError("version mismatch")),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_cluster_that_ray_cannot_join_is_named_with_the_way_out(
+    address: str, error: Exception, asked: Asked, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     def refused(**_: Any) -> None:
-        raise ConnectionError("nobody answers")
+        raise error
 
-    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
-    distributed.runtime(2)
-    assert [named["address"] for named in asked.started] == ["cluster:6379"]
+    monkeypatch.setenv("RAY_ADDRESS", address.replace("PORT", str(port)))
     monkeypatch.setattr(ray, "init", refused)
-    with pytest.raises(ClusterError, match=r"RAY_ADDRESS=cluster:6379, but: nobody answers\. Start it, or unset RAY_ADDRESS"):
+    with pytest.raises(ClusterError, match=f"but: {re.escape(str(error))}. Start it, or set RAY_ADDRESS to where it is, or unset it"):
         distributed.runtime(2)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ from tlpipeline.workers import Alone
 
 # Others wait for the first worker while it solves a head, which may take it longer than Ray's half hour. Who died is noticed by Ray itself.
 _PATIENCE = 24 * 3600
+_KNOCK = 10.0  # seconds
 _OBJECT_STORE = 256 * 2**20  # images never pass through Ray
 # Read when Ray Train is first used. A short poll ends each fit up to two seconds earlier; the preemption watcher has no use on one machine.
 _QUIET = {
@@ -258,9 +260,12 @@ def runtime(workers: int) -> None:
         return
     if address := os.environ.get("RAY_ADDRESS"):
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
-            raise ClusterError(f"expected a Ray cluster at RAY_ADDRESS={address}, but: {error}. Start it, or unset RAY_ADDRESS.") from error
+        except (OSError, ValueError, RuntimeError, OverflowError) as error:
+            raise ClusterError(
+                f"expected a Ray cluster at RAY_ADDRESS={address}, but: {error}. Start it, or set RAY_ADDRESS to where it is, or unset it."
+            ) from error
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only
     # Ray's own is 15: beside any other busy process its workers would get a twentieth of a processor. Whoever runs a cluster decides that there.
@@ -273,6 +278,17 @@ def runtime(workers: int) -> None:
         log_to_driver=False,
         logging_level="ERROR",
     )
+
+
+def _knock(address: str) -> None:
+    """Ask whether anybody is there at a host and port: Ray would go on asking for minutes.
+
+    Raises:
+        OSError: nobody is.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" not in address and host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()
 
 
 def shutdown() -> None:
