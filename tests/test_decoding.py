@@ -177,3 +177,15 @@ def test_a_jpeg_is_decoded_no_larger_than_it_is_needed_and_to_the_same_picture(s
     one, other = (prepare(image, transforms).astype(int) for image in (full, scaled))
     assert np.abs(one - other).mean() < 1.5
     assert np.abs(one - other).max() < 24
+
+
+@pytest.mark.parametrize("short", [792, 796, 799, 800, 801, 808])
+def test_a_jpeg_is_never_decoded_smaller_than_it_is_needed(short: int) -> None:
+    """An eighth of 792 is one pixel too few."""
+    for size in ((1200, short), (short, 1200)):
+        assert min(decode(encoded(Image.new("RGB", size), "JPEG"), 100).size) >= 100
+
+
+def test_an_error_without_a_text_is_told_by_its_kind() -> None:
+    assert decoding.why(EOFError()) == "broken: EOFError"
+    assert decoding.why(OSError("cut off")) == "broken: cut off"

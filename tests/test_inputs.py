@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -117,6 +118,27 @@ def test_training_changes_each_image_by_its_index_and_keeps_what_it_decoded(list
         (folder / row.path).unlink()
     (_, again), *_ = images.batches([range(len(rows))])  # the second epoch reads no file
     assert torch.equal(first, again)
+
+
+def test_who_stops_early_does_not_wait_for_what_was_to_be_decoded_ahead(
+    listed: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rows = listed
+    monkeypatch.setattr(inputs, "_threads", lambda: 2)
+    seen: list[str] = []
+    stopped = threading.Event()
+
+    def slow(image: Image.Image, row: Row, side: int, turn: int) -> Image.Image:
+        seen.append(row.path)
+        if row != rows[0]:
+            stopped.wait(60)
+        return image
+
+    batches = Images(folder, rows, PLAIN, slow).batches(in_batches(len(rows), 1), ahead=100)
+    next(batches)
+    threading.Timer(0.2, stopped.set).start()
+    batches.close()
+    assert len(seen) <= 3  # the one that was asked for, and what two threads were at
 
 
 def test_an_image_that_comes_back_is_asked_for_by_its_turn(listed: tuple[Path, list[Row]]) -> None:
