@@ -4,11 +4,12 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import paint
+from conftest import paint, run_python
 from PIL import Image
 
 from tlpipeline import decoding
@@ -149,6 +150,13 @@ def test_a_damaged_exif_block_does_not_cost_the_image() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # pytest puts filters of its own before the library's
         assert pixels(content) == np.asarray(image).tolist()
+
+
+def test_a_damaged_exif_block_says_nothing_on_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(encoded(paint(0, 0), exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff broken"))
+    code = "from pathlib import Path\nfrom tlpipeline.decoding import decode\nprint(decode(Path('image.png').read_bytes()).size)"
+    done = run_python(tmp_path, "-c", code)
+    assert (done.stdout, done.stderr) == ("(32, 32)\n", "")
 
 
 def test_decoding_leaves_the_filters_for_warnings_as_other_threads_see_them(monkeypatch: Any) -> None:
