@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +202,42 @@ def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job],
     assert seen == {"the caller's"}  # Prefect's artifacts belong to the run that asks for them
     assert (finished / "model" / "model.json").is_file()
     assert any("validation accuracy" in e.text for e in events)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_last_that_is_told_is_passed_on_whether_the_run_fails_or_not(
+    fails: bool, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, told = job(decided(CASES[0])), []
+
+    def speaks(*_: object) -> Path:
+        Path(made.history).write_text('{"done": 1, "total": 2, "text": "the last word"}\n')
+        if fails:
+            raise TrainingError("expected it to converge")
+        return tmp_path
+
+    monkeypatch.setattr(distributed, "_in_process", speaks)
+    with pytest.raises(TrainingError) if fails else nullcontext():
+        distributed.run(made, HERE, "name", tmp_path / "runs", told.append, "choose")
+    assert told == [Event("choose", 1, 2, "the last word")]
+
+
+def test_a_run_in_this_process_has_a_place_of_its_own_and_begins_in_an_empty_one(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, seen = job(decided(CASES[0])), []
+
+    def looks(given: Job, world: Alone, scratch: Path) -> Path:
+        assert list(scratch.iterdir()) == []
+        (scratch / "left").touch()  # as a kill leaves it
+        seen.append(world.folder)
+        assert scratch.is_relative_to(world.folder)
+        return scratch
+
+    monkeypatch.setattr(distributed.train, "run", looks)
+    for name in ("one", "one", "other"):
+        distributed.run(made, HERE, name, tmp_path / "runs", silent)
+    assert [folder.name for folder in seen] == ["one", "one", "other"]
 
 
 @pytest.mark.ray
