@@ -516,6 +516,33 @@ def test_what_a_kill_between_the_renames_left_is_kept_until_the_next_checkpoint_
     assert [path.name for path in (tmp_path / "world").iterdir()] == ["kept"]
 
 
+def test_the_only_checkpoint_there_is_goes_after_the_next_one_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Alone(tmp_path / "world")
+    world.report({}, written(tmp_path / "source", "1"))
+    (tmp_path / "world" / "kept").rename(tmp_path / "world" / "old")
+
+    def killed(*_: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(Interrupted):
+            world.report({}, written(tmp_path / "source", "2"))
+    assert kept(world) == "1"
+
+
+def test_a_copy_that_did_not_finish_is_no_checkpoint_nor_part_of_one(tmp_path: Path) -> None:
+    world = Alone(tmp_path / "world")
+    (tmp_path / "world").mkdir()
+    written(tmp_path / "world" / "new", "half")
+    (tmp_path / "world" / "new" / "left").touch()
+    with world.restore() as folder:
+        assert folder is None
+    world.report({}, written(tmp_path / "source", "1"))
+    assert kept(world) == "1"
+    assert not (tmp_path / "world" / "kept" / "left").exists()
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     fsync, rename = os.fsync, Path.rename
