@@ -111,11 +111,14 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
     minutes: float, epochs: int, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
+    spent: list[float] = []
     plain = distributed.run
 
     def noted(job: Job, *rest: Any) -> Path:
         asked.append(job.budget_minutes)
-        return plain(job, *rest)
+        folder = plain(job, *rest)
+        spent.append(json.loads((folder / checkpoint.STATE).read_text())["seconds"])
+        return folder
 
     monkeypatch.setattr(distributed, "run", noted)
     bounded = dataclasses.replace(setting)
@@ -126,7 +129,8 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
     assert (decision.race.ended == "train.budget_minutes ended it undecided") is (epochs == 0)
     assert bool(decision.race.looks) is (epochs > 0)
     assert (kept / "model" / "weights.safetensors").exists()
-    assert 0 < asked[1] < asked[0] or epochs == 0  # both arms share it
+    assert asked[1] == pytest.approx(max(minutes - spent[0] / 60, race.NO_TIME), abs=1e-12)  # both arms share it
+    assert spent[0] > 0
 
 
 def test_a_race_that_stops_early_is_not_won_by_fine_tuning(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +223,7 @@ def test_the_cost_of_a_race_counts_what_was_run(setting: Setting, monkeypatch: p
         + epoch * (3 * train_images + others)
     )
     assert tuned > 0
+    assert race.cost_of(dataclasses.replace(decision, saved_ops=0.75), 100, 20) == 30  # behind the cut nothing is passed
 
 
 def glyphs(folder: Path, numbers: range, contrast: tuple[float, float] = (40, 80), classes: int = 8) -> None:
