@@ -154,6 +154,12 @@ def test_an_image_that_comes_back_is_asked_for_by_its_turn(listed: tuple[Path, l
     assert seen == {(rows[0].path, 0), (rows[0].path, 1), (rows[1].path, 2)}
 
 
+def test_a_squeezed_image_is_averaged_and_not_sampled(listed: tuple[Path, list[Row]]) -> None:
+    folder, rows = listed
+    wanted = dataset.read(folder, rows[0]).resize((10, 10), Image.Resampling.BILINEAR)
+    assert (squeezed(Store(), folder, 10).pixels(rows[0]) == np.asarray(wanted)).all()
+
+
 def test_what_another_run_decoded_meanwhile_is_not_decoded_again(
     listed: tuple[Path, list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
