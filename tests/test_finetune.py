@@ -369,6 +369,38 @@ def test_uneven_shares_of_a_batch_are_taken_in_equally_many_parts(accumulate: in
     assert seen == [min(accumulate, 2)] * 2
 
 
+@pytest.mark.parametrize(("still", "wanted"), [(False, [3, 2]), (True, [1] * 5)])
+def test_a_part_that_batch_normalisation_takes_its_statistics_from_has_two_images(
+    still: bool, wanted: list[int], job: Make, tmp_path: Path
+) -> None:
+    """Of one image whose maps have shrunk to a pixel there are none, and PyTorch refuses."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
+    fit = a_fit(net, job(decided(TUNED, accumulate=8)), [0, 1, 2, 0, 1], tmp_path)
+    fit.normalisation, fit.still = "batch", still
+    fit._train_mode()
+    images, seen = Images(tmp_path, fit.sides.train, fit.sides.transforms), []
+    net.register_forward_hook(lambda _, given, out: seen.append(len(out)))
+    fit._step(net, list(range(5)), PIXELS[:5], images, 5, State(arm="scratch"))
+    assert seen == wanted
+
+
+@pytest.mark.parametrize("images", [4, 5, 6])
+def test_memory_for_not_even_the_two_images_that_batch_normalisation_wants_is_a_clear_error(images: int, job: Make, tmp_path: Path) -> None:
+    net = linear()
+    fit = a_fit(net, job(decided(TUNED)), [0, 1, 2, 0, 1, 2], tmp_path)
+    fit.normalisation, seen = "batch", []
+
+    def full(_: Any, given: Any) -> None:
+        seen.append(len(given[0]))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    net.register_forward_pre_hook(full)
+    shown = Images(tmp_path, fit.sides.train, fit.sides.transforms)
+    with pytest.raises(TrainingError, match=r"memory for [23] images at a time.*data\.size"):
+        fit._step(net, list(range(images)), PIXELS[:images], shown, images, State(arm="scratch"))
+    assert min(seen) >= 2
+
+
 def test_the_room_for_decoded_images_changes_no_bit_of_what_is_trained(make_images: Callable[..., Path], job: Make, tmp_path: Path) -> None:
     """The images are larger than the crops' side, so that a crop of the file would be another one."""
     folder = make_images(classes=3, each=14, name="large", size=96)

@@ -434,6 +434,9 @@ class Fit:
 
     def _step(self, network: nn.Module, indices: list[int], pixels: Tensor, images: Images, batch: int, state: State) -> Tensor:
         """Leave the gradient of a batch in the weights; return the summed loss of this worker's share. Memory that runs out halves the parts."""
+        # No more parts than the smallest share has images, because all workers must take equally many; and BatchNorm has no statistics of one.
+        least = 2 if self.normalisation == "batch" and not self.still else 1
+        most = max(batch // (self.world.size * least), 1)
         parts = max(state.accumulate, self.recipe.accumulate)
         taken: tuple[Tensor, Tensor] | None = None
         # Batch normalisation moves its statistics with every part, and a part that was taken before memory ran out is taken again.
@@ -443,11 +446,10 @@ class Fit:
                 parameter.grad = None
             try:
                 taken = taken or self._inputs(indices, pixels, images)
-                # No more parts than the smallest share has images: all workers must take equally many.
-                return self._parts(network, *taken, images, batch, min(parts, batch // self.world.size))
+                return self._parts(network, *taken, images, batch, min(parts, most))
             except torch.cuda.OutOfMemoryError as error:
-                found = f"expected room in the GPU's memory for {math.ceil(len(indices) / parts)} images at a time, found none. "
-                if 2 * parts > len(indices):
+                found = f"expected room in the GPU's memory for {math.ceil(len(indices) / min(parts, most))} images at a time, found none. "
+                if parts >= most:
                     raise TrainingError(found + "Set data.size or train.batch_size lower.") from error
                 parts *= 2
                 self._put_back(before)
