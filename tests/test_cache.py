@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import hashlib
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,13 +15,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from tlpipeline import backbones, cache, cutting, dataset, profiling, splits, stages
 from tlpipeline.cache import Column, Store, Table
@@ -215,6 +218,66 @@ def test_a_weight_behind_the_tap_plays_no_part_and_one_before_it_does(net: Backb
     assert before["logits"] != after["logits"]
 
 
+class Attentive(nn.Module):
+    """A block whose tensors say neither how many heads they are for nor how it is called."""
+
+    def __init__(self, heads: int, slope: float, kept: float) -> None:
+        super().__init__()
+        self.attention, self.slope, self.kept = nn.MultiheadAttention(8, heads, batch_first=True), slope, [torch.full((2,), kept)]
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        tokens = maps.flatten(2).transpose(1, 2)
+        answers = self.attention(tokens, tokens, tokens, need_weights=False)[0] * self.slope + self.kept[0][0]
+        return answers.transpose(1, 2).reshape(maps.shape)
+
+
+class Attending(nn.Module):
+    taps = ("stem", "block")
+    transforms: ClassVar[dict[str, int]] = {"size": 32}
+
+    def __init__(self, heads: int = 2, slope: float = 1.0, kept: float = 0.0) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 8, 8, stride=8), Attentive(heads, slope, kept), nn.Linear(8, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.stem(images)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("other", [{"heads": 4}, {"slope": 0.5}, {"kept": 1.0}], ids=str)
+def test_the_same_weights_in_a_block_that_is_set_up_otherwise_are_another_network(
+    other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def known(**changes: Any) -> dict[str, str]:
+        monkeypatch.setattr(sys.modules[__name__], "brought", lambda: Attending(**changes), raising=False)
+        return cutting.identities(backbones.load(f"{__name__}:brought", "none"), ["stem", "block"])
+
+    assert known() == known()
+    assert known(**other)["stem"] == known()["stem"]
+    assert known(**other)["block"] != known()["block"]
+
+
+def test_what_a_block_calls_in_its_file_and_what_it_inherits_is_part_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = "from torch import nn\n\n\nclass Base(nn.Module):\n    def forward(self, x):\n        return self.shape(x) * {}\n"
+    net = (
+        "from torch import nn\nfrom brought_base import Base\n\n\ndef bent(x):\n    return x.clamp({})\n\n\n"
+        "class Block(Base):\n    def shape(self, x):\n        return bent(x)\n\n\n"
+        "class Net(nn.Module):\n    taps, transforms = ('block',), {{'size': 8}}\n\n"
+        "    def __init__(self):\n        super().__init__()\n        self.block, self.head = Block(), nn.Linear(192, 2)\n\n"
+        "    def forward(self, x):\n        return self.head(self.block(x).flatten(1))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = []
+    for factor, least in ((1, 0), (1, 0), (2, 0), (1, 1)):
+        for name, text in (("brought_base", base.format(factor)), ("brought_net", net.format(least))):
+            (tmp_path / f"{name}.py").write_text(text)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        importlib.invalidate_caches()
+        found.append(cutting.identities(backbones.load("brought_net:Net", "none"), ["block"])["block"])
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
 def test_an_exported_model_knows_the_features_of_the_network_it_was_cut_from(
     listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path
 ) -> None:
@@ -366,6 +429,7 @@ def test_drafts_of_writers_that_were_killed_go_and_those_of_writers_at_work_stay
 WRITER = """
 import hashlib, sys, torch
 from pathlib import Path
+from typing import Any, ClassVar
 from tlpipeline.cache import Store
 names = [hashlib.md5(str(i).encode()).hexdigest() for i in range(200)]
 rows = torch.arange(200.0)[:, None].repeat(1, 3)

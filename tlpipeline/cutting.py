@@ -7,9 +7,11 @@ outputs need is gone, parameters included.
 import hashlib
 import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -171,15 +173,36 @@ def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.
     return module.eval()
 
 
+_OTHERS = ("torch.", "torchvision.", "builtins")  # whose code goes by their version
+_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def _code(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # typed into a prompt or compiled: there is no source to compare
-        return f"{kind.__module__}.{kind.__qualname__}"
+    """Return the whole file that a class stands in: its methods may call what else is there."""
+    for place in (inspect.getmodule(kind), kind):
+        with suppress(OSError, TypeError):  # typed into a prompt or compiled: there is no source to compare
+            return inspect.getsource(place)  # type: ignore[arg-type]
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _said(value: Any, digest: Callable[[Tensor], str]) -> str:
+    """Return a plain attribute of a module as text that is the same in every process: numbers of heads, windows, slopes, kept tensors."""
+    if isinstance(value, Tensor):
+        return digest(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_said(k, digest)}: {_said(v, digest)}' for k, v in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_said(v, digest) for v in value)}]"
+    if isinstance(value, partial):
+        return _said([value.func, value.args, value.keywords], digest)
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
+        return repr(value)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def identities(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> dict[str, str]:
-    """Return what tells the computation of each tap from every other: a hash of its tensors, its graph, and the code of its own modules.
+    """Return what tells the computation of each tap from every other: a hash of its tensors, its graph, its modules' settings and own code.
 
     Two networks that are the same up to a tap have the same identity there, whatever comes behind it: a sliced and exported model is known
     again. PyTorch's version is part of it, because kernels differ in their last digits.
@@ -198,8 +221,11 @@ def identities(backbone: Backbone, taps: Sequence[str], *, logits: bool = False)
     def identity(trunk: fx.GraphModule) -> str:
         tensors = [*trunk.named_parameters(), *trunk.named_buffers()]
         parts = [f"{name}={digest(tensor)}" for name, tensor in tensors if not name.endswith("num_batches_tracked")]
-        code = {_code(type(m)) for m in trunk.modules() if not type(m).__module__.startswith(("torch.", "torchvision."))}
-        text = "\n".join([torch.__version__, trunk.code, repr(trunk), *sorted(parts), *sorted(code)])
+        blocks = [(name, module) for name, module in trunk.named_modules() if name]
+        set_up = [f"{n}.{k}={_said(v, digest)}" for n, m in blocks for k, v in vars(m).items() if k not in _EVERY_MODULE]
+        kinds = {kind for _, module in blocks for kind in type(module).__mro__}
+        code = {_code(kind) for kind in kinds if not kind.__module__.startswith(_OTHERS)}
+        text = "\n".join([torch.__version__, trunk.code, repr(trunk), *sorted(parts), *sorted(set_up), *sorted(code)])
         return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
     found = {tap: identity(cut(backbone, [tap])) for tap in taps}
