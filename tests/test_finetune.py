@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from test_train import decided, history, trained
 from torch import nn
+from torch.nn import functional
 
 from tlpipeline import backbones, cache, checkpoint, cutting, dataset, finetune, train
 from tlpipeline.augment import ENHANCED, OPERATIONS, SHIFTS, augmentation, mix, rand_augment
@@ -27,7 +28,7 @@ from tlpipeline.cutting import Transforms
 from tlpipeline.dataset import Row
 from tlpipeline.errors import MemoryFull, ParamsError, TrainingError
 from tlpipeline.features import Reader, Reading
-from tlpipeline.finetune import Deadline, Fit, Sides
+from tlpipeline.finetune import Deadline, Fit, Sides, summed_loss
 from tlpipeline.inputs import Decoded, Images
 from tlpipeline.job import Job, Teller
 from tlpipeline.model import Classifier
@@ -351,6 +352,26 @@ def test_where_classes_are_uneven_they_weigh_alike_in_the_gradient(recipe: dict[
     logits = net(finetune.normalise(PIXELS, fit.sides.transforms))
     (nn.functional.cross_entropy(logits, torch.tensor(labels), weight=weights, reduction="sum") / 8).backward()
     assert torch.allclose(found, net[1].weight.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_smoothed_labels_weigh_what_the_class_of_the_image_weighs(mixed: bool) -> None:
+    """PyTorch's own weighs what smoothing gives the other classes by theirs: a rare one would be the answer for every image."""
+    weights, generator = torch.tensor([0.1, 1.0, 10.0]), torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(6, 3, generator=generator), torch.tensor([0, 0, 0, 1, 2, 0])
+    each = functional.cross_entropy(logits, labels, label_smoothing=0.2, reduction="none") @ weights[labels]
+    if mixed:
+        other = torch.tensor([2, 1, 0, 0, 1, 2])
+        soft = 0.7 * functional.one_hot(labels, 3) + 0.3 * functional.one_hot(other, 3)
+        each = 0.7 * each + 0.3 * functional.cross_entropy(logits, other, label_smoothing=0.2, reduction="none") @ weights[other]
+    assert torch.isclose(summed_loss(logits, soft if mixed else labels, weights, 0.2), each)
+
+
+def test_the_answer_for_an_image_of_a_large_class_is_that_class_with_smoothed_labels_too() -> None:
+    weights, logits = finetune.image_weights(np.array([0] * 90 + [1] * 10 + [2]), 2.0), torch.zeros(1, 3, requires_grad=True)
+    summed_loss(logits, torch.tensor([0]), torch.from_numpy(weights[[0, 90, 100]]).float(), 0.1).backward()
+    assert logits.grad is not None
+    assert logits.grad.argmin() == 0
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 9])

@@ -476,7 +476,7 @@ class Fit:
         return mix(inputs, labels.to(device, non_blocking=True), self.classes, recipe.mixup, recipe.cutmix)
 
     def _parts(self, network: nn.Module, share: Tensor, labels: Tensor, images: Images, batch: int, parts: int) -> Tensor:
-        recipe, world, device = self.recipe, self.world, self.world.device
+        world, device = self.world, self.world.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         pieces = list(zip(share.tensor_split(parts), labels.tensor_split(parts), strict=True))
         for number, (piece, truth) in enumerate(pieces, 1):
@@ -489,13 +489,26 @@ class Fit:
             with quiet:
                 with autocast(device, self.half):
                     logits = network(inputs)
-                losses = functional.cross_entropy(
-                    logits.float(), wanted, weight=self.weights, label_smoothing=recipe.label_smoothing, reduction="sum"
-                )
+                losses = summed_loss(logits.float(), wanted, self.weights, self.recipe.label_smoothing)
                 # DDP averages over workers; weighted like this the average is the mean over the whole batch, uneven shares included.
                 (losses * world.size / batch).backward()  # type: ignore[no-untyped-call]
             total += losses.detach().double()
         return total
+
+
+def summed_loss(logits: Tensor, wanted: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """Return the summed cross-entropy with labels smoothed, each image weighed by what its own class weighs.
+
+    PyTorch weighs every class of a smoothed label by that class's weight: images of a large class would be taught the small ones.
+
+    Args:
+        wanted: class indices (batch,), or probabilities (batch, classes); weights: of the classes.
+    """
+    if weights is None or not smoothing:
+        return functional.cross_entropy(logits, wanted, weight=weights, label_smoothing=smoothing, reduction="sum")
+    own = weights[wanted] if wanted.dim() == 1 else wanted @ weights
+    plain = functional.cross_entropy(logits, wanted, weight=weights, reduction="sum")
+    return (1 - smoothing) * plain - smoothing * (own * logits.log_softmax(1).mean(1)).sum()
 
 
 def batch_size(job: Job, recipe: Recipe, images: int, world: World) -> int:
