@@ -1363,6 +1363,22 @@ def test_a_compiled_network_takes_the_same_steps_and_is_kept_as_the_plain_one(
     assert same(*weights, atol=1e-5)
 
 
+def test_without_a_compiler_the_way_out_is_told(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        def call(*_: Any) -> Any:
+            from torch._inductor.exc import InductorError
+
+            raise InductorError(RuntimeError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1 for more"), None)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refused)
+    with pytest.raises(
+        TrainingError, match=r"but: RuntimeError: No working C\+\+ compiler found\. Install .* compile out of train\.override"
+    ):
+        trained(job(decided(TUNED, compile=True), epochs=1), tmp_path / "run")
+
+
 @pytest.mark.skipif("TLPIPELINE_SLOW" not in os.environ, reason="a minute of g++: set TLPIPELINE_SLOW=1")
 def test_a_network_that_the_compiler_has_translated_trains(job: Make, tmp_path: Path) -> None:
     quiet = replace(decided(TUNED), slice="conv1", readings=(Reading("conv1", 32, (1, 2)),))

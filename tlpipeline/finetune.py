@@ -8,8 +8,8 @@ where the uninterrupted one ends.
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -318,10 +318,24 @@ class Fit:
         """
         before, side = self._buffers(), self.sides.transforms.size
         self._train_mode()
-        with autocast(self.world.device, self.half):
-            logits = network(torch.zeros(2, 3, side, side, device=self.world.device))
-        (0 * logits.float().sum()).backward()  # type: ignore[no-untyped-call]
+        with self._translated():
+            with autocast(self.world.device, self.half):
+                logits = network(torch.zeros(2, 3, side, side, device=self.world.device))
+            (0 * logits.float().sum()).backward()  # type: ignore[no-untyped-call]
         self._put_back(before)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Say what to do where torch.compile cannot translate the network: it does so when the network is first called."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise TrainingError(
+                f"expected torch.compile to translate the network, but: {' '.join(str(error).split('Set TORCH')[0].split())[:300].rstrip('.')}. "
+                "Install a C++ compiler, such as g++, if there is none, or take compile out of train.override."
+            ) from error
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Return the model's buffers, batch normalisation's statistics above all, each with what is in it now."""
@@ -446,7 +460,8 @@ class Fit:
                 parameter.grad = None
             try:
                 taken = taken or self._inputs(indices, pixels, images)
-                return self._parts(network, *taken, images, batch, min(parts, most))
+                with self._translated():
+                    return self._parts(network, *taken, images, batch, min(parts, most))
             except torch.cuda.OutOfMemoryError as error:
                 found = f"expected room in the GPU's memory for {math.ceil(len(indices) / min(parts, most))} images at a time, found none. "
                 if parts >= most:
