@@ -19,6 +19,7 @@ import typer
 
 from tests.conftest import set_param
 from tlpipeline import cli, git, lock, stages
+from tlpipeline.errors import WorkspaceError
 
 HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
 VERBS = {
@@ -382,6 +383,29 @@ def test_run_refuses_a_detached_head_where_it_would_push(call: Callable[..., Sai
     assert "`git switch main`" in message
     git.run(workspace, "switch", "--quiet", "-c", "mine")
     workspaces.checked(workspace)
+
+
+def test_run_in_a_clone_says_before_it_trains_that_its_origin_would_refuse_the_push(
+    call: Callable[..., Said], workspace: Path, tmp_path: Path
+) -> None:
+    from tlpipeline import workspaces
+
+    clone = tmp_path / "clone"
+    git.run(tmp_path, "clone", "--quiet", str(workspace), str(clone))
+    shutil.copytree(workspace / "images", clone / "images")
+    message = refused(call("run", "-w", clone))
+    assert f"in {workspace} somebody works on the same branch, main, and git refuses that" in message
+    assert "`git switch -c NAME`" in message
+    assert "`git remote remove origin`" in message
+    git.run(clone, "switch", "--quiet", "-c", "mine")
+    workspaces.checked(clone)
+    git.run(clone, "switch", "--quiet", "main")
+    git.run(workspace, "config", "receive.denyCurrentBranch", "updateInstead")
+    workspaces.checked(clone)
+    git.run(clone, "remote", "set-url", "origin", f"file://{workspace}")
+    git.run(workspace, "config", "receive.denyCurrentBranch", "refuse")
+    with pytest.raises(WorkspaceError, match="somebody works on the same branch"):
+        git.push(clone)
 
 
 @pytest.mark.parametrize(

@@ -48,16 +48,35 @@ def has_origin(root: Path) -> bool:
 
 
 def require_branch(root: Path) -> None:
-    """Check that there is a branch to push, where there is a remote `origin`.
+    """Check that there is a branch to push, and that it can be, where there is a remote `origin`.
 
     Raises:
-        WorkspaceError: the HEAD is detached.
+        WorkspaceError: the HEAD is detached, or origin is a folder in which somebody works on this branch.
     """
-    if has_origin(root) and not run(root, "symbolic-ref", "--quiet", "HEAD", check=False):
+    if not has_origin(root):
+        return
+    branch = run(root, "symbolic-ref", "--quiet", "HEAD", check=False)
+    if not branch:
         raise WorkspaceError(
             f"expected a branch to push to origin, but the HEAD of {root} is detached, at {head(root)[:10]}. "
             "Switch to one (`git switch main`), or make one of what is there (`git switch -c NAME`)."
         )
+    # A clone of a workspace has that workspace as origin, and git would refuse only when all is trained.
+    origin = root / run(root, "remote", "get-url", "--push", "origin").removeprefix("file://")
+    if origin.is_dir() and _refuses(origin, branch):
+        name = branch.removeprefix("refs/heads/")
+        raise WorkspaceError(
+            f"expected an origin that takes what is pushed, but in {origin} somebody works on the same branch, {name}, and git refuses that. "
+            f"Work on another branch here (`git switch -c NAME`), name a bare repository (`git clone --bare {origin} FOLDER`, "
+            "`git remote set-url origin FOLDER`), or keep to this machine (`git remote remove origin`)."
+        )
+
+
+def _refuses(origin: Path, branch: str) -> bool:
+    """Say whether a folder refuses a push to a branch because it is checked out there."""
+    bare = run(origin, "rev-parse", "--is-bare-repository", check=False) != "false"
+    allowed = run(origin, "config", "receive.denyCurrentBranch", check=False) not in ("", "true", "refuse")
+    return not bare and not allowed and run(origin, "symbolic-ref", "--quiet", "HEAD", check=False) == branch
 
 
 def push(root: Path) -> bool:
