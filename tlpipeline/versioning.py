@@ -190,6 +190,19 @@ def push(root: Path) -> int:
             ) from error
 
 
+def pulled(root: Path) -> str:
+    """Say how what is versioned comes back: by `dvc pull`, which a clone of a workspace that keeps its remote inside must be told where from."""
+    with _repo(root) as repo:
+        name = repo.config["core"].get("remote")
+        place = str(repo.config["remote"].get(name, {}).get("url", ""))
+        if not place or "://" in place or Path(place).is_dir():
+            return "`dvc pull` brings the versioned ones back"
+        return (
+            f"the DVC remote, {place}, is not there either, as in a clone of a workspace whose remote lies inside it: name that one "
+            f"(`dvc remote modify --local {name} url FOLDER/{Path(place).name}`), and `dvc pull` brings the versioned ones back"
+        )
+
+
 def get(root: Path, revision: str, path: str, target: Path) -> None:
     """Copy a DVC-tracked file or folder as it was at a revision; from the cache, else from the remote.
 
@@ -207,7 +220,7 @@ def get(root: Path, revision: str, path: str, target: Path) -> None:
         raise _not_installed(error) from error
     except _dvc_error(DataIndexDirError, OSError) as error:
         raise WorkspaceError(
-            f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc pull` or `dvc fetch --all-tags`."
+            f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc fetch --all-tags`; {pulled(root)}."
         ) from error
 
 

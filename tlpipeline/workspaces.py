@@ -263,9 +263,7 @@ def checked(root: Path, images: Path | None = None) -> None:
     if images is not None:
         dataset.files(images)
     elif not own.is_dir() and not versioning.is_stage_output(root, params.data.images):
-        raise DataError(
-            f"expected the images in {own}, found no such folder. `dvc pull` brings the versioned ones back; or name others with --images."
-        )
+        raise DataError(f"expected the images in {own}, found no such folder; {versioning.pulled(root)}. Or name others with --images.")
 
 
 @contextmanager
