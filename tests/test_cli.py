@@ -385,6 +385,21 @@ def test_run_refuses_a_detached_head_where_it_would_push(call: Callable[..., Sai
     workspaces.checked(workspace)
 
 
+def test_run_in_a_clone_says_where_its_images_are_when_the_remote_stayed_behind(
+    call: Callable[..., Said], workspace: Path, tmp_path: Path
+) -> None:
+    clone = tmp_path / "clone"
+    git.run(tmp_path, "clone", "--quiet", str(workspace), str(clone))
+    git.run(clone, "remote", "remove", "origin")
+    message = refused(call("run", "-w", clone))
+    assert f"the DVC remote, {clone / '.dvc-remote'}, is not there either" in message
+    assert "`dvc remote modify --local storage url FOLDER/.dvc-remote`" in message
+    local = ["remote", "modify", "--local", "storage", "url", str(workspace / ".dvc-remote")]
+    for words in (local, ["pull", "images"]):
+        subprocess.run([sys.executable, "-m", "dvc", *words], cwd=clone, check=True, capture_output=True)
+    assert len(list((clone / "images").rglob("*.png"))) == len(list((workspace / "images").rglob("*.png")))
+
+
 def test_run_in_a_clone_says_before_it_trains_that_its_origin_would_refuse_the_push(
     call: Callable[..., Said], workspace: Path, tmp_path: Path
 ) -> None:
@@ -593,9 +608,18 @@ def test_predict_as_json_gives_all_probabilities_and_a_folder_says_what_its_vers
     assert sum(one["probabilities"].values()) == pytest.approx(1)
 
 
+def test_predict_takes_a_folder_as_all_files_below_it(call: Callable[..., Said], registered: Path) -> None:
+    (registered / "images" / "class1" / ".DS_Store").write_bytes(b"the system's")
+    images = sorted((registered / "images").rglob("*.png"))
+    said = call("predict", "workspace@v0", registered / "images", images[0], "-w", registered)
+    assert said.code == 0, said.err
+    assert [line.split("  ")[0] for line in said.out.splitlines()] == [str(p) for p in (*images, images[0])]
+
+
 @pytest.mark.parametrize(
     ("model", "image", "says"),
     [
+        ("workspace@v0", "plots/empty", "expected images in plots/empty, found an empty folder. Name image files"),
         ("workspace@v7", "images/class0/003.png", "found 'v7'; registered: workspace@v0.1.0"),
         ("workspace#prod", "images/class0/003.png", "tlpipeline registry promote workspace@v0.1.0"),
         ("wrkspace@v0", "images/class0/003.png", "did you mean workspace?"),
@@ -613,6 +637,7 @@ def test_predict_refuses(
     call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch, model: str, image: str, says: str
 ) -> None:
     monkeypatch.chdir(registered)
+    Path("plots/empty").mkdir()
     Path(".tlpipeline/torn.png").write_bytes(Path("images/class0/003.png").read_bytes()[:300])
     assert says in refused(call("predict", model, image))
 

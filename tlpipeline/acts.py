@@ -338,9 +338,10 @@ def evaluation_markdown(root: Path) -> str:
 
 
 def predicted(root: Path, model: str, images: Sequence[Path]) -> list[Any]:
-    """Return what a model (a folder, name@v1, name#prod) says of image files; in a workspace that can be written with its cache."""
+    """Return what a model (a folder, name@v1, name#prod) says of image files and of all below folders; in a workspace that can be written with its cache."""
     from tlpipeline import predict
 
+    images = predict.pictures(images)
     writable = lock.read_only(root) is None
     cached = writable and (root / stages.PARAMS).is_file()
     with TemporaryDirectory() as elsewhere:

@@ -217,7 +217,7 @@ def refstats(
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="A model folder, name@v1, or name#prod.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     json: Annotated[bool, typer.Option("--json", help="All probabilities, as JSON.")] = False,
     workspace: Workspace = Path(),
 ) -> None:

@@ -35,6 +35,24 @@ def find(text: str, root: Path, place: Path | None = None) -> Path:
     return registry.folder(root, registry.resolve(root, text), place)
 
 
+def pictures(paths: Sequence[Path]) -> list[Path]:
+    """Return these files, each folder replaced by all files below it, sorted, but the system's own (dot-files).
+
+    Raises:
+        DataError: a folder holds none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        below = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        if not below:
+            raise DataError(f"expected images in {path}, found an empty folder. Name image files, or a folder that holds some.")
+        found += below
+    return found
+
+
 def predict(folder: Path, images: Sequence[Path], store: Store | None = None) -> list[Prediction]:
     """Predict image files.
 
