@@ -390,6 +390,21 @@ def test_a_promised_change_of_the_tolerance_comes_true(prefer: str, gain: float)
             assert other.case != decision.case, said
 
 
+def test_where_everything_is_trained_it_is_said_why_a_better_cut_does_not_count() -> None:
+    decision = decide(planted([0.5, 0.808, 0.80]), RULE, TUNED)
+    assert decision.case == "large_similar"
+    assert [words for words in decision.changes if words.startswith("The cut does not count: slicing gains ")]
+    sliced = decide(planted(DIFFERENT_LARGE), RULE, TUNED)
+    assert sliced.case == "large_different"
+    assert not [words for words in sliced.changes if "The cut" in words]
+
+
+def test_a_tolerance_that_is_named_is_one_that_can_be_set() -> None:
+    decision = decide(planted([0.5, 0.6, 0.8]), replace(RULE, prefer="cost"), expected(0.2))
+    (said,) = (words for words in decision.changes if "choose.tolerance below" in words)
+    assert re.search(r"below 0\.0[1-9] points", said)
+
+
 # --- weak evidence ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,8 @@ def changes(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, lar
             f"{lost * 100:.1f} points."
         )
     elif race is None and not large and seen.gain > 0:
-        said.append(f"With choose.tolerance below {seen.gain * 100 / (lenience or 1):.1f} points fine-tuning would be chosen.")
+        turn_at = seen.gain * 100 / (lenience or 1)
+        said.append(f"With choose.tolerance below {turn_at:{'.1f' if turn_at >= 0.1 else '.1g'}} points fine-tuning would be chosen.")
     if case.size == SMALL and weighed.head == "cut":
         said.append(
             f"Without the slice at {test.tap} the head would be expected at {profile.last.accuracy:.1%} instead of {weighed.evidence.cut:.1%}."
@@ -83,6 +84,9 @@ def changes(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, lar
             if not weighed.slices
             else f"Slicing at {test.tap} is beaten by the head on several taps."
         )
+    elif case.size != SMALL and not weighed.slices and weighed.evidence.cut > weighed.frozen and not weak_labels(profile):
+        # Its probe is the best of several on the same images, and in the table it may reach what fine-tuning is expected to.
+        said.append(f"The cut does not count: slicing {test.why_not(rule.alpha, rule.gain / 100)}.")
     return tuple(said)
 
 
