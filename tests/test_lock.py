@@ -73,6 +73,18 @@ def test_a_second_process_is_refused_and_told_who_is_in_the_workspace(tmp_path: 
     assert run_python(tmp_path, "-c", TAKE_THE_LOCK, str(tmp_path)).stdout == "in\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["/usr/bin/tlpipeline", "run", "/home/me/w", "more"], "tlpipeline run w"),
+        (["/lib/prefect/engine.py"], "prefect.engine"),
+        (["/lib/tlpipeline/__main__.py", "stage", "train"], "tlpipeline stage train"),
+    ],
+)
+def test_who_is_in_the_workspace_is_named_as_one_would_start_it(words: list[str], told: str) -> None:
+    assert lock._command(words) == told
+
+
 def test_a_process_that_the_holder_started_is_let_in(tmp_path: Path) -> None:
     with lock.hold(tmp_path):
         done = subprocess.run([sys.executable, "-c", TAKE_THE_LOCK, str(tmp_path)], capture_output=True, text=True)

@@ -3,7 +3,7 @@
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,13 +59,20 @@ def hold(root: Path, wait: float = 0.0) -> Iterator[None]:
             f"expected to have the workspace {root} alone, but {who} is running in it. Wait for it to end, or stop it; then run again."
         ) from error
     try:
-        holder.write_text(f"process {os.getpid()} ({' '.join(Path(a).name for a in sys.argv[:3])})\n", encoding="utf-8")
+        holder.write_text(f"process {os.getpid()} ({_command(sys.argv)})\n", encoding="utf-8")
         os.environ[_HOLDER] = str(path)
         yield
     finally:
         os.environ.pop(_HOLDER, None)
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _command(words: Sequence[str]) -> str:
+    """Return a command for people: of `python -m prefect.engine` the file alone, engine.py, would say nothing."""
+    first, *others = (Path(word) for word in words[:3])
+    module = f"{first.parent.name}.{first.stem}".removesuffix(".__main__")
+    return " ".join([module if first.suffix == ".py" else first.name, *(word.name for word in others)])
 
 
 def read_only(root: Path) -> Path | None:
