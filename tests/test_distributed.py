@@ -297,8 +297,10 @@ def test_workers_without_room_begin_again_in_as_many_parts_as_they_ask_for(
         return tmp_path
 
     monkeypatch.setattr(distributed, "_on_workers", full)
-    assert distributed.run(job(decided(CASES[0]), "parts"), TWO, "name", tmp_path / "runs", silent) == tmp_path
+    told: list[Event] = []
+    assert distributed.run(job(decided(CASES[0]), "parts"), TWO, "name", tmp_path / "runs", told.append) == tmp_path
     assert tried == [1, 2, 4]
+    assert told[0] == Event("train", 0, 0, "starting 2 Ray workers")  # which takes longer than anyone likes to see nothing
 
 
 def test_an_error_that_says_more_than_its_text_comes_back_whole(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:

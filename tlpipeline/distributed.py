@@ -30,7 +30,7 @@ from tlpipeline.files import NO_ROOM, torn, write_json
 from tlpipeline.job import Job, Tail
 from tlpipeline.params import AUTO, ClusterParams
 from tlpipeline.precision import on_tensor_cores
-from tlpipeline.progress import Progress
+from tlpipeline.progress import Event, Progress
 from tlpipeline.workers import Alone
 
 # Others wait for the first worker while it solves a head, which may take it longer than Ray's half hour. Who died is noticed by Ray itself.
@@ -101,6 +101,7 @@ def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Pro
     try:
         if cluster.workers == 0:
             return _in_process(job, use_gpu, folder / name)
+        progress(Event(stage, 0, 0, f"starting {cluster.workers} Ray worker{'s' * (cluster.workers > 1)}"))
         while True:
             try:
                 return _on_workers(job, cluster, use_gpu, name, folder)
