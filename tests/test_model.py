@@ -275,6 +275,16 @@ def test_probabilities_stand_in_the_order_of_the_images(make_images: Callable[..
     assert chances([]).shape == (0, 3)
 
 
+def test_images_whose_features_are_kept_count_as_done(make_images: Callable[..., Path], tmp_path: Path) -> None:
+    pictures = make_images(classes=3, each=5)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
+    model, description = build("nets:resnet20")
+    told: list[int] = []
+    for some in (rows[:10], rows, rows):
+        probabilities(model, Images(pictures, some, description.transforms), torch.device("cpu"), told.append, Store(tmp_path))
+    assert told == [0, 10, 10, 15, 15]
+
+
 def full_above(model: Classifier, most: int) -> list[int]:
     """Have a network's passes run out of memory above so many images; return how many each was asked for."""
     asked: list[int] = []

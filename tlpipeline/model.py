@@ -167,7 +167,9 @@ def probabilities(
     model.eval()
     if store is not None and isinstance(model, Classifier) and model.frozen:
         reader = reader_of(model, store, images.transforms, device, model.in_bfloat16)
-        features = reader.read(images, progress)
+        known = len(images) - int(reader.missing(images.rows).sum())
+        progress(known)
+        features = reader.read(images, lambda done: progress(known + done))
         parts = []
         size = step(device, images.transforms.size)
         for part in in_batches(len(images), size):
