@@ -170,6 +170,19 @@ def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], monke
 
 
 @pytest.mark.parametrize(
+    "error", [MemoryError("of numpy"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 120000000000 bytes")]
+)
+def test_memory_that_is_missing_is_one_message(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    from tlpipeline import dataset
+
+    def starving(_: Path) -> int:
+        raise error
+
+    monkeypatch.setattr(dataset, "write_digits", starving)
+    assert f"found too little: {error}. Set data.size lower" in refused(call("sample", "somewhere"))
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["stage", "ingets"], "did you mean ingest?"),
@@ -580,6 +593,19 @@ def test_a_server_that_does_not_answer_is_said(workspace: Path, words: list[str]
     assert says in message
 
 
+def test_a_name_for_which_no_deployment_waits_is_said(workspace: Path) -> None:
+    from tlpipeline import workspaces
+
+    assert workspaces.unheard(workspace) == ""
+    set_param(workspace, "data.name", "work")  # which "workspace" begins with
+    assert "waits for tlpipeline.data.work: data.name was another" in workspaces.unheard(workspace)
+    deployments = workspace / "prefect.yaml"
+    deployments.write_text(deployments.read_text().replace("tlpipeline.data.workspace", "tlpipeline.data.*"))
+    assert workspaces.unheard(workspace) == ""
+    deployments.unlink()
+    assert workspaces.unheard(workspace) == ""
+
+
 # --- predict --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -802,6 +828,28 @@ def test_on_a_terminal_each_stage_has_one_line_with_its_name_and_bar_whatever_it
     assert re.fullmatch(r"choose +━{24} 0:00:\d\d small_different: a reason .*…", two)
     assert re.fullmatch(r"evaluate +━+╺?╸?━+ 0:00:\d\d 1 of 4 test images", three)
     assert max(map(len, (one, two, three))) <= 70
+
+
+def test_not_on_a_terminal_what_a_stage_said_last_stands_before_the_next_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    from tlpipeline.progress import Event
+
+    with cli._Bar() as bar:
+        bar(Event("evaluate", 3, 5, "3 of 5"))
+        bar(Event("gate", 5, 5, "5 of 5"))
+        bar(Event("report", 1, 2, "1 of 2"))
+    assert capsys.readouterr().err.splitlines() == ["evaluate  3 of 5", "gate      5 of 5", "report    1 of 2"]
+
+
+@pytest.mark.parametrize(
+    ("copies", "rejected", "says"),
+    [(0, 0, "12 in 3 classes"), (1, 0, "1 exact copy not counted"), (2, 1, "2 exact copies not counted, 1 file left out (quarantine.csv)")],
+)
+def test_a_run_accounts_for_every_file(copies: int, rejected: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from tlpipeline.acts import Summary
+
+    words = {"remarks": (), "case": "c", "reason": "r", "champion": "", "version": "", "new": False, "outcome": "o", "report": "p"}
+    cli._print_summary(Summary(12, 3, copies, rejected, accuracy=1.0, low=0.9, high=1.0, seconds={}, **words))  # type: ignore[arg-type]
+    assert capsys.readouterr().out.splitlines()[0].rstrip().endswith(says)
 
 
 def test_dvc_draws_no_bars_of_its_own_between_ours() -> None:

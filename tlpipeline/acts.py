@@ -216,6 +216,7 @@ class Summary:
 
     images: int
     classes: int
+    copies: int
     rejected: int
     remarks: tuple[str, ...]
     case: str
@@ -264,6 +265,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     return Summary(
         images=len([r for r in manifest.rows if not r.duplicate_of]),
         classes=len(manifest.classes),
+        copies=len([r for r in manifest.rows if r.duplicate_of]),
         rejected=len(manifest.rejected),
         remarks=manifest.remarks + shift(root) + bounded(root),
         case=case.case,

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from tlpipeline.errors import PipelineError
-from tlpipeline.files import denied, full
+from tlpipeline.files import denied, full, starved
 from tlpipeline.progress import Event
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -52,6 +52,9 @@ def main() -> None:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own: wrong or missing arguments
             _say(f"error: {error.format_message()}")
             sys.exit(error.exit_code)
+        if starved(error):
+            _say(f"error: expected memory to compute in, found too little: {error}. Set data.size lower, or run where there is more.")
+            sys.exit(2)
         raise
     if code == _INTERRUPTED:  # what the parser makes of Ctrl-C
         _say(_KEPT)
@@ -259,6 +262,8 @@ def data_commit(
 
         announce(workspaces.name_of(workspace), digest, images)
         print("event tlpipeline.data.updated emitted")
+        if unheard := workspaces.unheard(workspace):
+            print(unheard)
     else:
         print("no event emitted: PREFECT_API_URL is not set")
 
@@ -409,10 +414,12 @@ class _Bar:
             if event.stage not in self.tasks:
                 for task in self.bar.tasks:  # what came before has ended, and sometimes before its count did
                     self.bar.update(task.id, total=task.total or 1, completed=task.total or 1)
-                self.tasks[event.stage] = self.bar.add_task(event.text, total=event.total, stage=event.stage)
+                self.tasks[event.stage] = self.bar.add_task(event.text, total=event.total or None, stage=event.stage)
             self.bar.update(self.tasks[event.stage], completed=event.done, total=event.total or None, description=event.text)
             return
         # Not on a terminal: what ends an epoch or a stage is worth a line, the rest is not.
+        for stage in [name for name in self.last if name != event.stage]:
+            self._line(stage, self.last.pop(stage))  # it ended before its count did
         if event.done == event.total or "validation" in event.text:
             self.last.pop(event.stage, None)
             self._line(event.stage, event.text)
@@ -429,7 +436,8 @@ def _print_summary(summary: Any) -> None:
         (
             "images",
             f"{summary.images} in {summary.classes} classes"
-            + (f", {summary.rejected} files left out (quarantine.csv)" if summary.rejected else ""),
+            + (f", {_counted(summary.copies, 'exact copy', 'exact copies')} not counted" if summary.copies else "")
+            + (f", {_counted(summary.rejected, 'file', 'files')} left out (quarantine.csv)" if summary.rejected else ""),
         ),
         *[("", remark) for remark in summary.remarks],
         ("case", summary.case),
@@ -444,6 +452,10 @@ def _print_summary(summary: Any) -> None:
         ("seconds", seconds),
     ]
     _table((), rows)
+
+
+def _counted(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
 
 
 def _table(header: tuple[str, ...], rows: Any) -> None:

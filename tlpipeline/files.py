@@ -27,6 +27,11 @@ def denied(error: OSError) -> bool:
     return _is(error, NO_RIGHT)
 
 
+def starved(error: Exception) -> bool:
+    """Say whether an error means that there is no memory left. Torch has no type of its own for that on CPUs."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 def _is(error: OSError, codes: Sequence[int]) -> bool:
     # Copying a folder gathers what went wrong with each file as text, and has no number of its own.
     return error.errno in codes or (isinstance(error, shutil.Error) and any(f"[Errno {code}]" in str(error) for code in codes))

@@ -5,6 +5,7 @@ It is a git and DVC repository with dvc.yaml, params.yaml and prefect.yaml in it
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -289,6 +290,17 @@ def alone(root: Path, wait_minutes: float, images: Path | None = None) -> Iterat
 def name_of(root: Path) -> str:
     """Return the name under which the workspace's models are registered."""
     return stages.params_of(root).data.name
+
+
+def unheard(root: Path) -> str:
+    """Say that no deployment of prefect.yaml waits for the event of these data, as where data.name was changed; "" where one does."""
+    name, path = name_of(root), root / "prefect.yaml"
+    if not path.is_file() or re.search(rf"tlpipeline\.data\.({re.escape(name)}(?![\w-])|\*)", path.read_text(encoding="utf-8")):
+        return ""
+    return (
+        f"no deployment in {path} waits for tlpipeline.data.{name}: data.name was another when it was written. Put the name there, and "
+        "`prefect --no-prompt deploy --all` in the workspace"
+    )
 
 
 # --- what it keeps --------------------------------------------------------------------------------------------------------------------
