@@ -329,6 +329,7 @@ def test_init_makes_a_workspace_that_names_its_model_and_its_deployments_after_t
 
     said = call("init", tmp_path / "Steel Plates", "--images", make_images(2, 4))
     assert said.code == 0, said.err
+    assert said.out.rstrip().endswith(f"Next: tlpipeline run --workspace '{tmp_path / 'Steel Plates'}'")  # as a shell takes it
     assert yaml.safe_load((tmp_path / "Steel Plates" / "params.yaml").read_text())["data"]["name"] == "steel-plates"
     deployments = yaml.safe_load((tmp_path / "Steel Plates" / "prefect.yaml").read_text())["deployments"]
     assert [d["name"] for d in deployments] == ["steel-plates-nightly", "steel-plates-on-data"]

@@ -101,7 +101,9 @@ def init(
 
     with _Bar() as bar:
         workspaces.init(folder, images, backbone, weights, remote, bar)
-    print(f"workspace {folder} is ready. Settings: {folder / 'params.yaml'}. Next: tlpipeline run --workspace {folder}")
+    from shlex import quote
+
+    print(f"workspace {folder} is ready. Settings: {folder / 'params.yaml'}. Next: tlpipeline run --workspace {quote(str(folder))}")
 
 
 @app.command()
