@@ -1089,6 +1089,9 @@ def test_without_validation_images_what_was_trained_is_what_is_kept(recipe: dict
     state = finished(tmp_path / "run")
     assert [h["arm"] for h in state["history"]] == ["head", *["fine-tune"] * 3]  # nothing says that scratch would be better
     assert (state["best_arm"], state["best_epoch"]) == ("fine-tune", 3)
+    told = Path(made.history).read_text()
+    assert "head solved, no validation images" in told
+    assert "validation accuracy" not in told  # 0.0% would look like a result
 
 
 def test_without_validation_images_a_time_budget_keeps_what_was_trained(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

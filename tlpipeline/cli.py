@@ -4,6 +4,7 @@ Heavy imports (torch, ray, prefect, dvc) happen inside the functions: `tlpipelin
 """
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -101,9 +102,7 @@ def init(
 
     with _Bar() as bar:
         workspaces.init(folder, images, backbone, weights, remote, bar)
-    from shlex import quote
-
-    print(f"workspace {folder} is ready. Settings: {folder / 'params.yaml'}. Next: tlpipeline run --workspace {quote(str(folder))}")
+    print(f"workspace {folder} is ready. Settings: {folder / 'params.yaml'}. Next: tlpipeline run --workspace {shlex.quote(str(folder))}")
 
 
 @app.command()

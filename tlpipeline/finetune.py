@@ -30,7 +30,7 @@ from tlpipeline.dataset import Row
 from tlpipeline.errors import ClusterError, MemoryFull, TrainingError
 from tlpipeline.heads import image_weights, validated
 from tlpipeline.inputs import Augment, Decoded, Images, normalise, prepared, shard, squeezed
-from tlpipeline.job import Job, Tell, clock
+from tlpipeline.job import Job, Tell, clock, in_validation
 from tlpipeline.model import probabilities
 from tlpipeline.optimise import Average, optimiser, schedule, unflat
 from tlpipeline.outlook import Evidence, fitted
@@ -178,7 +178,7 @@ class Fit:
             self.tell(
                 state.epoch,
                 epochs,
-                f"{name} epoch {state.epoch}/{epochs}, loss {loss:.3f}, validation accuracy {accuracy:.1%}, "
+                f"{name} epoch {state.epoch}/{epochs}, loss {loss:.3f}, {in_validation(accuracy, len(self.sides.val))}, "
                 f"{speed:.0f} images/s, waited {waited:.0%} for data, {clock(left)} left",
                 important=True,
             )

@@ -101,3 +101,8 @@ class Tail:
 def clock(seconds: float) -> str:
     """Return minutes:seconds."""
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def in_validation(accuracy: float, images: int) -> str:
+    """Return what validation on so many images says, for people."""
+    return f"validation accuracy {accuracy:.1%}" if images else "no validation images"

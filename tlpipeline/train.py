@@ -28,7 +28,7 @@ from tlpipeline.files import write_json
 from tlpipeline.finetune import AT_ONCE, Deadline, Fit, Sides, batch_size
 from tlpipeline.heads import Labels, inverse_temperature, judged_penalty, solve_head, validated
 from tlpipeline.inputs import Images, in_batches
-from tlpipeline.job import Job, Tell, Teller, clock
+from tlpipeline.job import Job, Tell, Teller, clock, in_validation
 from tlpipeline.model import Classifier, Description, reader_of, save
 from tlpipeline.precision import reads_in_bfloat16
 from tlpipeline.probes import paired
@@ -195,7 +195,7 @@ def _solve(
         state.head_penalty = found[2]
     from_first([model.head.weight, model.head.bias], world)
     count = len(train) + len(held)
-    tell(count, count, f"head solved, validation accuracy {accuracy:.1%}", important=True)
+    tell(count, count, f"head solved, {in_validation(accuracy, len(held))}", important=True)
 
 
 def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state: State, scratch_folder: Path) -> Classifier:
