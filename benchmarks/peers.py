@@ -469,8 +469,8 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=(METHODS, TUTORIAL, "report"))
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
-    parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights file")
+    parser.add_argument("--data", type=lambda text: Path(text).resolve(), default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
+    parser.add_argument("--weights", type=lambda text: Path(text).resolve(), default=DATA, help="folder of the weights file")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tlpipeline-regret", help="where archives are unpacked")
     parser.add_argument("--images", type=int, default=500, help="training and validation images")

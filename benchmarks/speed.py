@@ -780,8 +780,8 @@ VERBS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=list(VERBS))
-    parser.add_argument("--data", type=Path, default=regret.DATA)
-    parser.add_argument("--weights", type=Path, default=regret.DATA)
+    parser.add_argument("--data", type=lambda text: Path(text).resolve(), default=regret.DATA)
+    parser.add_argument("--weights", type=lambda text: Path(text).resolve(), default=regret.DATA)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tlpipeline-regret")
     parser.add_argument("--images", type=int, default=2000, help="training and validation images")
     parser.add_argument("--sizes", type=int, nargs="+", default=(1000, 10_000, 100_000), help="of `memory`")
