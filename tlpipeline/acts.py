@@ -340,7 +340,10 @@ def evaluation_markdown(root: Path) -> str:
 
 
 def predicted(root: Path, model: str, images: Sequence[Path]) -> list[Any]:
-    """Return what a model (a folder, name@v1, name#prod) says of image files and of all below folders; in a workspace that can be written with its cache."""
+    """Return what a model (a folder, name@v1, name#prod) says of image files and of all files below folders.
+
+    In a workspace that can be written its cache is used.
+    """
     from tlpipeline import predict
 
     images = predict.pictures(images)

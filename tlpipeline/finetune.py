@@ -318,14 +318,14 @@ class Fit:
         """
         before, side = self._buffers(), self.sides.transforms.size
         self._train_mode()
-        with self._translated():
+        with self._compiling():
             with autocast(self.world.device, self.half):
                 logits = network(torch.zeros(2, 3, side, side, device=self.world.device))
             (0 * logits.float().sum()).backward()  # type: ignore[no-untyped-call]
         self._put_back(before)
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _compiling(self) -> Iterator[None]:
         """Say what to do where torch.compile cannot translate the network: it does so when the network is first called."""
         try:
             yield
@@ -460,7 +460,7 @@ class Fit:
                 parameter.grad = None
             try:
                 taken = taken or self._inputs(indices, pixels, images)
-                with self._translated():
+                with self._compiling():
                     return self._parts(network, *taken, images, batch, min(parts, most))
             except torch.cuda.OutOfMemoryError as error:
                 found = f"expected room in the GPU's memory for {math.ceil(len(indices) / min(parts, most))} images at a time, found none. "

@@ -74,9 +74,9 @@ def require_branch(root: Path) -> None:
 
 def _refuses(origin: Path, branch: str) -> bool:
     """Say whether a folder refuses a push to a branch because it is checked out there."""
-    bare = run(origin, "rev-parse", "--is-bare-repository", check=False) != "false"
-    allowed = run(origin, "config", "receive.denyCurrentBranch", check=False) not in ("", "true", "refuse")
-    return not bare and not allowed and run(origin, "symbolic-ref", "--quiet", "HEAD", check=False) == branch
+    worked_in = run(origin, "rev-parse", "--is-bare-repository", check=False) == "false"
+    forbidden = run(origin, "config", "receive.denyCurrentBranch", check=False) in ("", "true", "refuse")
+    return worked_in and forbidden and run(origin, "symbolic-ref", "--quiet", "HEAD", check=False) == branch
 
 
 def push(root: Path) -> bool:
