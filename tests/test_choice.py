@@ -237,6 +237,14 @@ def test_every_case_can_be_forced_on_every_evidence(case: str) -> None:
         assert (decision.case, decision.forced) == (case, ("choose.case",))
 
 
+@pytest.mark.parametrize("case", [c.name for c in CASES])
+@pytest.mark.parametrize("evidence", PLANTED)
+def test_the_reason_of_a_forced_case_draws_no_conclusion_that_the_evidence_does_not(evidence: str, case: str) -> None:
+    """What follows the "so" is what would have been chosen; what was done is said behind it, with who forced it."""
+    forced = decide(planted(PLANTED[evidence]), replace(RULE, case=case))
+    assert re.findall(r"so \d+ images of \d+ classes are (small|large) for", forced.reason) == [find(evidence).size]
+
+
 def test_a_forced_slice_makes_small_data_a_slicing_case_and_is_said_to_be_unused_elsewhere() -> None:
     assert decide(planted(SIMILAR_SMALL), replace(RULE, slice="tap1")).case == "small_different"
     large = decide(planted(DIFFERENT_LARGE), replace(RULE, slice="tap1"))

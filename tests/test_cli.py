@@ -643,6 +643,24 @@ def test_predict_takes_a_folder_as_all_files_below_it(call: Callable[..., Said],
     assert [line.split("  ")[0] for line in said.out.splitlines()] == [str(p) for p in (*images, images[0])]
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_predict_says_what_cannot_be_read_and_predicts_the_others(call: Callable[..., Said], registered: Path, form: list[str]) -> None:
+    folder = registered / "images" / "class1"
+    whole = sorted(folder.glob("*.png"))
+    before = call("predict", "workspace@v0", *form, *whole, "-w", registered)
+    (folder / "000-torn.png").write_bytes(whole[0].read_bytes()[:300])
+    (folder / "notes.txt").write_text("no image")
+    said = call("predict", "workspace@v0", *form, folder, folder / "gone.png", "-w", registered)
+    assert said.out == before.out
+    assert said.code == 2
+    torn, notes, gone, last = said.err.splitlines()[-4:]
+    assert torn.startswith(f"{folder / '000-torn.png'}: broken: ")
+    assert notes == f"{folder / 'notes.txt'}: not an image"
+    assert gone == f"{folder / 'gone.png'}: No such file or directory"
+    n = len(whole)
+    assert last.startswith(f"error: expected {n + 3} images, of which 3 cannot be read; the {n} others are predicted.")
+
+
 @pytest.mark.parametrize(
     ("model", "image", "says"),
     [

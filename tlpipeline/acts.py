@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tlpipeline import gate, git, lock, registry, stages, versioning
-from tlpipeline.errors import WorkspaceError
+from tlpipeline.errors import DataError, WorkspaceError
 from tlpipeline.progress import Event, Progress
 from tlpipeline.workspaces import TRACKED, name_of
 
@@ -339,10 +339,13 @@ def evaluation_markdown(root: Path) -> str:
 # --- predicting -----------------------------------------------------------------------------------------------------------------------
 
 
-def predicted(root: Path, model: str, images: Sequence[Path]) -> list[Any]:
-    """Return what a model (a folder, name@v1, name#prod) says of image files and of all files below folders.
+def predicted(root: Path, model: str, images: Sequence[Path]) -> tuple[list[Any], dict[Path, str]]:
+    """Return what a model (a folder, name@v1, name#prod) says of image files and of all files below folders, and why of which it says nothing.
 
     In a workspace that can be written its cache is used.
+
+    Raises:
+        DataError: none of them can be read. RegistryError: there is no such model.
     """
     from tlpipeline import predict
 
@@ -352,4 +355,11 @@ def predicted(root: Path, model: str, images: Sequence[Path]) -> list[Any]:
     with TemporaryDirectory() as elsewhere:
         folder = predict.find(model, root, None if writable else Path(elsewhere))
         with stages.store(root) if cached else nullcontext() as kept:
-            return predict.predict(folder, images, kept)
+            try:
+                return predict.predict(folder, images, kept), {}
+            except DataError:
+                # Only now is it worth decoding all of them once more; what was computed until then is in the cache.
+                images, left = predict.readable(images)
+                if not images or not left:
+                    raise
+                return predict.predict(folder, images, kept), left

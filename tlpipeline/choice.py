@@ -74,7 +74,7 @@ def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = 
         no_race="" if race else weighed.no_race,
         saved_parameters=round(1 - kept.parameters / max(profile.parameters, 1), 4),
         saved_ops=round(1 - kept.forward_ops / max(profile.forward_ops, 1), 4),
-        reason=reason(profile, weighed, case, test, head, sliced, race)
+        reason=reason(profile, weighed, large, case, test, head, sliced, race)
         + remark
         + ("." if not forced else f" (forced by {' and '.join(forced)})."),
         changes=changes(profile, weighed, case, test, large, race),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tlpipeline.errors import PipelineError
+from tlpipeline.errors import DataError, PipelineError
 from tlpipeline.files import denied, full, starved
 from tlpipeline.progress import Event
 
@@ -225,18 +225,25 @@ def predict(
     json: Annotated[bool, typer.Option("--json", help="All probabilities, as JSON.")] = False,
     workspace: Workspace = Path(),
 ) -> None:
-    """Print class and probability of images."""
+    """Print class and probability of images; of files that cannot be read it is said why, and the exit code is 2."""
     from tlpipeline import acts
 
-    found = acts.predicted(workspace, model, images)
+    found, left = acts.predicted(workspace, model, images)
     if json:
         import dataclasses
         from json import dumps
 
         print(dumps([dataclasses.asdict(p) for p in found], indent=2))
-        return
-    for prediction in found:
-        print(f"{prediction.path}  {prediction.label}  {prediction.probability:.4f}")
+    else:
+        for prediction in found:
+            print(f"{prediction.path}  {prediction.label}  {prediction.probability:.4f}")
+    if left:
+        for path, why in left.items():
+            _say(f"{path}: {why}")
+        raise DataError(
+            f"expected {len(found) + len(left)} images, of which {len(left)} cannot be read; the {len(found)} others are predicted. "
+            "Replace those files or leave them out."
+        )
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------
@@ -471,6 +478,10 @@ def _table(header: tuple[str, ...], rows: Any) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console = Console(width=160)
+    with console.capture() as written:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in written.get().splitlines()))  # a column's padding is nothing to other programs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tlpipeline import model, registry
+from tlpipeline import decoding, model, registry
 from tlpipeline.cache import Store
 from tlpipeline.dataset import Row
 from tlpipeline.errors import DataError
@@ -51,6 +51,19 @@ def pictures(paths: Sequence[Path]) -> list[Path]:
             raise DataError(f"expected images in {path}, found an empty folder. Name image files, or a folder that holds some.")
         found += below
     return found
+
+
+def readable(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """Return the images among these files, and of each other file in words why it cannot be used."""
+    left = {}
+    for path in paths:
+        try:
+            found = decoding.inspect(path.read_bytes())
+        except OSError as error:
+            found = error.strerror or str(error)
+        if isinstance(found, str):
+            left[path] = found
+    return [path for path in paths if path not in left], left
 
 
 def predict(folder: Path, images: Sequence[Path], store: Store | None = None) -> list[Prediction]:

@@ -2,13 +2,19 @@
 
 import dataclasses
 
-from tlpipeline.cases import LARGE, SMALL, Case, Race
+from tlpipeline.cases import SMALL, Case, Race
 from tlpipeline.profile import Profile, SliceTest
 from tlpipeline.weighing import LENIENCE, TEXTBOOK, Weighed, has_signal, turning_point, weak_labels
 
 
-def reason(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None) -> str:
-    """Return the decision in one sentence with its numbers, without its full stop."""
+def reason(
+    profile: Profile, weighed: Weighed, large: bool, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None
+) -> str:
+    """Return the decision in one sentence with its numbers, without its full stop.
+
+    Args:
+        large: what the evidence says; a forced case may be one for data of the other size.
+    """
     rule, seen = weighed.rule, weighed.prediction
     frozen = profile.head(weighed.head)
     if rule.rule == TEXTBOOK:
@@ -19,7 +25,7 @@ def reason(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, head
             f"a head on frozen features reaches {frozen.accuracy:.1%} ({' + '.join(frozen.taps)}), fine-tuning is expected to win "
             f"{seen.gain * 100:+.1f} points ({seen.low * 100:+.1f} to {seen.high * 100:+.1f}), "
             f"{'' if has_signal(weighed.evidence) else 'as it would be for noise, '}so {profile.images} images of {profile.classes} "
-            f"classes are {'large' if case.size == LARGE else 'small'} for a network of {_count(profile.parameters)} parameters "
+            f"classes are {'large' if large else 'small'} for a network of {_count(profile.parameters)} parameters "
             f"(P(large) {chance:.2f})"
         )
     earlier = test.best_earlier
