@@ -296,7 +296,7 @@ def job_of(options: argparse.Namespace, method: str, manifest: Manifest, images:
     """Return the job of a method."""
     index = {label: i for i, label in enumerate(manifest.classes)}
     sides = {side: [(r.path, r.md5, index[r.label]) for r in manifest.used(side)] for side in (TRAIN, VAL, TEST)}
-    weights = str((options.weights / NETWORKS["squeezenet"].weights).resolve())
+    weights = str(options.weights / NETWORKS["squeezenet"].weights)
     tutorial = options.verb == TUTORIAL
     epochs = TUTORIAL_EPOCHS if tutorial else Recipe(epochs_at_500=USUAL["epochs_at_500"]).epochs(len(sides[TRAIN]))
     case = "small_similar" if tutorial else "auto"
@@ -469,8 +469,8 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=(METHODS, TUTORIAL, "report"))
-    parser.add_argument("--data", type=lambda text: Path(text).resolve(), default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
-    parser.add_argument("--weights", type=lambda text: Path(text).resolve(), default=DATA, help="folder of the weights file")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
+    parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights file")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tlpipeline-regret", help="where archives are unpacked")
     parser.add_argument("--images", type=int, default=500, help="training and validation images")
@@ -483,6 +483,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="run what has a row, too")
     options = parser.parse_args()
+    options.data, options.weights = options.data.resolve(), options.weights.resolve()  # jobs take paths from a workspace of their own
     options.work.mkdir(parents=True, exist_ok=True)
     if options.verb == METHODS:
         if FASTAI in options.methods:

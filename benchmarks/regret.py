@@ -498,8 +498,8 @@ def above(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("collect", "profile", "rates", "above", "fit", "report"))
-    parser.add_argument("--data", type=lambda text: Path(text).resolve(), default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
-    parser.add_argument("--weights", type=lambda text: Path(text).resolve(), default=DATA, help="folder of the weights files")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of <name>/ or <name>.tar.gz data sets")
+    parser.add_argument("--weights", type=Path, default=DATA, help="folder of the weights files")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tlpipeline-regret", help="where archives are unpacked")
     parser.add_argument("--grid", choices=GRIDS, default="core")

@@ -780,8 +780,8 @@ VERBS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=list(VERBS))
-    parser.add_argument("--data", type=lambda text: Path(text).resolve(), default=regret.DATA)
-    parser.add_argument("--weights", type=lambda text: Path(text).resolve(), default=regret.DATA)
+    parser.add_argument("--data", type=Path, default=regret.DATA)
+    parser.add_argument("--weights", type=Path, default=regret.DATA)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tlpipeline-regret")
     parser.add_argument("--images", type=int, default=2000, help="training and validation images")
     parser.add_argument("--sizes", type=int, nargs="+", default=(1000, 10_000, 100_000), help="of `memory`")
@@ -791,6 +791,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="of `busy`: seconds after which a fit is ended")
     parser.add_argument("--only", nargs="*", default=())
     options = parser.parse_args()
+    options.data, options.weights = options.data.resolve(), options.weights.resolve()  # jobs take paths from a workspace of their own
     options.work.mkdir(parents=True, exist_ok=True)
     if options.verb not in ("peak", "fits"):
         print(f"{torch.get_num_threads()} threads")

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tlpipeline import gate, git, lock, registry, stages, versioning
-from tlpipeline.errors import DataError, WorkspaceError
+from tlpipeline.errors import WorkspaceError
 from tlpipeline.progress import Event, Progress
 from tlpipeline.workspaces import TRACKED, name_of
 
@@ -355,11 +355,4 @@ def predicted(root: Path, model: str, images: Sequence[Path]) -> tuple[list[Any]
     with TemporaryDirectory() as elsewhere:
         folder = predict.find(model, root, None if writable else Path(elsewhere))
         with stages.store(root) if cached else nullcontext() as kept:
-            try:
-                return predict.predict(folder, images, kept), {}
-            except DataError:
-                # Only now is it worth decoding all of them once more; what was computed until then is in the cache.
-                images, left = predict.readable(images)
-                if not images or not left:
-                    raise
-                return predict.predict(folder, images, kept), left
+            return predict.predict_readable(folder, images, kept)

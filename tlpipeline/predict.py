@@ -53,19 +53,6 @@ def pictures(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def readable(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
-    """Return the images among these files, and of each other file in words why it cannot be used."""
-    left = {}
-    for path in paths:
-        try:
-            found = decoding.inspect(path.read_bytes())
-        except OSError as error:
-            found = error.strerror or str(error)
-        if isinstance(found, str):
-            left[path] = found
-    return [path for path in paths if path not in left], left
-
-
 def predict(folder: Path, images: Sequence[Path], store: Store | None = None) -> list[Prediction]:
     """Predict image files.
 
@@ -87,6 +74,32 @@ def predict(folder: Path, images: Sequence[Path], store: Store | None = None) ->
         )
         for path, row in zip(images, chances, strict=True)
     ]
+
+
+def predict_readable(folder: Path, images: Sequence[Path], store: Store | None = None) -> tuple[list[Prediction], dict[Path, str]]:
+    """Predict the files that are images, and say of each other one in words why it is none; the arguments are those of `predict`.
+
+    Raises:
+        DataError: none of them can be read. RegistryError: there is no model in the folder.
+    """
+    try:
+        return predict(folder, images, store), {}
+    except DataError:
+        # Only now is it worth decoding all of them once more; what was computed until then is in the store.
+        left = {path: why for path in images if (why := _unreadable(path))}
+        images = [path for path in images if path not in left]
+        if not images or not left:
+            raise
+        return predict(folder, images, store), left
+
+
+def _unreadable(path: Path) -> str:
+    """Return in words why a file cannot be used, "" if it can."""
+    try:
+        found = decoding.inspect(path.read_bytes())
+    except OSError as error:
+        return error.strerror or str(error)
+    return found if isinstance(found, str) else ""
 
 
 def _row(path: Path) -> Row:
