@@ -39,19 +39,21 @@ HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
 sys.path[:0] = [str(TESTS), str(HERE)]
 
-from architectures import BATCH, CLASSES, Trained, check, decide, described, inputs, only_read, outline, paint_images, smallest, undrawn  # noqa: E402
-from grid import append, rewrite, rows_of  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from architectures import BATCH, CLASSES, Trained, check, decide, described, inputs, only_read, outline, paint_images, smallest, undrawn
+from grid import append, rewrite, rows_of
+from safetensors.torch import load_file
 
-from tlpipeline import backbones, dataset, model, splits  # noqa: E402
-from tlpipeline.cases import CASES, Case, Decision  # noqa: E402
-from tlpipeline.checkpoint import MODEL, STATE  # noqa: E402
-from tlpipeline.cutting import Backbone, Tap  # noqa: E402
-from tlpipeline.files import write_tensors  # noqa: E402
-from tlpipeline.heads import score  # noqa: E402
-from tlpipeline.inputs import Images  # noqa: E402
-from tlpipeline.job import Job  # noqa: E402
-from tlpipeline.shift import random_reference  # noqa: E402
+from tlpipeline.backbones import catalogue, classifier
+from tlpipeline.backbones.taps import Backbone, Tap
+from tlpipeline.choice.cases import CASES, Case
+from tlpipeline.choice.decision import Decision
+from tlpipeline.data import dataset, splits
+from tlpipeline.data.loader import Images
+from tlpipeline.files import write_tensors
+from tlpipeline.profiling.shift import random_reference
+from tlpipeline.training.checkpoint import MODEL, STATE
+from tlpipeline.training.config import Job
+from tlpipeline.training.heads import score
 
 RESULTS = HERE / "results"
 START = "start.safetensors"
@@ -205,7 +207,7 @@ def write_start(plan: Plan, manifest: Path, path: Path) -> None:
 
     In a deep network without them hardly anything of an image arrives at the last tap, and no gradient at the first.
     """
-    fresh = backbones.load(plan.name, backbones.NONE, size=plan.size)
+    fresh = catalogue.load(plan.name, catalogue.NONE, size=plan.size)
     images = Images(manifest.parent / "images", dataset.read_manifest(manifest).used(splits.TRAIN), fresh.transforms.at(plan.size))
     write_tensors(random_reference(fresh, [inputs(images)], seed=0).module.state_dict(), path)
 
@@ -283,7 +285,7 @@ def checked(plan: Plan, manifest: Path, place: Path) -> None:
         return
     start = load_file(place / START)
     with undrawn():
-        backbone = backbones.load(plan.name, START, md5=md5(place / START), root=place, size=plan.size)
+        backbone = catalogue.load(plan.name, START, md5=md5(place / START), root=place, size=plan.size)
     listed = dataset.read_manifest(manifest)
     transforms = backbone.transforms.at(plan.size)
     shown, val = (Images(manifest.parent / "images", listed.used(side), transforms) for side in (splits.TEST, splits.VAL))
@@ -298,8 +300,8 @@ def checked(plan: Plan, manifest: Path, place: Path) -> None:
             exported_again(finished / MODEL, place / "again")
             if decision.freeze != "kept":
                 with undrawn():
-                    reloaded, _ = model.load(finished / MODEL)
-                validation = model.probabilities(reloaded, val, torch.device("cpu"), lambda done: None)
+                    reloaded, _ = classifier.load(finished / MODEL)
+                validation = classifier.probabilities(reloaded, val, torch.device("cpu"), lambda done: None)
                 history = json.loads((finished / "history.json").read_text())
                 same_as_in_training(history, validation, [CLASSES.index(row.label) for row in val.rows], decision.recipe.solve_again)
         except Exception as error:  # whatever a network does wrong is a row
@@ -310,8 +312,8 @@ def checked(plan: Plan, manifest: Path, place: Path) -> None:
 def exported_again(folder: Path, again: Path) -> None:
     """Check that a reloaded model is saved as the same bytes."""
     with undrawn():
-        model.save(*model.load(folder), again)
-    same = all((folder / name).read_bytes() == (again / name).read_bytes() for name in (model.WEIGHTS, model.DESCRIPTION))
+        classifier.save(*classifier.load(folder), again)
+    same = all((folder / name).read_bytes() == (again / name).read_bytes() for name in (classifier.WEIGHTS, classifier.DESCRIPTION))
     shutil.rmtree(again)
     assert same, "a reloaded model is saved otherwise"
 

@@ -36,21 +36,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import regret
 
-from tlpipeline import backbones, cases, cutting, dataset, decoding, train
-from tlpipeline.augment import augmentation
-from tlpipeline.cache import Store
-from tlpipeline.checkpoint import Checkpoints
-from tlpipeline.dataset import Manifest
-from tlpipeline.features import pooled, step
-from tlpipeline.finetune import Deadline, Fit, Sides
-from tlpipeline.inputs import Images, in_batches, normalise
-from tlpipeline.job import Job, Teller
-from tlpipeline.model import Classifier
-from tlpipeline.optimise import optimiser
+from tlpipeline.backbones import catalogue, taps
+from tlpipeline.backbones.classifier import Classifier
+from tlpipeline.backbones.features import pooled, step
+from tlpipeline.backbones.precision import computes_in_bfloat16, on_tensor_cores, reads_in_bfloat16
+from tlpipeline.choice import cases
+from tlpipeline.choice.decision import Decision
+from tlpipeline.data import dataset, decoding
+from tlpipeline.data.augment import augmentation
+from tlpipeline.data.cache import Store
+from tlpipeline.data.dataset import Manifest
+from tlpipeline.data.loader import Images, in_batches, normalise
+from tlpipeline.data.splits import TRAIN, VAL
+from tlpipeline.data.transforms import Transforms
 from tlpipeline.params import AUTO
-from tlpipeline.precision import computes_in_bfloat16, on_tensor_cores, reads_in_bfloat16
-from tlpipeline.splits import TRAIN, VAL
-from tlpipeline.workers import Alone
+from tlpipeline.training import train
+from tlpipeline.training.checkpoint import Checkpoints
+from tlpipeline.training.config import Job, Teller
+from tlpipeline.training.distributed import Alone
+from tlpipeline.training.optim import optimiser
+from tlpipeline.training.trainer import Deadline, Fit, Sides
 
 TARGET = 0.9
 CLASSES, SIDE = 10, 256
@@ -86,22 +91,22 @@ class Bench:
         return reads_in_bfloat16(self.device, AUTO) if self.frozen else computes_in_bfloat16(self.device)
 
     @cached_property
-    def decision(self) -> cases.Decision:
+    def decision(self) -> Decision:
         """Nothing is cut; fine-tuning starts from a head of zeros and keeps it, so that no pass for a solved one is among its own."""
-        decided = regret.uncut(cases.find(self.case), cutting.describe(self.backbone, self.size)[-1], self.size)
+        decided = regret.uncut(cases.find(self.case), taps.describe(self.backbone, self.size)[-1], self.size)
         return decided if self.frozen else replace(decided, init="plain", recipe=replace(decided.recipe, solve_again=False))
 
     @cached_property
-    def backbone(self) -> cutting.Backbone:
-        return backbones.load(self.name, backbones.NONE, size=self.size)
+    def backbone(self) -> taps.Backbone:
+        return catalogue.load(self.name, catalogue.NONE, size=self.size)
 
     @cached_property
-    def transforms(self) -> cutting.Transforms:
+    def transforms(self) -> Transforms:
         return self.backbone.transforms.at(self.size)
 
     def model(self) -> Classifier:
         # It shares its tensors with its backbone: each model has its own.
-        return Classifier(backbones.load(self.name, backbones.NONE, size=self.size), self.decision.readings, CLASSES, self.frozen).to(
+        return Classifier(catalogue.load(self.name, catalogue.NONE, size=self.size), self.decision.readings, CLASSES, self.frozen).to(
             self.device
         )
 
@@ -110,7 +115,7 @@ class Bench:
         dataset.write_manifest(self.manifest, place / "manifest.parquet", place / "quarantine.csv")
         return Job(
             workspace=str(place), images=str(self.images), manifest=str(place / "manifest.parquet"), backbone=self.name,
-            weights=backbones.NONE, weights_md5=backbones.NONE, decision=self.decision.to_json(), seed=0, epochs=EPOCHS,
+            weights=catalogue.NONE, weights_md5=catalogue.NONE, decision=self.decision.to_json(), seed=0, epochs=EPOCHS,
             batch_size=self.batch, flip=True, precision="auto", history=str(place / "history.jsonl"),
             cache=str((place if self.frozen else self.work) / "cache"), cache_bytes=1e11,
         )  # fmt: skip
@@ -141,7 +146,7 @@ def on_device(bench: Bench, batch: int) -> list[Tensor]:
 def bare_training(bench: Bench) -> float:
     """Forward, backward and the optimiser's step; nothing waits for the device before the end."""
     model, recipe, kind = bench.model(), bench.decision.recipe, bench.backbone.normalisation
-    blocks = [[f"trunk.{name}" for name in block] for block in cutting.blocks(bench.backbone, bench.decision.slice)]
+    blocks = [[f"trunk.{name}" for name in block] for block in taps.blocks(bench.backbone, bench.decision.slice)]
     moving = optimiser(model, recipe, kind, 1e-4, blocks if recipe.layer_decay(kind) != 1 else (), fused=bench.device.type == "cuda")
     inputs = on_device(bench, bench.batch)
     labels = torch.arange(bench.batch, device=bench.device) % CLASSES
@@ -222,12 +227,12 @@ def product(bench: Bench, on_ray: bool) -> tuple[float, float, float]:
         place = Path(made)
         job, started = bench.job(place), time.perf_counter()
         if on_ray:
-            from tlpipeline import distributed
             from tlpipeline.params import ClusterParams
             from tlpipeline.progress import silent
+            from tlpipeline.training import ray_train
 
             cluster = ClusterParams(workers=1, gpu=bench.device.type == "cuda", max_failures=0, storage="none")
-            finished = distributed.run(job, cluster, "gpu", place / "runs", silent)
+            finished = ray_train.run(job, cluster, "gpu", place / "runs", silent)
         else:
             (place / "scratch").mkdir()
             alone = train.run(job, Alone(place / "kept", bench.device), place / "scratch")
@@ -338,9 +343,9 @@ def main() -> None:
                 if options.only in (None, what):
                     measure(Bench(device, name, case, options.size, batch, place / "images", manifest, place), options)
     if options.ray:
-        from tlpipeline import distributed
+        from tlpipeline.training import ray_train
 
-        distributed.shutdown()
+        ray_train.shutdown()
 
 
 if __name__ == "__main__":

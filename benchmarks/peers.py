@@ -60,10 +60,10 @@ from PIL import Image
 from regret import folders, pool, sizes, split
 from torch import Tensor, nn
 
-from tlpipeline.cases import Recipe
-from tlpipeline.dataset import Manifest
-from tlpipeline.probes import pack, unpack
-from tlpipeline.splits import TEST, TRAIN, VAL
+from tlpipeline.data.dataset import Manifest
+from tlpipeline.data.splits import TEST, TRAIN, VAL
+from tlpipeline.stats import pack, unpack
+from tlpipeline.training.recipe import Recipe
 
 HERE = Path(__file__).resolve().parent
 PEERS = "peers.csv"
@@ -122,8 +122,10 @@ def ours(job: Job) -> Answer:
     # The stages import these when they first need them.
     for name in ("dvc.repo", "scipy.linalg", "sklearn.linear_model", "torchvision.models"):
         importlib.import_module(name)
-    from tlpipeline import dataset, evaluate, splits, stages, workspaces
+    from tlpipeline.data import dataset, splits
+    from tlpipeline.evaluation import metrics
     from tlpipeline.progress import silent
+    from tlpipeline.workspace import create, stages
 
     imported = cpu_seconds()
     sides = {TRAIN: job.train, VAL: job.val, TEST: job.test}
@@ -135,7 +137,7 @@ def ours(job: Job) -> Answer:
             copied = images / job.classes[label] / f"{md5}{Path(path).suffix}"
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(job.images) / path, copied)
-        workspaces.init(root, images, "squeezenet1_0", job.weights, None, silent)
+        create.init(root, images, "squeezenet1_0", job.weights, None, silent)
         settings = {"size": job.size, "seed": job.seed, "flip": str(job.flip).lower(), "case": job.case, "workers": 0, "gpu": "false"}
         for key, value in settings.items():
             change(root, key, str(value))
@@ -153,12 +155,12 @@ def ours(job: Job) -> Answer:
             spent[f"{name}_s"] = cpu_seconds() - before
         wall = time.monotonic() - started
         stages.evaluate(root, silent)
-        said = evaluate.read_predictions(root / stages.PREDICTIONS)
+        said = metrics.read_predictions(root / stages.PREDICTIONS)
         right = dict(zip(said.md5, said.predicted == said.labels, strict=True))
         decision = stages.read_case(root)
         if decision.freeze == "kept":
             # Once more, as it would be without the features that the profile has left.
-            workspaces.clear_cache(root)
+            create.clear_cache(root)
             shutil.rmtree(root / stages.RUNS)
             before = cpu_seconds()
             stages.train(root, silent)

@@ -45,8 +45,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-import replay  # noqa: E402
-from grid import (  # noqa: E402
+import replay
+from grid import (
     ABOVE,
     ARMS,
     COLUMNS,
@@ -77,19 +77,27 @@ from grid import (  # noqa: E402
     rows_of,
 )
 
-from tlpipeline import backbones, cases, choice, cutting, dataset, outlook, params, profiling, splits, train, weighing  # noqa: E402
-from tlpipeline import model as models  # noqa: E402
-from tlpipeline.dataset import Manifest, Row  # noqa: E402
-from tlpipeline.features import extract, reading  # noqa: E402
-from tlpipeline.heads import solve_head  # noqa: E402
-from tlpipeline.inputs import Images  # noqa: E402
-from tlpipeline.job import Job  # noqa: E402
-from tlpipeline.probes import pack  # noqa: E402
-from tlpipeline.profile import slice_test  # noqa: E402
-from tlpipeline.progress import silent  # noqa: E402
-from tlpipeline.shift import FIRST_IMAGES  # noqa: E402
-from tlpipeline.splits import TEST, TRAIN, VAL  # noqa: E402
-from tlpipeline.workers import Alone  # noqa: E402
+from tlpipeline import params
+from tlpipeline.backbones import catalogue
+from tlpipeline.backbones import classifier as models
+from tlpipeline.backbones import taps as cutting
+from tlpipeline.backbones.features import extract, reading
+from tlpipeline.choice import cases, decide, policy, predictor
+from tlpipeline.choice.decision import Decision
+from tlpipeline.data import dataset, splits
+from tlpipeline.data.dataset import Manifest, Row
+from tlpipeline.data.loader import Images
+from tlpipeline.data.splits import TEST, TRAIN, VAL
+from tlpipeline.profiling import measure
+from tlpipeline.profiling.profile import slice_test
+from tlpipeline.profiling.shift import FIRST_IMAGES
+from tlpipeline.progress import silent
+from tlpipeline.stats import pack
+from tlpipeline.training import train
+from tlpipeline.training.config import Job
+from tlpipeline.training.distributed import Alone
+from tlpipeline.training.heads import solve_head
+from tlpipeline.training.recipe import Recipe
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------
 
@@ -171,9 +179,9 @@ def row_of(arm: str, similar: float) -> cases.Case:
     return cases.find("large_different" if arm == "scratch" or similar < 0.5 else "large_similar")
 
 
-def uncut(row: cases.Case, last: cutting.Tap, size: int) -> cases.Decision:
+def uncut(row: cases.Case, last: cutting.Tap, size: int) -> Decision:
     """Return a decision for this row, whatever the evidence, that keeps the whole network: its head reads the last tap."""
-    return cases.Decision(
+    return Decision(
         case=row.name, slice=last.name, head="last", readings=(reading(last),), size=size, freeze=row.freeze, init=row.init, recipe=row.recipe,
         prior=0.5, probabilities={}, similar=0.0, large=1.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
         saved_parameters=0.0, saved_ops=0.0, reason="", changes=(), warnings=(), forced=(),
@@ -218,8 +226,8 @@ def train_arm(
         fixed: share of the blocks, from the first on, that are not trained after all.
     """
     net = unit.network
-    weights, md5 = (backbones.NONE, backbones.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
-    backbone = backbones.load(net.name, weights, md5=md5, size=net.size, seed=unit.seed)
+    weights, md5 = (catalogue.NONE, catalogue.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
+    backbone = catalogue.load(net.name, weights, md5=md5, size=net.size, seed=unit.seed)
     taps = cutting.describe(backbone, net.size)
     row = row_of(arm, similar)
     kinds = ("rate_batch", "rate_batch_small", "rate_layer", "rate_none")
@@ -230,7 +238,7 @@ def train_arm(
     decision = dataclasses.replace(uncut(row, taps[-1], net.size), init=init)
     if row.recipe.solve_again:
         look = dataclasses.replace(params.load(HERE.parent / "params.yaml").profile, tangent=False, shift=False)
-        seen = profiling.measure(backbone, folder, manifest, net.size, look, lambda profile: False, silent, torch.device("cpu"))
+        seen = measure.measure(backbone, folder, manifest, net.size, look, lambda profile: False, silent, torch.device("cpu"))
         decision = dataclasses.replace(decision, readings=seen.head_at(taps[-1].name))
     with tempfile.TemporaryDirectory(prefix="regret-") as place:
         here = Path(place)
@@ -272,14 +280,14 @@ def frozen_arms(
     With 500 images the head at every earlier tap is trained as well (arm `at`), for the regret of the slice point.
     """
     net = unit.network
-    backbone = backbones.load(net.name, str(data / net.weights), md5=net.md5, size=net.size, seed=unit.seed)
+    backbone = catalogue.load(net.name, str(data / net.weights), md5=net.md5, size=net.size, seed=unit.seed)
     rule = params.load(HERE.parent / "params.yaml")
     started = cpu_seconds()
-    profile = profiling.measure(
-        backbone, folder, manifest, net.size, rule.profile, lambda seen: choice.undecided(seen, rule.choose), silent, torch.device("cpu")
+    profile = measure.measure(
+        backbone, folder, manifest, net.size, rule.profile, lambda seen: decide.undecided(seen, rule.choose), silent, torch.device("cpu")
     )
     profiled = cpu_seconds() - started
-    found = dataclasses.asdict(outlook.evidence(profile, slice_test(profile, rule.choose.gain / 100, rule.choose.draws)))
+    found = dataclasses.asdict(predictor.evidence(profile, slice_test(profile, rule.choose.gain / 100, rule.choose.draws)))
     # A gradient is a forward and a backward pass; BatchNorm's statistics layer by layer take a second pass of the first images.
     looked = profile.sampled + profile.held_out + (3 * profile.tangent.images if profile.tangent else 0)
     looked += min(FIRST_IMAGES, profile.sampled) if profile.shift else 0
@@ -314,7 +322,7 @@ def frozen_arms(
         started = cpu_seconds()
         x = {side: torch.cat([features[side][name] for name in names], dim=1) for side in sides}
         blocks = [b for name in names for b in readings[name].blocks]
-        classes, imbalance = len(manifest.classes), cases.Recipe().imbalance
+        classes, imbalance = len(manifest.classes), Recipe().imbalance
         weight, bias, penalty = solve_head(x[TRAIN], labels[TRAIN], blocks, classes, imbalance, unit.seed)
         right = (x[VAL] @ weight.T + bias).argmax(1).numpy() == labels[VAL]
         # As in training: judged on validation, then solved once more with it.
@@ -505,7 +513,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=GRIDS, default="core")
     parser.add_argument("--arms", nargs="+", choices=TRAINED, default=TRAINED)
     parser.add_argument("--only", nargs="*", default=(), help="only units whose data/backbone/n/seed has one of these in it")
-    parser.add_argument("--prefer", choices=weighing.LENIENCE, default="balanced", help="choose.prefer of the replayed product")
+    parser.add_argument("--prefer", choices=policy.LENIENCE, default="balanced", help="choose.prefer of the replayed product")
     parser.add_argument("--units", action="store_true", help="print a line for each unit, too")
     options = parser.parse_args()
     options.data, options.weights = options.data.resolve(), options.weights.resolve()  # jobs take paths from a workspace of their own

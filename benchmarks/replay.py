@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from grid import ARMS, GRIDS, LEFT_OUT, MORE, SEED, UNITS, Unit, rank, rows_of
 
-from tlpipeline import fitting, outlook, weighing
-from tlpipeline.fitting import Observed
-from tlpipeline.outlook import Evidence, Outlook
+from research import fitting
+from research.fitting import Observed
+from tlpipeline.choice import policy, predictor
+from tlpipeline.choice.predictor import Evidence, Outlook
 from tlpipeline.params import ChooseParams
-from tlpipeline.probes import unpack, wilson
+from tlpipeline.stats import unpack, wilson
 
 RIVALS = ("frozen", "cut", "tuned", "scratch")
 HEADS = {"last": "frozen", "cut": "cut", "multi": "multi"}
@@ -146,7 +147,7 @@ class Chosen:
 
 def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     """Choose as the product does: the profile, the prediction, and where it is open the race."""
-    weighed = weighing.Weighed(one.evidence, rule, model)
+    weighed = policy.Weighed(one.evidence, rule, model)
     frozen = HEADS[weighed.head]
     before = float(one.looked)
     if weighed.no_race:
@@ -157,10 +158,10 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
     before += one.cost(frozen)
     spent = one.profiled + one.seconds(frozen)
     solved = int(row["train"]) + images
-    for part, epoch in enumerate(weighing.look_epochs(epochs), weighing.LOOKS - len(weighing.look_epochs(epochs))):
+    for part, epoch in enumerate(policy.look_epochs(epochs), policy.LOOKS - len(policy.look_epochs(epochs))):
         bits = [unpack(text, images)[one.judges] for text in (one.arms[frozen]["bits"], row["looks"].split()[part])]
-        seen = weighing.look(weighed, part, epoch, epochs, *bits)
-        winner, _ = weighing.verdict(weighed, part, seen)
+        seen = policy.look(weighed, part, epoch, epochs, *bits)
+        winner, _ = policy.verdict(weighed, part, seen)
         if winner == "tuned":
             return Chosen("tuned", before + one.cost("tuned"), spent + one.seconds("tuned"), model.settled(seen.safe), raced=True)
         if winner == "frozen":
@@ -171,7 +172,7 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
 
 def observed(one: Measured, rule: ChooseParams, heads: dict[str, Any]) -> Observed:
     """Return a row of the fit."""
-    weighed = weighing.Weighed(one.evidence, rule, dataclasses.replace(outlook.NEUTRAL, heads=heads))
+    weighed = policy.Weighed(one.evidence, rule, dataclasses.replace(predictor.NEUTRAL, heads=heads))
     frozen = HEADS[weighed.head]
     row = one.arms["tuned"]
     looks = [float(unpack(bits, len(one.judges)).mean()) for bits in row["looks"].split()] if len(one.judges) else []
@@ -213,7 +214,7 @@ def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: floa
     As the package's own they are fitted at the balanced tolerance, whatever the user prefers.
     """
     rule = dataclasses.replace(rule, prefer="balanced")
-    shipped, core = outlook.fitted(), core_of(units)
+    shipped, core = predictor.fitted(), core_of(units)
     return {
         name: shipped if name not in shipped.data else fitted_on([one for one in core if one.unit.data != name], rule, penalty)
         for name in sorted({one.unit.data for one in units})
@@ -222,7 +223,7 @@ def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: floa
 
 def fitted_on(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> Outlook:
     """Fit in two steps: first which frozen head would be trained, then how far fine-tuning lies above it."""
-    heads = fitting.fit_heads([observed(one, rule, outlook.NEUTRAL.heads) for one in units])
+    heads = fitting.fit_heads([observed(one, rule, predictor.NEUTRAL.heads) for one in units])
     return fitting.fit([observed(one, rule, heads) for one in units], penalty, rule.tolerance / 100)
 
 
@@ -254,7 +255,7 @@ def baselines(tuned: str, rule: ChooseParams, models: dict[str, Outlook]) -> dic
     """Return the rules that fine-tune some units or all, with this arm (lpft or tuned) for that."""
 
     def best(one: Measured) -> str:
-        return HEADS[weighing.Weighed(one.evidence, rule, models[one.unit.data]).head]
+        return HEADS[policy.Weighed(one.evidence, rule, models[one.unit.data]).head]
 
     def headroom(one: Measured) -> Chosen:
         most = max(one.evidence.last, one.evidence.cut, one.evidence.multi)
@@ -414,8 +415,8 @@ def fit(results: Path, rule: ChooseParams) -> None:
     """Refit the model that comes with the package on the core grid, and write it as readable data."""
     units = core_of(measured(results))
     model = fitted_on(units, rule, PENALTY)
-    outlook.FITTED.write_text(json.dumps(model.to_json(), indent=2) + "\n", encoding="utf-8")
-    print(f"{len(units)} units of {len(model.data)} data sets: {outlook.FITTED.name}")
+    predictor.FITTED.write_text(json.dumps(model.to_json(), indent=2) + "\n", encoding="utf-8")
+    print(f"{len(units)} units of {len(model.data)} data sets: {predictor.FITTED.name}")
     for name, value in model.coefficients.items():
         print(f"  {value:+.3f}  {name}")
     print(
@@ -426,7 +427,7 @@ def fit(results: Path, rule: ChooseParams) -> None:
 def dominated(units: Sequence[Measured], found: dict[str, Figures], rule: ChooseParams, models: dict[str, Outlook]) -> dict[str, list[str]]:
     """Return for each baseline the settings of choose.prefer and choose.effort that lose less, by both bounds, and cost less."""
     settings = {}
-    for prefer in weighing.LENIENCE:
+    for prefer in policy.LENIENCE:
         for effort in ("auto", "quick"):
             own = dataclasses.replace(rule, prefer=prefer, effort=effort)
             chosen = [product(models[one.unit.data], own, one) for one in units]

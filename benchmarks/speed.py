@@ -40,29 +40,36 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
-import regret  # noqa: E402
+import regret
 
-from tlpipeline import backbones, cases, cutting, dataset, finetune, params, precision, profiling, train  # noqa: E402
-from tlpipeline.augment import augmentation  # noqa: E402
-from tlpipeline.cache import SHARD_ROWS, Store  # noqa: E402
-from tlpipeline.dataset import Manifest, Row  # noqa: E402
-from tlpipeline.features import STEP  # noqa: E402
-from tlpipeline.heads import IN_MEMORY_BYTES, solve_head  # noqa: E402
-from tlpipeline.inputs import Images, in_batches, normalise, prepare  # noqa: E402
-from tlpipeline.job import Job  # noqa: E402
-from tlpipeline.model import Classifier, reader_of  # noqa: E402
-from tlpipeline.profile import Profile  # noqa: E402
-from tlpipeline.progress import silent  # noqa: E402
-from tlpipeline.splits import TEST, TRAIN, VAL  # noqa: E402
-from tlpipeline.workers import Alone  # noqa: E402
+from tlpipeline import params
+from tlpipeline.backbones import catalogue, precision, taps
+from tlpipeline.backbones.classifier import Classifier, reader_of
+from tlpipeline.backbones.features import STEP
+from tlpipeline.choice import cases
+from tlpipeline.choice.decision import Decision
+from tlpipeline.data import dataset
+from tlpipeline.data.augment import augmentation
+from tlpipeline.data.cache import SHARD_ROWS, Store
+from tlpipeline.data.dataset import Manifest, Row
+from tlpipeline.data.loader import Images, in_batches, normalise, prepare
+from tlpipeline.data.splits import TEST, TRAIN, VAL
+from tlpipeline.profiling import measure
+from tlpipeline.profiling.profile import Profile
+from tlpipeline.progress import silent
+from tlpipeline.training import train, trainer
+from tlpipeline.training.config import Job
+from tlpipeline.training.distributed import Alone
+from tlpipeline.training.heads import IN_MEMORY_BYTES, solve_head
+from tlpipeline.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 NET = regret.NETWORKS["squeezenet"]
 
 
-def load(options: argparse.Namespace) -> cutting.Backbone:
+def load(options: argparse.Namespace) -> taps.Backbone:
     net = regret.NETWORKS[options.network]
-    return backbones.load(net.name, str(options.weights / net.weights), md5=net.md5, size=net.size)
+    return catalogue.load(net.name, str(options.weights / net.weights), md5=net.md5, size=net.size)
 
 
 def listed(options: argparse.Namespace, name: str, n: int) -> tuple[Path, Manifest]:
@@ -72,11 +79,11 @@ def listed(options: argparse.Namespace, name: str, n: int) -> tuple[Path, Manife
     return folder, regret.split(rows, n, n, 0)
 
 
-def decision(backbone: cutting.Backbone, case: str, size: int) -> cases.Decision:
-    return regret.uncut(cases.find(case), cutting.describe(backbone, size)[-1], size)
+def decision(backbone: taps.Backbone, case: str, size: int) -> Decision:
+    return regret.uncut(cases.find(case), taps.describe(backbone, size)[-1], size)
 
 
-def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: cases.Decision, **changes: object) -> Job:
+def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: Decision, **changes: object) -> Job:
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
     values: dict[str, object] = {
         "workspace": str(place), "images": str(folder), "manifest": str(place / "manifest.parquet"), "backbone": NET.name,
@@ -123,7 +130,7 @@ def cache(options: argparse.Namespace) -> None:
     rows = manifest.used(TRAIN, VAL)
     backbone = load(options)
     decided = decision(backbone, "small_similar", options.size)
-    network = cutting.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
+    network = taps.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
     images = Images(folder, rows, backbone.transforms.at(options.size))
     few = {row.md5 for row in rows[:: max(len(rows) // (len(rows) // 100), 1)]}
     before = replace(manifest, rows=tuple(r for r in manifest.rows if r.md5 not in few))
@@ -182,7 +189,7 @@ def peak(work: Callable[[], object]) -> float:
 def one_peak(options: argparse.Namespace) -> None:
     """Measure in a process of its own: memory that was once taken is seldom given back."""
     folder, n, least, kind = Path(options.only[0]), options.only[1], options.only[2], options.only[3]
-    backbone = backbones.load("demonstration", "DEFAULT")
+    backbone = catalogue.load("demonstration", "DEFAULT")
     decided = decision(backbone, "small_similar", 32)
     dataset.read_manifest(folder.parent / f"{least}.parquet")  # what reading needs once is no part of a manifest
     before = own_memory()
@@ -191,7 +198,7 @@ def one_peak(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="speed-") as made:
         place = Path(made)
         if kind == "bare":
-            network = cutting.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
+            network = taps.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
             rows = manifest.used(TRAIN, VAL)
             # A shard's worth at a time: all at once it would decode all images ahead of the network, and keep them.
             parts = [Images(folder, [rows[i] for i in part], backbone.transforms) for part in in_batches(len(rows), SHARD_ROWS)]
@@ -220,7 +227,7 @@ def memory(options: argparse.Namespace) -> None:
         for n in options.sizes:
             part = replace(whole, rows=tuple(r for r in whole.rows if int(Path(r.path).stem) < n))
             dataset.write_manifest(part, place / f"{n}.parquet", place / "left.csv")
-    width = sum(decision(backbones.load("demonstration", "DEFAULT"), "small_similar", 32).readings[0].blocks)
+    width = sum(decision(catalogue.load("demonstration", "DEFAULT"), "small_similar", 32).readings[0].blocks)
     print(
         f"MB of own memory at its peak, what is mapped from files not counted; the manifest as far as it is larger than that of {least} images; "
         f"median of {options.times}"
@@ -251,7 +258,7 @@ def solvers(options: argparse.Namespace) -> None:
     asked = params.load(HERE.parent / "params.yaml").profile
     backbone, looked = load(options), [0.0]
 
-    look = profiling.sequential
+    look = measure.sequential
 
     def timed(*given: Any) -> Any:
         before = regret.cpu_seconds()
@@ -259,7 +266,7 @@ def solvers(options: argparse.Namespace) -> None:
         looked[0] += regret.cpu_seconds() - before
         return answer
 
-    profiling.sequential = timed  # BatchNorm's second look is a pass that is never kept
+    measure.sequential = timed  # BatchNorm's second look is a pass that is never kept
     print(f"CPU s at {options.size} pixels, the sample doubled as long as the product would at most; median of {options.times}")
     print("data          sample  passes  solvers  share")
     for name in options.only or ("caltech24", "eurosat", "pacs_sketch", "flowers", "neu_steel"):
@@ -271,7 +278,7 @@ def solvers(options: argparse.Namespace) -> None:
 
                 def profile(place: Path = Path(made), seen: list[Profile] = seen) -> None:
                     given = (backbone, folder, manifest, options.size, asked, lambda _: True, silent, CPU)  # noqa: B023
-                    seen.append(profiling.measure(*given, store=Store(place)))
+                    seen.append(measure.measure(*given, store=Store(place)))
 
                 cold, _ = spent(profile)
                 looked[0] = 0.0
@@ -285,7 +292,7 @@ LOOP_EPOCHS = 4
 
 
 def bare_loop(
-    model: Classifier, images: Images, labels: np.ndarray, val: Images, val_labels: np.ndarray, recipe: cases.Recipe, half: bool
+    model: Classifier, images: Images, labels: np.ndarray, val: Images, val_labels: np.ndarray, recipe: Recipe, half: bool
 ) -> float:
     """A plain torch loop over the same loader: no checkpoints, no progress, no schedule, no workers. Return the accuracy of its last epoch."""
     moving = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
@@ -321,14 +328,14 @@ def loop(options: argparse.Namespace) -> None:
     half = precision.computes_in_bfloat16(CPU)
     seconds: dict[str, list[tuple[float, float]]] = {"bare loop": [], "product": []}
     loaders: list[tuple[Images, Images]] = []
-    plain_arm, plain_images = finetune.Fit.arm, finetune.Fit._images
+    plain_arm, plain_images = trainer.Fit.arm, trainer.Fit._images
 
-    def arm(self: finetune.Fit, *args: object) -> None:
+    def arm(self: trainer.Fit, *args: object) -> None:
         loaders.append(plain_images(self, LOOP_EPOCHS))  # what is not decoded yet is decoded here, for both
         seconds["product"].append(spent(lambda: plain_arm(self, *args)))  # type: ignore[arg-type]
 
-    finetune.Fit.arm = arm  # type: ignore[method-assign, assignment]
-    finetune.Fit._images = lambda self, epochs: loaders[-1]  # type: ignore[method-assign]
+    trainer.Fit.arm = arm  # type: ignore[method-assign, assignment]
+    trainer.Fit._images = lambda self, epochs: loaders[-1]  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(prefix="speed-") as kept:
 
         def product() -> None:
@@ -433,7 +440,7 @@ def stamped(loop: Callable[[dict[str, object]], object], log: str) -> Callable[[
         import importlib
 
         stamp(log, "loop")
-        from tlpipeline import distributed, finetune, workers
+        from tlpipeline.training import distributed, ray_train, trainer
 
         # What the loop itself would import a little later.
         for name in ("pyarrow.parquet", "safetensors.torch", "torchvision.models", "torch._dynamo"):
@@ -463,7 +470,7 @@ def stamped(loop: Callable[[dict[str, object]], object], log: str) -> Callable[[
 
             return step
 
-        places = ((distributed._RayWorld, "report", reporting), (workers.Alone, "report", reporting), (finetune.Fit, "_step", stepping))
+        places = ((ray_train._RayWorld, "report", reporting), (distributed.Alone, "report", reporting), (trainer.Fit, "_step", stepping))
         before = [getattr(kind, name) for kind, name, _ in places]
         for (kind, name, wrap), plain in zip(places, before, strict=True):
             setattr(kind, name, wrap(plain))
@@ -553,9 +560,9 @@ def seconds_of(log: str, begun: float, done: float) -> dict[str, float]:
 
 def fits(options: argparse.Namespace) -> None:
     """Start Ray, train twice with it and twice without in turns (or once as --only says), stop Ray; print the seconds of each stage."""
-    from tlpipeline import distributed
     from tlpipeline.params import ClusterParams
     from tlpipeline.progress import silent
+    from tlpipeline.training import ray_train
 
     folder, manifest = listed(options, "caltech24", 100)
     decided = decision(load(options), "large_similar", NET.size)
@@ -563,7 +570,7 @@ def fits(options: argparse.Namespace) -> None:
     import ray.train.torch
 
     imported = time.perf_counter()
-    distributed.runtime(2)
+    ray_train.runtime(2)
     told: dict[str, object] = {"import": imported - started, "runtime": time.perf_counter() - imported}
     plain = ray.train.torch.TorchTrainer
     clusters = {kind: ClusterParams(workers=n, gpu=False, max_failures=0, storage="none") for kind, n in (("alone", 0), ("Ray", 2))}
@@ -575,13 +582,13 @@ def fits(options: argparse.Namespace) -> None:
                 begun = time.time()
                 if kind == "Ray":
                     ray.train.torch.TorchTrainer = stamped_trainer(log)
-                    distributed.run(ours, clusters[kind], turn, place / "runs", silent)
+                    ray_train.run(ours, clusters[kind], turn, place / "runs", silent)
                     ray.train.torch.TorchTrainer = plain
                 else:
-                    stamped(lambda _: distributed.run(ours, clusters[kind], turn, place / "runs", silent), log)({})  # noqa: B023
+                    stamped(lambda _: ray_train.run(ours, clusters[kind], turn, place / "runs", silent), log)({})  # noqa: B023
                 told[f"{kind}, {turn}"] = seconds_of(log, begun, time.time())
     stopping = time.perf_counter()
-    distributed.shutdown()
+    ray_train.shutdown()
     told["shutdown"] = time.perf_counter() - stopping
     print(json.dumps(told))
 
@@ -684,7 +691,7 @@ TESTED: dict[str, Store] = {}
 
 def accuracy(model_folder: Path, folder: Path, manifest: Manifest, options: argparse.Namespace) -> float:
     """Return test accuracy; the frozen features of the test side are kept from one call to the next."""
-    from tlpipeline import model as models
+    from tlpipeline.backbones import classifier as models
 
     model, description = models.load(model_folder)
     test = manifest.used(TEST)
@@ -733,7 +740,7 @@ def precisions(options: argparse.Namespace) -> None:
     }
     print(f"training images per CPU second, batches of 16 images of {options.size} pixels, median of {options.times}")
     for name in names:
-        net = backbones.load(name, backbones.NONE, size=options.size).module.to(memory_format=torch.channels_last).train()
+        net = catalogue.load(name, catalogue.NONE, size=options.size).module.to(memory_format=torch.channels_last).train()
         inputs = torch.randn(16, 3, options.size, options.size).to(memory_format=torch.channels_last)
 
         def step(around: AbstractContextManager[object]) -> None:

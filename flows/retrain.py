@@ -5,13 +5,13 @@ from pathlib import Path
 
 import httpx
 from prefect import flow, get_client
-from prefect.events import Event
+from prefect.events import Event, Resource
 from prefect.runtime import flow_run
 
-from tasks import pipeline
-from tlpipeline.acts import Summary
 from tlpipeline.errors import WorkspaceError
-from tlpipeline.workspaces import alone
+from tlpipeline.tasks import pipeline
+from tlpipeline.workspace.create import alone
+from tlpipeline.workspace.release import Summary
 
 UPDATED = "tlpipeline.data.updated"
 
@@ -71,7 +71,9 @@ def announce(name: str, data_hash: str, images: int) -> None:
     Raises:
         WorkspaceError: the server cannot be reached, or refuses.
     """
-    event = Event(event=UPDATED, resource={"prefect.resource.id": f"tlpipeline.data.{name}"}, payload={"hash": data_hash, "images": images})
+    event = Event(
+        event=UPDATED, resource=Resource({"prefect.resource.id": f"tlpipeline.data.{name}"}), payload={"hash": data_hash, "images": images}
+    )
     with get_client(sync_client=True) as client:
         try:
             client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()

@@ -8,9 +8,9 @@ from uuid import UUID
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
-from tlpipeline import acts, stages, workspaces
 from tlpipeline.errors import Unreachable
 from tlpipeline.progress import Event, Progress, silent
+from tlpipeline.workspace import create, release, stages
 
 # Whoever starts a flow in this process may listen: the command line sets its progress bar here.
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
@@ -39,7 +39,9 @@ class _Bar:
     def show(self, percent: int, text: str) -> None:
         """Set the bar."""
         if self.id is None:
-            self.id = create_progress_artifact(progress=float(percent), key=self.key, description=text)
+            artifact = create_progress_artifact(progress=float(percent), key=self.key, description=text)
+            assert isinstance(artifact, UUID)  # a coroutine only where the caller is one
+            self.id = artifact
         elif (percent, text) != self.shown:
             update_progress_artifact(self.id, progress=float(percent), description=text)
         self.shown = (percent, text)
@@ -67,8 +69,8 @@ def _broken(task, run, state) -> bool:  # type: ignore[no-untyped-def]
 def version(workspace: Path, images: Path | None) -> str:
     """Version the images as they are now; return the hash of the data set."""
     if images is not None:
-        workspaces.take_over(workspace, images)
-    digest, remarks = workspaces.commit_data(workspace)
+        create.take_over(workspace, images)
+    digest, remarks = create.commit_data(workspace)
     for remark in remarks:
         listener.get()(Event("version", 1, 1, remark))
     return digest
@@ -87,7 +89,7 @@ def choose(workspace: Path) -> str:
     ran = stages.bring_up_to_date(workspace, "choose", race)
     if race.id is not None:  # a decision without a race needs no bar
         race.end(ran)
-    create_markdown_artifact(acts.decision_markdown(workspace), key="decision", description="Which case, and why")
+    create_markdown_artifact(release.decision_markdown(workspace), key="decision", description="Which case, and why")
     return str(stages.read_case(workspace).case)
 
 
@@ -101,7 +103,7 @@ def train(workspace: Path, case: str) -> bool:
 def evaluate(workspace: Path) -> float:
     """Measure the model on the test side; return its accuracy."""
     _follow(workspace, "evaluate", "evaluate")
-    create_markdown_artifact(acts.evaluation_markdown(workspace), key="evaluation", description="Metrics on the held-out test side")
+    create_markdown_artifact(release.evaluation_markdown(workspace), key="evaluation", description="Metrics on the held-out test side")
     return float(stages.read_json(workspace, stages.METRICS)["accuracy"])
 
 
@@ -109,19 +111,19 @@ def evaluate(workspace: Path) -> float:
 def gate(workspace: Path) -> object:
     """Compare with the champion on the same test images; return the verdict, or nothing for a model that is registered already."""
     with stages.timed(workspace, "gate"):
-        return acts.judge(workspace, listener.get())
+        return release.judge(workspace, listener.get())
 
 
 @task(task_run_name="register", retries=2, retry_delay_seconds=10, retry_condition_fn=_broken)
-def register(workspace: Path, verdict: object) -> acts.Registration:
+def register(workspace: Path, verdict: object) -> release.Registration:
     """Register the model where the gate accepted it."""
     with stages.timed(workspace, "register"):
-        return acts.register(workspace, verdict)  # type: ignore[arg-type]
+        return release.register(workspace, verdict)  # type: ignore[arg-type]
 
 
 @task(task_run_name="report")
-def report(workspace: Path, registration: acts.Registration) -> acts.Summary:
+def report(workspace: Path, registration: release.Registration) -> release.Summary:
     """Write report.html; return what the run ended with."""
     with stages.timed(workspace, "report"):
-        path = acts.write_report(workspace, registration)
-    return acts.summary(workspace, registration, path)
+        path = release.write_report(workspace, registration)
+    return release.summary(workspace, registration, path)

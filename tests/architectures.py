@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 from test_cases import decision_for
 from torch import Tensor, nn
 
-from tlpipeline import backbones, cutting, dataset, model
-from tlpipeline.cases import CASES, Case, Decision
-from tlpipeline.cutting import Backbone, Tap
-from tlpipeline.features import pool, reading
-from tlpipeline.inputs import Images, normalise
-from tlpipeline.model import Classifier, Description, probabilities
+from tlpipeline.backbones import catalogue, classifier
+from tlpipeline.backbones import taps as cutting
+from tlpipeline.backbones.classifier import Classifier, Description, probabilities
+from tlpipeline.backbones.features import pool, reading
+from tlpipeline.backbones.taps import Backbone, Tap
+from tlpipeline.choice.cases import CASES, Case
+from tlpipeline.choice.decision import Decision
+from tlpipeline.data import dataset
+from tlpipeline.data.loader import Images, normalise
 
 # One batch, four images for each of two workers; a single validation image cannot outvote fine-tuning.
 CLASSES = ("class0", "class1")
@@ -34,9 +37,9 @@ def outline(name: str, size: int | None = None) -> Backbone:
     """Return a network of the catalogue without memory behind its tensors, for PyTorch's meta device: nothing is drawn or computed."""
     try:
         with torch.device("meta"):
-            return backbones.load(name, backbones.NONE, size=size)
+            return catalogue.load(name, catalogue.NONE, size=size)
     except NotImplementedError:  # PyTorch's: regnet computes its widths with tensors, which the meta device cannot
-        backbone = backbones.load(name, backbones.NONE, size=size)
+        backbone = catalogue.load(name, catalogue.NONE, size=size)
         backbone.module.to("meta")
         return backbone
 
@@ -104,7 +107,7 @@ def step(
     optimiser = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01, weight_decay=5e-4)
     nn.functional.cross_entropy(net(inputs(images)), torch.tensor(labels)).backward()
     optimiser.step()
-    model.save(net, Description(backbone.name, decision.slice, decision.readings, CLASSES, images.transforms), folder)
+    classifier.save(net, Description(backbone.name, decision.slice, decision.readings, CLASSES, images.transforms), folder)
     return Trained(start, net.state_dict(), folder, probabilities(net, shown, torch.device("cpu"), lambda done: None))
 
 
@@ -138,7 +141,7 @@ def check(backbone: Backbone, decision: Decision, trained: Trained, images: Imag
     """
     trunk = cutting.cut(backbone, [r.tap for r in decision.readings])
     kept, whole = trunk.state_dict().keys(), backbone.module.state_dict().keys()
-    stored = load_file(trained.folder / model.WEIGHTS)
+    stored = load_file(trained.folder / classifier.WEIGHTS)
     found = {key.removeprefix("trunk.") for key in stored if key.startswith("trunk.")}
     assert found == kept, f"stored are not the tensors of the cut: {sorted(found ^ kept)[:3]}"
     assert found < whole, "nothing was cut off"
@@ -156,7 +159,7 @@ def check(backbone: Backbone, decision: Decision, trained: Trained, images: Imag
         assert len(still) <= len(parameters) / 10, f"{len(still)} of {len(parameters)} parameters did not move: {still[:3]}"
     assert bool(stored["head.weight"].any()), "the head was not trained"
     with undrawn():
-        loaded, description = model.load(trained.folder)
+        loaded, description = classifier.load(trained.folder)
     assert (description.cut, description.readings) == (decision.slice, decision.readings), "the description is of another cut"
     chances = probabilities(loaded, images, torch.device("cpu"), lambda done: None)
     assert chances.shape == (len(images), len(CLASSES)), f"predictions have the shape {tuple(chances.shape)}"

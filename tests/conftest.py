@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlpipeline import dataset, splits
-from tlpipeline.dataset import Row
+from tlpipeline.data import dataset, splits
+from tlpipeline.data.dataset import Row
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -40,7 +40,7 @@ def real_data() -> Path:
 @pytest.fixture(autouse=True)
 def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are written whenever they could be, however long an epoch and a write take on the machine that runs the tests."""
-    monkeypatch.setattr("tlpipeline.checkpoint.SHARE", 1.0)
+    monkeypatch.setattr("tlpipeline.training.checkpoint.SHARE", 1.0)
 
 
 def paint(label: int, index: int, size: int = 32) -> Image.Image:
@@ -77,7 +77,7 @@ def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded sample as a folder of images; read only."""
-    from tlpipeline.dataset import write_digits
+    from tlpipeline.data.dataset import write_digits
 
     folder = tmp_path_factory.mktemp("digits") / "images"
     write_digits(folder)
@@ -96,7 +96,7 @@ def set_param(workspace: Path, key: str, value: str) -> None:
 
 @pytest.fixture(scope="session")
 def _blank_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tlpipeline import workspaces
+    from tlpipeline.workspace import create
 
     folder = tmp_path_factory.mktemp("blank")
     images = folder / "pictures"
@@ -104,7 +104,7 @@ def _blank_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (images / f"class{label}").mkdir(parents=True)
         for index in range(24):
             paint(label, index).save(images / f"class{label}" / f"{index:03d}.png")
-    workspaces.init(folder / "workspace", images, "demonstration", "DEFAULT", None)
+    create.init(folder / "workspace", images, "demonstration", "DEFAULT", None)
     set_param(folder / "workspace", "cluster.workers", "0")
     set_param(folder / "workspace", "cluster.gpu", "false")  # bits are compared
     return folder / "workspace"
@@ -120,14 +120,14 @@ def workspace(_blank_workspace: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def _registered_workspace(_blank_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tlpipeline import acts, stages
     from tlpipeline.progress import silent
+    from tlpipeline.workspace import release, stages
 
     folder = tmp_path_factory.mktemp("registered") / "workspace"
     shutil.copytree(_blank_workspace, folder, symlinks=True)
     for name in stages.STAGES:
         stages.bring_up_to_date(folder, name, silent)
-    assert acts.register(folder, acts.judge(folder, silent)).new
+    assert release.register(folder, release.judge(folder, silent)).new
     return folder
 
 
@@ -151,8 +151,8 @@ def prefect_server() -> Iterator[None]:
 @pytest.fixture
 def job(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
     """Makes training jobs on three painted classes, ninety images."""
-    from tlpipeline import dataset
-    from tlpipeline.job import Job
+    from tlpipeline.data import dataset
+    from tlpipeline.training.config import Job
 
     folder = make_images(classes=3, each=30)
     manifest = dataset.ingest(folder, {}, lambda done, total: None)

@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from synchronised import synchronised
 
-from tlpipeline import checkpoint, features, finetune
-from tlpipeline.features import Reader
-from tlpipeline.inputs import Images
-from tlpipeline.job import Job
-from tlpipeline.train import run
-from tlpipeline.workers import Alone
+from tlpipeline.backbones import features
+from tlpipeline.backbones.features import Reader
+from tlpipeline.data.loader import Images
+from tlpipeline.training import checkpoint, trainer
+from tlpipeline.training.config import Job
+from tlpipeline.training.distributed import Alone
+from tlpipeline.training.train import run
 
 
 class Interrupted(Exception):
@@ -69,7 +70,7 @@ def attempt(item: Mapping[str, Any], rank: int = 0) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     with (
         patch.object(checkpoint, "SHARE", 1.0),  # whenever there could be one
-        patch.object(finetune, "CHECKPOINT_IMAGES", item.get("checkpoint_images", finetune.CHECKPOINT_IMAGES)),
+        patch.object(trainer, "CHECKPOINT_IMAGES", item.get("checkpoint_images", trainer.CHECKPOINT_IMAGES)),
         breaking_off(item.get("break_off", 0)),
         synchronised() if item.get("synchronised") else nullcontext(),
         suppress(Interrupted),

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tlpipeline.finetune import Fit
+from tlpipeline.training.trainer import Fit
 
 OVER = (0, 2, 3)
 

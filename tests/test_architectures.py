@@ -23,20 +23,21 @@ from test_train import in_group
 from torch import Tensor
 from torchvision import models
 
-from tlpipeline import dataset, train
-from tlpipeline.backbones import FAMILIES, load
-from tlpipeline.cases import CASES, Case
-from tlpipeline.cutting import Backbone, Tap, cut, describe, input_size
+from tlpipeline.backbones.catalogue import FAMILIES, load
+from tlpipeline.backbones.classifier import load as load_model
+from tlpipeline.backbones.classifier import probabilities
+from tlpipeline.backbones.features import reading
+from tlpipeline.backbones.taps import Backbone, Tap, cut, describe, input_size
+from tlpipeline.choice.cases import CASES, Case
+from tlpipeline.data import dataset
+from tlpipeline.data.loader import Images
 from tlpipeline.errors import BackboneError
-from tlpipeline.features import reading
 from tlpipeline.files import write_tensors
-from tlpipeline.heads import score
-from tlpipeline.inputs import Images
-from tlpipeline.job import Job
-from tlpipeline.model import load as load_model
-from tlpipeline.model import probabilities
-from tlpipeline.shift import random_reference
-from tlpipeline.workers import Alone
+from tlpipeline.profiling.shift import random_reference
+from tlpipeline.training import train
+from tlpipeline.training.config import Job
+from tlpipeline.training.distributed import Alone
+from tlpipeline.training.heads import score
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = (

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import SqueezeNet1_0_Weights, WeightsEnum
 
-from tlpipeline import backbones
-from tlpipeline.backbones import Demonstration, check_name, load
-from tlpipeline.cutting import Backbone, cut, describe
-from tlpipeline.decoding import decode
+from tlpipeline.backbones import catalogue
+from tlpipeline.backbones.catalogue import Demonstration, check_name, load
+from tlpipeline.backbones.taps import Backbone, cut, describe
+from tlpipeline.data.decoding import decode
+from tlpipeline.data.loader import normalise, prepare
 from tlpipeline.errors import BackboneError
-from tlpipeline.inputs import normalise, prepare
 
 
 def images(net: Backbone) -> Tensor:
@@ -359,7 +359,7 @@ def test_a_demonstration_network_of_one_s_own_may_know_other_classes(tmp_path: P
 
 
 def test_the_demonstration_weights_are_small_and_good() -> None:
-    folder = Path(backbones.__file__).with_name("weights")
+    folder = Path(catalogue.__file__).with_name("weights")
     card = json.loads((folder / "demonstration.json").read_text())
     assert card["test_accuracy"] >= 0.75
     assert card["test_interval_95"][0] < card["test_accuracy"] < card["test_interval_95"][1]

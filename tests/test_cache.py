@@ -24,16 +24,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tlpipeline import backbones, cache, cutting, dataset, profiling, splits, stages
-from tlpipeline.cache import Column, Store, Table
-from tlpipeline.cutting import Backbone
-from tlpipeline.dataset import Row
+from tlpipeline.backbones import catalogue
+from tlpipeline.backbones import taps as cutting
+from tlpipeline.backbones.classifier import DESCRIPTION, Classifier, Description, load, probabilities, save
+from tlpipeline.backbones.features import Reader, extract
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.taps import Backbone
+from tlpipeline.data import cache, dataset, splits
+from tlpipeline.data.cache import Column, Store, Table
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.loader import Images, prepared, squeezed
 from tlpipeline.errors import DataError
-from tlpipeline.features import Reader, Reading, extract
-from tlpipeline.inputs import Images, prepared, squeezed
-from tlpipeline.model import DESCRIPTION, Classifier, Description, load, probabilities, save
 from tlpipeline.params import ProfileParams
+from tlpipeline.profiling import measure
 from tlpipeline.progress import silent
+from tlpipeline.workspace import stages
 
 CPU = torch.device("cpu")
 FIRST, LAST = Reading("conv1", 32, (1, 2)), Reading("fc2", 128, (1,))
@@ -77,7 +82,7 @@ def steps(store: Store, net: Backbone, folder: Path, rows: list[Row], *readings:
 
 @pytest.fixture
 def net() -> Backbone:
-    return backbones.load("demonstration", "DEFAULT")
+    return catalogue.load("demonstration", "DEFAULT")
 
 
 @pytest.fixture
@@ -129,9 +134,9 @@ def test_other_weights_taps_pyramids_sizes_and_views_are_computed_anew(
     assert steps(store, net, folder, rows, Reading("conv3", 128, (1, 2))) == 1
     assert steps(store, net, folder, rows, Reading("conv3", 128, (1,))) == 1
     assert steps(store, net, folder, rows, LAST, view="view 1") == 1
-    assert steps(store, backbones.load("demonstration", "none", seed=1), folder, rows, LAST) == 1
-    assert steps(store, backbones.load("demonstration", "none", seed=2), folder, rows, LAST) == 1
-    square = backbones.load("nets:resnet20", "none")
+    assert steps(store, catalogue.load("demonstration", "none", seed=1), folder, rows, LAST) == 1
+    assert steps(store, catalogue.load("demonstration", "none", seed=2), folder, rows, LAST) == 1
+    square = catalogue.load("nets:resnet20", "none")
     taps = [Reading("layer1.0", 16, (1,))]
     counts = []
     for size in (32, 48, 32):
@@ -168,7 +173,7 @@ def test_shards_are_no_larger_than_their_bound_however_wide_a_row_is(
 ) -> None:
     """What is not written yet lies in memory."""
     folder, rows = listed
-    monkeypatch.setattr("tlpipeline.features.SHARD_BYTES", 32 * 4 * 128)
+    monkeypatch.setattr("tlpipeline.backbones.features.SHARD_BYTES", 32 * 4 * 128)
     assert steps(Store(tmp_path), net, folder, rows, LAST) == 10
     assert [kept.files for kept in cache.info(tmp_path)] == [5]  # of two steps each
 
@@ -203,7 +208,7 @@ def test_every_column_that_the_profile_keeps_is_known_by_the_decoder(
     folder = make_images(classes=2, each=16, name="profiled")
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
     look = ProfileParams(images=16, images_max=16, tangent=True, shift=True, affinity=False, reference="none", seed=0)
-    profiling.measure(net, folder, manifest, 32, look, lambda seen: False, silent, CPU)
+    measure.measure(net, folder, manifest, 32, look, lambda seen: False, silent, CPU)
     assert any("gradients" in label for label in labels)
     assert all(f"Pillow {PIL.__version__}" in key for key in labels.values())
 
@@ -249,7 +254,7 @@ def test_the_same_weights_in_a_block_that_is_set_up_otherwise_are_another_networ
 ) -> None:
     def known(**changes: Any) -> dict[str, str]:
         monkeypatch.setattr(sys.modules[__name__], "brought", lambda: Attending(**changes), raising=False)
-        return cutting.identities(backbones.load(f"{__name__}:brought", "none"), ["stem", "block"])
+        return cutting.identities(catalogue.load(f"{__name__}:brought", "none"), ["stem", "block"])
 
     assert known() == known()
     assert known(**other)["stem"] == known()["stem"]
@@ -273,7 +278,7 @@ def test_what_a_block_calls_in_its_file_and_what_it_inherits_is_part_of_its_code
             monkeypatch.delitem(sys.modules, name, raising=False)
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
         importlib.invalidate_caches()
-        found.append(cutting.identities(backbones.load("brought_net:Net", "none"), ["block"])["block"])
+        found.append(cutting.identities(catalogue.load("brought_net:Net", "none"), ["block"])["block"])
     assert found[0] == found[1]
     assert len(set(found)) == 3
 
@@ -364,7 +369,7 @@ def reader_after(tmp_path: Path, net: Backbone, folder: Path, rows: list[Row]) -
 def test_what_was_done_before_a_crash_is_kept(
     listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlpipeline.features.SHARD_ROWS", 32)
+    monkeypatch.setattr("tlpipeline.backbones.features.SHARD_ROWS", 32)
     folder, rows = listed
     asked = reader(Store(tmp_path / "cache"), net, LAST)
 
@@ -477,7 +482,7 @@ def test_shards_that_are_written_apart_are_the_same_and_their_errors_are_raised(
     """As on a GPU, on a CPU."""
     folder, rows = listed
     images = Images(folder, rows, net.transforms)
-    monkeypatch.setattr("tlpipeline.features.SHARD_ROWS", 32)
+    monkeypatch.setattr("tlpipeline.backbones.features.SHARD_ROWS", 32)
     threads: set[str] = set()
     plain = Reader._keep
 

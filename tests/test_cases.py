@@ -10,11 +10,13 @@ import pytest
 from test_choice import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from test_profile import planted
 
-from tlpipeline.cases import CASES, Case, Decision, Look, Race, Recipe, find, idle, override
-from tlpipeline.choice import choose
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.choice.cases import CASES, Case, find
+from tlpipeline.choice.decide import choose
+from tlpipeline.choice.decision import Decision, Look, Race, idle, override
 from tlpipeline.errors import ParamsError
-from tlpipeline.features import Reading
 from tlpipeline.params import load
+from tlpipeline.training.recipe import Recipe
 
 
 def decision_for(case: Case, readings: Sequence[Reading], size: int) -> Decision:

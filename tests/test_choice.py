@@ -14,14 +14,16 @@ from test_outlook import model
 from test_profile import exact, from_bits, planted, right
 from test_profiling import known  # noqa: F401  (known is a fixture)
 
-from tlpipeline import choice, outlook
-from tlpipeline.cases import CASES, Decision, Look, Race, find
-from tlpipeline.choice import undecided
+from tlpipeline.choice import decide as choice
+from tlpipeline.choice import predictor
+from tlpipeline.choice.cases import CASES, find
+from tlpipeline.choice.decide import undecided
+from tlpipeline.choice.decision import Decision, Look, Race
+from tlpipeline.choice.policy import weigh
+from tlpipeline.choice.predictor import Outlook, fitted
 from tlpipeline.errors import BackboneError, ParamsError
-from tlpipeline.outlook import Outlook, fitted
 from tlpipeline.params import ChooseParams, load
-from tlpipeline.profile import Profile, slice_test
-from tlpipeline.weighing import weigh
+from tlpipeline.profiling.profile import Profile, slice_test
 
 RULE = replace(
     load(Path(__file__).parent.parent / "params.yaml").choose,
@@ -83,7 +85,7 @@ def test_the_same_profile_gives_the_same_decision() -> None:
 
 def test_choose_decides_with_the_model_of_the_package() -> None:
     profile = planted(DIFFERENT_SMALL)
-    assert choice.choose(profile, RULE) == decide(profile, RULE, outlook.fitted())
+    assert choice.choose(profile, RULE) == decide(profile, RULE, predictor.fitted())
 
 
 def test_only_the_slicing_case_cuts() -> None:
@@ -286,7 +288,7 @@ def test_who_forces_the_worse_head_is_told_what_it_costs() -> None:
 
 def expected(gain: float) -> Outlook:
     """A model that expects fine-tuning to win this many points at a frozen accuracy of 80 %."""
-    return model(intercept=outlook.log_odds(0.8 + gain / 100, 1e6) - outlook.log_odds(0.8, 1e6), deviation=0.01)
+    return model(intercept=predictor.log_odds(0.8 + gain / 100, 1e6) - predictor.log_odds(0.8, 1e6), deviation=0.01)
 
 
 @pytest.mark.parametrize(

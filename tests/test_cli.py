@@ -18,8 +18,10 @@ import pytest
 import typer
 
 from tests.conftest import set_param
-from tlpipeline import cli, git, lock, stages
+from tlpipeline import cli
 from tlpipeline.errors import WorkspaceError
+from tlpipeline.versioning import git, lock
+from tlpipeline.workspace import stages
 
 HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
 VERBS = {
@@ -149,7 +151,7 @@ def test_a_mistake_is_one_message_on_stderr_and_exit_code_2() -> None:
 
 
 def test_a_bug_of_ours_is_no_message_but_a_traceback(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlpipeline import dataset
+    from tlpipeline.data import dataset
 
     def broken(_: Path) -> int:
         raise AssertionError("a broken promise")
@@ -160,7 +162,7 @@ def test_a_bug_of_ours_is_no_message_but_a_traceback(call: Callable[..., Said], 
 
 
 def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlpipeline import dataset
+    from tlpipeline.data import dataset
 
     def forbidden(_: Path) -> int:
         raise shutil.Error([("a", "b", "[Errno 13] Permission denied: 'a'")])
@@ -173,7 +175,7 @@ def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], monke
     "error", [MemoryError("of numpy"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 120000000000 bytes")]
 )
 def test_memory_that_is_missing_is_one_message(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    from tlpipeline import dataset
+    from tlpipeline.data import dataset
 
     def starving(_: Path) -> int:
         raise error
@@ -387,16 +389,16 @@ def test_run_refuses_what_is_no_workspace(call: Callable[..., Said], workspace: 
 
 
 def test_run_refuses_a_detached_head_where_it_would_push(call: Callable[..., Said], workspace: Path, tmp_path: Path) -> None:
-    from tlpipeline import workspaces
+    from tlpipeline.workspace import create
 
     git.run(workspace, "switch", "--quiet", "--detach")
-    workspaces.checked(workspace)  # nothing would be pushed
+    create.checked(workspace)  # nothing would be pushed
     git.run(workspace, "remote", "add", "origin", str(tmp_path / "origin.git"))
     message = refused(call("run", "-w", workspace))
     assert "expected a branch to push to origin, but the HEAD of" in message
     assert "`git switch main`" in message
     git.run(workspace, "switch", "--quiet", "-c", "mine")
-    workspaces.checked(workspace)
+    create.checked(workspace)
 
 
 def test_run_in_a_clone_says_where_its_images_are_when_the_remote_stayed_behind(
@@ -417,7 +419,7 @@ def test_run_in_a_clone_says_where_its_images_are_when_the_remote_stayed_behind(
 def test_run_in_a_clone_says_before_it_trains_that_its_origin_would_refuse_the_push(
     call: Callable[..., Said], workspace: Path, tmp_path: Path
 ) -> None:
-    from tlpipeline import workspaces
+    from tlpipeline.workspace import create
 
     clone = tmp_path / "clone"
     git.run(tmp_path, "clone", "--quiet", str(workspace), str(clone))
@@ -427,10 +429,10 @@ def test_run_in_a_clone_says_before_it_trains_that_its_origin_would_refuse_the_p
     assert "`git switch -c NAME`" in message
     assert "`git remote remove origin`" in message
     git.run(clone, "switch", "--quiet", "-c", "mine")
-    workspaces.checked(clone)
+    create.checked(clone)
     git.run(clone, "switch", "--quiet", "main")
     git.run(workspace, "config", "receive.denyCurrentBranch", "updateInstead")
-    workspaces.checked(clone)
+    create.checked(clone)
     git.run(clone, "remote", "set-url", "origin", f"file://{workspace}")
     git.run(workspace, "config", "receive.denyCurrentBranch", "refuse")
     with pytest.raises(WorkspaceError, match="somebody works on the same branch"):
@@ -459,14 +461,14 @@ def test_run_refuses_images_that_cannot_replace_the_workspace_s(
 
 
 def test_images_that_make_no_data_set_do_not_replace_the_workspace_s(workspace: Path, make_images: Callable[..., Path]) -> None:
-    from tlpipeline import workspaces
     from tlpipeline.errors import DataError
+    from tlpipeline.workspace import create
 
     before = sorted(workspace.rglob("images/*/*"))
     with pytest.raises(DataError, match="at least two classes"):
-        workspaces.take_over(workspace, make_images(1, 4))
+        create.take_over(workspace, make_images(1, 4))
     assert sorted(workspace.rglob("images/*/*")) == before
-    workspaces.take_over(workspace, make_images(2, 4))
+    create.take_over(workspace, make_images(2, 4))
     assert sorted(p.name for p in (workspace / "images").iterdir()) == ["class0", "class1"]
 
 
@@ -595,16 +597,16 @@ def test_a_server_that_does_not_answer_is_said(workspace: Path, words: list[str]
 
 
 def test_a_name_for_which_no_deployment_waits_is_said(workspace: Path) -> None:
-    from tlpipeline import workspaces
+    from tlpipeline.workspace import create
 
-    assert workspaces.unheard(workspace) == ""
+    assert create.unheard(workspace) == ""
     set_param(workspace, "data.name", "work")  # which "workspace" begins with
-    assert "waits for tlpipeline.data.work: data.name was another" in workspaces.unheard(workspace)
+    assert "waits for tlpipeline.data.work: data.name was another" in create.unheard(workspace)
     deployments = workspace / "prefect.yaml"
     deployments.write_text(deployments.read_text().replace("tlpipeline.data.workspace", "tlpipeline.data.*"))
-    assert workspaces.unheard(workspace) == ""
+    assert create.unheard(workspace) == ""
     deployments.unlink()
-    assert workspaces.unheard(workspace) == ""
+    assert create.unheard(workspace) == ""
 
 
 # --- predict --------------------------------------------------------------------------------------------------------------------------
@@ -814,12 +816,13 @@ def test_refstats_refuses(call: Callable[..., Said], workspace: Path, tmp_path: 
 def test_a_reference_of_another_size_is_refused(call: Callable[..., Said], workspace: Path, make_images: Callable[..., Path]) -> None:
     from dataclasses import replace
 
-    from tlpipeline import backbones, shift
+    from tlpipeline.backbones import catalogue
+    from tlpipeline.profiling import shift
 
     assert call("stage", "ingest", "--workspace", workspace).code == 0
     assert call("refstats", make_images(classes=2, each=4, name="source"), "--workspace", workspace).code == 0
     (written,) = (workspace / "weights").glob("*.refstats.json")
-    larger = replace(shift.read_reference(written, backbones.load("demonstration", "DEFAULT")), size=64)
+    larger = replace(shift.read_reference(written, catalogue.load("demonstration", "DEFAULT")), size=64)
     set_param(workspace, "profile.reference", f"weights/{shift.write_reference(larger, workspace / 'weights').name}")
     assert re.search(r"measured at 32 pixels, found 64.*refstats", refused(call("stage", "profile", "--workspace", workspace)))
 
@@ -864,7 +867,7 @@ def test_not_on_a_terminal_what_a_stage_said_last_stands_before_the_next_stage(c
     [(0, 0, "12 in 3 classes"), (1, 0, "1 exact copy not counted"), (2, 1, "2 exact copies not counted, 1 file left out (quarantine.csv)")],
 )
 def test_a_run_accounts_for_every_file(copies: int, rejected: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from tlpipeline.acts import Summary
+    from tlpipeline.workspace.release import Summary
 
     words = {"remarks": (), "case": "c", "reason": "r", "champion": "", "version": "", "new": False, "outcome": "o", "report": "p"}
     cli._print_summary(Summary(12, 3, copies, rejected, accuracy=1.0, low=0.9, high=1.0, seconds={}, **words))  # type: ignore[arg-type]
@@ -875,13 +878,13 @@ def test_dvc_draws_no_bars_of_its_own_between_ours() -> None:
     from dvc.progress import Tqdm
     from dvc_data.callbacks import Tqdm as OfData
 
-    from tlpipeline import versioning
+    from tlpipeline.versioning import dvc
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    versioning.quiet()
+    dvc.quiet()
     for bars in (Tqdm, OfData):
         with bars(total=3, file=Terminal()) as bar:
             assert bar.disable

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tlpipeline import backbones
-from tlpipeline.backbones import load
-from tlpipeline.cutting import Backbone, cut, describe, input_size, resolve_tap
+from tlpipeline.backbones import catalogue
+from tlpipeline.backbones.catalogue import load
+from tlpipeline.backbones.taps import Backbone, cut, describe, input_size, resolve_tap
 from tlpipeline.errors import BackboneError
 
 # A representative of each family: input side, kind of normalisation, taps.
@@ -80,7 +80,7 @@ def channels_first(value: Tensor, layout: str) -> Tensor:
 def test_taps_stand_where_blocks_end_in_the_order_in_which_they_run(net: Backbone) -> None:
     assert net.tap_names == tuple(FAMILIES[net.name][2].split())
     assert tuple(outputs(net, images(net))[0]) == net.tap_names
-    assert len(net.tap_names) <= backbones.MAX_TAPS
+    assert len(net.tap_names) <= catalogue.MAX_TAPS
 
 
 def test_what_is_read_at_the_taps_is_what_the_uncut_network_computes(net: Backbone) -> None:
@@ -162,7 +162,7 @@ def test_a_cut_shares_its_tensors_with_the_backbone() -> None:
 
 
 def test_threads_that_cut_at_once_leave_networks_as_they_were() -> None:
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     before = nn.Module.__call__, nn.Module.__getattr__
     with ThreadPoolExecutor(4) as pool:
         trunks = list(pool.map(lambda _: cut(net, ["conv1", "fc2"]), range(40)))

@@ -17,11 +17,11 @@ from conftest import paint
 from PIL import Image
 from test_decoding import encoded
 
-from tlpipeline import dataset, decoding
-from tlpipeline.dataset import Manifest, Row, ingest, read, read_manifest, write_manifest
-from tlpipeline.decoding import decode
+from tlpipeline.data import dataset, decoding
+from tlpipeline.data.dataset import Manifest, Row, ingest, read, read_manifest, write_manifest
+from tlpipeline.data.decoding import decode
+from tlpipeline.data.splits import TEST, TRAIN, VAL, side_of
 from tlpipeline.errors import DataChanged, DataError
-from tlpipeline.splits import TEST, TRAIN, VAL, side_of
 
 
 def md5(content: bytes) -> str:
@@ -502,7 +502,7 @@ def test_a_file_name_that_is_no_utf_8_is_refused(make_images: Callable[..., Path
 
 
 def test_an_image_that_may_not_be_read_is_refused_before_a_folder_is_taken_over(make_images: Callable[..., Path], monkeypatch: Any) -> None:
-    from tlpipeline import workspaces
+    from tlpipeline.workspace import create
 
     folder, honest = make_images(2, 3), Path.read_bytes
 
@@ -513,7 +513,7 @@ def test_an_image_that_may_not_be_read_is_refused_before_a_folder_is_taken_over(
 
     monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(DataError, match=r"expected to read the image .*001\.png, but: Permission denied\. Make it readable"):
-        workspaces._preview(folder)
+        create._preview(folder)
 
 
 def test_an_image_that_may_not_be_read_is_refused(make_images: Callable[..., Path], monkeypatch: Any) -> None:

@@ -12,10 +12,10 @@ import pytest
 from conftest import paint, run_python
 from PIL import Image
 
-from tlpipeline import decoding
-from tlpipeline.cutting import Transforms
-from tlpipeline.decoding import decode
-from tlpipeline.inputs import prepare
+from tlpipeline.data import decoding
+from tlpipeline.data.decoding import decode
+from tlpipeline.data.loader import prepare
+from tlpipeline.data.transforms import Transforms
 
 WHITE, RED, BLACK = [255, 255, 255], [255, 0, 0], [0, 0, 0]
 

@@ -25,14 +25,15 @@ from conftest import paint
 from safetensors.torch import load_file
 from test_train import decided
 
-from tlpipeline import dataset, distributed
-from tlpipeline.cases import CASES
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.choice.cases import CASES
+from tlpipeline.data import dataset
 from tlpipeline.errors import BackboneError, ClusterError, MemoryFull, TrainingError
-from tlpipeline.features import Reading
-from tlpipeline.job import Job
 from tlpipeline.params import ClusterParams
 from tlpipeline.progress import Event, silent
-from tlpipeline.workers import Alone
+from tlpipeline.training import ray_train
+from tlpipeline.training.config import Job
+from tlpipeline.training.distributed import Alone
 
 TWO = ClusterParams(workers=2, gpu=False, max_failures=2, storage="none")
 NICENESS = "RAY_worker_niceness"
@@ -44,9 +45,9 @@ def ray_runtime() -> Iterator[None]:
     """One local Ray runtime for the tests of this file."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two CPUs")
-    distributed.runtime(2)
+    ray_train.runtime(2)
     yield
-    distributed.shutdown()
+    ray_train.shutdown()
 
 
 # Without dropout, so that two workers draw what one draws.
@@ -85,7 +86,7 @@ def whole(ray_runtime: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     torn = place / "runs" / "whole" / "checkpoint_manager_snapshot.json"  # as a kill leaves it: a fit that reads it fails
     torn.parent.mkdir(parents=True)
     torn.write_text('{"checkpoint_results": [')
-    finished = distributed.run(made("whole"), TWO, "whole", place / "runs", lambda event: told.append(event.text))
+    finished = ray_train.run(made("whole"), TWO, "whole", place / "runs", lambda event: told.append(event.text))
     return Whole(finished, told, made)
 
 
@@ -105,23 +106,23 @@ def same(one: Path, other: Path) -> bool:
 def test_more_workers_than_cpus_fail_at_once(job: Callable[..., Job], tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"expected a CPU for each of 999 workers, found \d+\. Set cluster\.workers"):
-        distributed.run(job(decided(CASES[0])), replace(TWO, workers=999), "many", tmp_path / "runs", silent)
+        ray_train.run(job(decided(CASES[0])), replace(TWO, workers=999), "many", tmp_path / "runs", silent)
     assert time.monotonic() - started < 5
 
 
 def test_gpus_that_are_not_there_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ClusterError, match=r"expected a GPU .* found 0.*cluster\.gpu to false"):
-        distributed.preflight(replace(TWO, gpu=True))
+        ray_train.preflight(replace(TWO, gpu=True))
 
 
 def test_what_a_joined_cluster_has_is_not_judged_by_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
-    assert distributed.preflight(replace(TWO, workers=999)) is False
-    assert distributed.preflight(replace(TWO, workers=999, gpu=True)) is True
+    assert ray_train.preflight(replace(TWO, workers=999)) is False
+    assert ray_train.preflight(replace(TWO, workers=999, gpu=True)) is True
     with pytest.raises(ClusterError, match="expected a GPU for each of 1 workers, found 0"):
-        distributed.preflight(replace(HERE, gpu=True))  # who trains in this process has this machine alone
+        ray_train.preflight(replace(HERE, gpu=True))  # who trains in this process has this machine alone
 
 
 @pytest.mark.parametrize(("asked", "gpus", "found"), [("auto", 0, False), ("auto", 1, True), (False, 1, False), (True, 1, True)])
@@ -130,10 +131,10 @@ def test_gpus_are_used_where_there_are_some_unless_the_user_says_otherwise(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert distributed.preflight(replace(TWO, workers=1, gpu=asked)) is found
+    assert ray_train.preflight(replace(TWO, workers=1, gpu=asked)) is found
     if found:
         with pytest.raises(ClusterError, match=r"expected a GPU for each of 2 workers, found 1\. Set cluster\.workers to 1"):
-            distributed.preflight(replace(TWO, gpu=asked))
+            ray_train.preflight(replace(TWO, gpu=asked))
 
 
 @pytest.mark.parametrize(("asked", "gpus", "address", "found"), [
@@ -151,16 +152,16 @@ def test_a_joined_cluster_says_itself_whether_it_has_gpus(
     use_gpu = asked is True  # as preflight says on this machine, which has none
     if found is None:
         with pytest.raises(ClusterError, match="expected 2 GPUs in the Ray cluster, found 1"):
-            distributed._enough(replace(TWO, gpu=asked), use_gpu)
+            ray_train._enough(replace(TWO, gpu=asked), use_gpu)
     else:
-        assert distributed._enough(replace(TWO, gpu=asked), use_gpu) is found
+        assert ray_train._enough(replace(TWO, gpu=asked), use_gpu) is found
 
 
 @pytest.mark.parametrize(("content", "goes"), [('{"checkpoint_results": [', True), ('{"checkpoint_results": []}', False)])
 def test_a_torn_list_of_checkpoints_is_removed_with_what_it_lists(content: str, goes: bool, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint_manager_snapshot.json").write_text(content)
-    distributed._mend(tmp_path / "run")
+    ray_train._mend(tmp_path / "run")
     assert (tmp_path / "run").exists() is not goes
 
 
@@ -169,12 +170,12 @@ def test_a_full_disk_is_named_with_the_way_out() -> None:
         def __init__(self, why: BaseException) -> None:
             self.worker_failures = {0: why}
 
-    told = distributed._translated(Failed(RuntimeError("OSError: [Errno 28] No space left on device")), 1, "somewhere")
+    told = ray_train._translated(Failed(RuntimeError("OSError: [Errno 28] No space left on device")), 1, "somewhere")
     assert isinstance(told, ClusterError)
     assert re.search(r"expected room for checkpoints in somewhere, found none .*the run resumes from it", str(told))
-    quota = distributed._translated(Failed(RuntimeError("OSError: [Errno 122] Disk quota exceeded")), 1, "somewhere")
+    quota = ray_train._translated(Failed(RuntimeError("OSError: [Errno 122] Disk quota exceeded")), 1, "somewhere")
     assert "expected room for checkpoints in somewhere" in str(quota)
-    assert "failed more often than cluster.max_failures (1)" in str(distributed._translated(Failed(RuntimeError("else")), 1, "somewhere"))
+    assert "failed more often than cluster.max_failures (1)" in str(ray_train._translated(Failed(RuntimeError("else")), 1, "somewhere"))
 
 
 def test_an_error_of_ours_that_ray_wrapped_is_found_in_what_it_wrapped() -> None:
@@ -185,7 +186,7 @@ def test_an_error_of_ours_that_ray_wrapped_is_found_in_what_it_wrapped() -> None
     ours = BackboneError("expected weights")
     for wrapped in (RuntimeError("a"), RuntimeError("b")):
         setattr(wrapped, "__cause__" if str(wrapped) == "a" else "__context__", ours)
-        assert distributed._translated(Failed(wrapped), 1, "somewhere") is ours
+        assert ray_train._translated(Failed(wrapped), 1, "somewhere") is ours
 
 
 def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job], tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job],
         events.append(event)
         seen.add(mine.get())
 
-    finished = distributed.run(job(decided(CASES[0])), HERE, "here", tmp_path / "runs", told)
+    finished = ray_train.run(job(decided(CASES[0])), HERE, "here", tmp_path / "runs", told)
     assert seen == {"the caller's"}  # Prefect's artifacts belong to the run that asks for them
     assert (finished / "model" / "model.json").is_file()
     assert any("validation accuracy" in e.text for e in events)
@@ -216,9 +217,9 @@ def test_the_last_that_is_told_is_passed_on_whether_the_run_fails_or_not(
             raise TrainingError("expected it to converge")
         return tmp_path
 
-    monkeypatch.setattr(distributed, "_in_process", speaks)
+    monkeypatch.setattr(ray_train, "_in_process", speaks)
     with pytest.raises(TrainingError) if fails else nullcontext():
-        distributed.run(made, HERE, "name", tmp_path / "runs", told.append, "choose")
+        ray_train.run(made, HERE, "name", tmp_path / "runs", told.append, "choose")
     assert told == [Event("choose", 1, 2, "the last word")]
 
 
@@ -234,9 +235,9 @@ def test_a_run_in_this_process_has_a_place_of_its_own_and_begins_in_an_empty_one
         assert scratch.is_relative_to(world.folder)
         return scratch
 
-    monkeypatch.setattr(distributed.train, "run", looks)
+    monkeypatch.setattr(ray_train.train, "run", looks)
     for name in ("one", "one", "other"):
-        distributed.run(made, HERE, name, tmp_path / "runs", silent)
+        ray_train.run(made, HERE, name, tmp_path / "runs", silent)
     assert [folder.name for folder in seen] == ["one", "one", "other"]
 
 
@@ -249,7 +250,7 @@ def test_workers_have_the_priority_of_who_starts_them(ray_runtime: None) -> None
 
 
 def test_two_ray_workers_give_the_model_that_one_process_gives(whole: Whole, tmp_path: Path) -> None:
-    single = distributed.run(whole.job("single"), HERE, "single", tmp_path / "runs", silent)
+    single = ray_train.run(whole.job("single"), HERE, "single", tmp_path / "runs", silent)
     assert weights(whole.finished).keys() == weights(single).keys()
     for key, value in weights(single).items():
         assert torch.allclose(weights(whole.finished)[key], value, atol=5e-3), key
@@ -269,7 +270,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened
             killed.append(workers[-1].pid)
             os.kill(workers[-1].pid, signal.SIGKILL)
 
-    resumed = distributed.run(whole.job("resumed"), TWO, "resumed", tmp_path / "runs", kill_one)
+    resumed = ray_train.run(whole.job("resumed"), TWO, "resumed", tmp_path / "runs", kill_one)
     assert killed
     assert same(resumed, whole.finished)
 
@@ -282,7 +283,7 @@ def test_a_mistake_in_a_worker_reaches_the_user_as_what_it_is(
 ) -> None:
     broken = job(decided(CASES[0]), "broken", weights="gone.safetensors")
     with pytest.raises(BackboneError, match=r"gone\.safetensors"):
-        distributed.run(broken, replace(TWO, max_failures=1), "broken", tmp_path / "runs", silent)
+        ray_train.run(broken, replace(TWO, max_failures=1), "broken", tmp_path / "runs", silent)
 
 
 def test_workers_without_room_begin_again_in_as_many_parts_as_they_ask_for(
@@ -296,9 +297,9 @@ def test_workers_without_room_begin_again_in_as_many_parts_as_they_ask_for(
             raise MemoryFull("expected room", 2 * made.parts)
         return tmp_path
 
-    monkeypatch.setattr(distributed, "_on_workers", full)
+    monkeypatch.setattr(ray_train, "_on_workers", full)
     told: list[Event] = []
-    assert distributed.run(job(decided(CASES[0]), "parts"), TWO, "name", tmp_path / "runs", told.append) == tmp_path
+    assert ray_train.run(job(decided(CASES[0]), "parts"), TWO, "name", tmp_path / "runs", told.append) == tmp_path
     assert tried == [1, 2, 4]
     assert told[0] == Event("train", 0, 0, "starting 2 Ray workers")  # which takes longer than anyone likes to see nothing
 
@@ -309,12 +310,12 @@ def test_an_error_that_says_more_than_its_text_comes_back_whole(job: Callable[..
     def full(*_: object) -> None:
         raise MemoryFull("expected room", 8)
 
-    monkeypatch.setattr(distributed.train, "run", full)
-    monkeypatch.setattr(distributed, "_RayWorld", lambda: Alone(Path(made.workspace)))
+    monkeypatch.setattr(ray_train.train, "run", full)
+    monkeypatch.setattr(ray_train, "_RayWorld", lambda: Alone(Path(made.workspace)))
     with pytest.raises(MemoryFull):
-        distributed._loop(asdict(made))
+        ray_train._loop(asdict(made))
     with pytest.raises(MemoryFull, match=r"^expected room$") as error:
-        distributed._raise_what_gave_up(made)
+        ray_train._raise_what_gave_up(made)
     assert error.value.parts == 8
 
 
@@ -327,25 +328,25 @@ def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_
         tried.append(1)
         raise TrainingError("expected it to converge")
 
-    monkeypatch.setattr(distributed.train, "run", diverge)
-    monkeypatch.setattr(distributed, "_RayWorld", lambda: Alone(Path(made.workspace)))
+    monkeypatch.setattr(ray_train.train, "run", diverge)
+    monkeypatch.setattr(ray_train, "_RayWorld", lambda: Alone(Path(made.workspace)))
     with pytest.raises(TrainingError):
-        distributed._loop(asdict(made))
-    distributed._loop(asdict(made))
+        ray_train._loop(asdict(made))
+    ray_train._loop(asdict(made))
     assert tried == [1]
     with pytest.raises(TrainingError, match="expected it to converge"):
-        distributed._raise_what_gave_up(made)
-    distributed._raise_what_gave_up(made)  # told once
+        ray_train._raise_what_gave_up(made)
+    ray_train._raise_what_gave_up(made)  # told once
 
 
 def test_what_a_killed_worker_left_on_its_machine_is_removed_by_the_next_of_its_rank(
     job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ray_train.tempfile, "tempdir", str(tmp_path))
     made = job(decided(CASES[0]), "killed")
 
     def killed(rank: int) -> Path:
-        with distributed._scratch(made, rank) as folder:
+        with ray_train._scratch(made, rank) as folder:
             (folder / "features").mkdir()
             kept = folder.with_name(f"{folder.name}-left")
             folder.rename(kept)  # as if the process had ended here
@@ -353,12 +354,12 @@ def test_what_a_killed_worker_left_on_its_machine_is_removed_by_the_next_of_its_
         return kept
 
     left = {rank: killed(rank) for rank in (0, 1)}
-    other = distributed._scratch(replace(made, history=str(tmp_path / "other.jsonl")), 0)
-    with distributed._scratch(made, 0) as mine, other:
+    other = ray_train._scratch(replace(made, history=str(tmp_path / "other.jsonl")), 0)
+    with ray_train._scratch(made, 0) as mine, other:
         assert not left[0].exists()
         assert mine.is_dir()  # another run on the same machine lets it be
         assert left[1].is_dir()
-    with distributed._scratch(made, 1):
+    with ray_train._scratch(made, 1):
         assert not left[1].exists()
 
 
@@ -397,7 +398,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     import ray.train.torch
 
     made = Asked()
-    for key in [*distributed._QUIET, "RAY_AUTH_MODE", NICENESS]:
+    for key in [*ray_train._QUIET, "RAY_AUTH_MODE", NICENESS]:
         monkeypatch.setenv(key, "1")  # so that it is as before afterwards
         monkeypatch.delenv(key)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -405,7 +406,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", made.start)
-    monkeypatch.setattr(distributed, "cpus", lambda: 8)
+    monkeypatch.setattr(ray_train, "cpus", lambda: 8)
     return made
 
 
@@ -436,7 +437,7 @@ def test_a_fit_is_asked_for_as_the_settings_say(
     cluster = ClusterParams(workers=3, gpu=False, max_failures=5, storage=str(place) if elsewhere else "none")
     made = job(decided(CASES[0]))
     with pytest.raises(ClusterError, match="they kept no checkpoint"):
-        distributed.run(made, cluster, "name", tmp_path / "runs", silent)
+        ray_train.run(made, cluster, "name", tmp_path / "runs", silent)
     assert not torn.exists()
     assert asked.named["train_loop_config"] == asdict(made)
     kept, scale, group = asked.named["run_config"], asked.named["scaling_config"], asked.named["torch_config"]
@@ -452,16 +453,16 @@ def test_workers_of_one_machine_share_its_cpus_for_computing(
     workers: int, threads: str, asked: Asked, job: Callable[..., Job], tmp_path: Path
 ) -> None:
     with pytest.raises(ClusterError):
-        distributed.run(job(decided(CASES[0])), replace(TWO, workers=workers), "name", tmp_path / "runs", silent)
+        ray_train.run(job(decided(CASES[0])), replace(TWO, workers=workers), "name", tmp_path / "runs", silent)
     assert asked.named["run_config"].worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == threads
 
 
 def test_workers_on_a_cluster_with_more_cpus_than_this_machine_compute_with_a_thread_each(
     joined: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "cpus", lambda: 2)
+    monkeypatch.setattr(ray_train, "cpus", lambda: 2)
     with pytest.raises(ClusterError, match="they kept no checkpoint"):
-        distributed.run(job(decided(CASES[0])), replace(TWO, workers=8), "name", tmp_path / "runs", silent)
+        ray_train.run(job(decided(CASES[0])), replace(TWO, workers=8), "name", tmp_path / "runs", silent)
     assert joined.named["run_config"].worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == "1"
 
 
@@ -472,7 +473,7 @@ def test_a_joined_cluster_that_has_gpus_trains_on_them(
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 2.0})
     with pytest.raises(ClusterError):
-        distributed.run(job(decided(CASES[0])), replace(TWO, gpu="auto"), "name", tmp_path / "runs", silent)
+        ray_train.run(job(decided(CASES[0])), replace(TWO, gpu="auto"), "name", tmp_path / "runs", silent)
     assert joined.named["scaling_config"].use_gpu is True
     assert joined.named["torch_config"].backend == "nccl"
 
@@ -481,12 +482,12 @@ def test_a_joined_cluster_with_too_few_cpus_is_refused_with_the_way_out(
     joined: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ClusterError, match=r"expected 9 CPUs in the Ray cluster, found 8\. Set cluster\.workers to 8 or add nodes"):
-        distributed.run(job(decided(CASES[0])), replace(TWO, workers=9), "name", tmp_path / "runs", silent)
+        ray_train.run(job(decided(CASES[0])), replace(TWO, workers=9), "name", tmp_path / "runs", silent)
     assert not joined.named  # Ray would wait for ever
 
 
 def test_a_cluster_is_joined_as_it_is(joined: Asked, port: int) -> None:
-    distributed.runtime(2)
+    ray_train.runtime(2)
     assert joined.started == [{"address": f"127.0.0.1:{port}", "log_to_driver": False, "logging_level": "ERROR"}]
 
 
@@ -498,7 +499,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once_with_the_way_out(asked:
     with pytest.raises(
         ClusterError, match=rf"at RAY_ADDRESS={address}, but: .*refused\. Start it, or set RAY_ADDRESS to where it is, or unset"
     ):
-        distributed.runtime(2)
+        ray_train.runtime(2)
     assert not asked.started
 
 
@@ -523,7 +524,7 @@ def test_a_cluster_that_ray_cannot_join_is_named_with_the_way_out(
     monkeypatch.setenv("RAY_ADDRESS", address.replace("PORT", str(port)))
     monkeypatch.setattr(ray, "init", refused)
     with pytest.raises(ClusterError, match=f"but: {re.escape(str(error))}. Start it, or set RAY_ADDRESS to where it is, or unset it"):
-        distributed.runtime(2)
+        ray_train.runtime(2)
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -531,14 +532,14 @@ def test_a_ray_of_ones_own_is_local_and_as_small_as_its_workers(workers: int, as
     import ray
 
     monkeypatch.setenv(NICENESS, "7")
-    distributed.runtime(workers)
+    ray_train.runtime(workers)
     (started,) = asked.started
     assert (started["address"], started["num_cpus"], started["include_dashboard"]) == ("local", max(workers, 1), False)
     assert started["object_store_memory"] == 256 << 20
     assert os.environ[NICENESS] == "7"  # whoever has said it is heard
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    distributed.runtime(workers)
+    ray_train.runtime(workers)
     assert len(asked.started) == 1
 
 
@@ -547,7 +548,7 @@ def test_what_the_user_has_said_to_ray_is_heard(
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1000")
     with pytest.raises(ClusterError):
-        distributed.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
+        ray_train.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
     assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "1000"
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.2"
 
@@ -562,7 +563,7 @@ def test_a_finished_run_is_its_newest_checkpoint_and_nothing_of_an_earlier_one(
     (tmp_path / "runs" / "name-finished" / "model").mkdir(parents=True)
     (tmp_path / "runs" / "name-finished" / "model" / "earlier.json").write_text("{}")
     asked.fits = lambda: checkpoint(tmp_path / "newest", "model/model.json", "history.json")
-    finished = distributed.run(made, TWO, "name", tmp_path / "runs", silent)
+    finished = ray_train.run(made, TWO, "name", tmp_path / "runs", silent)
     assert finished == tmp_path / "runs" / "name-finished"
     assert sorted(path.name for path in finished.rglob("*") if path.is_file()) == ["history.json", "model.json"]
 
@@ -572,8 +573,8 @@ def test_a_checkpoint_from_the_middle_is_the_end_of_a_race_and_of_nothing_else(
 ) -> None:
     asked.fits = lambda: checkpoint(tmp_path / "middle", "state.json")
     with pytest.raises(ClusterError, match=r"newest checkpoint is from the middle\. Start the run again: it resumes"):
-        distributed.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
-    finished = distributed.run(job(decided(CASES[0]), race={}), TWO, "name", tmp_path / "runs", silent)
+        ray_train.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
+    finished = ray_train.run(job(decided(CASES[0]), race={}), TWO, "name", tmp_path / "runs", silent)
     assert (finished / "state.json").is_file()
 
 
@@ -586,14 +587,14 @@ def test_an_interruption_that_ray_answers_is_one(asked: Asked, job: Callable[...
 
     asked.fits = interrupted
     with pytest.raises(KeyboardInterrupt):
-        distributed.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
+        ray_train.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_fit_may_be_started_from_any_thread(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
     asked.fits = lambda: checkpoint(tmp_path / "newest", "model/model.json")
     with ThreadPoolExecutor(1) as pool:
-        finished = pool.submit(distributed.run, job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent).result()
+        finished = pool.submit(ray_train.run, job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent).result()
     assert (finished / "model").is_dir()
 
 
@@ -606,24 +607,24 @@ def test_an_error_that_a_worker_wrote_down_is_raised_whether_ray_tried_again_or_
     made = job(decided(CASES[0]))
 
     def fails() -> Any:
-        distributed._gave_up(made).write_text('{"kind": "MemoryFull", "values": ["expected room", 4]}')
+        ray_train._gave_up(made).write_text('{"kind": "MemoryFull", "values": ["expected room", 4]}')
         if tried_again:
             return SimpleNamespace(checkpoint=None)
         raise TrainingFailedError("only its text")
 
     asked.fits = fails
     with pytest.raises(MemoryFull, match=r"^expected room$"):
-        distributed._on_workers(made, TWO, False, "name", tmp_path / "runs")
-    assert not distributed._gave_up(made).exists()
+        ray_train._on_workers(made, TWO, False, "name", tmp_path / "runs")
+    assert not ray_train._gave_up(made).exists()
 
 
 def test_an_error_that_an_earlier_run_left_is_forgotten(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
     """A driver that was killed has not read it, and workers that find it do nothing."""
     made = job(decided(CASES[0]))
-    distributed._gave_up(made).write_text('{"kind": "TrainingError", "values": ["expected it to converge"]}')
+    ray_train._gave_up(made).write_text('{"kind": "TrainingError", "values": ["expected it to converge"]}')
     asked.fits = lambda: checkpoint(tmp_path / "newest", "model/model.json")
-    assert distributed.run(made, TWO, "name", tmp_path / "runs", silent)
-    assert not distributed._gave_up(made).exists()
+    assert ray_train.run(made, TWO, "name", tmp_path / "runs", silent)
+    assert not ray_train._gave_up(made).exists()
 
 
 def test_workers_that_failed_too_often_say_what_is_kept(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
@@ -634,7 +635,7 @@ def test_workers_that_failed_too_often_say_what_is_kept(asked: Asked, job: Calla
 
     asked.fits = fails
     with pytest.raises(ClusterError, match=r"max_failures \(2\) allows: a worker died\. What was trained is kept"):
-        distributed.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
+        ray_train.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
 
 
 DRIVER = """

@@ -17,9 +17,14 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from tlpipeline import backbones, dataset
-from tlpipeline.dataset import Row
-from tlpipeline.evaluate import (
+from tlpipeline.backbones import catalogue
+from tlpipeline.backbones.classifier import Classifier, probabilities
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.data import dataset
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.loader import Images
+from tlpipeline.data.splits import SIDES
+from tlpipeline.evaluation.metrics import (
     Predictions,
     calibration_error,
     confusion,
@@ -31,10 +36,6 @@ from tlpipeline.evaluate import (
     write_confusion,
     write_predictions,
 )
-from tlpipeline.features import Reading
-from tlpipeline.inputs import Images
-from tlpipeline.model import Classifier, probabilities
-from tlpipeline.splits import SIDES
 
 
 def drawn(n: int = 300, classes: int = 5, seed: int = 0, absent: int | None = None) -> Predictions:
@@ -174,7 +175,7 @@ def test_each_image_is_counted_once(make_images: Callable[..., Path]) -> None:
         (original.parent / f"copy of {original.name}").write_bytes(original.read_bytes())
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
     rows = manifest.used(*SIDES)
-    net = backbones.load("demonstration", "none")
+    net = catalogue.load("demonstration", "none")
     model = Classifier(net, [Reading("conv1", 32, (1,))], 3, frozen=True)
     chances = probabilities(model, Images(folder, rows, net.transforms), torch.device("cpu"), lambda _: None)
     found = predictions(rows, manifest.classes, chances.numpy())

@@ -13,10 +13,13 @@ import pytest
 import yaml
 
 from tests.conftest import REPOSITORY
-from tlpipeline import acts, explain, report
-from tlpipeline.cases import CASES, Arm, Decision, Look, Race, find
-from tlpipeline.profile import Head, Probe, Profile
-from tlpipeline.shift import BatchNormShift, TapShift
+from tlpipeline.choice import explain
+from tlpipeline.choice.cases import CASES, find
+from tlpipeline.choice.decision import Arm, Decision, Look, Race
+from tlpipeline.profiling.profile import Head, Probe, Profile
+from tlpipeline.profiling.shift import BatchNormShift, TapShift
+from tlpipeline.report import page as report
+from tlpipeline.workspace import create, release
 
 NAMES = ("conv1", "conv2", "conv3", "fc1", "fc2")
 ACCURACIES = (0.61, 0.72, 0.93, 0.85, 0.81)
@@ -407,7 +410,7 @@ def test_dvc_draws_the_decision_by_columns_that_are_written(name: str) -> None:
         "probe": [{"layer": ""} | row for row in explain.probe_rows(profile(), decision())],
         "cases": explain.case_rows(decision()),
     }[name]
-    template = (report.TEMPLATE / f"{name}.json").read_text()
+    template = (create.TEMPLATE / f"{name}.json").read_text()
     assert (REPOSITORY / ".dvc" / "plots" / f"{name}.json").read_text() == template, "the root is a workspace, too"
     assert "<DVC_METRIC_DATA>" in template
     filled = template.replace("<DVC_METRIC_X>", plot["x"]).replace("<DVC_METRIC_Y>", plot["y"])
@@ -424,7 +427,7 @@ def test_dvc_draws_the_decision_by_columns_that_are_written(name: str) -> None:
 
 def put(folder: Path, made: Decision, seen: Profile) -> Path:
     """Write what `choose` and `profile` write, beside the parameters that come with a workspace."""
-    shutil.copy(Path(explain.__file__).with_name("template") / "params.yaml", folder)
+    shutil.copy(create.TEMPLATE / "params.yaml", folder)
     (folder / "case.json").write_text(json.dumps(made.to_json()))
     (folder / "profile.json").write_text(json.dumps(seen.to_json()))
     return folder
@@ -450,7 +453,7 @@ def test_the_command_prints_markdown_and_json(tmp_path: Path, capsys: pytest.Cap
 
     put(tmp_path, raced(), profile())
     cli.explain(tmp_path, markdown=True)
-    assert capsys.readouterr().out == explain.markdown(raced(), profile()) == acts.decision_markdown(tmp_path)
+    assert capsys.readouterr().out == explain.markdown(raced(), profile()) == release.decision_markdown(tmp_path)
     cli.explain(tmp_path, json=True)
     content = json.loads(capsys.readouterr().out)
     assert Decision.from_json(content["decision"]) == raced()
@@ -463,13 +466,13 @@ def test_what_is_said_to_be_trained_is_what_train_override_makes_of_it(tmp_path:
     several = replace(made, readings=(*made.readings, profile().taps[1].reading))
     put(tmp_path, several, profile())
     last = f"When that is done, a head on {' + '.join(r.tap for r in several.readings)} is solved."
-    assert last in acts.decision_markdown(tmp_path)
+    assert last in release.decision_markdown(tmp_path)
     assert [row["use"] for row in explain.probe_rows(profile(), several)].count("read") == 2
     changed = (tmp_path / "params.yaml").read_text().replace("override: {}", "override: {solve_again: false}")
     assert "solve_again" in changed
     (tmp_path / "params.yaml").write_text(changed)
-    assert "When that is done" not in acts.decision_markdown(tmp_path)
-    assert [row["use"] for row in explain.probe_rows(*reversed(acts.decided(tmp_path)))].count("read") == 1
+    assert "When that is done" not in release.decision_markdown(tmp_path)
+    assert [row["use"] for row in explain.probe_rows(*reversed(release.decided(tmp_path)))].count("read") == 1
 
 
 def test_mistakes_of_the_command_are_one_sentence_with_a_way_out(
@@ -511,7 +514,7 @@ def test_the_evaluation_in_markdown_is_a_table_whatever_the_classes_are_called(t
     (tmp_path / "metrics.json").write_text(json.dumps({**figures, "calibration_error": 0.1}))
     classes = {"a|b": {"images": 5, "precision": 1.0, "recall": 0.9}, "none": {"images": 0, "precision": 0.0, "recall": 0.0}}
     (tmp_path / "classes.json").write_text(json.dumps(classes))
-    *_, first, second = acts.evaluation_markdown(tmp_path).splitlines()
+    *_, first, second = release.evaluation_markdown(tmp_path).splitlines()
     assert (first, second) == (r"| a\|b | 5 | 1.000 | 0.900 |", "| none | 0 | not evaluated |  |")
 
 

@@ -8,13 +8,16 @@ import pytest
 import torch
 from test_inputs import PLAIN
 
-from tlpipeline import backbones, cutting, dataset, features
-from tlpipeline.cache import Store
-from tlpipeline.cutting import Tap
-from tlpipeline.dataset import Row
+from tlpipeline.backbones import catalogue, features
+from tlpipeline.backbones import taps as cutting
+from tlpipeline.backbones.features import MAX_WIDTH, Reader, extract, pool, reading, scaling
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.taps import Tap
+from tlpipeline.data import dataset
+from tlpipeline.data.cache import Store
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.loader import Images
 from tlpipeline.errors import BackboneError, ClusterError
-from tlpipeline.features import MAX_WIDTH, Reader, extract, pool, reading, scaling
-from tlpipeline.inputs import Images
 
 CPU = torch.device("cpu")
 
@@ -75,7 +78,7 @@ def test_what_is_read_is_float32_at_least() -> None:
 
 
 def extracted(listed: tuple[Path, list[Row]]) -> list[torch.Tensor]:
-    net = backbones.load("nets:resnet20", "none")
+    net = catalogue.load("nets:resnet20", "none")
     trunk = cutting.cut(net, ["layer1.2", "layer3.2"], logits=True)
     return extract(trunk, [(1, 2), (1,)], Images(*listed, net.transforms), CPU, lambda _: None)
 
@@ -107,13 +110,13 @@ def test_features_of_an_image_are_the_same_bits_whatever_else_is_asked_about(lis
 
 def test_a_frozen_network_reads_the_same_whatever_mode_it_was_left_in(listed: tuple[Path, list[Row]]) -> None:
     """BatchNorm would read by the statistics of a batch, and move its own."""
-    net = backbones.load("nets:resnet20", "none")
+    net = catalogue.load("nets:resnet20", "none")
     images, tap = Images(*listed, net.transforms), next(t for t in cutting.describe(net, 32) if t.name == "layer1.2")
     trunk = cutting.cut(net, ["layer1.2"])
     before = {key: value.clone() for key, value in trunk.state_dict().items()}
     (wanted,) = extract(trunk.eval(), [(1, 2)], images, CPU, lambda _: None)
     (found,) = extract(trunk.train(), [(1, 2)], images, CPU, lambda _: None)
-    asked = Reader(Store(), net, trunk, [features.Reading(tap.name, tap.channels, (1, 2))], net.transforms, CPU)
+    asked = Reader(Store(), net, trunk, [Reading(tap.name, tap.channels, (1, 2))], net.transforms, CPU)
     trunk.train()
     (kept,) = asked.read(images, lambda _: None)
     assert torch.equal(found, wanted)
@@ -123,7 +126,7 @@ def test_a_frozen_network_reads_the_same_whatever_mode_it_was_left_in(listed: tu
 
 def test_progress_counts_every_image(listed: tuple[Path, list[Row]]) -> None:
     told: list[int] = []
-    trunk = cutting.cut(backbones.load("demonstration", "none"), ["conv1"])
+    trunk = cutting.cut(catalogue.load("demonstration", "none"), ["conv1"])
     extract(trunk, [(1,)], Images(*listed, PLAIN), CPU, told.append)
     assert told == [16, 21]
 
@@ -180,7 +183,7 @@ def test_features_that_do_not_change_have_no_say_be_they_zero_or_not() -> None:
 def test_what_is_no_number_is_told_with_the_image_and_the_tap_and_not_kept(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=2, each=6)
     rows = dataset.ingest(folder, {}, lambda done, total: None).rows
-    backbone = backbones.load("demonstration", "DEFAULT")
+    backbone = catalogue.load("demonstration", "DEFAULT")
     tap = next(t for t in cutting.describe(backbone, 32) if t.name == "conv2")
     for value in (float("nan"), float("inf")):
         with torch.no_grad():
@@ -197,7 +200,7 @@ def test_what_is_no_number_is_told_with_the_image_and_the_tap_and_not_kept(make_
 @pytest.mark.parametrize("tap", [0, 1])
 def test_of_all_taps_and_images_the_one_that_gives_no_number_is_named(tap: int, listed: tuple[Path, list[Row]]) -> None:
     folder, rows = listed
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     taps = [next(t for t in cutting.describe(net, 32) if t.name == name) for name in ("conv1", "conv2")]
     reader = Reader(Store(), net, cutting.cut(net, ["conv1", "conv2"]), [reading(t) for t in taps], net.transforms, CPU)
     plain = reader.network

@@ -19,22 +19,27 @@ from test_train import decided, history, trained
 from torch import nn
 from torch.nn import functional
 
-from tlpipeline import backbones, cache, checkpoint, cutting, dataset, finetune, train
-from tlpipeline.augment import ENHANCED, OPERATIONS, SHIFTS, augmentation, mix, rand_augment
-from tlpipeline.cache import Store
-from tlpipeline.cases import CASES, Decision, Recipe, override
-from tlpipeline.checkpoint import Checkpoints, State
-from tlpipeline.cutting import Transforms
-from tlpipeline.dataset import Row
+from tlpipeline.backbones import catalogue, taps
+from tlpipeline.backbones.classifier import Classifier
+from tlpipeline.backbones.features import Reader
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.choice.cases import CASES
+from tlpipeline.choice.decision import Decision, override
+from tlpipeline.data import cache, dataset
+from tlpipeline.data.augment import ENHANCED, OPERATIONS, SHIFTS, augmentation, mix, rand_augment
+from tlpipeline.data.cache import Store
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.loader import Decoded, Images
+from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import MemoryFull, ParamsError, TrainingError
-from tlpipeline.features import Reader, Reading
-from tlpipeline.finetune import Deadline, Fit, Sides, summed_loss
-from tlpipeline.inputs import Decoded, Images
-from tlpipeline.job import Job, Teller
-from tlpipeline.model import Classifier
-from tlpipeline.optimise import Average, decays, flat, optimiser, schedule, shares, unflat
-from tlpipeline.probes import pack
-from tlpipeline.workers import Alone
+from tlpipeline.stats import pack
+from tlpipeline.training import checkpoint, train, trainer
+from tlpipeline.training.checkpoint import Checkpoints, State
+from tlpipeline.training.config import Job, Teller
+from tlpipeline.training.distributed import Alone
+from tlpipeline.training.optim import Average, decays, flat, optimiser, schedule, shares, unflat
+from tlpipeline.training.recipe import Recipe
+from tlpipeline.training.trainer import Deadline, Fit, Sides, summed_loss
 
 Make = Callable[..., Job]
 TUNED = CASES[2]
@@ -52,8 +57,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0
 
 
 def test_blocks_nearer_to_the_images_get_smaller_rates() -> None:
-    net = backbones.load("demonstration", "DEFAULT")
-    blocks = cutting.blocks(net, "fc2")
+    net = catalogue.load("demonstration", "DEFAULT")
+    blocks = taps.blocks(net, "fc2")
     assert [len(block) for block in blocks] == [2] * 5
     found = shares(blocks, 0.5)
     assert found["conv1.0.weight"] == 0.5**5
@@ -286,13 +291,13 @@ def test_who_keeps_the_statistics_of_the_source(asked: str, side: int, arm: str,
 @pytest.mark.parametrize("batch", [32, 2048])
 def test_the_rate_goes_with_the_images_that_a_step_has(batch: int, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    plain = finetune.optimiser
+    plain = trainer.optimiser
 
     def noted(model: nn.Module, recipe: Recipe, normalisation: str, rate: float, *rest: Any) -> torch.optim.Optimizer:
         rates.append(rate)
         return plain(model, recipe, normalisation, rate, *rest)
 
-    monkeypatch.setattr(finetune, "optimiser", noted)
+    monkeypatch.setattr(trainer, "optimiser", noted)
     trained(job(decided(TUNED), epochs=1, batch_size=batch), tmp_path / "run")
     images = len(dataset.read_manifest(tmp_path / "manifest.parquet").used("train"))
     assert 32 < images < 2048
@@ -349,7 +354,7 @@ def test_where_classes_are_uneven_they_weigh_alike_in_the_gradient(recipe: dict[
     found = net[1].weight.grad
     weights = torch.tensor([8 / (3 * 5), 8 / (3 * 2), 8 / 3]) if recipe == {"imbalance": 2.0} else torch.ones(3)
     net.zero_grad()
-    logits = net(finetune.normalise(PIXELS, fit.sides.transforms))
+    logits = net(trainer.normalise(PIXELS, fit.sides.transforms))
     (nn.functional.cross_entropy(logits, torch.tensor(labels), weight=weights, reduction="sum") / 8).backward()
     assert torch.allclose(found, net[1].weight.grad, atol=1e-6)
 
@@ -368,7 +373,7 @@ def test_smoothed_labels_weigh_what_the_class_of_the_image_weighs(mixed: bool) -
 
 
 def test_the_answer_for_an_image_of_a_large_class_is_that_class_with_smoothed_labels_too() -> None:
-    weights, logits = finetune.image_weights(np.array([0] * 90 + [1] * 10 + [2]), 2.0), torch.zeros(1, 3, requires_grad=True)
+    weights, logits = trainer.image_weights(np.array([0] * 90 + [1] * 10 + [2]), 2.0), torch.zeros(1, 3, requires_grad=True)
     summed_loss(logits, torch.tensor([0]), torch.from_numpy(weights[[0, 90, 100]]).float(), 0.1).backward()
     assert logits.grad is not None
     assert logits.grad.argmin() == 0
@@ -444,7 +449,7 @@ def test_the_balanced_sampler_draws_classes_alike(job: Make) -> None:
     fit = Fit.__new__(Fit)
     fit.job, fit.drawn = job(decided(TUNED)), True
     fit.sides = type("Sides", (), {"train": labels})()
-    fit.shares = finetune.image_weights(labels, imbalance=2)
+    fit.shares = trainer.image_weights(labels, imbalance=2)
     drawn = np.concatenate([labels[fit._order(epoch) % 100] for epoch in range(20)])
     assert 0.45 < drawn.mean() < 0.55
     order = fit._order(0)
@@ -470,7 +475,7 @@ def test_a_last_batch_of_few_images_is_left_for_another_epoch_unless_it_is_the_o
     images: int, batch: int, workers: int, taken: list[int], job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A quarter of a batch is enough, if each worker has two images of it."""
-    monkeypatch.setattr(finetune, "reduced", lambda values, *_: values)
+    monkeypatch.setattr(trainer, "reduced", lambda values, *_: values)
     fit = a_fit(linear(), job(decided(TUNED), batch_size=batch), [i % 3 for i in range(images)], tmp_path, workers=workers)
     asked: list[int] = []
 
@@ -487,7 +492,7 @@ def test_a_last_batch_of_few_images_is_left_for_another_epoch_unless_it_is_the_o
 def test_dropout_and_mixing_are_drawn_anew_for_each_epoch_step_and_worker(
     job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "reduced", lambda values, *_: values)
+    monkeypatch.setattr(trainer, "reduced", lambda values, *_: values)
     drawn: list[int] = []
     monkeypatch.setattr(Fit, "_step", lambda *_: drawn.append(torch.initial_seed()) or torch.zeros(()))  # type: ignore[func-returns-value]
 
@@ -527,7 +532,7 @@ def test_decoded_images_are_kept_where_they_come_back_and_all_three_colours_have
     on_disk: bool, short: int, epochs: int, kept: bool, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = 3 * (12 * 23**2 + 2 * 8**2) - short
-    monkeypatch.setattr(finetune, "IN_MEMORY_BYTES", 0 if on_disk else room)
+    monkeypatch.setattr(trainer, "IN_MEMORY_BYTES", 0 if on_disk else room)
     fit = a_fit(linear(), job(decided(TUNED), cache_bytes=room if on_disk else 0), [0, 1, 2] * 4, tmp_path)
     fit.store = Store(tmp_path / "cache" if on_disk else None)
     filled: list[int] = []
@@ -597,13 +602,13 @@ def test_labels_are_smoothed_as_much_as_the_recipe_says(smoothing: float, job: M
     found = net[1].weight.grad
     net.zero_grad()
     wanted = torch.eye(3)[torch.tensor(labels)] * (1 - smoothing) + smoothing / 3
-    (-(wanted * net(finetune.normalise(PIXELS, fit.sides.transforms)).log_softmax(1)).sum(1).mean()).backward()
+    (-(wanted * net(trainer.normalise(PIXELS, fit.sides.transforms)).log_softmax(1)).sum(1).mean()).backward()
     assert torch.allclose(found, net[1].weight.grad, atol=1e-6)
 
 
 def test_randaugment_is_as_strong_as_the_recipe_says(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(finetune, "augmentation", lambda *given: asked.append(given))
+    monkeypatch.setattr(trainer, "augmentation", lambda *given: asked.append(given))
     recipe = {"crop": 0.7, "randaugment": 3, "randaugment_magnitude": 17}
     a_fit(linear(), job(decided(TUNED, **recipe), flip=True, seed=5), [0, 1] * 8, tmp_path)._views(4)
     assert asked == [(0.7, True, 5, 4, 3, 17)]
@@ -615,7 +620,7 @@ def test_randaugment_is_as_strong_as_the_recipe_says(job: Make, tmp_path: Path, 
 def test_steps_are_taken_in_bfloat16_where_the_processor_has_it(
     precision: str, native: bool, kind: torch.dtype, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "computes_in_bfloat16", lambda device: native)
+    monkeypatch.setattr(trainer, "computes_in_bfloat16", lambda device: native)
     net, seen, labels = linear(), [], [0, 1, 2, 0, 1, 2, 0, 1]
     net.register_forward_hook(lambda _, given, out: seen.append(out.detach()))
     fit = a_fit(net, job(decided(TUNED), precision=precision), labels, tmp_path)
@@ -629,12 +634,12 @@ def test_steps_are_taken_in_bfloat16_where_the_processor_has_it(
 
 
 def test_weights_and_images_have_their_channels_last() -> None:
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     classifier = Classifier(net, [Reading("conv3", 128, (1,))], 3, frozen=False)
     kernels = [p for p in classifier.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert kernels
     assert all(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
-    assert finetune.normalise(PIXELS, net.transforms).is_contiguous(memory_format=torch.channels_last)
+    assert trainer.normalise(PIXELS, net.transforms).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("batch", "shared"), [(64, False), (24, True)])
@@ -668,13 +673,13 @@ def test_the_progress_and_the_record_of_fine_tuning_say_how_fast_it_is(job: Make
 def exploding(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> list[int]:
     """Let the gradient be no number at these steps (counted over the whole run)."""
     steps = [0]
-    plain = finetune.nn.utils.clip_grad_norm_
+    plain = trainer.nn.utils.clip_grad_norm_
 
     def clip(parameters: Any, most: float) -> torch.Tensor:
         steps[0] += 1
         return torch.tensor(math.nan) if steps[0] in at else plain(parameters, most)
 
-    monkeypatch.setattr(finetune.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", clip)
     return steps
 
 
@@ -720,8 +725,8 @@ def test_going_back_restores_weights_and_optimiser_and_halves_the_rate_from_ther
 def test_a_gradient_that_is_no_number_between_two_looks_is_not_overlooked(
     look: int, images: int, taken: int | None, again: int, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "LOOK_STEPS", {"cpu": look})
-    monkeypatch.setattr(finetune, "CHECKPOINT_IMAGES", images)
+    monkeypatch.setattr(trainer, "LOOK_STEPS", {"cpu": look})
+    monkeypatch.setattr(trainer, "CHECKPOINT_IMAGES", images)
     each = math.ceil(len(dataset.read_manifest(Path(job(decided(TUNED)).manifest)).used("train")) / 16)
     exploding(monkeypatch, {each + 2})  # the second step of the second epoch
     rates = rates_of(monkeypatch)
@@ -749,7 +754,7 @@ def test_the_rate_is_halved_twice_and_no_more(
 def test_early_stopping_goes_back_to_the_weights_of_the_best_epoch(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.5, 0.9, 0.6, 0.9, 0.7])
     seen: dict[int, dict[str, torch.Tensor]] = {}
-    validated, remember = finetune.validated, Checkpoints.keep
+    validated, remember = trainer.validated, Checkpoints.keep
 
     def scripted(*given: Any) -> tuple[float, float, str]:
         return next(accuracies), 1.0, validated(*given)[2]
@@ -758,7 +763,7 @@ def test_early_stopping_goes_back_to_the_weights_of_the_best_epoch(job: Make, tm
         remember(self, state, *rest)
         seen[state.epoch] = self.current
 
-    monkeypatch.setattr(finetune, "validated", scripted)
+    monkeypatch.setattr(trainer, "validated", scripted)
     monkeypatch.setattr(Checkpoints, "keep", keep)
     weights = trained(job(replace(decided(TUNED, patience=2), init="plain"), epochs=9), tmp_path / "run")
     assert max(seen) == 4  # as good again is not better
@@ -783,7 +788,7 @@ def test_memory_that_runs_out_halves_the_parts_and_keeps_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
-    plain = finetune.normalise
+    plain = trainer.normalise
 
     def small(pixels: torch.Tensor, transforms: Any) -> torch.Tensor:
         if len(pixels) > 5:
@@ -791,7 +796,7 @@ def test_memory_that_runs_out_halves_the_parts_and_keeps_the_batch(
         seen.append(len(pixels))
         return plain(pixels, transforms)
 
-    monkeypatch.setattr(finetune, "normalise", small)
+    monkeypatch.setattr(trainer, "normalise", small)
     quiet = replace(decided(TUNED), slice="conv3")
     quiet = replace(quiet, readings=(replace(quiet.readings[0], tap="conv3", channels=128, grids=(1, 2)),))
     tight = trained(job(quiet, epochs=1), tmp_path / "tight")
@@ -802,7 +807,7 @@ def test_memory_that_runs_out_halves_the_parts_and_keeps_the_batch(
         "the GPU's memory ran out: each batch was taken in 4 parts",
     ]
     assert max(seen) == 4
-    monkeypatch.setattr(finetune, "normalise", plain)
+    monkeypatch.setattr(trainer, "normalise", plain)
     assert same(trained(job(quiet, epochs=1), tmp_path / "roomy"), tight, atol=1e-5)
 
 
@@ -810,7 +815,7 @@ def test_memory_for_not_even_one_image_is_a_clear_error(job: Make, tmp_path: Pat
     def none(*_: Any) -> torch.Tensor:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(finetune, "normalise", none)
+    monkeypatch.setattr(trainer, "normalise", none)
     with pytest.raises(TrainingError, match=r"expected room in the GPU's memory for 1 images.*data\.size"):
         trained(job(decided(TUNED)), tmp_path / "run")
 
@@ -890,7 +895,7 @@ def test_a_time_budget_gives_back_the_best_finished_epoch(
     broken_off: bool, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, seen = [0.95, 0.97, 0.6, 0.99], {}
-    validated, remember, left = finetune.validated, Checkpoints.keep, list(told)
+    validated, remember, left = trainer.validated, Checkpoints.keep, list(told)
 
     def scripted(*given: Any) -> tuple[float, float, str]:
         return left.pop(0), 1.0, validated(*given)[2]
@@ -899,7 +904,7 @@ def test_a_time_budget_gives_back_the_best_finished_epoch(
         remember(self, state, *rest)
         seen[state.epoch] = self.current
 
-    monkeypatch.setattr(finetune, "validated", scripted)
+    monkeypatch.setattr(trainer, "validated", scripted)
     monkeypatch.setattr(Checkpoints, "keep", keep)
     asked: list[int] = []
 
@@ -926,11 +931,11 @@ def test_a_gpu_that_looks_at_the_clock_seldom_looks_at_it_after_each_epoch_but_t
 ) -> None:
     looked: list[int] = []
     monkeypatch.setattr(Deadline, "passed", lambda _: bool(looked.append(0)) or len(looked) > 4)
-    monkeypatch.setattr(finetune, "LOOK_STEPS", {"cpu": 1000})
+    monkeypatch.setattr(trainer, "LOOK_STEPS", {"cpu": 1000})
     fit = a_fit(linear(), job(decided(TUNED), budget_minutes=1000, epochs=9), [0, 1, 2] * 16, tmp_path)
     batches = [([0, 1, 2, 3], PIXELS[:4])] * 3
     monkeypatch.setattr(Fit, "_images", lambda self, epochs: (ListedImages(self, batches), ListedImages(self, [])))
-    monkeypatch.setattr(finetune, "probabilities", lambda *_: torch.full((2, 3), 1 / 3))
+    monkeypatch.setattr(trainer, "probabilities", lambda *_: torch.full((2, 3), 1 / 3))
     state = State(arm="head")
     fit.arm("fine-tune", epochs, 0.1, state)
     assert (state.epoch, len(looked)) == (5, looks)
@@ -958,7 +963,7 @@ def test_a_time_budget_that_is_not_reached_keeps_what_a_free_run_keeps(
         remember(self, state, *rest)
         seen[state.epoch] = self.current
 
-    monkeypatch.setattr(finetune, "validated", scripted)
+    monkeypatch.setattr(trainer, "validated", scripted)
     monkeypatch.setattr(train, "validated", lambda chances, labels: (0.9, 1.0, pack(np.arange(len(labels)) < round(0.9 * len(labels)))))
     monkeypatch.setattr(Checkpoints, "keep", keep)
     weights = trained(job(decided(TUNED), epochs=3, budget_minutes=budget), tmp_path / "run")
@@ -1007,7 +1012,7 @@ def test_of_several_workers_the_first_one_s_clock_counts(first: float, tmp_path:
         for tensor in tensors:
             tensor.fill_(first)
 
-    monkeypatch.setattr(finetune, "from_first", broadcast)
+    monkeypatch.setattr(trainer, "from_first", broadcast)
     monkeypatch.setattr(checkpoint, "from_first", broadcast)
     world = Alone(tmp_path)
     world.size, world.rank = 2, 1
@@ -1021,7 +1026,7 @@ def test_of_several_workers_the_first_one_s_clock_counts(first: float, tmp_path:
 
 def test_each_checkpoint_says_how_long_the_run_has_taken(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the head, each epoch and each part of one: what an interruption repeats is all that is not counted."""
-    monkeypatch.setattr(finetune, "CHECKPOINT_IMAGES", 32)
+    monkeypatch.setattr(trainer, "CHECKPOINT_IMAGES", 32)
     seconds: list[float] = []
     plain = Checkpoints.write
 
@@ -1099,7 +1104,7 @@ def test_without_validation_images_a_time_budget_keeps_what_was_trained(job: Mak
     manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
     none = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != "val"))
     dataset.write_manifest(none, tmp_path / "manifest.parquet", tmp_path / "quarantine.csv")
-    monkeypatch.setattr(finetune, "LOOK_STEPS", {"cpu": 1000})
+    monkeypatch.setattr(trainer, "LOOK_STEPS", {"cpu": 1000})
     plain = Fit._epoch
     monkeypatch.setattr(Fit, "_epoch", lambda self, *given: (setattr(self.deadline, "before", 1e9), plain(self, *given))[1])
     weights = trained(made, tmp_path / "run")
@@ -1107,7 +1112,7 @@ def test_without_validation_images_a_time_budget_keeps_what_was_trained(job: Mak
     assert state["remarks"] == ["train.budget_minutes ended fine-tune after epoch 1 of 9"]
     assert (state["best_arm"], state["best_epoch"]) == ("fine-tune", 1)
     assert not torch.equal(
-        weights["trunk.conv1.0.weight"], backbones.load("demonstration", "DEFAULT").module.state_dict()["conv1.0.weight"]
+        weights["trunk.conv1.0.weight"], catalogue.load("demonstration", "DEFAULT").module.state_dict()["conv1.0.weight"]
     )
 
 
@@ -1138,7 +1143,7 @@ def test_the_head_weighs_classes_as_the_recipe_says(
 
 
 def test_a_time_budget_ends_the_features_of_a_frozen_case(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlpipeline.train.AT_ONCE", 8)
+    monkeypatch.setattr("tlpipeline.training.train.AT_ONCE", 8)
     trained(job(decided(CASES[0]), budget_minutes=1e-9), tmp_path / "run")
     first, second, third = finished(tmp_path / "run")["remarks"]
     assert re.fullmatch(r"train\.budget_minutes ended the features after 8 of \d+ validation images", first)
@@ -1147,7 +1152,7 @@ def test_a_time_budget_ends_the_features_of_a_frozen_case(job: Make, tmp_path: P
 
 
 def test_a_time_budget_ends_the_decoding(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "AT_ONCE", 16)
+    monkeypatch.setattr(trainer, "AT_ONCE", 16)
     fit = a_fit(linear(), job(decided(TUNED), budget_minutes=1000), [0, 1, 2] * 16, tmp_path)
     made: list[int] = []
     monkeypatch.setattr(Decoded, "fill", lambda _, rows, told: made.append(len(rows)))
@@ -1172,7 +1177,7 @@ def test_a_long_epoch_is_kept_in_parts_and_gone_on_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Averages, schedule, sampler, dropout and the summed loss stand where they stood."""
-    monkeypatch.setattr(finetune, "CHECKPOINT_IMAGES", 32)
+    monkeypatch.setattr(trainer, "CHECKPOINT_IMAGES", 32)
     decision = decided(TUNED, average=0.8, mixup=0.2, balance="sampler", imbalance=1.0, optimiser="adamw", rate_none=1e-3)
     wanted = trained(job(decision, epochs=2), tmp_path / "calm")
     world = Alone(tmp_path / "run")
@@ -1212,7 +1217,7 @@ def test_checkpoints_between_epochs_wait_until_they_take_a_small_share_of_the_ti
 ) -> None:
     """A write takes 2 s by this clock, an epoch 5 s: one tenth is 18 s between two writes."""
     now = [0.0]
-    plain, report = finetune.probabilities, Alone.report
+    plain, report = trainer.probabilities, Alone.report
 
     def validated(*given: Any) -> torch.Tensor:
         now[0] += 5
@@ -1222,7 +1227,7 @@ def test_checkpoints_between_epochs_wait_until_they_take_a_small_share_of_the_ti
         now[0] += 2
         report(self, *given)
 
-    monkeypatch.setattr(finetune, "probabilities", validated)
+    monkeypatch.setattr(trainer, "probabilities", validated)
     monkeypatch.setattr(Alone, "report", slow)
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(checkpoint, "SHARE", 0.1)

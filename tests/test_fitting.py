@@ -11,9 +11,10 @@ import pytest
 from scipy.optimize import minimize
 from test_outlook import NAMES, SEEN, rising
 
-from tlpipeline import fitting, outlook
-from tlpipeline.fitting import Observed, fit
-from tlpipeline.outlook import GROWING, NEUTRAL, Evidence, Outlook, figures, fitted, log_odds
+from research import fitting
+from research.fitting import Observed, fit
+from tlpipeline.choice import predictor
+from tlpipeline.choice.predictor import GROWING, NEUTRAL, Evidence, Outlook, figures, fitted, log_odds
 
 
 def seen_by(rng: np.random.Generator) -> Evidence:
@@ -140,7 +141,7 @@ def unruly(seed: int) -> list[Observed]:
 
 
 # The log odds of all of the draws: a raw chance lies within.
-MOST = log_odds(1.0, outlook.DRAWS)
+MOST = log_odds(1.0, predictor.DRAWS)
 
 
 @pytest.mark.parametrize("too_sure", [1.0, 2.0, 4.0])
@@ -326,4 +327,4 @@ def test_an_outlook_survives_json() -> None:
     again = Outlook.from_json(json.loads(json.dumps(found.to_json())))
     assert again.predict(SEEN, 0.9, 0.005) == found.predict(SEEN, 0.9, 0.005)
     assert json.dumps(again.to_json()) == json.dumps(found.to_json())
-    assert NEUTRAL.to_json()["format"] == outlook.FORMAT
+    assert NEUTRAL.to_json()["format"] == predictor.FORMAT

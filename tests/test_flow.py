@@ -20,11 +20,15 @@ from uuid import UUID
 import pytest
 
 from tests.conftest import set_param
-from tlpipeline import acts, choice, registry, report, stages, versioning
-from tlpipeline.dataset import read_manifest
+from tlpipeline.choice import decide
+from tlpipeline.data.dataset import read_manifest
 from tlpipeline.errors import DataError, WorkspaceError
-from tlpipeline.profile import Profile
+from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, silent
+from tlpipeline.registry import versions
+from tlpipeline.report import page as report
+from tlpipeline.versioning import dvc as versioning
+from tlpipeline.workspace import release, stages
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -44,7 +48,7 @@ class Run:
 
 def retrain(workspace: Path, **parameters: Any) -> Run:
     """Run the flow in this process."""
-    from flows.retrain import retrain as flow
+    from tlpipeline.flows.retrain import retrain as flow
 
     state = flow(workspace=workspace, return_state=True, **parameters)
     return Run(workspace, state.state_details.flow_run_id, state.type.value, state.result(raise_on_failure=False))
@@ -261,27 +265,27 @@ def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_
     assert {name: accepted.result.seconds[name] for name in stages.STAGES} == dict.fromkeys(stages.STAGES), "only the gate's rule changed"
     assert (accepted.result.version, accepted.result.new) == ("workspace@v0.2.0", True), "another case is a minor step"
 
-    old, new = registry.versions(workspace, "workspace")
-    assert registry.resolve(workspace, "workspace@v0") == registry.resolve(workspace, "workspace@latest") == new
-    assert registry.resolve(workspace, "workspace@v0.1") == old
-    assert registry.champion(workspace, "workspace") == new, "none is promoted: the newest"
+    old, new = versions.versions(workspace, "workspace")
+    assert versions.resolve(workspace, "workspace@v0") == versions.resolve(workspace, "workspace@latest") == new
+    assert versions.resolve(workspace, "workspace@v0.1") == old
+    assert versions.champion(workspace, "workspace") == new, "none is promoted: the newest"
 
-    assert registry.promote(workspace, old) == "workspace#prod#1"
-    assert registry.champion(workspace, "workspace").number == old.number
-    assert registry.promote(workspace, new) == "workspace#prod#2"
-    assert registry.resolve(workspace, "workspace#prod").number == new.number
-    assert tuple(map(str, registry.rollback(workspace, "workspace"))) == ("workspace@v0.2.0", "workspace@v0.1.0")
-    assert registry.resolve(workspace, "workspace#prod").number == old.number
+    assert versions.promote(workspace, old) == "workspace#prod#1"
+    assert versions.champion(workspace, "workspace").number == old.number
+    assert versions.promote(workspace, new) == "workspace#prod#2"
+    assert versions.resolve(workspace, "workspace#prod").number == new.number
+    assert tuple(map(str, versions.rollback(workspace, "workspace"))) == ("workspace@v0.2.0", "workspace@v0.1.0")
+    assert versions.resolve(workspace, "workspace#prod").number == old.number
     assert git(workspace, "tag", "--list", "*#prod#*").splitlines() == [f"workspace#prod#{n}" for n in (1, 2, 3)], "history only grows"
 
-    rows = acts.registered(workspace)
+    rows = release.registered(workspace)
     assert [row[:3] for row in rows] == [("workspace@v0.2.0", "", "large_similar"), ("workspace@v0.1.0", "prod", "small_similar")]
-    assert acts.card_of(workspace, "workspace#prod").startswith("# workspace@v0.1.0")
-    assert "large_similar" in acts.card_of(workspace, "workspace@v0.2")
+    assert release.card_of(workspace, "workspace#prod").startswith("# workspace@v0.1.0")
+    assert "large_similar" in release.card_of(workspace, "workspace@v0.2")
     taps = stages.taps_read(workspace)
     assert len(taps) > 1, "the head that is solved last reads several"
-    assert f"the head reads {', '.join(taps)} |" in acts.card_of(workspace, "workspace@v0.2")
-    assert (registry.folder(workspace, old) / "weights.safetensors").read_bytes() != (
+    assert f"the head reads {', '.join(taps)} |" in release.card_of(workspace, "workspace@v0.2")
+    assert (versions.folder(workspace, old) / "weights.safetensors").read_bytes() != (
         workspace / "model" / "weights.safetensors"
     ).read_bytes()
 
@@ -303,7 +307,7 @@ def test_an_accepted_version_goes_to_prod_at_once_where_the_gate_says_so(registe
 
 
 def test_a_race_is_seen_while_it_runs_and_in_the_decision(workspace: Path) -> None:
-    from tasks import pipeline
+    from tlpipeline.tasks import pipeline
 
     set_param(workspace, "choose.effort", "full")
     set_param(workspace, "train.epochs", "2")
@@ -335,11 +339,13 @@ def test_whoever_starts_from_other_weights_is_told_why_there_is_no_race(first: R
     set_param(workspace, "choose.effort", "full")
     set_param(workspace, "train.override", "{init: plain}")
     profile = Profile.from_json(stages.read_json(workspace, stages.PROFILE))
-    assert choice.choose(profile, stages.params_of(workspace).choose).race_wanted
+    assert decide.choose(profile, stages.params_of(workspace).choose).race_wanted
     assert stages.bring_up_to_date(workspace, "choose", silent)
     case = stages.read_case(workspace)
     assert (case.race, case.race_wanted) == (None, False)
-    assert "There was none: train.override.init starts from other weights than the prediction knows." in acts.decision_markdown(workspace)
+    assert "There was none: train.override.init starts from other weights than the prediction knows." in release.decision_markdown(
+        workspace
+    )
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------------------------
@@ -354,7 +360,7 @@ def unreachable(workspace: Path) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tasks retry at once."""
-    from tasks import pipeline
+    from tlpipeline.tasks import pipeline
 
     for name in ("version", "register"):
         monkeypatch.setattr(pipeline, name, getattr(pipeline, name).with_options(retry_delay_seconds=0))
@@ -382,7 +388,7 @@ def test_classes_count_alike_at_the_gate_where_training_weighs_them_alike(overri
     assert min(trained.values()) < max(trained.values()) < 10 * min(trained.values())
     git(registered, "tag", "--delete", "workspace@v0.1.0")
     set_param(registered, "train.override", override)
-    verdict = acts.judge(registered, silent)
+    verdict = release.judge(registered, silent)
     assert verdict is not None
     assert verdict.metric == metric
 
@@ -390,13 +396,13 @@ def test_classes_count_alike_at_the_gate_where_training_weighs_them_alike(overri
 def test_a_model_that_cannot_be_pushed_is_not_registered(workspace: Path) -> None:
     for name in stages.STAGES:
         stages.bring_up_to_date(workspace, name, silent)
-    verdict = acts.judge(workspace, silent)
+    verdict = release.judge(workspace, silent)
     assert verdict is not None
     assert verdict.accepted
     before = git(workspace, "rev-parse", "HEAD")
     unreachable(workspace)
     with pytest.raises(WorkspaceError, match="expected to push to the DVC remote"):
-        acts.register(workspace, verdict)
+        release.register(workspace, verdict)
     assert git(workspace, "tag") == ""
     assert git(workspace, "rev-parse", "HEAD") == before
 

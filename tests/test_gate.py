@@ -10,8 +10,8 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest, norm
 
-from tlpipeline.evaluate import Predictions
-from tlpipeline.gate import MAJORITY, Verdict, against_champion, against_majority
+from tlpipeline.evaluation.gate import MAJORITY, Verdict, against_champion, against_majority
+from tlpipeline.evaluation.metrics import Predictions
 from tlpipeline.params import GateParams
 
 BETTER = GateParams(rule="better", test="mcnemar", metric="auto", alpha=0.05, margin=2.0, promote="manual")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from test_dataset import put
 
-from tlpipeline import git
 from tlpipeline.errors import WorkspaceError
+from tlpipeline.versioning import git
 
 
 def test_git_outside_a_repository_is_refused_with_what_git_says(tmp_path: Path, monkeypatch: Any) -> None:

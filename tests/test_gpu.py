@@ -13,21 +13,26 @@ from test_train import decided, history
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tlpipeline import backbones, cutting, dataset, features, model
-from tlpipeline.cases import CASES, Decision, Recipe
-from tlpipeline.checkpoint import Checkpoints, State
-from tlpipeline.cutting import Transforms
-from tlpipeline.features import Reader, Reading, numerics, passes, pooled, reading, step
+from tlpipeline.backbones import catalogue, features, taps
+from tlpipeline.backbones import classifier as model
+from tlpipeline.backbones.classifier import Classifier
+from tlpipeline.backbones.features import Reader, numerics, passes, pooled, reading, step
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.precision import on_tensor_cores, reads_in_bfloat16
+from tlpipeline.choice.cases import CASES
+from tlpipeline.choice.decision import Decision
+from tlpipeline.data import dataset
+from tlpipeline.data.loader import Images
+from tlpipeline.data.splits import TRAIN, VAL
+from tlpipeline.data.transforms import Transforms
 from tlpipeline.files import write_tensors
-from tlpipeline.finetune import Deadline, Fit, Sides
-from tlpipeline.inputs import Images
-from tlpipeline.job import Job, Teller
-from tlpipeline.model import Classifier
-from tlpipeline.optimise import flat, optimiser, unflat
-from tlpipeline.precision import on_tensor_cores, reads_in_bfloat16
-from tlpipeline.splits import TRAIN, VAL
-from tlpipeline.train import run
-from tlpipeline.workers import Alone
+from tlpipeline.training.checkpoint import Checkpoints, State
+from tlpipeline.training.config import Job, Teller
+from tlpipeline.training.distributed import Alone
+from tlpipeline.training.optim import flat, optimiser, unflat
+from tlpipeline.training.recipe import Recipe
+from tlpipeline.training.train import run
+from tlpipeline.training.trainer import Deadline, Fit, Sides
 
 Make = Callable[..., Job]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -90,7 +95,7 @@ def fit_on_gpu(net: nn.Module, transforms: Transforms, made: Job, place: Path) -
 def test_all_that_a_step_of_fine_tuning_touches_lies_on_the_gpu(
     recipe: dict[str, Any], job: Make, tmp_path: Path, pretended: FakeTensorMode
 ) -> None:
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     classifier = Classifier(net, [Reading("conv2", 64, (1, 2))], 3, frozen=False)
     with pretended:
         fit = fit_on_gpu(moved(classifier), net.transforms, job(decided(TUNED, **recipe), precision="auto"), tmp_path)
@@ -110,7 +115,7 @@ def test_all_that_a_step_of_fine_tuning_touches_lies_on_the_gpu(
 @pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 def test_a_frozen_pass_lies_on_the_gpu_and_its_last_step_is_filled_up(job: Make, pretended: FakeTensorMode) -> None:
     made = job(decided(CASES[0]))
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     images = Images(Path(made.images), dataset.read_manifest(Path(made.manifest)).used(TRAIN)[:5], net.transforms)
     classifier = Classifier(net, [Reading("conv2", 64, (1, 2))], 3, frozen=True, in_bfloat16=True)
     seen: list[torch.Size] = []
@@ -198,10 +203,10 @@ def test_a_model_that_reads_in_bfloat16_says_so_and_is_read_again_as_such(
 
 def test_features_of_an_image_in_bfloat16_are_the_same_bits_whatever_else_is_asked_about(job: Make) -> None:
     made = job(decided(CASES[0]))
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     rows = dataset.read_manifest(Path(made.manifest)).used(TRAIN)[:20]
-    trunk = cutting.cut(net, ["conv3"])
-    tap = next(t for t in cutting.describe(net, 32) if t.name == "conv3")
+    trunk = taps.cut(net, ["conv3"])
+    tap = next(t for t in taps.describe(net, 32) if t.name == "conv3")
 
     def read(some: list[Any], threads: int) -> torch.Tensor:
         before = torch.get_num_threads()

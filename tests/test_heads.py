@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tlpipeline import heads
-from tlpipeline.cache import Column, Table
-from tlpipeline.features import scaling
-from tlpipeline.heads import (
+from tlpipeline.backbones.features import scaling
+from tlpipeline.data.cache import Column, Table
+from tlpipeline.training import heads
+from tlpipeline.training.heads import (
     PENALTIES,
     START,
     Features,

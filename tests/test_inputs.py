@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torchvision.models import ConvNeXt_Tiny_Weights, EfficientNet_B0_Weights, SqueezeNet1_0_Weights, Swin_T_Weights
 
-from tlpipeline import dataset, decoding, inputs, splits
-from tlpipeline.cache import Store
-from tlpipeline.cutting import Transforms
-from tlpipeline.dataset import Row
+from tlpipeline.data import dataset, decoding, loader, splits
+from tlpipeline.data.cache import Store
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.loader import Images, in_batches, normalise, prepare, prepared, shard, squeezed
+from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import DataChanged
-from tlpipeline.inputs import Images, in_batches, normalise, prepare, prepared, shard, squeezed
 
 PLAIN = Transforms(32, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear")
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_a_line_of_pixels_is_not_enlarged_as_a_whole(size: tuple[int, int], monk
     monkeypatch.setattr(Image.Image, "resize", resize)
     found = prepare(image, PLAIN)
     assert max(sides) == 128 * 32
-    monkeypatch.setattr(inputs, "ELONGATED", 10_000)
+    monkeypatch.setattr(loader, "ELONGATED", 10_000)
     assert (found == prepare(image, PLAIN)).all()
 
 
@@ -124,7 +124,7 @@ def test_who_stops_early_does_not_wait_for_what_was_to_be_decoded_ahead(
     listed: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, rows = listed
-    monkeypatch.setattr(inputs, "_threads", lambda: 2)
+    monkeypatch.setattr(loader, "_threads", lambda: 2)
     seen: list[str] = []
     stopped = threading.Event()
 
@@ -167,7 +167,7 @@ def test_what_another_run_decoded_meanwhile_is_not_decoded_again(
     mine, other = (squeezed(Store(tmp_path / "cache"), folder, 32) for _ in range(2))
     assert not mine.column.has([row.md5 for row in rows]).any()
     other.fill(rows[:9], lambda done: None)
-    monkeypatch.setattr(inputs, "SHARD_ROWS", 8)
+    monkeypatch.setattr(loader, "SHARD_ROWS", 8)
     told: list[int] = []
     mine.fill(rows, told.append)
     assert told == [8, 12]  # of the twelve that are left
@@ -198,7 +198,7 @@ def test_as_many_threads_decode_as_this_process_may_use_cpus_and_two_at_least(
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: may_use, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(inputs, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(loader, "ThreadPoolExecutor", Pool)
     folder, rows = listed
     list(Images(folder, rows, PLAIN).batches([[0, 1]]))
     squeezed(Store(), folder, 32).fill(rows[:2], lambda done: None)
@@ -251,7 +251,7 @@ def test_files_are_decoded_no_larger_than_they_are_needed(make_images: Callable[
 def test_the_seconds_that_a_batch_is_waited_for_are_counted(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by a second at each look: two looks a batch."""
     now = itertools.count()
-    monkeypatch.setattr(inputs, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     folder = make_images(classes=2, each=6)
     images = Images(folder, list(dataset.ingest(folder, {}, lambda done, total: None).rows), PLAIN)
     assert len(list(images.batches(in_batches(12, 3)))) == 4
@@ -260,11 +260,11 @@ def test_the_seconds_that_a_batch_is_waited_for_are_counted(make_images: Callabl
 
 def test_workers_of_one_machine_share_its_cpus_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "cpus", lambda: 16)
-    assert inputs._threads() == 16
+    assert loader._threads() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert inputs._threads() == 4
+    assert loader._threads() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert inputs._threads() == 2
+    assert loader._threads() == 2
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tlpipeline import job
-from tlpipeline.job import Tail, Teller, clock
 from tlpipeline.progress import Event
+from tlpipeline.training import config
+from tlpipeline.training.config import Tail, Teller, clock
 
 
 def texts(path: Path) -> list[str]:
@@ -17,7 +17,7 @@ def texts(path: Path) -> list[str]:
 
 def test_what_is_not_important_is_told_five_times_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(config, "time", SimpleNamespace(monotonic=lambda: now[0]))
     tell = Teller(tmp_path / "new" / "told.jsonl", rank=0)
     for number in range(10):
         tell(number, 10, f"{number}", important=number == 5)

@@ -13,8 +13,8 @@ import pytest
 from conftest import run_python
 from filelock import FileLock
 
-from tlpipeline import lock
 from tlpipeline.errors import WorkspaceError
+from tlpipeline.versioning import lock
 
 TAKE_THE_LOCK = """
 import sys

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tlpipeline import backbones, dataset, splits
-from tlpipeline.cache import Store
+from tlpipeline.backbones import catalogue
+from tlpipeline.backbones.classifier import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, reader_of, save
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.data import dataset, splits
+from tlpipeline.data.cache import Store
+from tlpipeline.data.loader import Images
 from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
-from tlpipeline.features import Reading
 from tlpipeline.files import write_json, write_tensors
-from tlpipeline.inputs import Images
-from tlpipeline.model import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, reader_of, save
 
 CLASSES = ("ant", "bee", 'näh, "quoted"')
 # Architecture, input side, readings with the deepest first, and the start of a name behind the cut.
@@ -35,7 +36,7 @@ NETWORKS = {
 def build(name: str, frozen: bool = True, seed: int = 0) -> tuple[Classifier, Description]:
     """A classifier with a random head and with statistics that are not those of a fresh network."""
     size, readings, _ = NETWORKS[name]
-    net = backbones.load(name, "none", size=size, seed=seed)
+    net = catalogue.load(name, "none", size=size, seed=seed)
     model = Classifier(net, readings, len(CLASSES), frozen)
     random = torch.Generator().manual_seed(seed)
     for key, tensor in model.state_dict().items():
@@ -74,7 +75,7 @@ def test_a_loaded_model_gives_the_logits_of_the_saved_one_without_the_layers_beh
     tensors = load_file(tmp_path / WEIGHTS)
     assert tensors.keys() == model.state_dict().keys()
     behind = NETWORKS[name][2]
-    assert any(key.startswith(f"{behind}.") for key in backbones.load(name, "none").module.state_dict())
+    assert any(key.startswith(f"{behind}.") for key in catalogue.load(name, "none").module.state_dict())
     assert not any(key.startswith(f"trunk.{behind}.") for key in tensors)
 
 
@@ -198,7 +199,7 @@ LAST = {
 
 @pytest.mark.parametrize("name", LAST)
 def test_a_frozen_backbone_is_bit_identical_after_training(name: str) -> None:
-    model = Classifier(backbones.load(name, "none"), LAST[name], 3, frozen=True)
+    model = Classifier(catalogue.load(name, "none"), LAST[name], 3, frozen=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.1)
     model.train()
@@ -215,7 +216,7 @@ def test_only_a_frozen_backbone_computes_the_same_under_train_as_under_eval(name
     batch = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     for frozen in (True, False):
-        model = Classifier(backbones.load(name, "none"), LAST[name], 3, frozen)
+        model = Classifier(catalogue.load(name, "none"), LAST[name], 3, frozen)
         model.train()
         assert model.training
         assert model.head.training
@@ -235,7 +236,7 @@ def test_a_frozen_backbone_gets_no_gradients_and_another_does() -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_is_trained_is_computed_as_its_trainer_says_and_only_what_is_frozen_in_bfloat16(frozen: bool) -> None:
-    model = Classifier(backbones.load("demonstration", "DEFAULT"), [Reading("conv2", 64, (1, 2))], 3, frozen, in_bfloat16=True)
+    model = Classifier(catalogue.load("demonstration", "DEFAULT"), [Reading("conv2", 64, (1, 2))], 3, frozen, in_bfloat16=True)
     assert model.in_bfloat16 is frozen
     inputs, seen = torch.zeros(2, 3, 32, 32), list[torch.dtype]()
     next(iter(m for m in model.trunk.modules() if isinstance(m, torch.nn.Conv2d))).register_forward_hook(
@@ -251,7 +252,7 @@ def test_a_loaded_model_is_ready_to_predict(folder: Path) -> None:
 
 
 def test_a_new_head_knows_nothing() -> None:
-    model = Classifier(backbones.load("demonstration", "DEFAULT"), LAST["demonstration"], 3, frozen=True)
+    model = Classifier(catalogue.load("demonstration", "DEFAULT"), LAST["demonstration"], 3, frozen=True)
     assert logits(model, torch.rand(2, 3, 32, 32)).abs().max() == 0
 
 
@@ -319,7 +320,7 @@ def test_a_reader_that_is_alone_takes_fewer_images_at_a_time_where_memory_runs_o
 
 
 def test_what_was_kept_before_memory_ran_out_is_not_passed_again(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlpipeline.features.SHARD_ROWS", 1)  # a step is a shard
+    monkeypatch.setattr("tlpipeline.backbones.features.SHARD_ROWS", 1)  # a step is a shard
     pictures = make_images(classes=2, each=20)
     rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
     model, description = build("nets:resnet20", frozen=False)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_profile import planted
 
-from tlpipeline import outlook
-from tlpipeline.outlook import GROWING, NEUTRAL, Evidence, Outlook, evidence, figures, fitted, log_odds
-from tlpipeline.probes import paired
-from tlpipeline.profile import Tangent, slice_test
+from tlpipeline.choice import predictor
+from tlpipeline.choice.predictor import GROWING, NEUTRAL, Evidence, Outlook, evidence, figures, fitted, log_odds
+from tlpipeline.profiling.profile import Tangent, slice_test
+from tlpipeline.stats import paired
 
 SEEN = Evidence(
     images=1000,
@@ -181,10 +181,10 @@ def rising(found: Outlook) -> None:
 # --- the heads ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", outlook.HEADS)
+@pytest.mark.parametrize("name", predictor.HEADS)
 def test_a_head_is_expected_between_what_is_usual_and_what_was_measured(name: str) -> None:
     """With few images it is what is usual, with many what was measured."""
-    known = replace(model(), heads=dict.fromkeys(outlook.HEADS, (0.03, -0.1, 0.05)))
+    known = replace(model(), heads=dict.fromkeys(predictor.HEADS, (0.03, -0.1, 0.05)))
     # Usual at S = 0.3 is nothing; measured are ten points.
     told = [known.head_gain(name, replace(SEEN, **{f"{name}_gain": 0.1, f"{name}_error": error})) for error in (1.0, 0.05, 0.001)]
     assert told == [pytest.approx(0, abs=0.001), pytest.approx(0.05), pytest.approx(0.1, abs=0.001)]
@@ -210,7 +210,7 @@ def test_the_shipped_model_knows_the_figures_and_nothing_else() -> None:
 
 
 def test_the_shipped_model_is_of_the_format_that_is_read() -> None:
-    assert json.loads(outlook.FITTED.read_text(encoding="utf-8"))["format"] == outlook.FORMAT
+    assert json.loads(predictor.FITTED.read_text(encoding="utf-8"))["format"] == predictor.FORMAT
 
 
 # --- before and beyond what was seen ----------------------------------------------------------------------------------------------------
@@ -229,10 +229,10 @@ def test_an_unknown_head_similarity_is_outside_of_what_was_fitted() -> None:
 def test_the_middle_half_of_the_draws_is_that_of_a_normal_distribution_and_the_tails_are_heavier() -> None:
     from scipy.stats import norm, t
 
-    place = (np.arange(outlook.DRAWS) + 0.5) / outlook.DRAWS
-    assert np.quantile(outlook.QUANTILES, (0.25, 0.75)) == pytest.approx(norm.ppf((0.25, 0.75)), abs=0.01)
-    assert pytest.approx(t.ppf(place, 4) * norm.ppf(0.75) / t.ppf(0.75, 4), abs=1e-4) == outlook.QUANTILES
-    assert outlook.QUANTILES[-1] > 1.5 * norm.ppf(place[-1])
+    place = (np.arange(predictor.DRAWS) + 0.5) / predictor.DRAWS
+    assert np.quantile(predictor.QUANTILES, (0.25, 0.75)) == pytest.approx(norm.ppf((0.25, 0.75)), abs=0.01)
+    assert pytest.approx(t.ppf(place, 4) * norm.ppf(0.75) / t.ppf(0.75, 4), abs=1e-4) == predictor.QUANTILES
+    assert predictor.QUANTILES[-1] > 1.5 * norm.ppf(place[-1])
 
 
 def test_the_evidence_holds_what_the_tangent_probe_says_on_its_own_images() -> None:

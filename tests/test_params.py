@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 from tlpipeline.errors import ParamsError
 from tlpipeline.params import Params, load
 
-TEMPLATE = REPOSITORY / "tlpipeline" / "template"
+TEMPLATE = REPOSITORY / "tlpipeline" / "workspace" / "template"
 GONE = object()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tlpipeline.precision import autocast
+from tlpipeline.backbones.precision import autocast
 
 CPU = torch.device("cpu")
 

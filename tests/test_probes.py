@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tlpipeline.probes import PENALTIES, guesses, head_similarity, leave_one_out, one_hot, pack, paired, unpack, wilson
+from tlpipeline.profiling.probes import PENALTIES, guesses, head_similarity, leave_one_out, one_hot
+from tlpipeline.stats import pack, paired, unpack, wilson
 
 
 def noise(seed: int, images: int, features: int) -> np.ndarray:

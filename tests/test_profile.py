@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tlpipeline.probes import pack, wilson
-from tlpipeline.profile import Head, Probe, Profile, slice_point, slice_test
+from tlpipeline.profiling.profile import Head, Probe, Profile, slice_point, slice_test
+from tlpipeline.stats import pack, wilson
 
 
 def probe(name: str, correct: np.ndarray, head: tuple[str, ...] = (), ops: int = 1000) -> Probe:

@@ -14,17 +14,19 @@ from PIL import Image
 from test_backbones import take
 from test_profile import planted
 
-from tlpipeline import backbones, dataset, kernels, profiling, shift, splits
-from tlpipeline.choice import choose
-from tlpipeline.dataset import Manifest, Row, ingest
+from tlpipeline.backbones import catalogue
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.choice.decide import choose
+from tlpipeline.choice.reasons import weaknesses
+from tlpipeline.data import dataset, splits
+from tlpipeline.data.dataset import Manifest, Row, ingest
+from tlpipeline.data.loader import normalise, prepare
 from tlpipeline.errors import DataError
-from tlpipeline.features import Reading
-from tlpipeline.inputs import normalise, prepare
 from tlpipeline.params import load
-from tlpipeline.probes import head_similarity, leave_one_out, one_hot
-from tlpipeline.profile import Profile, slice_test
+from tlpipeline.profiling import gram, measure, shift
+from tlpipeline.profiling.probes import head_similarity, leave_one_out, one_hot
+from tlpipeline.profiling.profile import Profile, slice_test
 from tlpipeline.progress import Event, silent
-from tlpipeline.reasons import weaknesses
 
 PARAMS = replace(
     load(Path(__file__).parent.parent / "params.yaml").profile,
@@ -47,22 +49,22 @@ def rows_of(counts: Mapping[str, int]) -> list[Row]:
 
 def test_a_stratified_sample_has_every_class_in_proportion() -> None:
     rows = rows_of({"rare": 5, "common": 495})
-    drawn = profiling.sample(rows, 100, seed=0)
+    drawn = measure.sample(rows, 100, seed=0)
     assert len(drawn) == 100
     assert sum(r.label == "rare" for r in drawn) == 1
-    assert profiling.sample(rows[::-1], 100, seed=0) == drawn
-    assert profiling.sample(rows, 100, seed=1) != drawn
+    assert measure.sample(rows[::-1], 100, seed=0) == drawn
+    assert measure.sample(rows, 100, seed=1) != drawn
 
 
 def test_a_class_of_one_image_in_a_thousand_is_drawn() -> None:
-    drawn = profiling.sample(rows_of({"rare": 1, "a": 999, "b": 1000}), 64, seed=0)
+    drawn = measure.sample(rows_of({"rare": 1, "a": 999, "b": 1000}), 64, seed=0)
     assert {r.label for r in drawn} == {"rare", "a", "b"}
 
 
 def test_with_very_many_classes_as_many_are_probed_as_have_eight_images() -> None:
     rows = rows_of({f"c{i}": 10 for i in range(300)})
-    assert len({r.label for r in profiling.sample(rows, 512, seed=0)}) == 64
-    assert len({r.label for r in profiling.sample(rows, 3000, seed=0)}) == 300
+    assert len({r.label for r in measure.sample(rows, 512, seed=0)}) == 64
+    assert len({r.label for r in measure.sample(rows, 3000, seed=0)}) == 300
 
 
 # --- on images ------------------------------------------------------------------------------------------------------------------------
@@ -76,10 +78,10 @@ def measured(
     tangent: bool = False,
 ) -> Profile:
     """Profile a folder for the demonstration network, which knows the ten classes of CIFAR-10."""
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     params = replace(PARAMS, images=images, images_max=4 * images, tangent=tangent)
     manifest = manifest or ingest(folder, {}, lambda done, total: None)
-    return profiling.measure(net, folder, manifest, 32, params, undecided, silent, torch.device("cpu"))
+    return measure.measure(net, folder, manifest, 32, params, undecided, silent, torch.device("cpu"))
 
 
 def test_the_profile_reads_only_training_and_validation_images(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,11 +156,11 @@ def test_the_same_seed_gives_the_same_profile_and_another_seed_another_sample(ma
     manifest = ingest(folder, {}, lambda done, total: None)
     assert measured(folder, manifest, images=24) == measured(folder, manifest, images=24)
     rows = manifest.used("train")
-    assert profiling.sample(rows, 24, 0) != profiling.sample(rows, 24, 1)
+    assert measure.sample(rows, 24, 0) != measure.sample(rows, 24, 1)
 
 
 def test_the_sample_is_doubled_only_while_the_choice_is_open(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "SOLVERS", 10.0)
+    monkeypatch.setattr(measure, "SOLVERS", 10.0)
     folder = make_images(classes=3, each=60)
     manifest = ingest(folder, {}, lambda done, total: None)
     assert measured(folder, manifest, images=24).sampled == 24
@@ -169,22 +171,22 @@ def test_many_classes_of_a_few_images_fill_the_sample_and_it_never_shrinks(
     make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = rows_of({f"c{i:03d}": 3 for i in range(400)})
-    drawn = profiling.sample(rows, 800, seed=0)
+    drawn = measure.sample(rows, 800, seed=0)
     assert 800 - 8 < len(drawn) <= 800
     assert set(Counter(r.label for r in drawn).values()) == {3}
-    sizes = [len(profiling.sample(rows, wanted, seed=0)) for wanted in (100, 200, 400, 800, 1600)]
+    sizes = [len(measure.sample(rows, wanted, seed=0)) for wanted in (100, 200, 400, 800, 1600)]
     assert sizes == sorted(set(sizes))
     # Where no larger sample is to be had the profile ends with the one that it has.
-    monkeypatch.setattr(profiling, "SOLVERS", 1e9)
+    monkeypatch.setattr(measure, "SOLVERS", 1e9)
     folder = make_images(classes=3, each=40)
     manifest = ingest(folder, {}, lambda done, total: None)
-    plain, asked = profiling.sample, []
+    plain, asked = measure.sample, []
 
     def stuck(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
         asked.append(wanted)
         return plain(rows, min(wanted, 30), seed)
 
-    monkeypatch.setattr(profiling, "sample", stuck)
+    monkeypatch.setattr(measure, "sample", stuck)
     assert measured(folder, manifest, images=24, undecided=lambda _: True).sampled == 30
     assert asked[1:] == [24, 48, 60]  # the first is of the images that are held out
 
@@ -194,18 +196,18 @@ def test_the_sample_does_not_grow_where_the_solvers_would_cost_more_than_their_s
     make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     """Counted, not timed: the demonstration network is so small that its solvers are soon a part of what its passes are."""
-    monkeypatch.setattr(profiling, "SOLVERS", share)
+    monkeypatch.setattr(measure, "SOLVERS", share)
     folder = make_images(classes=3, each=60)
     manifest = ingest(folder, {}, lambda done, total: None)
     found = measured(folder, manifest, images=24, undecided=lambda _: True)
     readings = [tap.reading for tap in found.taps]
-    fit = [n for n in (48, 96) if profiling.solving(readings, n, found.classes) <= share * found.forward_ops * n]
+    fit = [n for n in (48, 96) if measure.solving(readings, n, found.classes) <= share * found.forward_ops * n]
     assert found.sampled == (fit[-1] if fit else 24)
 
 
 def test_solvers_grow_faster_than_passes(known: dict[str, Profile]) -> None:
     readings = [tap.reading for tap in known["own"].taps]
-    shares = [profiling.solving(readings, n, 10) / n for n in (256, 512, 1024, 2048)]
+    shares = [measure.solving(readings, n, 10) / n for n in (256, 512, 1024, 2048)]
     assert shares == sorted(shares)
 
 
@@ -213,7 +215,7 @@ def test_a_larger_sample_is_probed_at_the_penalties_that_the_smaller_one_found(
     make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two factorisations a probe instead of a decomposition: the same answers as if all penalties were tried, or nearly."""
-    monkeypatch.setattr(profiling, "SOLVERS", 10.0)
+    monkeypatch.setattr(measure, "SOLVERS", 10.0)
     folder = make_images(classes=3, each=60)
     manifest = ingest(folder, {}, lambda done, total: None)
     grown = measured(folder, manifest, images=48, undecided=lambda _: True)
@@ -252,10 +254,10 @@ def test_every_class_is_probed_where_the_sample_may_hold_eight_images_of_each(tm
 
 def test_the_profile_tells_what_it_does_while_it_does_it(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=3, each=30)
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     told: list[Event] = []
     manifest = ingest(folder, {}, lambda done, total: None)
-    profiling.measure(net, folder, manifest, 32, replace(PARAMS, tangent=True), lambda _: False, told.append, torch.device("cpu"))
+    measure.measure(net, folder, manifest, 32, replace(PARAMS, tangent=True), lambda _: False, told.append, torch.device("cpu"))
     words = " / ".join(event.text for event in told)
     for part in ("features of", "probes of", "head on", "gradients of"):
         assert part in words
@@ -324,7 +326,7 @@ def own_pairs(each: int = 80, pool: int = 3000) -> list[tuple[str, np.ndarray]]:
 
     Most surely, because a frozen head must leave nothing to win: on clouds near the border between two classes fine-tuning may win or lose.
     """
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     pixels = [scene(i, seed=11).clip(0, 255).astype(np.uint8) for i in range(pool)]
     inputs = torch.from_numpy(np.stack([prepare(Image.fromarray(p), net.transforms) for p in pixels]))
     with torch.inference_mode():
@@ -449,7 +451,7 @@ def test_random_labels_of_equally_large_classes_are_read_as_guesses(tmp_path: Pa
 @pytest.mark.data
 def test_head_similarity_is_higher_for_the_source_than_for_other_real_sets(real_data: Path) -> None:
     """Photographs of the classes that the network was made for against steel and hands."""
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     similarity = {}
     for name in ("cifar10", "neu_steel", "sign_digits"):
         pictures, labels = take(real_data / f"{name}.tar.gz", 20)
@@ -470,7 +472,7 @@ def test_heads_are_held_against_images_of_classes_that_they_know(tmp_path: Path)
     folder = write(tmp_path, [(f"c{i % 40:02d}", scene(i)) for i in range(400)])
     manifest = ingest(folder, {}, lambda done, total: None)
     found = measured(folder, manifest, images=64)
-    known = {r.label for r in profiling.sample(manifest.used("train"), 256, 0)}
+    known = {r.label for r in measure.sample(manifest.used("train"), 256, 0)}
     aside = [r for r in manifest.used("val") if splits.selects(r.md5)]
     assert found.probed == len(known) == 37
     assert 0 < found.held_out == sum(r.label in known for r in aside) < len(aside)
@@ -481,9 +483,9 @@ def test_a_slice_is_confirmed_by_heads_that_weigh_taps_as_training_does(
 ) -> None:
     """Each block of features has a variance of one: a tap of more blocks counts more, and the penalties mean what they mean in training."""
     given: list[float] = []
-    real = kernels.solve_kernel
+    real = gram.solve_kernel
     monkeypatch.setattr(
-        kernels,
+        gram,
         "solve_kernel",
         lambda kernel, *rest, **more: (given.append(kernel.trace() / len(kernel)), real(kernel, *rest, **more))[1],
     )
@@ -498,7 +500,7 @@ def test_gradients_are_held_against_features_that_are_centred_over_the_same_imag
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(80, 6, generator=draw)
     labels = (x[:, 1] + 0.5 * torch.randn(80, generator=draw) > 0).long().numpy()
-    sample = kernels.kernels_of([Reading("tap", 6, (1,))], [x], labels, {})
+    sample = gram.kernels_of([Reading("tap", 6, (1,))], [x], labels, {})
     first = [i for i in range(80) if x[i, 0] > 0]  # far from the middle of the sample
     own = sample.read[0][first].astype(float)
     own -= own.mean(0)
@@ -522,8 +524,8 @@ def test_the_gain_of_a_tap_is_over_the_last_one(tmp_path: Path) -> None:
 def test_pretrained_weights_read_the_own_classes_better_than_random_ones(tmp_path: Path) -> None:
     folder = write(tmp_path, own_pairs(each=40))
     manifest = ingest(folder, {}, lambda done, total: None)
-    net = backbones.load("demonstration", "DEFAULT")
-    found = profiling.measure(net, folder, manifest, 32, replace(PARAMS, affinity=True), lambda _: False, silent, torch.device("cpu"))
+    net = catalogue.load("demonstration", "DEFAULT")
+    found = measure.measure(net, folder, manifest, 32, replace(PARAMS, affinity=True), lambda _: False, silent, torch.device("cpu"))
     print(found.affinity, found.best.accuracy, found.majority)
     assert found.affinity is not None
     assert 0.02 < found.affinity < 1
@@ -532,10 +534,8 @@ def test_pretrained_weights_read_the_own_classes_better_than_random_ones(tmp_pat
 def test_the_floor_of_a_reference_stands_beside_the_curve(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=3, each=30)
     manifest = ingest(folder, {}, lambda done, total: None)
-    net = backbones.load("nets:resnet20", "none")
+    net = catalogue.load("nets:resnet20", "none")
     reference = shift.measure_reference(net, folder, manifest.used("train"), 32, torch.device("cpu"), lambda done: None)
-    found = profiling.measure(
-        net, folder, manifest, 32, replace(PARAMS, shift=True), lambda _: False, silent, torch.device("cpu"), reference
-    )
+    found = measure.measure(net, folder, manifest, 32, replace(PARAMS, shift=True), lambda _: False, silent, torch.device("cpu"), reference)
     assert [layer.floor for layer in found.shift] == [layer.raw for layer in reference.layers]
     assert [tap.name for tap in found.distances] == [tap.name for tap in reference.taps]

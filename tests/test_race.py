@@ -13,14 +13,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_profiling import scene
 
-from tlpipeline import backbones, cache, checkpoint, dataset, distributed, finetune, outlook, pretrain, profiling, race, splits, weighing
-from tlpipeline.cases import Decision
-from tlpipeline.dataset import Manifest
-from tlpipeline.job import Job
-from tlpipeline.outlook import Outlook
+from tlpipeline.backbones import catalogue
+from tlpipeline.choice import policy, predictor, race
+from tlpipeline.choice.decision import Decision
+from tlpipeline.choice.predictor import Outlook
+from tlpipeline.data import cache, dataset, splits
+from tlpipeline.data.dataset import Manifest
 from tlpipeline.params import ChooseParams, ClusterParams, ProfileParams, load
-from tlpipeline.profile import Profile
+from tlpipeline.profiling import measure
+from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, silent
+from tlpipeline.training import checkpoint, pretrain, ray_train, trainer
+from tlpipeline.training.config import Job
 
 RULE = ChooseParams(
     case="auto", slice="auto", rule="fitted", prefer="balanced", tolerance=0.5, effort="full", race_above=0.25, race_below=0.75, race_images=20, gain=1.0,
@@ -32,10 +36,10 @@ EPOCHS = 4
 
 def sure(shift: float) -> Outlook:
     """A prediction that knows beforehand how fine-tuning ends, so that the pictures' own noise decides nothing."""
-    return dataclasses.replace(outlook.NEUTRAL, intercept=shift, deviation=0.05, lag=((0.0, 0.01),) * 3)
+    return dataclasses.replace(predictor.NEUTRAL, intercept=shift, deviation=0.05, lag=((0.0, 0.01),) * 3)
 
 
-OPEN = dataclasses.replace(outlook.NEUTRAL, lag=((0.0, 0.01),) * 3)
+OPEN = dataclasses.replace(predictor.NEUTRAL, lag=((0.0, 0.01),) * 3)
 
 
 @dataclasses.dataclass
@@ -55,10 +59,10 @@ class Setting:
         )  # fmt: skip
 
     def run(self, model: Outlook, patch: pytest.MonkeyPatch, name: str = "a", progress: Any = silent) -> tuple[Decision, Path]:
-        patch.setattr(finetune, "fitted", lambda: model)
+        patch.setattr(trainer, "fitted", lambda: model)
         kept = self.place / f"kept-{name}"
         kept.mkdir()
-        weighed = weighing.weigh(self.profile, RULE, model)
+        weighed = policy.weigh(self.profile, RULE, model)
         return race.run(self.profile, weighed, self.job, HERE, name, self.place / "runs", kept, progress), kept
 
 
@@ -76,8 +80,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
     look = ProfileParams(images=128, images_max=128, tangent=True, shift=False, affinity=False, reference="none", seed=0)
-    net = backbones.load("demonstration", "DEFAULT")
-    profile = profiling.measure(net, folder, manifest, 32, look, lambda seen: False, silent, torch.device("cpu"))
+    net = catalogue.load("demonstration", "DEFAULT")
+    profile = measure.measure(net, folder, manifest, 32, look, lambda seen: False, silent, torch.device("cpu"))
     return Setting(folder, place, manifest, profile)
 
 
@@ -89,7 +93,7 @@ def test_a_race_that_is_decided_ends_at_its_first_look(setting: Setting, monkeyp
     decision, kept = setting.run(sure(-4.0), monkeypatch, "early")
     assert decision.race is not None
     assert (decision.race.winner, len(decision.race.looks), decision.freeze) == ("frozen", 1, "kept")
-    assert decision.race.looks[0].epoch == weighing.look_epochs(EPOCHS)[0]
+    assert decision.race.looks[0].epoch == policy.look_epochs(EPOCHS)[0]
     assert (kept / "model" / "weights.safetensors").exists()
     assert not decision.race_wanted
     assert "raced over 1 look" in decision.reason
@@ -112,7 +116,7 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
 ) -> None:
     asked: list[float] = []
     spent: list[float] = []
-    plain = distributed.run
+    plain = ray_train.run
 
     def noted(job: Job, *rest: Any) -> Path:
         asked.append(job.budget_minutes)
@@ -120,7 +124,7 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
         spent.append(json.loads((folder / checkpoint.STATE).read_text())["seconds"])
         return folder
 
-    monkeypatch.setattr(distributed, "run", noted)
+    monkeypatch.setattr(ray_train, "run", noted)
     bounded = dataclasses.replace(setting)
     monkeypatch.setattr(bounded, "job", lambda decision: dataclasses.replace(setting.job(decision), budget_minutes=minutes))
     decision, kept = bounded.run(OPEN, monkeypatch, f"bounded-{epochs}")
@@ -165,7 +169,7 @@ def test_what_the_winner_trained_is_gone_on_with_and_ends_as_if_there_had_been_n
 
     def finish(start: str, name: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         job = dataclasses.replace(setting.job(decision), start=start, history=str(tmp_path / f"{name}.jsonl"))
-        done = distributed.run(job, HERE, name, tmp_path / "runs", silent)
+        done = ray_train.run(job, HERE, name, tmp_path / "runs", silent)
         return load_file(done / "model" / "weights.safetensors"), json.loads((done / "history.json").read_text())["history"]
 
     continued, history = finish(str(kept), "continued")
@@ -181,7 +185,7 @@ def test_what_the_winner_trained_is_gone_on_with_and_ends_as_if_there_had_been_n
 def test_the_frozen_winner_is_not_trained_again(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     decision, kept = setting.run(sure(-4.0), monkeypatch, "again")
     job = dataclasses.replace(setting.job(decision), start=str(kept), history=str(tmp_path / "again.jsonl"))
-    done = distributed.run(job, HERE, "again", tmp_path / "runs", silent)
+    done = ray_train.run(job, HERE, "again", tmp_path / "runs", silent)
     assert not (tmp_path / "again.jsonl").exists()
     raced, finished = (load_file(f / "model" / "weights.safetensors") for f in (kept, done))
     assert all(torch.equal(raced[name], finished[name]) for name in raced)
@@ -240,7 +244,7 @@ def glyphs(folder: Path, numbers: range, contrast: tuple[float, float] = (40, 80
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place)
 
 
-def raced(place: Path, folder: Path, network: dict[str, str], effort: str) -> tuple[Profile, weighing.Weighed, Decision, float]:
+def raced(place: Path, folder: Path, network: dict[str, str], effort: str) -> tuple[Profile, policy.Weighed, Decision, float]:
     """Profile, weigh and race by the shipped model and the shipped settings, but for the effort; go on with the winner to its end.
 
     What the winner of the race wins in the end on validation against the frozen head comes last.
@@ -248,10 +252,10 @@ def raced(place: Path, folder: Path, network: dict[str, str], effort: str) -> tu
     shipped = load(Path(__file__).parent.parent / "params.yaml")
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
-    net = backbones.load(network["backbone"], network["weights"], md5=network.get("weights_md5", "none"))
+    net = catalogue.load(network["backbone"], network["weights"], md5=network.get("weights_md5", "none"))
     look = dataclasses.replace(shipped.profile, images=512, images_max=512)
-    profile = profiling.measure(net, folder, manifest, 32, look, lambda seen: False, silent, torch.device("cpu"))
-    weighed = weighing.weigh(profile, dataclasses.replace(shipped.choose, effort=effort))
+    profile = measure.measure(net, folder, manifest, 32, look, lambda seen: False, silent, torch.device("cpu"))
+    weighed = policy.weigh(profile, dataclasses.replace(shipped.choose, effort=effort))
     assert weighed.no_race == ""
     kept, made = place / "kept", Setting(folder, place, manifest, profile)
     kept.mkdir()
@@ -260,7 +264,7 @@ def raced(place: Path, folder: Path, network: dict[str, str], effort: str) -> tu
         return dataclasses.replace(made.job(decision), epochs="auto", batch_size="auto", **network)
 
     decision = race.run(profile, weighed, job, HERE, "planted", place / "runs", kept, silent)
-    whole = distributed.run(dataclasses.replace(job(decision), start=str(kept)), HERE, "whole", place / "runs", silent)
+    whole = ray_train.run(dataclasses.replace(job(decision), start=str(kept)), HERE, "whole", place / "runs", silent)
     lines = json.loads((whole / "history.json").read_text())["history"]
     return profile, weighed, decision, lines[-1]["accuracy"] - lines[0]["accuracy"]
 
@@ -298,9 +302,9 @@ def test_many_images_of_the_source_s_own_classes_are_large_and_similar(tmp_path:
 @pytest.mark.ray
 def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The workers look with the package's own model, so the prediction is what the package says of these images."""
-    weighed = weighing.weigh(setting.profile, RULE)
+    weighed = policy.weigh(setting.profile, RULE)
     found: list[Decision] = []
-    plain, fits = distributed.run, []
+    plain, fits = ray_train.run, []
 
     def run(job: Job, cluster: ClusterParams, name: str, *rest: Any) -> Path:
         # The looks are what may differ; the frozen arm has none, and a fit on Ray costs more than what is trained in it.
@@ -308,13 +312,13 @@ def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch
         fits.append(cluster.workers)
         return plain(job, cluster, name, *rest)
 
-    monkeypatch.setattr(distributed, "run", run)
+    monkeypatch.setattr(ray_train, "run", run)
     for workers in (0, 2):
         kept = tmp_path / f"kept{workers}"
         kept.mkdir()
         cluster = dataclasses.replace(HERE, workers=workers)
         found.append(race.run(setting.profile, weighed, setting.job, cluster, f"w{workers}", tmp_path / f"runs{workers}", kept, silent))
-    distributed.shutdown()
+    ray_train.shutdown()
     assert fits == [0, 0, 0, 2]
     one, two = found
     assert (one.case, one.race.winner, len(one.race.looks)) == (two.case, two.race.winner, len(two.race.looks))  # type: ignore[union-attr]
@@ -323,7 +327,7 @@ def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch
 def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it(tmp_path: Path) -> None:
     """Through the stages and DVC's lock: choose writes race/, train starts from it, a second look finds nothing to do."""
     from tests.conftest import paint, set_param
-    from tlpipeline import stages, workspaces
+    from tlpipeline.workspace import create, stages
 
     pictures = tmp_path / "pictures"
     for label in range(3):
@@ -331,7 +335,7 @@ def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it
         for index in range(80):
             paint(label if index % 5 else (label + 1) % 3, index + 500 * label).save(pictures / f"class{label}" / f"{index:03d}.png")
     root = tmp_path / "workspace"
-    workspaces.init(root, pictures, "demonstration", "DEFAULT", None)
+    create.init(root, pictures, "demonstration", "DEFAULT", None)
     for key, value in {
         "cache.max_gb": "0.00005", "cluster.workers": "0", "choose.effort": "full", "choose.race_images": "5", "train.epochs": "2", "train.override": "{rate_none: 0.0001}",
     }.items():  # fmt: skip

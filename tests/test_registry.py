@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from conftest import set_param
 
-from tlpipeline import acts, git, registry, stages
 from tlpipeline.errors import RegistryError
 from tlpipeline.progress import silent
+from tlpipeline.registry import versions
+from tlpipeline.versioning import git
+from tlpipeline.workspace import release, stages
 
 
 def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_is_fetched_first(
@@ -20,12 +22,12 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     git.run(tmp_path, "init", "--quiet", "--bare", str(origin))
     git.run(registered, "remote", "add", "origin", str(origin))
     git.push(registered)
-    version = registry.resolve(registered, "workspace@latest")
+    version = versions.resolve(registered, "workspace@latest")
     hook = origin / "hooks" / "update"
     hook.write_text('#!/bin/sh\ncase "$1" in *prod*) echo "not today"; exit 1;; esac\n')
     hook.chmod(0o755)
     with pytest.raises(RegistryError, match=r"(?s)expected to publish the promotion workspace#prod#1, but: .*It is taken back; pull"):
-        registry.promote(registered, version)
+        versions.promote(registered, version)
     assert not [tag for tag in git.tags(registered) if "#" in tag]
     hook.unlink()
     other = tmp_path / "other"
@@ -33,12 +35,12 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     git.run(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", version.commit)
     git.run(other, "push", "--quiet", "--tags", "origin")
     # The gate asks who is in production before it judges.
-    monkeypatch.setattr(registry, "registered_as", lambda *_: None)
-    verdict = acts.judge(registered, silent)
+    monkeypatch.setattr(versions, "registered_as", lambda *_: None)
+    verdict = release.judge(registered, silent)
     assert verdict is not None
     assert verdict.champion == str(version)
     assert "workspace#prod#1" in git.tags(registered)
-    assert registry.promote(registered, version) == "workspace#prod#2"
+    assert versions.promote(registered, version) == "workspace#prod#2"
 
 
 # --- a registration that is killed ----------------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ def origin(registered: Path, tmp_path: Path) -> Path:
 
 def killed(root: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     """Register a version, and be killed before one of: push, assign, push the promotion."""
-    (root / registry.CARD).write_text("newer")
+    (root / versions.CARD).write_text("newer")
     pushed: list[Path] = []
     push, gto = git.push, git.gto
 
@@ -75,7 +77,7 @@ def killed(root: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
         other.setattr(git, "push", push_git)
         other.setattr(git, "gto", run)
         with pytest.raises(KeyboardInterrupt):
-            registry.publish(root, "workspace", (0, 1, 1), "newer", [registry.CARD], "prod")
+            versions.publish(root, "workspace", (0, 1, 1), "newer", [versions.CARD], "prod")
 
 
 @pytest.mark.parametrize("point", ["push", "assign", "push the promotion"])
@@ -84,13 +86,13 @@ def test_what_a_killed_run_registered_is_published_and_promoted_by_the_next(
 ) -> None:
     killed(registered, monkeypatch, point)
     told: list[Any] = []
-    assert acts.judge(registered, told.append) is None
+    assert release.judge(registered, told.append) is None
     assert told[0].text.startswith("workspace@v0.1.1 is published, which an interrupted run had registered")
     assert sorted(git.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
-    assert str(registry.resolve(registered, "workspace#prod")) == "workspace@v0.1.1"
+    assert str(versions.resolve(registered, "workspace#prod")) == "workspace@v0.1.1"
     assert git.head(origin) == git.head(registered)
     told.clear()
-    assert acts.judge(registered, told.append) is None
+    assert release.judge(registered, told.append) is None
     assert told == []
 
 
@@ -101,16 +103,16 @@ def test_what_a_killed_run_would_have_promoted_does_not_undo_what_was_promoted_s
     manual = tmp_path / "manual"
     shutil.copytree(registered, manual, symlinks=True)
     set_param(manual, "gate.promote", "manual")
-    acts.judge(manual, silent)
+    release.judge(manual, silent)
     assert sorted(git.tags(origin)) == ["workspace@v0.1.0", "workspace@v0.1.1"]
 
     other = tmp_path / "other"
     git.run(tmp_path, "clone", "--quiet", str(origin), str(other))
     git.run(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", "workspace@v0.1.0^{commit}")
     git.run(other, "push", "--quiet", "--tags", "origin")
-    acts.judge(registered, silent)
+    release.judge(registered, silent)
     assert sorted(git.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
-    assert str(registry.resolve(registered, "workspace#prod")) == "workspace@v0.1.0"
+    assert str(versions.resolve(registered, "workspace#prod")) == "workspace@v0.1.0"
 
 
 def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published(
@@ -121,9 +123,9 @@ def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published
     with pytest.raises(
         RegistryError, match=r"(?s)expected to publish workspace@v0\.1\.1, but: .*The tag is taken back; pull, and run again"
     ):
-        acts.judge(registered, silent)
+        release.judge(registered, silent)
     assert list(git.tags(registered)) == ["workspace@v0.1.0"]
-    assert registry.go_on(registered, True) is None
+    assert versions.go_on(registered, True) is None
 
 
 # --- what GTO withdraws ---------------------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published
 
 def standing(root: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Return each version that is registered, with its stages."""
-    return [(str(version), version.stages) for version in registry.versions(root, "workspace")]
+    return [(str(version), version.stages) for version in versions.versions(root, "workspace")]
 
 
 @pytest.fixture
@@ -157,7 +159,7 @@ def test_tags_that_gto_does_not_write_are_none_of_ours(two: Path) -> None:
     ):
         subprocess.run(["git", "update-ref", f"refs/tags/{tag}", "HEAD"], cwd=two, check=True)
     assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
-    assert registry.promote(two, registry.resolve(two, "workspace@v0.1.0")) == "workspace#prod#3"
+    assert versions.promote(two, versions.resolve(two, "workspace@v0.1.0")) == "workspace#prod#3"
     assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]
 
 
@@ -165,12 +167,12 @@ def test_a_version_that_gto_takes_out_of_a_stage_holds_it_no_more_and_is_not_rol
     git.gto(two, "deprecate", "workspace", "v0.1.1", "prod")
     assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]  # as `gto show` says
     with pytest.raises(RegistryError, match=r"expected a version that was in prod before workspace@v0\.1\.0, found none"):
-        registry.rollback(two, "workspace")
+        versions.rollback(two, "workspace")
     git.gto(two, "deprecate", "workspace", "v0.1.0", "prod")
     assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ())]
     with pytest.raises(RegistryError, match=r"expected a version of workspace in stage 'prod', found none"):
-        registry.resolve(two, "workspace#prod")
-    assert registry.promote(two, registry.resolve(two, "workspace@latest")) == "workspace#prod#5"
+        versions.resolve(two, "workspace#prod")
+    assert versions.promote(two, versions.resolve(two, "workspace@latest")) == "workspace#prod#5"
     assert standing(two)[1] == ("workspace@v0.1.1", ("prod",))
 
 
@@ -178,8 +180,8 @@ def test_a_version_that_gto_withdraws_is_neither_listed_nor_champion_and_its_num
     case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
     git.gto(two, "deprecate", "workspace", "v0.1.1")
     assert standing(two) == [("workspace@v0.1.0", ("prod",))]
-    assert str(registry.champion(two, "workspace")) == str(registry.resolve(two, "workspace@latest")) == "workspace@v0.1.0"
-    assert registry.next_number(two, "workspace", classes, case) == (0, 1, 2)
+    assert str(versions.champion(two, "workspace")) == str(versions.resolve(two, "workspace@latest")) == "workspace@v0.1.0"
+    assert versions.next_number(two, "workspace", classes, case) == (0, 1, 2)
     git.gto(two, "register", "workspace", "HEAD", "--version", "v0.1.1", "--force", "--simple", "false")  # takes it back
     assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
 
@@ -188,12 +190,12 @@ def test_a_model_that_gto_withdraws_is_registered_no_more_and_a_run_does_not_reg
     case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
     git.gto(two, "deprecate", "workspace")
     assert standing(two) == []
-    assert registry.champion(two, "workspace") is None
+    assert versions.champion(two, "workspace") is None
     with pytest.raises(RegistryError, match="found only withdrawn versions of 'workspace'"):
-        registry.resolve(two, "workspace@latest")
-    assert registry.next_number(two, "workspace", classes, case) == (0, 1, 2)
-    assert acts.judge(two, silent) is None
-    registration = acts.register(two, None)
+        versions.resolve(two, "workspace@latest")
+    assert versions.next_number(two, "workspace", classes, case) == (0, 1, 2)
+    assert release.judge(two, silent) is None
+    registration = release.register(two, None)
     assert (registration.version, registration.new) == ("", False)
     assert registration.reason == "this model was registered as workspace@v0.1.1, which was withdrawn: it is not registered again."
 

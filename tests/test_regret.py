@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlpipeline import outlook, params
-from tlpipeline.dataset import Row
-from tlpipeline.splits import TEST, TRAIN, VAL
+from tlpipeline import params
+from tlpipeline.choice import predictor
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.splits import TEST, TRAIN, VAL
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -123,7 +124,7 @@ def units() -> list[replay.Measured]:
 
 
 @pytest.fixture(scope="module")
-def models(units: list[replay.Measured]) -> dict[str, outlook.Outlook]:
+def models(units: list[replay.Measured]) -> dict[str, predictor.Outlook]:
     return replay.held_out_models(units, RULE, replay.PENALTY)
 
 
@@ -133,7 +134,7 @@ def core(units: list[replay.Measured]) -> list[replay.Measured]:
 
 
 @pytest.fixture(scope="module")
-def found(core: list[replay.Measured], models: dict[str, outlook.Outlook]) -> dict[str, replay.Figures]:
+def found(core: list[replay.Measured], models: dict[str, predictor.Outlook]) -> dict[str, replay.Figures]:
     return {name: replay.figures(core, chosen, RULE.tolerance) for name, chosen in replay.rules(core, RULE, models).items()}
 
 
@@ -159,7 +160,7 @@ def numbers(content: object) -> list[float]:
 
 def test_the_shipped_model_is_the_one_that_these_rows_give(core: list[replay.Measured]) -> None:
     """Within what another processor's last digits may change in an optimiser's answer."""
-    again, shipped = replay.fitted_on(core, RULE, replay.PENALTY).to_json(), json.loads(outlook.FITTED.read_text())
+    again, shipped = replay.fitted_on(core, RULE, replay.PENALTY).to_json(), json.loads(predictor.FITTED.read_text())
     assert again.keys() == shipped.keys()
     assert numbers(again) == pytest.approx(numbers(shipped), abs=0.003)
 
@@ -187,10 +188,10 @@ def test_a_forecast_that_knows_has_skill_and_one_that_errs_has_none(core: list[r
 
 @pytest.mark.parametrize("where", ["more", "third"])
 def test_on_other_data_and_on_a_third_network_it_loses_less_than_fine_tuning_too(
-    where: str, units: list[replay.Measured], models: dict[str, outlook.Outlook]
+    where: str, units: list[replay.Measured], models: dict[str, predictor.Outlook]
 ) -> None:
     part = [u for u in units if (u.unit.data in grid.MORE if where == "more" else u.unit.backbone not in regret.GRIDS["core"])]
-    assert not {u.unit.data for u in part} & set(outlook.fitted().data) or where == "third"
+    assert not {u.unit.data for u in part} & set(predictor.fitted().data) or where == "third"
     assert len(part) >= 25
     chosen = [replay.product(models[u.unit.data], RULE, u) for u in part]
     mine = replay.figures(part, chosen, RULE.tolerance)
@@ -207,7 +208,7 @@ def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]
 
 
 def test_whatever_fine_tunes_as_usual_is_beaten_in_both_by_a_setting_of_the_product(
-    core: list[replay.Measured], models: dict[str, outlook.Outlook], found: dict[str, replay.Figures]
+    core: list[replay.Measured], models: dict[str, predictor.Outlook], found: dict[str, replay.Figures]
 ) -> None:
     """Constants that never fine-tune cost less than looking at the data does: nothing that looks can be cheaper."""
     beaten = replay.dominated(core, found, RULE, models)

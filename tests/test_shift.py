@@ -17,14 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.conftest import paint
-from tlpipeline import backbones, cutting, dataset, shift, splits
-from tlpipeline.cutting import Backbone
-from tlpipeline.dataset import Row
-from tlpipeline.decoding import decode
+from tlpipeline.backbones import catalogue, taps
+from tlpipeline.backbones.features import extract
+from tlpipeline.backbones.taps import Backbone
+from tlpipeline.data import dataset, splits
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.decoding import decode
+from tlpipeline.data.loader import Images, normalise, prepare
+from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError, DataError
-from tlpipeline.features import extract
-from tlpipeline.inputs import Images, normalise, prepare
-from tlpipeline.shift import BatchNormShift, Reference, TapStatistics, Watcher, tap_shift
+from tlpipeline.profiling import shift
+from tlpipeline.profiling.shift import BatchNormShift, Reference, TapStatistics, Watcher, tap_shift
 
 CPU = torch.device("cpu")
 CHANNELS = 32
@@ -172,7 +175,7 @@ class Smoothing(nn.Module):
 
 def painted(count: int, change: Callable[[Image.Image], Image.Image] = lambda image: image, start: int = 0) -> list[Tensor]:
     """Inputs of the painted images, after a change, in batches of 32."""
-    plain = cutting.Transforms(32, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear")
+    plain = Transforms(32, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear")
     pixels = [prepare(change(paint(i % 3, start + i)), plain) for i in range(count)]
     return list(normalise(torch.from_numpy(np.stack(pixels)), plain).split(32))
 
@@ -292,7 +295,7 @@ def test_a_watcher_can_be_entered_again_and_watches_only_then(smoothing: nn.Modu
 
 
 def test_networks_without_batchnorm_have_no_curve() -> None:
-    for net in (backbones.load("demonstration", "DEFAULT"), backbones.load("squeezenet1_0", "none")):
+    for net in (catalogue.load("demonstration", "DEFAULT"), catalogue.load("squeezenet1_0", "none")):
         assert net.normalisation == "none"
         batch = torch.zeros(2, 3, 32, 32)
         assert watched(net.module, [batch]) == ()
@@ -300,8 +303,8 @@ def test_networks_without_batchnorm_have_no_curve() -> None:
 
 
 def test_a_residual_network_cut_at_its_taps_is_watched_in_order() -> None:
-    net = backbones.load("nets:resnet20", "none")
-    trunk = cutting.cut(net, net.tap_names)
+    net = catalogue.load("nets:resnet20", "none")
+    trunk = taps.cut(net, net.tap_names)
     with untouched(net.module), torch.inference_mode():
         curve = watched(trunk, painted(64))
         shift.sequential(trunk, painted(64))
@@ -312,7 +315,7 @@ def test_a_residual_network_cut_at_its_taps_is_watched_in_order() -> None:
 
 @pytest.mark.parametrize("name", ["nets:resnet20", "demonstration"])
 def test_a_random_network_is_scaled_to_the_images(name: str) -> None:
-    net = backbones.load(name, "none", seed=3)
+    net = catalogue.load(name, "none", seed=3)
     with untouched(net.module):
         one, again, other = (shift.random_reference(net, painted(128), seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.module.state_dict().values(), again.module.state_dict().values(), strict=True))
@@ -344,7 +347,7 @@ def reference_of(net: Backbone, root: Path, rows: Sequence[Row]) -> Reference:
 
 def pooled(net: Backbone, root: Path, rows: Sequence[Row], invert: bool = False) -> dict[str, Tensor]:
     turned = (lambda image, *_: Image.fromarray(255 - np.asarray(image))) if invert else None
-    trunk = cutting.cut(net, net.tap_names)
+    trunk = taps.cut(net, net.tap_names)
     out = extract(trunk, [(1, 2)] * len(net.tap_names), Images(root, rows, net.transforms, turned), CPU, lambda done: None)
     return dict(zip(net.tap_names, out, strict=True))
 
@@ -352,7 +355,7 @@ def pooled(net: Backbone, root: Path, rows: Sequence[Row], invert: bool = False)
 @pytest.mark.parametrize("name", ["demonstration", "nets:resnet20"])
 def test_other_images_of_the_source_lie_near_the_reference_and_inverted_ones_far(name: str, listed: tuple[Path, list[Row]]) -> None:
     root, rows = listed
-    net = backbones.load(name, "none")
+    net = catalogue.load(name, "none")
     pixels = np.stack([prepare(dataset.read(root, row), net.transforms) for row in rows[:128]])
     net = shift.random_reference(net, [normalise(torch.from_numpy(pixels), net.transforms)], 0)
     told: list[int] = []
@@ -376,7 +379,7 @@ def test_other_images_of_the_source_lie_near_the_reference_and_inverted_ones_far
     assert len(reference.layers) == (0 if name == "demonstration" else 19)
     assert all(abs(layer.raw) < 0.1 and layer.sequential is not None for layer in reference.layers)
     if reference.layers:
-        trunk = cutting.cut(net, net.tap_names)
+        trunk = taps.cut(net, net.tap_names)
         with Watcher(trunk) as watcher:
             images = Images(root, rows[:150], net.transforms)
             *_, seen = extract(trunk, [(1,)] * len(net.tap_names), images, CPU, lambda done: None, watcher.taken)
@@ -385,7 +388,7 @@ def test_other_images_of_the_source_lie_near_the_reference_and_inverted_ones_far
 
 def test_a_reference_is_read_as_it_was_written(listed: tuple[Path, list[Row]], tmp_path: Path) -> None:
     root, rows = listed
-    net = backbones.load("nets:resnet20", "none")
+    net = catalogue.load("nets:resnet20", "none")
     reference = reference_of(net, root, rows[:40])
     path = shift.write_reference(reference, tmp_path / "new")
     assert path.name == f"nets-resnet20-{hashlib.md5(path.read_bytes()).hexdigest()[:8]}.refstats.json"
@@ -396,7 +399,7 @@ def test_a_reference_is_read_as_it_was_written(listed: tuple[Path, list[Row]], t
 
 def test_a_reference_that_does_not_fit_is_refused_with_a_way_out(listed: tuple[Path, list[Row]], tmp_path: Path) -> None:
     root, rows = listed
-    net = backbones.load("nets:resnet20", "none")
+    net = catalogue.load("nets:resnet20", "none")
     path = shift.write_reference(reference_of(net, root, rows[:40]), tmp_path)
 
     def refused(text: str, at: Path = path, by: Backbone = net) -> None:
@@ -452,7 +455,7 @@ def above_floor(floor: Sequence[BatchNormShift], seen: Sequence[BatchNormShift])
 
 @pytest.mark.parametrize("name", ["nets:resnet20", "resnet18"])
 def test_after_its_floor_the_shift_of_the_source_is_zero_within_its_interval(name: str) -> None:
-    net = shift.random_reference(backbones.load(name, "none", size=32), painted(128), 0)
+    net = shift.random_reference(catalogue.load(name, "none", size=32), painted(128), 0)
     floor, seen = (watched(net.module, painted(192, start=start)) for start in (1000, 5000))
     assert all(abs(left) <= half for left, half in above_floor(floor, seen))
     dark = above_floor(floor, watched(net.module, painted(192, dimmed, start=5000)))
@@ -462,7 +465,7 @@ def test_after_its_floor_the_shift_of_the_source_is_zero_within_its_interval(nam
 @pytest.mark.data
 def test_after_its_floor_the_shift_of_cifar_is_zero_within_its_interval_and_that_of_steel_is_not(real_data: Path) -> None:
     path = real_data / "resnet20-cifar10.safetensors"
-    net = backbones.load("nets:resnet20", path.name, md5=hashlib.md5(path.read_bytes()).hexdigest(), root=real_data)
+    net = catalogue.load("nets:resnet20", path.name, md5=hashlib.md5(path.read_bytes()).hexdigest(), root=real_data)
     images = torch.cat(list(archived(real_data / "cifar10.tar.gz", 60, net)))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     floor, own = (watched(net.module, images[half].split(64)) for half in order.chunk(2))
@@ -476,7 +479,7 @@ def test_after_its_floor_the_shift_of_cifar_is_zero_within_its_interval_and_that
 @pytest.mark.data
 def test_steel_is_farther_from_cifar_weights_than_cifar(real_data: Path) -> None:
     path = real_data / "resnet20-cifar10.safetensors"
-    net = backbones.load("nets:resnet20", path.name, md5=hashlib.md5(path.read_bytes()).hexdigest(), root=real_data)
+    net = catalogue.load("nets:resnet20", path.name, md5=hashlib.md5(path.read_bytes()).hexdigest(), root=real_data)
     own = both(net.module, list(archived(real_data / "cifar10.tar.gz", 25, net)))
     steel = both(net.module, list(archived(real_data / "neu_steel.tar.gz", 40, net)))
     assert np.mean([raw for raw, _ in own]) < 0.1

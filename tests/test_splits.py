@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from test_dataset import hashes, laid_out, listed, md5, on, put, sides, tiny, with_large_class
 
-from tlpipeline.errors import DataError
-from tlpipeline.splits import (
+from tlpipeline.data.splits import (
     MINIMUM_PER_CLASS,
     TEST,
     TRAIN,
@@ -21,6 +20,7 @@ from tlpipeline.splits import (
     side_of,
     write_exceptions,
 )
+from tlpipeline.errors import DataError
 
 
 def test_no_image_changes_side_whatever_is_added_removed_or_renamed(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import httpx
 import pytest
 
 from tests.conftest import paint
-from tlpipeline import registry, versioning
+from tlpipeline.registry import versions
+from tlpipeline.versioning import dvc
 
 pytestmark = pytest.mark.server
 
@@ -139,7 +140,7 @@ def grow(workspace: Path) -> None:
 def test_new_data_start_a_run_that_registers_a_version_and_the_same_data_do_not(workspace: Path, server: Server, tmp_path: Path) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.retrain import announce
+    from tlpipeline.flows.retrain import announce
 
     server.post("/work_pools/", name="tlpipeline", type="process")
     log = tmp_path / "worker.log"
@@ -163,9 +164,9 @@ def test_new_data_start_a_run_that_registers_a_version_and_the_same_data_do_not(
 
         (run,) = until("the run on new data", lambda: ended(1), log)
         assert (run["state_type"], run["name"]) == ("COMPLETED", "retrain-workspace"), log.read_text()[-4000:]
-        (version,) = registry.versions(workspace, "workspace")
+        (version,) = versions.versions(workspace, "workspace")
         assert version.number == (0, 1, 0)
-        data = versioning.data_hash(workspace, "images")
+        data = dvc.data_hash(workspace, "images")
         assert f"data {data}: 96 files" in told
         assert f"| data (DVC) | {data} |" in (workspace / "MODEL_CARD.md").read_text()
 
@@ -174,7 +175,7 @@ def test_new_data_start_a_run_that_registers_a_version_and_the_same_data_do_not(
             announce("workspace", data, 96)
         again = until("the run on the same data", lambda: ended(2), log)[1]
         assert again["state_type"] == "COMPLETED", log.read_text()[-4000:]
-        assert registry.versions(workspace, "workspace") == [version]
+        assert versions.versions(workspace, "workspace") == [version]
 
 
 def test_a_flow_runs_where_no_server_is_configured(registered: Path) -> None:

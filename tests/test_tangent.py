@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tlpipeline import backbones, cutting, tangent
-from tlpipeline.probes import guesses, leave_one_out, one_hot
-from tlpipeline.tangent import Sketcher, tangent_kernel
+from tlpipeline.backbones import catalogue, taps
+from tlpipeline.profiling import ntk
+from tlpipeline.profiling.ntk import Sketcher, tangent_kernel
+from tlpipeline.profiling.probes import guesses, leave_one_out, one_hot
 
 CPU = torch.device("cpu")
 
@@ -108,8 +109,8 @@ def test_gradients_read_what_the_last_layer_threw_away() -> None:
 @pytest.mark.parametrize("name", ["demonstration", "nets:resnet20", "vit_b_16"])
 def test_every_kind_of_network_has_a_tangent_kernel(name: str) -> None:
     size = 64 if name == "vit_b_16" else 32
-    net = backbones.load(name, "none", size=size)
-    trunk = cutting.cut(net, [cutting.describe(net, size)[-1].name])
+    net = catalogue.load(name, "none", size=size)
+    trunk = taps.cut(net, [taps.describe(net, size)[-1].name])
     found = kernel(trunk, images(3, size))
     assert found.shape == (3, 3)
     assert np.isfinite(found).all()
@@ -126,7 +127,7 @@ class Wide(nn.Module):
 
 def test_where_weights_share_a_bucket_their_gradients_cancel_instead_of_adding_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two images that touch different weights, 64 of them a bucket: their gradients are as good as orthogonal, and so are the sketches."""
-    monkeypatch.setattr(tangent, "BUCKETS", 64)
+    monkeypatch.setattr(ntk, "BUCKETS", 64)
     x = torch.zeros(2, 4096, 1, 1)
     x[0, :2048], x[1, 2048:] = 1.0, 1.0
     net = Wide()

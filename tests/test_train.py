@@ -22,26 +22,31 @@ from group import Crashing, Interrupted, attempt
 from safetensors.torch import load_file
 from test_cases import decision_for
 
-from tlpipeline import backbones, cache, cutting, dataset, features, splits, stages
-from tlpipeline import train as train_module
-from tlpipeline.augment import augmentation
-from tlpipeline.cases import CASES, Case, Decision, Recipe
-from tlpipeline.checkpoint import Checkpoints, State
-from tlpipeline.dataset import Row
+from tlpipeline.backbones import catalogue, features, taps
+from tlpipeline.backbones.classifier import Classifier, load, probabilities
+from tlpipeline.backbones.features import extract, scaling
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.choice.cases import CASES, Case
+from tlpipeline.choice.decision import Decision
+from tlpipeline.data import cache, dataset, splits
+from tlpipeline.data.augment import augmentation
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.loader import Images
 from tlpipeline.errors import ClusterError
-from tlpipeline.evaluate import read_predictions
-from tlpipeline.features import Reading, extract, scaling
-from tlpipeline.finetune import Deadline, Fit, batch_size
-from tlpipeline.heads import judged_penalty, score, solve_head, validated
-from tlpipeline.inputs import Images
-from tlpipeline.job import Job
-from tlpipeline.model import Classifier, load, probabilities
-from tlpipeline.optimise import schedule
-from tlpipeline.probes import pack, unpack
+from tlpipeline.evaluation.metrics import read_predictions
 from tlpipeline.progress import silent
-from tlpipeline.report import pace
-from tlpipeline.train import run
-from tlpipeline.workers import Alone
+from tlpipeline.report.page import pace
+from tlpipeline.stats import pack, unpack
+from tlpipeline.training import train as train_module
+from tlpipeline.training.checkpoint import Checkpoints, State
+from tlpipeline.training.config import Job
+from tlpipeline.training.distributed import Alone
+from tlpipeline.training.heads import judged_penalty, score, solve_head, validated
+from tlpipeline.training.optim import schedule
+from tlpipeline.training.recipe import Recipe
+from tlpipeline.training.train import run
+from tlpipeline.training.trainer import Deadline, Fit, batch_size
+from tlpipeline.workspace import stages
 
 READ_LAST = (Reading("fc2", 128, (1,)),)
 READ_CUT = (Reading("conv2", 64, (1, 2, 4)), Reading("conv1", 32, (1, 2, 4)))
@@ -69,8 +74,8 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def pretrained(decision: Decision) -> dict[str, torch.Tensor]:
-    net = backbones.load("demonstration", "DEFAULT")
-    return {f"trunk.{k}": v for k, v in cutting.cut(net, [r.tap for r in decision.readings]).state_dict().items()}
+    net = catalogue.load("demonstration", "DEFAULT")
+    return {f"trunk.{k}": v for k, v in taps.cut(net, [r.tap for r in decision.readings]).state_dict().items()}
 
 
 # --- the head -------------------------------------------------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ def test_training_from_scratch_begins_with_random_weights(
     decision = replace(decided(CASES[3], rate_none=1e-12, scratch_from=0, scratch_times=1.0), init=init)
     trained(job(decision, epochs=1, seed=3), tmp_path / "out")
     assert set(moved) == ({"scratch"} if init == "random" else {"fine-tune", "scratch"})
-    fresh = backbones.load("demonstration", backbones.NONE, size=32, seed=3).module.state_dict()
+    fresh = catalogue.load("demonstration", catalogue.NONE, size=32, seed=3).module.state_dict()
     weights = {key: value for key, value in moved["scratch"].items() if "weight" in key}
     assert all(torch.allclose(value, fresh[key.removeprefix("trunk.")], atol=1e-6) for key, value in weights.items() if "trunk" in key)
     assert float(weights["head.weight"].abs().max()) < 1e-6
@@ -281,11 +286,11 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
     both, train_only = head_of(frozen, "a"), head_of(tuned, "b")
     assert history(tmp_path / "a")[0] == history(tmp_path / "b")[0]  # the same head was judged
     assert not torch.allclose(both, train_only, atol=1e-4)
-    net = backbones.load("demonstration", "DEFAULT")
+    net = catalogue.load("demonstration", "DEFAULT")
     manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
     rows = [*manifest.used("train"), *manifest.used("val")]
     images = Images(tmp_path / "pictures", rows, net.transforms)
-    (features,) = extract(cutting.cut(net, ["fc2"]), [(1,)], images, torch.device("cpu"), lambda done: None)
+    (features,) = extract(taps.cut(net, ["fc2"]), [(1,)], images, torch.device("cpu"), lambda done: None)
     labels = np.array([manifest.classes.index(r.label) for r in rows])
     penalty = json.loads((tmp_path / "a" / "scratch" / "finished" / "history.json").read_text())["validation"]["head_penalty"]
     imbalance, count = Recipe().imbalance, len(manifest.used("train"))
@@ -743,8 +748,8 @@ def _succeeded(member: subprocess.Popen[bytes]) -> None:
 @pytest.mark.parametrize("run", [ALONE, *TOGETHER, "2 resumed", *BROKEN_OFF])
 @pytest.mark.parametrize(("name", "case"), [("frozen", CASES[0]), ("cut", CASES[1])])
 def test_frozen_means_the_same_bits_with_batchnorm_on_any_number_of_workers(name: str, case: Case, run: str, worlds: Worlds) -> None:
-    net = backbones.load("nets:resnet20", "none")
-    before = cutting.cut(net, [r.tap for r in residual(case).readings]).state_dict()
+    net = catalogue.load("nets:resnet20", "none")
+    before = taps.cut(net, [r.tap for r in residual(case).readings]).state_dict()
     after = worlds.weights(f"{name} {run}")
     assert {"layer1.0.bn1.running_mean", "layer1.0.bn1.num_batches_tracked"} <= before.keys()
     assert {k for k in after if k.startswith("trunk.")} == {f"trunk.{k}" for k in before}
@@ -760,8 +765,8 @@ def test_the_head_of_every_case_is_solved_without_a_bit_of_the_network_changing(
     with pytest.raises(Interrupted):
         run(job, Crashing(tmp_path, 1), tmp_path / "scratch")
     current = load_file(tmp_path / "kept" / "current.safetensors")
-    net = backbones.load("nets:resnet20", "none")
-    before = cutting.cut(net, [r.tap for r in residual(case).readings]).state_dict()
+    net = catalogue.load("nets:resnet20", "none")
+    before = taps.cut(net, [r.tap for r in residual(case).readings]).state_dict()
     assert all(torch.equal(current[f"trunk.{k}"], v) for k, v in before.items())
 
 
@@ -803,7 +808,7 @@ def test_batch_normalisation_keeps_the_statistics_of_the_source_where_the_recipe
     name: str, arms: set[str], run: str, worlds: Worlds
 ) -> None:
     """In both large cases, on any number of workers, and where the run was interrupted in the middle of an epoch."""
-    before = backbones.load("nets:resnet20", "none").module.state_dict()
+    before = catalogue.load("nets:resnet20", "none").module.state_dict()
     kept, moved = worlds.weights(f"{name} {run}"), worlds.weights("normed 2")
     statistics = [k for k in kept if "running_" in k or "num_batches" in k]
     assert len(statistics) == 3 * 7  # the stem, and two in each of three blocks
@@ -1000,8 +1005,8 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             seen.extend(images.rows[i].md5 for i in batch)
             yield batch, outputs
 
-    monkeypatch.setattr("tlpipeline.features.passes", passes)
-    monkeypatch.setattr("tlpipeline.model.passes", passes)
+    monkeypatch.setattr("tlpipeline.backbones.features.passes", passes)
+    monkeypatch.setattr("tlpipeline.backbones.classifier.passes", passes)
     return seen
 
 
@@ -1223,26 +1228,24 @@ def test_crops_are_of_all_sizes_shapes_and_places_that_were_asked_for_and_half_a
 
 
 def test_an_interrupted_run_is_resumed_by_the_same_code_only() -> None:
-    """Every room that training or a race reaches is part of a run's name, but for those that change no result."""
-    library = Path(stages.__file__).parent
+    """Every package that training or a race reaches is part of a run's name, but for those that change no result."""
+    library = Path(stages.__file__).parent.parent
     reached: set[str] = set()
-    waiting = ["race"]
+    waiting = ["choice", "training"]
     while waiting:
-        room = waiting.pop()
-        reached.add(room)
-        for node in ast.walk(ast.parse((library / f"{room}.py").read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tlpipeline":
-                named = node.module.split(".")[1:2] or [alias.name for alias in node.names]
-                waiting += [name for name in named if name not in reached]
-    told = {"errors", "files", "progress", "reasons"}  # what people read, and how files are written
-    given = {"params"}  # values are part of the key
-    measured = {"shift", "tangent"}  # parts of the profile, which is an input
-    assert {Path(name).stem for name in stages.TRAINING} == reached - told - given - measured
-    assert "outlook.json" in stages.TRAINING  # by which a race is ended
+        package = waiting.pop()
+        reached.add(package)
+        for path in (library / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tlpipeline."):
+                    name = node.module.split(".")[1]
+                    if name not in reached and (library / name).is_dir():
+                        waiting.append(name)
+    assert set(stages.TRAINING_CODE) == reached
 
 
 def test_the_frozen_model_ignores_train_mode() -> None:
-    model = Classifier(backbones.load("demonstration", "DEFAULT"), READ_LAST, 3, frozen=True).train()
+    model = Classifier(catalogue.load("demonstration", "DEFAULT"), READ_LAST, 3, frozen=True).train()
     assert model.training
     assert not any(m.training for m in model.trunk.modules())
 

@@ -16,12 +16,15 @@ import yaml
 from conftest import paint, run_python, set_param
 from test_dataset import on, put, tiny
 
-from tlpipeline import acts, dataset, git, lock, splits, stages, versioning, workspaces
+from tlpipeline.data import dataset, splits
+from tlpipeline.data.splits import TEST, TRAIN, VAL
 from tlpipeline.errors import BackboneError, DataError, Unreachable, WorkspaceError
 from tlpipeline.files import unlink
 from tlpipeline.params import load
 from tlpipeline.progress import silent
-from tlpipeline.splits import TEST, TRAIN, VAL
+from tlpipeline.versioning import dvc as versioning
+from tlpipeline.versioning import git, lock
+from tlpipeline.workspace import create, release, stages
 
 # As little as the pipeline can do: what is tested is who runs it.
 CHEAP = {"profile.images": "16", "profile.images_max": "16", "choose.draws": "100", "train.epochs": "1", "cluster.workers": "0"}
@@ -96,7 +99,7 @@ def test_init_versions_and_publishes_every_image(workspace: Path) -> None:
 def test_init_refuses_a_folder_that_is_not_empty_and_leaves_it_as_it_was(tmp_path: Path, make_images: Callable[..., Path]) -> None:
     put(tmp_path / "mine", {"thesis.txt": b"all of it"})
     with pytest.raises(WorkspaceError, match=r"expected a new or empty folder at .*mine, found files in it\. Choose another one\."):
-        workspaces.init(tmp_path / "mine", make_images(), "demonstration", "DEFAULT", None)
+        create.init(tmp_path / "mine", make_images(), "demonstration", "DEFAULT", None)
     assert contents(tmp_path, "mine") == {"mine/thesis.txt": b"all of it"}
 
 
@@ -114,19 +117,19 @@ def test_init_refuses_a_folder_that_is_not_empty_and_leaves_it_as_it_was(tmp_pat
 def test_init_with_images_that_cannot_be_used_leaves_no_folder(tmp_path: Path, files: dict[str, bytes]) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match="expected"):
-        workspaces.init(tmp_path / "new", put(tmp_path / "images", files), "demonstration", "DEFAULT", None)
+        create.init(tmp_path / "new", put(tmp_path / "images", files), "demonstration", "DEFAULT", None)
     assert not (tmp_path / "new").exists()
 
 
 def test_init_without_the_images_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected a folder of images at .*nowhere, found nothing"):
-        workspaces.init(tmp_path / "new", tmp_path / "nowhere", "demonstration", "DEFAULT", None)
+        create.init(tmp_path / "new", tmp_path / "nowhere", "demonstration", "DEFAULT", None)
     assert not (tmp_path / "new").exists()
 
 
 def test_init_with_an_unknown_backbone_leaves_no_folder(tmp_path: Path, make_images: Callable[..., Path]) -> None:
     with pytest.raises(BackboneError):
-        workspaces.init(tmp_path / "new", make_images(), "demonstrations", "DEFAULT", None)
+        create.init(tmp_path / "new", make_images(), "demonstrations", "DEFAULT", None)
     assert not (tmp_path / "new").exists()
 
 
@@ -136,14 +139,14 @@ def test_an_init_that_fails_half_way_leaves_no_folder(tmp_path: Path, make_image
 
     monkeypatch.setattr(versioning, "push", full)
     with pytest.raises(OSError, match="No space left"):
-        workspaces.init(tmp_path / "new", make_images(), "demonstration", "DEFAULT", None)
+        create.init(tmp_path / "new", make_images(), "demonstration", "DEFAULT", None)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_relative_remote_lies_beside_where_the_user_stands(tmp_path: Path, make_images: Callable[..., Path], monkeypatch: Any) -> None:
     images = make_images(classes=2, each=20)
     monkeypatch.chdir(tmp_path)
-    workspaces.init(Path("new"), images, "demonstration", "DEFAULT", "store")
+    create.init(Path("new"), images, "demonstration", "DEFAULT", "store")
     assert len([p for p in (tmp_path / "store").rglob("*") if p.is_file()]) == 41
     monkeypatch.chdir(tmp_path / "new")
     assert versioning.push(Path()) == 0  # the same store from anywhere else: nothing is missing there
@@ -191,18 +194,18 @@ def test_a_small_class_gets_its_sides_once_and_lines_are_only_appended(workspace
     splits = workspace / stages.SPLITS
     assert splits.read_text() == "md5,split,label\n"
     put(workspace / "images", {f"small/{i}.ppm": content for i, content in enumerate(on(TRAIN, 4))})
-    _, remarks = workspaces.commit_data(workspace)
+    _, remarks = create.commit_data(workspace)
     first = splits.read_text()
     assert [line.split(",")[1:] for line in first.splitlines()[1:]] == [[TEST, "small"], [VAL, "small"]]
     assert remarks == []
 
     before = git.head(workspace)
-    workspaces.commit_data(workspace)
+    create.commit_data(workspace)
     assert splits.read_text() == first
     assert git.head(workspace) == before
 
     put(workspace / "images", {f"tiny/{i}.ppm": content for i, content in enumerate(on(TEST, 3))})
-    workspaces.commit_data(workspace)
+    create.commit_data(workspace)
     assert splits.read_text().startswith(first)
     assert [line.split(",")[1:] for line in splits.read_text()[len(first) :].splitlines()] == [[VAL, "tiny"], [TRAIN, "tiny"]]
     assert git.show(workspace, "HEAD", stages.SPLITS) == splits.read_text().strip()
@@ -212,7 +215,7 @@ def test_new_images_are_versioned_committed_and_published(workspace: Path) -> No
     before = versioning.data_hash(workspace, "images")
     paint(0, 500).save(workspace / "images" / "class0" / "new.png")
     assert versioning.changed(workspace, "images")
-    digest, _ = workspaces.commit_data(workspace, "one more")
+    digest, _ = create.commit_data(workspace, "one more")
     assert digest == versioning.data_hash(workspace, "images") != before
     assert not versioning.changed(workspace, "images")
     assert "class0/new.png" in versioning.files(workspace, "images")
@@ -223,7 +226,7 @@ def test_new_images_are_versioned_committed_and_published(workspace: Path) -> No
 def test_images_come_back_as_they_were_at_a_commit_even_without_the_cache(workspace: Path, tmp_path: Path) -> None:
     before, commit = contents(workspace, "images"), git.head(workspace)
     paint(0, 500).save(workspace / "images" / "class0" / "000.png")
-    workspaces.commit_data(workspace)
+    create.commit_data(workspace)
     shutil.rmtree(workspace / ".dvc" / "cache")
     versioning.get(workspace, commit, "images", tmp_path / "images")
     assert contents(tmp_path, "images") == before
@@ -259,7 +262,7 @@ def test_what_dvc_cannot_version_is_refused_and_named_when_the_data_are_committe
     with pytest.raises(WorkspaceError, match=r"expected to version images with DVC, but: .*Look there for links to nothing"):
         versioning.add(workspace, "images")
     with pytest.raises(DataError, match=r"links to nothing or devices, such as .*dangling\.png"):
-        workspaces.commit_data(workspace)
+        create.commit_data(workspace)
 
 
 def test_a_link_to_a_folder_is_refused_because_dvc_would_not_version_what_is_behind_it(workspace: Path, tmp_path: Path) -> None:
@@ -269,7 +272,7 @@ def test_a_link_to_a_folder_is_refused_because_dvc_would_not_version_what_is_beh
     with pytest.raises(
         DataError, match=r"found 1 links to folders, such as .*class0: DVC does not follow them.*Put the folder itself there"
     ):
-        workspaces.commit_data(workspace)
+        create.commit_data(workspace)
     assert git.head(workspace) == before
 
 
@@ -289,7 +292,7 @@ def test_images_that_dvc_is_told_to_ignore_are_refused_because_they_would_be_tra
         file.write(f"{line}\n")
     before = git.head(workspace), (workspace / "images.dvc").read_text()
     with pytest.raises(DataError, match=rf"a \.dvcignore keeps it from {says}, which would be trained on.*Take that line out"):
-        workspaces.commit_data(workspace)
+        create.commit_data(workspace)
     assert (git.head(workspace), (workspace / "images.dvc").read_text()) == before
 
 
@@ -308,7 +311,7 @@ def test_a_folder_that_cannot_be_read_is_told_and_not_left_out(workspace: Path, 
 
 def test_images_that_were_not_versioned_are_before_others_take_their_place(workspace: Path, make_images: Callable[..., Path]) -> None:
     paint(0, 500).save(workspace / "images" / "class0" / "only here.png")
-    workspaces.take_over(workspace, make_images(2, 5))
+    create.take_over(workspace, make_images(2, 5))
     assert not (workspace / "images" / "class0" / "only here.png").exists()
     assert git.run(workspace, "show", "--name-only", "--format=%s") == "Images before others took their place\n\nimages.dvc"
     versioning.get(workspace, "HEAD", "images", workspace / "before")
@@ -317,7 +320,7 @@ def test_images_that_were_not_versioned_are_before_others_take_their_place(works
 
 @pytest.mark.parametrize("name", ["no", "on # off", "1.5", "plain", "größer"])
 def test_what_init_writes_into_params_is_read_as_it_was_meant(name: str, workspace: Path) -> None:
-    workspaces._set(workspace, "backbone", "weights", name)
+    create._set(workspace, "backbone", "weights", name)
     assert stages.params_of(workspace).backbone.weights == name
 
 
@@ -336,7 +339,7 @@ def test_a_value_is_written_into_params_however_they_are_laid_out(style: str, wo
         }[style]
     )
     before = path.read_text()
-    workspaces._set(workspace, "profile", "reference", "weights/a, b.json")
+    create._set(workspace, "profile", "reference", "weights/a, b.json")
     whole["profile"]["reference"] = "weights/a, b.json"
     assert yaml.safe_load(path.read_text()) == whole
     assert [line for line in path.read_text().splitlines() if "#" in line and "reference" not in line] == [
@@ -442,8 +445,8 @@ def test_a_run_json_that_a_kill_tore_is_taken_for_empty(registered: Path) -> Non
         assert not stages.bring_up_to_date(registered, "profile", silent)
         assert stages.read_run(registered) == {"seconds": {"profile": None}}
         (registered / stages.RUN).write_text(left)
-        registration = acts.Registration("workspace@v0.1.0", False, "", None, "again")
-        assert acts.summary(registered, registration, acts.write_report(registered, registration)).seconds == {}
+        registration = release.Registration("workspace@v0.1.0", False, "", None, "again")
+        assert release.summary(registered, registration, release.write_report(registered, registration)).seconds == {}
 
 
 @pytest.mark.parametrize("left", ["", '{"read": {"/somewhere": [{"pid": 1, "c'])
@@ -667,7 +670,7 @@ def test_a_recorded_hash_can_be_asked_of_now_and_of_a_commit(entrances: Entrance
     assert versioning.stage_input(root, "ingest", "images") == versioning.data_hash(root, "images")
     assert versioning.stage_output(root, "ingest", "no-such-output") == ""
     assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == ""
-    git.commit(root, "Record the run", workspaces.TRACKED)
+    git.commit(root, "Record the run", create.TRACKED)
     (root / "dvc.lock").unlink()
     assert versioning.stage_output(root, "ingest", stages.MANIFEST) == ""
     assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == manifest

@@ -9,9 +9,9 @@ from test_choice import MODEL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from test_outlook import model
 from test_profile import planted
 
-from tlpipeline import weighing
-from tlpipeline.cases import Look
-from tlpipeline.weighing import SPENT, Weighed, look, look_epochs, turning_point, verdict, weigh
+from tlpipeline.choice import policy
+from tlpipeline.choice.decision import Look
+from tlpipeline.choice.policy import SPENT, Weighed, look, look_epochs, turning_point, verdict, weigh
 
 
 @pytest.mark.parametrize("accuracies", [SIMILAR_SMALL, SIMILAR_LARGE])
@@ -55,12 +55,12 @@ def test_a_frozen_head_that_still_learns_goes_on_learning_with_more_images() -> 
     profile = planted([0.5, 0.6, 0.8])
     weighed = weigh(profile, RULE, MODEL)
     steep = replace(weighed, evidence=replace(weighed.evidence, slope=0.05))
-    assert weighing.grown(steep, weighed.evidence.images)[1] == pytest.approx(weighed.frozen)
-    seen, frozen = weighing.grown(steep, 2 * weighed.evidence.images)
+    assert policy.grown(steep, weighed.evidence.images)[1] == pytest.approx(weighed.frozen)
+    seen, frozen = policy.grown(steep, 2 * weighed.evidence.images)
     error = 1 - weighed.frozen
     assert 1 - frozen == pytest.approx(error**2 / (error + 0.05))  # the next doubling lowers the error by the same share
     assert seen.slope == pytest.approx(error - error**2 / (error + 0.05))
-    assert weighing.grown(replace(weighed, evidence=replace(weighed.evidence, slope=0.0)), 10**6)[1] == pytest.approx(weighed.frozen)
+    assert policy.grown(replace(weighed, evidence=replace(weighed.evidence, slope=0.0)), 10**6)[1] == pytest.approx(weighed.frozen)
 
 
 LAG = ((0.5, 0.1), (0.2, 0.05), (0.0, 0.02))
@@ -231,9 +231,9 @@ def test_the_less_a_look_foretells_the_end_the_less_it_moves_the_prediction() ->
 def test_what_is_read_must_beat_the_largest_class_by_more_than_chance_or_by_the_gradients() -> None:
     seen = replace(weigh(planted(SIMILAR_SMALL), RULE, MODEL).evidence, majority=0.1)
     lucky, read = (replace(seen, last=a, cut=a, multi=a) for a in (0.12, 0.14))
-    assert (weighing.has_signal(lucky), weighing.has_signal(read)) == (False, True)
-    assert not weighing.has_signal(replace(lucky, tangent_gain=weighing.SIGNAL))
-    assert weighing.has_signal(replace(lucky, tangent_gain=weighing.SIGNAL + 0.01))
+    assert (policy.has_signal(lucky), policy.has_signal(read)) == (False, True)
+    assert not policy.has_signal(replace(lucky, tangent_gain=policy.SIGNAL))
+    assert policy.has_signal(replace(lucky, tangent_gain=policy.SIGNAL + 0.01))
 
 
 def test_the_regrets_of_a_look_are_those_of_the_arm_that_they_are_named_after() -> None:

@@ -14,25 +14,26 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
-    from tlpipeline.backbones import load as load_backbone
-    from tlpipeline.cases import CASES, Decision
-    from tlpipeline.choice import choose
-    from tlpipeline.dataset import ingest
+    from tlpipeline.backbones.catalogue import load as load_backbone
+    from tlpipeline.backbones.classifier import load as load_model
+    from tlpipeline.choice.cases import CASES
+    from tlpipeline.choice.decide import choose
+    from tlpipeline.choice.decision import Decision
+    from tlpipeline.data.dataset import ingest
     from tlpipeline.errors import PipelineError
-    from tlpipeline.model import load as load_model
-    from tlpipeline.profile import Profile
-    from tlpipeline.profiling import measure
+    from tlpipeline.profiling.measure import measure
+    from tlpipeline.profiling.profile import Profile
 
 _WHERE = {
-    "CASES": ("cases", "CASES"),
-    "Decision": ("cases", "Decision"),
+    "CASES": ("choice.cases", "CASES"),
+    "Decision": ("choice.decision", "Decision"),
     "PipelineError": ("errors", "PipelineError"),
-    "Profile": ("profile", "Profile"),
-    "choose": ("choice", "choose"),
-    "ingest": ("dataset", "ingest"),
-    "load_backbone": ("backbones", "load"),
-    "load_model": ("model", "load"),
-    "measure": ("profiling", "measure"),
+    "Profile": ("profiling.profile", "Profile"),
+    "choose": ("choice.decide", "choose"),
+    "ingest": ("data.dataset", "ingest"),
+    "load_backbone": ("backbones.catalogue", "load"),
+    "load_model": ("backbones.classifier", "load"),
+    "measure": ("profiling.measure", "measure"),
 }
 
 __all__ = [

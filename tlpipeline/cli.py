@@ -98,10 +98,10 @@ def init(
     remote: Annotated[str | None, typer.Option(help="DVC remote (folder or URL); without it a folder inside the workspace.")] = None,
 ) -> None:
     """Make a workspace: a git and DVC repository with the pipeline, its settings, and versioned images."""
-    from tlpipeline import workspaces
+    from tlpipeline.workspace import create
 
     with _Bar() as bar:
-        workspaces.init(folder, images, backbone, weights, remote, bar)
+        create.init(folder, images, backbone, weights, remote, bar)
     print(f"workspace {folder} is ready. Settings: {folder / 'params.yaml'}. Next: tlpipeline run --workspace {shlex.quote(str(folder))}")
 
 
@@ -112,13 +112,13 @@ def run(
 ) -> None:
     """Run the whole flow: version, profile, choose, train, evaluate, gate, register, report."""
     _prepare(workspace)
-    from tlpipeline import lock
-    from tlpipeline.workspaces import checked
+    from tlpipeline.versioning import lock
+    from tlpipeline.workspace.create import checked
 
     checked(workspace, images)  # a mistake is told before the Prefect server starts
     lock.free(workspace)
-    from flows.retrain import reach, retrain
-    from tasks.pipeline import listener
+    from tlpipeline.flows.retrain import reach, retrain
+    from tlpipeline.tasks.pipeline import listener
 
     with _ends_in_order():
         reach()
@@ -137,8 +137,8 @@ def stage(
     workspace: Workspace = Path(),
 ) -> None:
     """Run one stage, as dvc.yaml does."""
-    from tlpipeline import stages
     from tlpipeline.errors import nearest
+    from tlpipeline.workspace import stages
 
     if name not in stages.STAGES:
         raise PipelineError(f"expected a stage, found {name!r}; {nearest(name, stages.STAGES)}")
@@ -156,12 +156,12 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="The decision and the points of its two plots, as JSON.")] = False,
 ) -> None:
     """Say in plain words what was decided and why: the numbers, the plane, the probe curve, what would change it."""
-    from tlpipeline import acts
-    from tlpipeline import explain as words
+    from tlpipeline.choice import explain as words
+    from tlpipeline.workspace import release
 
     if markdown and json:
         raise PipelineError("expected one of --markdown and --json, found both. Leave one out.")
-    decision, profile = acts.decided(workspace)
+    decision, profile = release.decided(workspace)
     if json:
         from json import dumps
 
@@ -182,7 +182,7 @@ def explain(
 @app.command(hidden=True)
 def sample(folder: Annotated[Path, typer.Argument(help="Folder to write to.")]) -> None:
     """Write the embedded sample images; a stage of sample/dvc.yaml."""
-    from tlpipeline import dataset
+    from tlpipeline.data import dataset
 
     print(f"{dataset.write_digits(folder)} images written to {folder}")
 
@@ -198,7 +198,7 @@ def pretrain(
     flip: Annotated[bool, typer.Option(help="Mirror images at random; not for text, digits, signs.")] = True,
 ) -> None:
     """Pretrain a network of your own to transfer from."""
-    from tlpipeline.pretrain import pretrain as train
+    from tlpipeline.training.pretrain import pretrain as train
 
     with _Bar() as bar:
         done = train(images, backbone, output, epochs=epochs, rate=rate, seed=seed, flip=flip, progress=bar)
@@ -211,10 +211,10 @@ def refstats(
     workspace: Workspace = Path(),
 ) -> None:
     """Measure reference statistics of a network, for the profile to compare with."""
-    from tlpipeline import workspaces
+    from tlpipeline.workspace import create
 
     with _Bar() as bar:
-        path = workspaces.refstats(workspace, images, bar)
+        path = create.refstats(workspace, images, bar)
     print(f"{path} written, and named in params.yaml as profile.reference. Next: tlpipeline run")
 
 
@@ -226,9 +226,9 @@ def predict(
     workspace: Workspace = Path(),
 ) -> None:
     """Print class and probability of images; of files that cannot be read it is said why, and the exit code is 2."""
-    from tlpipeline import acts
+    from tlpipeline.workspace import release
 
-    found, left = acts.predicted(workspace, model, images)
+    found, left = release.predicted(workspace, model, images)
     if json:
         import dataclasses
         from json import dumps
@@ -256,21 +256,22 @@ def data_commit(
 ) -> None:
     """Version the images as they are now, push them, and tell a Prefect server, if one is configured, that they changed."""
     _prepare(workspace)
-    from tlpipeline import lock, workspaces
+    from tlpipeline.versioning import lock
+    from tlpipeline.workspace import create
 
     lock.require_workspace(workspace)
     with lock.hold(workspace):
-        digest, remarks = workspaces.commit_data(workspace, message)
-        images = workspaces.count_images(workspace)
+        digest, remarks = create.commit_data(workspace, message)
+        images = create.count_images(workspace)
     for remark in remarks:
         print(remark)
     print(f"data {digest}: {images} files")
     if os.environ.get("PREFECT_API_URL"):
-        from flows.retrain import announce
+        from tlpipeline.flows.retrain import announce
 
-        announce(workspaces.name_of(workspace), digest, images)
+        announce(create.name_of(workspace), digest, images)
         print("event tlpipeline.data.updated emitted")
-        if unheard := workspaces.unheard(workspace):
+        if unheard := create.unheard(workspace):
             print(unheard)
     else:
         print("no event emitted: PREFECT_API_URL is not set")
@@ -282,9 +283,9 @@ def data_commit(
 @registry.command("list")
 def registry_list(workspace: Workspace = Path()) -> None:
     """List the registered versions, newest first."""
-    from tlpipeline import acts
+    from tlpipeline.workspace import release
 
-    rows = acts.registered(workspace)
+    rows = release.registered(workspace)
     if not rows:
         print("nothing is registered yet")
         return
@@ -296,9 +297,9 @@ def registry_show(
     version: Annotated[str, typer.Argument(help="name@v1, name@latest or name#prod.")], workspace: Workspace = Path()
 ) -> None:
     """Print the model card of a version."""
-    from tlpipeline import acts
+    from tlpipeline.workspace import release
 
-    print(acts.card_of(workspace, version))
+    print(release.card_of(workspace, version))
 
 
 @registry.command("promote")
@@ -308,8 +309,8 @@ def registry_promote(
     workspace: Workspace = Path(),
 ) -> None:
     """Put a version into a stage."""
-    from tlpipeline import lock
-    from tlpipeline import registry as models
+    from tlpipeline.registry import versions as models
+    from tlpipeline.versioning import lock
 
     lock.require_workspace(workspace)
     found = models.resolve(workspace, version)
@@ -323,8 +324,8 @@ def registry_rollback(
     workspace: Workspace = Path(),
 ) -> None:
     """Put the version back that was in a stage before."""
-    from tlpipeline import lock
-    from tlpipeline import registry as models
+    from tlpipeline.registry import versions as models
+    from tlpipeline.versioning import lock
 
     lock.require_workspace(workspace)
     before, now = models.rollback(workspace, name, stage)
@@ -337,9 +338,9 @@ def registry_rollback(
 @cache.command("info")
 def cache_info(workspace: Workspace = Path()) -> None:
     """Say what is kept, what was used last first, and how much of cache.max_gb it takes."""
-    from tlpipeline import workspaces
+    from tlpipeline.workspace import create
 
-    rows, summary = workspaces.cached(workspace)
+    rows, summary = create.cached(workspace)
     if rows:
         _table(("what", "files", "MB", "last used"), rows)
     print(summary)
@@ -348,9 +349,9 @@ def cache_info(workspace: Workspace = Path()) -> None:
 @cache.command("clear")
 def cache_clear(workspace: Workspace = Path()) -> None:
     """Delete all of it; the next run computes it again."""
-    from tlpipeline import workspaces
+    from tlpipeline.workspace import create
 
-    print(workspaces.clear_cache(workspace))
+    print(create.clear_cache(workspace))
 
 
 # --- printing -------------------------------------------------------------------------------------------------------------------------
@@ -377,9 +378,9 @@ def _prepare(workspace: Path) -> None:
 
 def _leave_ray() -> None:
     if "ray" in sys.modules:
-        from tlpipeline import distributed
+        from tlpipeline.training import ray_train
 
-        distributed.shutdown()
+        ray_train.shutdown()
 
 
 class _Bar:

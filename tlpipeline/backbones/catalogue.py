@@ -1,0 +1,469 @@
+"""One catalogue of pretrained networks, three sources, one interface: each is loaded with its taps, and cutting.py cuts it there.
+
+Sources: `demonstration` (the textbook network, weights in the package), every torchvision classifier by torchvision's own name, and the
+user's own as `my_package.nets:resnet20`. An own network is a module that says where it can be cut and what images it wants, in two lines:
+
+    class ResNet20(nn.Module):
+        taps = ("layer1", "layer2", "layer3")                                  # names of submodules, first to last
+        transforms = {"size": 32, "mean": (.485, .456, .406), "std": (.229, .224, .225)}
+
+Without `taps` its top-level blocks are taken in the order in which they run; without `transforms` ImageNet's at 224 pixels.
+"""
+
+import hashlib
+import importlib
+import inspect
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tlpipeline.backbones.taps import Backbone, cut
+from tlpipeline.data.transforms import Transforms
+from tlpipeline.errors import BackboneError, nearest
+
+NONE, DEFAULT = "none", "DEFAULT"
+MAX_TAPS = 16
+_PACKAGED = Path(__file__).with_name("weights")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# --- the textbook network -------------------------------------------------------------------------------------------------------------
+
+
+class Demonstration(nn.Module):
+    """The network of the textbook's four cases: three convolutions (edges, shapes, higher features), three fully connected layers."""
+
+    taps = ("conv1", "conv2", "conv3", "fc1", "fc2")
+    transforms: Mapping[str, Any] = {"size": 32, "mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)}
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = self._convolution(3, 32)
+        self.conv2 = self._convolution(32, 64)
+        self.conv3 = self._convolution(64, 128)
+        self.fc1 = nn.Sequential(nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.ReLU())
+        self.fc2 = nn.Sequential(nn.Dropout(0.3), nn.Linear(256, 128), nn.ReLU())
+        self.fc3 = nn.Linear(128, num_classes)
+
+    @staticmethod
+    def _convolution(channels: int, features: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(channels, features, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 3, 32, 32) to logits (batch, classes)."""
+        return cast(Tensor, self.fc3(self.fc2(self.fc1(self.conv3(self.conv2(self.conv1(images)))))))
+
+
+# --- torchvision's families -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the blocks of a torchvision family end: classes of blocks, and single modules before and after them."""
+
+    names: str
+    blocks: tuple[str, ...]
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    layout: str = ""
+
+
+# fmt: off
+FAMILIES = (
+    #      names                            blocks                                          first            last                             layout
+    Family(r"alexnet",                      (),                                             ("features.2", "features.5", "features.7", "features.9", "features.12"), ("classifier.2", "classifier.5")),
+    Family(r"(wide_)?resn(e|ex)t\d.*",      ("BasicBlock", "Bottleneck"),                   ("maxpool",),    ()),
+    Family(r"regnet.*",                     ("ResBottleneckBlock",),                        ("stem",),       ()),
+    Family(r"squeezenet.*",                 ("Fire",),                                      ("features.2",), ()),
+    Family(r"googlenet",                    ("Inception",),                                 ("maxpool1", "maxpool2"), ()),
+    Family(r"inception.*",                  ("InceptionA", "InceptionB", "InceptionC", "InceptionD", "InceptionE"), ("maxpool1", "maxpool2"), ()),
+    Family(r"mnasnet.*",                    ("_InvertedResidual",),                         ("layers.2", "layers.7"), ("layers.16",)),
+    Family(r"mobilenet_v2.*",               ("InvertedResidual",),                          ("features.0",), ("features.-1",)),
+    Family(r"mobilenet_v3.*",               ("InvertedResidual",),                          ("features.0",), ("features.-1", "classifier.1")),
+    Family(r"shufflenet.*",                 ("InvertedResidual",),                          ("maxpool",),    ("conv5",)),
+    Family(r"efficientnet.*",               ("MBConv", "FusedMBConv"),                      ("features.0",), ("features.-1",)),
+    Family(r"convnext.*",                   ("CNBlock",),                                   ("features.0",), ()),
+    Family(r"densenet.*",                   ("_DenseBlock", "_Transition"),                 ("features.pool0",), ("features.relu5",)),
+    Family(r"vgg.*",                        ("MaxPool2d",),                                 (),              ("classifier.1", "classifier.4")),
+    Family(r"vit.*",                        ("EncoderBlock",),                              (),              ("encoder.ln",),                 "tokens"),
+    Family(r"swin.*",                       ("SwinTransformerBlock", "SwinTransformerBlockV2"), ("features.0",), ("permute",),                "nhwc"),
+    Family(r"maxvit.*",                     ("MaxVitLayer",),                               ("stem",),       ("classifier.4",)),
+)
+# fmt: on
+
+
+def _family_taps(name: str, module: nn.Module) -> tuple[tuple[str, ...], dict[str, str]] | None:
+    family = next((f for f in FAMILIES if re.fullmatch(f.names, name)), None)
+    if family is None:
+        return None
+    if "densenet" in family.names:
+        # The source head reads relu(features); as a module it can be a tap (applying relu twice changes nothing).
+        cast(nn.Sequential, module.features).add_module("relu5", nn.ReLU())
+    known = dict(module.named_modules())
+    blocks = [n for n, m in known.items() if type(m).__name__ in family.blocks]
+    last = [n.replace("-1", str(len(cast(nn.Sequential, module.features)) - 1)) if "-1" in n else n for n in family.last]
+    taps = [n for n in (*family.first, *blocks, *last) if n in known]
+    layouts = {tap: family.layout for tap in taps if family.layout and tap != "permute"}
+    return _thinned(taps), layouts
+
+
+def _thinned(taps: Sequence[str]) -> tuple[str, ...]:
+    """Keep at most 16 taps, evenly spaced, the last one always."""
+    if len(taps) <= MAX_TAPS:
+        return tuple(taps)
+    kept = {round(i * (len(taps) - 1) / (MAX_TAPS - 1)) for i in range(MAX_TAPS)}
+    return tuple(tap for i, tap in enumerate(taps) if i in kept)
+
+
+# --- loading --------------------------------------------------------------------------------------------------------------------------
+
+
+def load(name: str, weights: str, *, md5: str = NONE, root: Path = Path(), size: int | None = None, seed: int = 0) -> Backbone:
+    """Build a network and load its weights.
+
+    Args:
+        name: demonstration, a torchvision classifier, or package.module:callable.
+        weights: DEFAULT, a torchvision weights name, a path (relative to root) to a safetensors or weights-only checkpoint, or none.
+        md5: expected md5 of the weights file; "none" where weights is no path.
+        root: folder that a relative path starts from.
+        size: input side for networks that are built for one size (vision transformers); None is the weights' own.
+        seed: of the random weights for `none`.
+
+    Raises:
+        BackboneError: unknown name or weights, no network to download from, or weights that do not fit, naming the first keys that differ.
+    """
+    if name == "demonstration":
+        return _demonstration(weights, md5, root, seed)
+    if ":" in name:
+        return _own(name, weights, md5, root, seed)
+    return _torchvision(name, weights, md5, root, size, seed)
+
+
+def check_name(name: str) -> None:
+    """Check that the catalogue has this network, without building it.
+
+    Raises:
+        BackboneError: it has not; the nearest names are suggested.
+    """
+    if name == "demonstration" or ":" in name:
+        return
+    import torchvision.models as models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise BackboneError(
+            f"expected demonstration, a torchvision classifier or package.module:callable as backbone, found {name!r}; "
+            f"{nearest(name, [*known, 'demonstration'])}"
+        )
+
+
+def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
+    state: Mapping[str, Tensor] | None
+    if weights == DEFAULT:
+        state = _read(_PACKAGED / "demonstration.safetensors")
+        fingerprint = _file_md5(_PACKAGED / "demonstration.safetensors")
+    else:
+        state, fingerprint = _state(weights, md5, root, "demonstration", (DEFAULT, NONE))
+    classes = len(state["fc3.bias"]) if state and "fc3.bias" in state else 10
+    return _assemble("demonstration", weights, fingerprint, _seeded(partial(Demonstration, classes), seed), state, fixed=True)
+
+
+def own_factory(name: str) -> Callable[..., Any]:
+    """Return what makes an own network, named package.module:callable.
+
+    Raises:
+        BackboneError: there is no such thing, or it needs arguments.
+    """
+    package, _, attribute = name.partition(":")
+    try:
+        factory: Callable[..., Any] = getattr(importlib.import_module(package), attribute)
+    except ModuleNotFoundError as error:
+        raise BackboneError(
+            f"expected the network {name} to be importable, but there is no module {error.name!r}. "
+            "Install its package or put its folder on PYTHONPATH."
+        ) from error
+    except AttributeError as error:
+        raise BackboneError(
+            f"expected {attribute!r} in the module {package}; {nearest(attribute, dir(importlib.import_module(package)))}"
+        ) from error
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as error:
+        raise BackboneError(f"expected {name} to be callable without arguments, but: {error}. Give its arguments defaults.") from error
+    return factory
+
+
+def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
+    factory = own_factory(name)
+    if weights == DEFAULT:
+        raise BackboneError(
+            f"expected a weights file for the own network {name}, found DEFAULT. Set backbone.weights to its path, or to none."
+        )
+    state, fingerprint = _state(weights, md5, root, name, (NONE,))
+    module = _seeded(factory, seed)
+    classes = _rows_of_the_last(module, state or {})
+    if state and classes and "num_classes" in inspect.signature(factory).parameters:
+        other = _seeded(partial(factory, num_classes=classes), seed)
+        if all(state[k].shape == v.shape for k, v in other.state_dict().items() if k in state):
+            module = other  # the source had another number of classes
+    return _assemble(name, weights, fingerprint, module, state)
+
+
+def _rows_of_the_last(module: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """Return how many rows the module's last tensor has in these weights, 0 where they are as many as its own, or it has none there."""
+    name, own = next(reversed(module.state_dict().items()), ("", torch.zeros(())))
+    there = state.get(name, own)
+    return len(there) if own.dim() and there.dim() and len(there) != len(own) else 0
+
+
+def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None, seed: int) -> Backbone:
+    import torchvision.models as models
+
+    check_name(name)
+    entries = models.get_model_weights(name)
+    members = {member.name: member for member in entries}
+    entry = entries.DEFAULT if weights == DEFAULT else members.get(weights)
+    state: Mapping[str, Tensor] | None
+    if entry is not None:
+        state, fingerprint = _downloaded(name, entry), f"{entry} {Path(entry.url).name}"
+    else:
+        state, fingerprint = _state(weights, md5, root, name, (DEFAULT, *members, NONE))
+    like = entry or next(iter(entries))
+    preset = like.transforms()
+    transforms = Transforms(
+        preset.crop_size[0], preset.resize_size[0], tuple(preset.mean), tuple(preset.std), preset.interpolation.value.lower()
+    )
+    options: dict[str, Any] = {}
+    patch = int(name.rsplit("_", 1)[1]) if name.startswith("vit") else 0
+    if patch:
+        size = size or transforms.size
+        if size % patch:
+            raise BackboneError(f"expected data.size a multiple of {patch} for {name}, found {size}. Set data.size to auto.")
+        options["image_size"] = size
+        if state and "encoder.pos_embedding" in state:
+            state = dict(models.vision_transformer.interpolate_embeddings(size, patch, dict(state)))
+    if state and name.startswith("densenet"):
+        # torchvision's files name the layers norm.1, its modules norm1.
+        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value for key, value in state.items()}
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary heads helped training from scratch; no cut reads them, and a file may come with or without theirs.
+        options |= {"init_weights": False, "transform_input": True, "aux_logits": False}
+        state = state and {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+    module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
+    head = list(module.state_dict())[-1]
+    if state and head in state and len(state[head]) != len(module.state_dict()[head]):
+        options["num_classes"] = len(state[head])  # trained on other classes than ImageNet's
+        module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
+    positional = name.startswith(("vit", "swin"))
+    # Of these torchvision says the weights' own size; what they can take is two patches a side, or one position in the last stage.
+    minimum = (2 * patch if patch else 32) if positional else max(like.meta.get("min_size", (32, 32)))
+    fixed = name.startswith("maxvit")  # its windows are laid out for one size when it is built
+    # The number of classes is read off the last layer: a pass at the weights' own size costs seconds in a large network.
+    classes = len(module.state_dict()[head]) if state is not None else 0
+    backbone = _assemble(name, weights, fingerprint, module, state, transforms, minimum=minimum, fixed=fixed, classes=classes)
+    return replace(backbone, positional=positional, multiple=patch or 1)
+
+
+def _downloaded(name: str, entry: Any) -> Mapping[str, Tensor]:
+    try:
+        return cast(Mapping[str, Tensor], entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except (OSError, RuntimeError, EOFError, LookupError, HTTPException, UnpicklingError) as error:  # unreachable, broken off, damaged
+        raise BackboneError(
+            f"expected to download the weights {entry} of {name}, but the network gave: {error}. "
+            "Set backbone.weights to a weights file that you have, or to none."
+        ) from error
+
+
+def _seeded(factory: Callable[[], Any], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = factory()
+    if not isinstance(module, nn.Module):
+        raise BackboneError(f"expected a torch.nn.Module from the backbone's callable, found {type(module).__name__}.")
+    return module
+
+
+def _state(weights: str, md5: str, root: Path, name: str, names: Sequence[str]) -> tuple[Mapping[str, Tensor] | None, str]:
+    if weights == NONE:
+        return None, "random"
+    path = root / weights
+    if not path.is_file():
+        raise BackboneError(f"expected {', '.join(names)} or a file as weights of {name}, found {weights!r}; {nearest(weights, names)}")
+    found = _file_md5(path)
+    if md5 != found:
+        raise BackboneError(
+            f"expected the weights file {weights} to have the md5 that backbone.weights_md5 says ({md5}), found {found}. "
+            "If this is the file you mean, set backbone.weights_md5 to that value: results can then be traced to it."
+        )
+    return _read(path), found
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return cast(Mapping[str, Tensor], load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        # PyTorch's own message goes on to explain how to execute the code after all.
+        why = (str(error) or "empty").split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(" Please use")[0].rstrip(".")[:200]
+        raise BackboneError(
+            f"expected tensors in {path}, but it cannot be read without executing code or is damaged: {why}. "
+            "Save the state dict with safetensors.torch.save_file."
+        ) from error
+    for key in ("state_dict", "model", "net"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise BackboneError(
+            f"expected a state dict (names to tensors) in {path}, found {type(content).__name__}. Save `model.state_dict()`."
+        )
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _assemble(
+    name: str,
+    weights: str,
+    fingerprint: str,
+    module: nn.Module,
+    state: Mapping[str, Tensor] | None,
+    transforms: Transforms | None = None,
+    minimum: int = 0,
+    fixed: bool = False,
+    classes: int | None = None,
+) -> Backbone:
+    if state is not None:
+        _fit(name, module, state)
+    transforms = transforms or _own_transforms(name, module)
+    found = _family_taps(name, module) if ":" not in name else None
+    taps, layouts = found or (_own_taps(name, module, transforms.size), {})
+    module.eval()
+    if classes is None:
+        output = _run(name, module, transforms.size) if state is not None else None
+        classes = output.shape[1] if output is not None and output.dim() == 2 else 0
+    if fixed:
+        minimum = transforms.size
+    made = Backbone(name, weights, fingerprint, module, taps, layouts, transforms, minimum or 1, fixed, classes)
+    if ":" in name and classes and not _has_head(made):
+        return replace(made, source_classes=0)
+    return made
+
+
+def _has_head(backbone: Backbone) -> bool:
+    """Say whether anything was learnt behind the last tap: a network that ends with its pooled features gives no classes."""
+    kept = sum(int(p.numel()) for p in cut(backbone, [backbone.tap_names[-1]]).parameters())
+    return kept < sum(int(p.numel()) for p in backbone.module.parameters())
+
+
+def _fit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = module.state_dict()
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape
+    ]
+    fitting = OrderedDict((k, v) for k, v in state.items() if k not in own or v.shape == own[k].shape)
+    # Modules read the names of their own older versions; a file without versions is taken to be of the network's present one.
+    versions = {"": own._metadata[""]} if hasattr(own, "_metadata") else {}
+    fitting._metadata = getattr(state, "_metadata", versions)  # type: ignore[attr-defined]
+    loaded = module.load_state_dict(fitting, strict=False)
+    # Checkpoints from before PyTorch 0.4.1 lack the counters of BatchNorm; nothing reads them at a fixed momentum.
+    missing = [k for k in loaded.missing_keys if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k in set(loaded.unexpected_keys)]
+    if missing or extra or shapes:
+        parts = [
+            f"{len(missing)} missing, first {', '.join(missing[:3])}" if missing else "",
+            f"{len(extra)} that it does not have, first {', '.join(extra[:3])}" if extra else "",
+            f"{len(shapes)} of another shape: {'; '.join(shapes[:3])}" if shapes else "",
+        ]
+        raise BackboneError(
+            f"expected weights of {name}, found another architecture's: {'; '.join(p for p in parts if p)}. "
+            "Set backbone.name to the architecture that these weights belong to."
+        )
+
+
+def _run(name: str, module: nn.Module, size: int) -> Tensor:
+    """Return what the network makes of two black images."""
+    try:
+        with torch.inference_mode():
+            output = module.eval()(torch.zeros(2, 3, size, size))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise BackboneError(
+            f"expected {name} to take images (batch, 3, {size}, {size}), but it stopped: {error}. "
+            "Say the size of its images in the class: transforms = {'size': ...}."
+        ) from error
+    if not isinstance(output, Tensor):
+        raise BackboneError(
+            f"expected {name} to return logits (batch, classes), found {type(output).__name__}. Return only them from its forward()."
+        )
+    return output
+
+
+def _own_transforms(name: str, module: nn.Module) -> Transforms:
+    said = dict(getattr(module, "transforms", {}))
+    unknown = set(said) - {"size", "resize", "mean", "std", "interpolation"}
+    if unknown:
+        raise BackboneError(f"{name}.transforms: unknown key {sorted(unknown)[0]!r}; expected size, resize, mean, std, interpolation.")
+    size = int(said.get("size", 224))
+    resize = int(said.get("resize", size))
+    mean, std = tuple(said.get("mean", _IMAGENET_MEAN)), tuple(said.get("std", _IMAGENET_STD))
+    return Transforms(size, resize, mean, std, str(said.get("interpolation", "bilinear")))
+
+
+def _own_taps(name: str, module: nn.Module, size: int) -> tuple[str, ...]:
+    said = getattr(module, "taps", None)
+    if said is not None:
+        modules = dict(module.named_modules())
+        if not said:
+            raise BackboneError(f'expected at least one tap in {name}.taps, found none. Name its blocks: taps = ("layer1", "layer2").')
+        for tap in said:
+            if tap not in modules:
+                raise BackboneError(f"{name}.taps names {tap!r}, but there is no such submodule; {nearest(tap, modules)}")
+        return tuple(said)
+    order = _blocks_in_order(name, module, size)
+    if not order:
+        raise BackboneError(
+            f'expected taps in {name}, found no top-level block that gives a tensor. Say them in the class: taps = ("layer1", "layer2").'
+        )
+    return _thinned(order)
+
+
+def _blocks_in_order(name: str, module: nn.Module, size: int) -> list[str]:
+    """Find the top-level blocks (of a Sequential or list its parts) that run once and give a tensor, without the head."""
+    candidates: dict[str, nn.Module] = {}
+    for block, child in module.named_children():
+        inner = dict(child.named_children()) if isinstance(child, nn.Sequential | nn.ModuleList) else {}
+        candidates |= {f"{block}.{n}": m for n, m in inner.items()} or {block: child}
+    calls: list[tuple[str, Any]] = []
+    hooks = [
+        m.register_forward_hook(lambda _m, _i, out, name=n: calls.append((name, out)))  # type: ignore[misc]
+        for n, m in candidates.items()
+    ]
+    try:
+        output = _run(name, module, size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = [n for n, _ in calls]
+    return [
+        n
+        for n, out in calls
+        if names.count(n) == 1
+        and isinstance(out, Tensor)
+        and out.dim() in (2, 4)
+        and out is not output
+        and next(candidates[n].parameters(), None) is not None
+    ]

@@ -1,0 +1,283 @@
+"""The evidence on the scales: what the figures of a profile say of fine-tuning under the user's rule, before and during a race."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from tlpipeline.choice import predictor
+from tlpipeline.choice.decision import Look, Race
+from tlpipeline.choice.predictor import Evidence, Outlook, Prediction
+from tlpipeline.params import AUTO, ChooseParams
+from tlpipeline.profiling.probes import Matrix
+from tlpipeline.profiling.profile import Profile, slice_test
+from tlpipeline.stats import Bits
+
+# What `choose.prefer` makes of the tolerance.
+LENIENCE = {"accuracy": 0.0, "balanced": 1.0, "cost": 5.0}
+TEXTBOOK = "textbook"
+LOOKS = 3
+SPENT = (1 / 6, 1 / 3, 1 / 2)  # shares of choose.alpha that the looks of a race may spend
+LEAST_PER_CLASS = 5
+LEAST_JUDGES, FEW_JUDGES = 2, 20  # of a race that is asked for, and of one because labels are few
+SIGNAL = 0.3  # log odds by which the tangent probe must beat heads that read nothing to count as something read
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """The evidence as the rule sees it, before it is known whether fine-tuning is worth it."""
+
+    evidence: Evidence
+    rule: ChooseParams
+    model: Outlook
+
+    @property
+    def tolerance(self) -> float:
+        """What the cheaper way may lose, as a share."""
+        return self.rule.tolerance / 100 * LENIENCE[self.rule.prefer]
+
+    @property
+    def slices(self) -> bool:
+        """Whether an earlier tap is significantly better (family-wise), by `gain` points, and its head not worse on held-out images.
+
+        Never where the labels are too few for the probes: then the textbook's first case stands against its third.
+        """
+        seen = self.evidence
+        return not weak_labels(seen) and seen.significance < self.rule.alpha and seen.gain >= self.rule.gain / 100 and seen.confirmed
+
+    @cached_property
+    def head(self) -> str:
+        """Which frozen head would be trained: cut where slicing pays, multi where it is expected to win more than the tolerance, else last."""
+        seen = self.evidence
+        simple = "cut" if self.slices else "last"
+        gain = self.model.head_gain("over" if self.slices else "multi", seen)
+        return "multi" if gain > self.tolerance else simple
+
+    @property
+    def frozen(self) -> float:
+        """Leave-one-out accuracy of that head."""
+        return float(getattr(self.evidence, self.head))
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """What fine-tuning would win against that head."""
+        return self.model.predict(self.evidence, self.frozen, self.tolerance)
+
+    @property
+    def large(self) -> bool:
+        """Whether fine-tuning is worth it: the head is expected to lose more than the tolerance against it."""
+        if self.rule.rule == TEXTBOOK:
+            return self.evidence.images >= self.rule.textbook_images
+        return self.prediction.gain > self.tolerance and has_signal(self.evidence)
+
+    @property
+    def prior(self) -> float:
+        """P(large) from size, classes, capacity and head similarity alone, before anything was probed."""
+        return float(self.large) if self.rule.rule == TEXTBOOK else self.model.prior_chance(self.evidence)
+
+    @property
+    def chance_of_large(self) -> float:
+        """P(large): fine-tuning wins more than the tolerance. The textbook's boundary knows no doubt."""
+        return float(self.large) if self.rule.rule == TEXTBOOK else 1 - self.prediction.within
+
+    def large_after(self, race: Race | None) -> float:
+        """Return P(large), after the race where there was one."""
+        return race.looks[-1].chance if race is not None and race.looks else self.chance_of_large
+
+    @property
+    def similar(self) -> float:
+        """P(similar): no earlier tap is better by `gain` points; by the textbook, the source classes explain enough of the labels."""
+        if self.rule.rule == TEXTBOOK and self.evidence.head_similarity is not None:
+            return float(self.evidence.head_similarity >= self.rule.textbook_similarity)
+        return self.evidence.similar
+
+    def settled(self, tuned: bool) -> float:
+        """Return P(this choice, without a race, is not worse than the best of all arms by more than the tolerance): the prediction's, calibrated.
+
+        Where nothing was read, at most what the prediction gives it.
+        """
+        own = float(((-self.gains if tuned else self.gains) <= self.tolerance).mean())
+        return self.model.settled(own) if has_signal(self.evidence) else min(self.model.settled(own), own)
+
+    @cached_property
+    def gains(self) -> Matrix:
+        """Equally likely gains of fine-tuning by the prediction."""
+        return self.model.gains(self.evidence, self.frozen)
+
+    def posterior(self, part: int, difference: float, error: float) -> Matrix:
+        """Return weights for these gains, given a paired difference at a look of the race."""
+        behind, spread = self.model.lag[part]
+        # At a look fine-tuning stands `behind` its end, as a share of the frozen head's errors.
+        missing = 1 - min(self.frozen, 1.0)
+        width = math.hypot(error, spread * missing)
+        odds = -0.5 * ((difference - (self.gains - behind * missing)) / width) ** 2
+        # Relative to the best: a difference far from every prediction must still pull all the way.
+        weights = np.exp(odds - odds.max())
+        return np.asarray(weights / weights.sum())
+
+    def stake(self, gains: Matrix) -> float:
+        """Return what knowing fine-tuning's gain beforehand would be worth, as a share: the expected loss of the better of the two choices.
+
+        A choice loses what the gain lies on its wrong side of the tolerance, which is the price at which fine-tuning is worth having.
+        """
+        beyond = gains - self.tolerance
+        return float(min(beyond.clip(min=0).mean(), (-beyond).clip(min=0).mean()))
+
+    @property
+    def unclear(self) -> bool:
+        """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway.
+
+        Open: not knowing costs more than the tolerance, and P(fine-tuning wins more than that) lies between the bounds, or the data are unlike
+        those of the fit; or nothing was read, or the labels are too few to read anything.
+        """
+        seen = self.prediction
+        between = self.stake(self.gains) > self.tolerance and self.rule.race_above < 1 - seen.within < self.rule.race_below
+        unlike = bool(seen.outside) and self.stake(self.model.gains(self.evidence, self.frozen, size=True)) > self.tolerance
+        weak = bool(weak_labels(self.evidence)) or not has_signal(self.evidence)
+        return self.rule.effort == "full" or between or unlike or weak
+
+    @property
+    def no_race(self) -> str:
+        """Why there is no race, "" where there is to be one."""
+        if self.rule.rule == TEXTBOOK:
+            return "the textbook rule does not race"
+        if self.rule.case != AUTO:
+            return "the case is forced"
+        if self.rule.effort == "quick":
+            return "choose.effort is quick"
+        if not self.unclear:
+            return (
+                f"the prediction is clear enough: knowing the better way beforehand would be worth {100 * self.stake(self.gains):.1f} points, at a "
+                f"tolerance of {100 * self.tolerance:g}, where P(fine-tuning wins more than that) is {1 - self.prediction.within:.2f}"
+            )
+        return self.too_few_to_race
+
+    @property
+    def too_few_to_race(self) -> str:
+        """That there are too few images to judge a race, "" if there are enough."""
+        # Who asks for a race gets one, and where the probes are too weak to decide fewer judges than else tell more.
+        asked, weak = self.rule.effort == "full", bool(weak_labels(self.evidence))
+        least = LEAST_JUDGES if asked else min(FEW_JUDGES, self.rule.race_images) if weak else self.rule.race_images
+        if self.evidence.validation >= least:
+            return ""
+        if asked or weak:
+            return f"{self.evidence.validation} validation images are left to judge it, and it takes {least}"
+        return (
+            f"{self.evidence.validation} validation images are left to judge it, and fewer than {self.rule.race_images} "
+            "(choose.race_images) tell less than the prediction, which decides"
+        )
+
+
+def weigh(profile: Profile, rule: ChooseParams, model: Outlook | None = None) -> Weighed:
+    """Return the evidence of a profile as the rule sees it, with the fitted model that comes with the package or another."""
+    test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
+    return Weighed(predictor.evidence(profile, test), rule, model or predictor.fitted())
+
+
+def has_signal(seen: Evidence) -> bool:
+    """Say whether anything read the labels better than the largest class does.
+
+    Where nothing does the headroom is no promise: noise has as much of it. The cheapest case is taken then, unless a race shows better.
+    """
+    best = max(seen.last, seen.cut, seen.multi)
+    error = math.sqrt(max(best * (1 - best), 1 / seen.sampled) / seen.sampled)
+    return best - 2 * error > seen.majority or seen.tangent_gain > SIGNAL
+
+
+def weak_labels(seen: Evidence | Profile) -> tuple[str, ...]:
+    """Say why the labels are too few for the probes, if they are."""
+    weak = []
+    if seen.classes > seen.sampled / 2:
+        weak.append(f"profile too weak: {seen.classes} classes in a sample of {seen.sampled} images")
+    if seen.images / seen.classes < LEAST_PER_CLASS:
+        weak.append(
+            f"profile too weak: {seen.images / seen.classes:.1f} training images per class, fewer than {LEAST_PER_CLASS}; "
+            "label more; where validation images are left to judge, small_similar and large_similar are raced"
+        )
+    return tuple(weak)
+
+
+# --- with more images ----------------------------------------------------------------------------------------------------------------------
+
+
+def grown(weighed: Weighed, images: int) -> tuple[Evidence, float]:
+    """Return the evidence with another number of images, and what the frozen head would reach with them by its learning curve.
+
+    Errors of learning curves fall as a power of the images (Hestness et al. 2017, arXiv 1712.00409); the power is that of the last doubling
+    of the sample.
+    """
+    seen = weighed.evidence
+    error, before = max(1 - weighed.frozen, 0.5 / seen.sampled), max(1 - weighed.frozen + seen.slope, 0.5 / seen.sampled)
+    power = max(math.log2(before / error), 0.0)
+    there = min(error * (images / seen.images) ** -power, 1 - 1 / seen.classes)
+    slope = min(there * 2**power, 1.0) - there
+    return dataclasses.replace(seen, images=images, slope=slope), 1 - there
+
+
+def turning_point(weighed: Weighed) -> int | None:
+    """Return the number of images at which the prediction changes sides, the frozen head going on along its learning curve; None if nowhere."""
+    model, large = weighed.model, weighed.large
+    most = 10 ** (model.highest.get("log10 images", 5.0) + 0.3)
+    images = float(weighed.evidence.images)
+    while 20 <= images <= max(most, weighed.evidence.images):
+        images = images / 1.05 if large else images * 1.05
+        seen, frozen = grown(weighed, round(images))
+        if (model.predict(seen, frozen, weighed.tolerance).gain > weighed.tolerance) != large:
+            return round(images)
+    return None
+
+
+# --- the race's arithmetic --------------------------------------------------------------------------------------------------------------
+
+
+def look(weighed: Weighed, part: int, epoch: int, epochs: int, frozen: Bits, tuned: Bits) -> Look:
+    """Return what a look of the race says: the prediction, corrected by what the judging images say (Bayes).
+
+    A short trial lies: what fine-tuning still gains from this look to the end of its schedule was measured together with the prediction.
+
+    Args:
+        part: which look, 0 to 2.
+        frozen, tuned: who was right among the judging images, one after the other the same images.
+    """
+    difference = tuned.astype(float) - frozen.astype(float)
+    images = len(difference)
+    # Half a discordant image more: a record without a difference is no certainty.
+    error = math.sqrt(max(float(difference.var()), 0.5 / images) / images)
+    weights = weighed.posterior(part, float(difference.mean()), error)
+    chance = float(weights @ (weighed.gains > weighed.tolerance))
+    safe = float(weights @ (-weighed.gains <= weighed.tolerance))
+    lost = [round(float(weights @ (sign * weighed.gains).clip(min=0)), 4) for sign in (1, -1)]
+    return Look(
+        epoch,
+        epochs,
+        images,
+        float(frozen.mean()),
+        float(tuned.mean()),
+        round(error, 4),
+        round(chance, 4),
+        round(safe, 4),
+        lost[0],
+        lost[1],
+    )
+
+
+def look_epochs(epochs: int) -> list[int]:
+    """Return the epochs of the planned looks: a third, two thirds, the end of the schedule; fewer where it is shorter than three epochs."""
+    return sorted({max(round(epochs * part / LOOKS), 1) for part in range(1, LOOKS + 1)})
+
+
+def verdict(weighed: Weighed, part: int, last: Look) -> tuple[str, str]:
+    """Return (winner, why) after a look, ("", "") while the race goes on; at the end an undecided race goes to the cheaper arm."""
+    spent = weighed.rule.alpha * SPENT[part]
+    if last.chance >= 1 - spent:
+        return "tuned", f"fine-tuning is ahead for good (P {last.chance:.2f})"
+    if last.chance <= spent:
+        return "frozen", f"fine-tuning will not win more than {weighed.tolerance * 100:g} points (P {last.chance:.2f})"
+    if part < LOOKS - 1:
+        return "", ""
+    expected = float(weighed.posterior(part, last.tuned - last.frozen, last.error) @ weighed.gains)
+    if expected > weighed.tolerance:
+        return "tuned", f"undecided at the end, fine-tuning expected to win {expected * 100:.1f} points"
+    return "frozen", f"undecided at the end (fine-tuning expected to win {expected * 100:.1f} points), so the cheaper one"

@@ -1,0 +1,1 @@
+"""Images: read, listed, split, decoded, augmented, cached."""

@@ -1,0 +1,25 @@
+"""How an image becomes the input of a network."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """How an image becomes an input: resize the short side, crop the centre, scale to [0, 1], normalise.
+
+    Attributes:
+        size: side of the centre crop, pixels.
+        resize: short side before the crop, pixels.
+        mean, std: per RGB channel, of values in [0, 1].
+        interpolation: bilinear or bicubic.
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def at(self, size: int) -> "Transforms":
+        """Return the same transforms at another size, the margin of the crop in proportion."""
+        return Transforms(size, round(self.resize * size / self.size), self.mean, self.std, self.interpolation)

@@ -1,0 +1,1 @@
+"""Measuring a data set against a pretrained network."""

@@ -1,0 +1,357 @@
+"""Profiling: what a data set looks like to a pretrained network, measured on a bounded sample of its training images.
+
+One pass in eval mode reads all taps at once. At each tap an exact leave-one-out ridge probe says how well the labels can be read there
+(the probe pools as the head will).
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from tlpipeline.backbones import taps as cutting
+from tlpipeline.backbones.features import Reader, extract, numerics, reading
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.taps import Backbone
+from tlpipeline.data import splits
+from tlpipeline.data.cache import Store
+from tlpipeline.data.dataset import Manifest, Row
+from tlpipeline.data.loader import FORMAT, Images, in_batches, normalise
+from tlpipeline.data.splits import TRAIN, VAL
+from tlpipeline.errors import DataError
+from tlpipeline.params import ProfileParams
+from tlpipeline.profiling.gram import CONFIRMED_ON, Kernels, kernels_of
+from tlpipeline.profiling.ntk import BUCKETS, Sketcher, tangent_kernel
+from tlpipeline.profiling.probes import head_similarity
+from tlpipeline.profiling.profile import Head, Probe, Profile, Tangent, slice_point
+from tlpipeline.profiling.shift import BATCH, FIRST_IMAGES, Reference, Watcher, random_reference, sequential, tap_shift
+from tlpipeline.progress import Event, Progress
+from tlpipeline.stats import pack, wilson
+
+HELD_OUT = 512
+EACH_CLASS = 8  # images of a class that a probe wants
+TANGENT_IMAGES = 512
+SOLVERS = 0.3  # of what the passes cost, which the solvers may cost when the sample grows
+SLOWER = 2.1  # what an operation of theirs takes, against one of a convolution: 1.9 to 2.6 by the clock (benchmarks/speed.py solvers)
+
+
+def measure(
+    backbone: Backbone,
+    root: Path,
+    manifest: Manifest,
+    size: int,
+    params: ProfileParams,
+    undecided: Callable[[Profile], bool],
+    progress: Progress,
+    device: torch.device,
+    reference: Reference | None = None,
+    store: Store | None = None,
+    half: bool = False,
+) -> Profile:
+    """Profile the training side of a data set; the sample is doubled while the choice is open.
+
+    Args:
+        backbone: uncut.
+        root: folder that the manifest's paths start from.
+        size: input side, pixels.
+        undecided: says of a profile whether more images could still change the choice.
+        reference: statistics of images like the weights' own, at the same input size.
+        store: keeps what is computed of each image, for later stages and runs.
+        half: the network reads in bfloat16, as the frozen cases will; gradients are taken in float32.
+
+    Raises:
+        DataError: there are no training images.
+    """
+    rows = manifest.used(TRAIN)
+    if not rows:
+        raise DataError("expected training images to profile, found none. Check the quarantine list of ingest.")
+    labels = {label: i for i, label in enumerate(manifest.classes)}
+    sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift, half)
+    val = manifest.used(VAL)
+    aside, judges = sample([r for r in val if splits.selects(r.md5)], HELD_OUT, params.seed), sum(not splits.selects(r.md5) for r in val)
+    drawn, read, kernels, profile = _large_enough(sight, rows, labels, judges, params, undecided)
+    there = {r.label for r in drawn}
+    held = [r for r in aside if r.label in there]
+    if held and profile.cut is not None:
+        truth = np.array([labels[r.label] for r in held])
+        profile = kernels.confirm(profile, sight.features(held), truth, progress)
+    if params.tangent:
+        profile = replace(profile, tangent=sight.tangent(kernels, drawn, profile.multi.taps, params.seed))
+    if sight.watched:
+        batches = (batch.to(device) for batch in sight.inputs(drawn[:FIRST_IMAGES]))
+        profile = replace(profile, shift=sight.watcher.curve(read[-1], sequential(sight.trunk, batches), reference, params.seed))
+    if reference is not None:
+        pooled = {r.tap: column for r, column in zip(sight.readings, read, strict=False)}
+        profile = replace(profile, distances=tap_shift(pooled, reference, params.seed))
+    if params.affinity:
+        profile = replace(profile, affinity=sight.affinity(profile, drawn, kernels.labels))
+    return profile
+
+
+def _large_enough(
+    sight: "_Sight",
+    rows: Sequence[Row],
+    labels: Mapping[str, int],
+    judges: int,
+    params: ProfileParams,
+    undecided: Callable[[Profile], bool],
+) -> tuple[list[Row], list[Tensor], Kernels, Profile]:
+    """Probe a sample, and double it while the choice is open and the solvers stay cheap beside the passes.
+
+    Args:
+        rows, judges: as in `_of_sample`; labels: class name to index.
+
+    Returns:
+        The images of the last sample, their features at each tap, the kernels of these, and the profile.
+    """
+    wanted = min(max(params.images, EACH_CLASS * len({r.label for r in rows})), params.images_max)
+    penalties: dict[tuple[int, ...], float] = {}
+    drawn = sample(rows, wanted, params.seed)
+    while True:
+        read = sight.features(drawn)
+        kernels = kernels_of(sight.readings, read, np.array([labels[r.label] for r in drawn]), penalties)
+        sight.progress(Event("profile", len(drawn), len(drawn), f"probes of {len(drawn)} images at {len(sight.taps)} taps"))
+        profile = _of_sample(sight, rows, judges, read, kernels, params.seed)
+        wanted, penalties = 2 * len(drawn), kernels.penalties
+        more = wanted <= params.images_max and len(drawn) < len(rows)
+        if not more or solving(sight.readings, wanted, profile.classes) > SOLVERS * sight.passing(wanted, params.tangent):
+            break
+        larger = sample(rows, wanted, params.seed)
+        if len(larger) <= len(drawn) or not undecided(profile):
+            break
+        drawn = larger
+    return drawn, read, kernels, profile
+
+
+def _of_sample(
+    sight: "_Sight",
+    rows: Sequence[Row],
+    judges: int,
+    read: Sequence[Tensor],
+    kernels: Kernels,
+    seed: int,
+) -> Profile:
+    """Return what a sample's features at all taps say, nothing held against other images yet.
+
+    Args:
+        rows: all training images; judges: how many validation images select nothing.
+    """
+    backbone, logits = sight.backbone, len(sight.taps)
+    counts = Counter(r.label for r in rows)
+    similarity = head_similarity(read[logits].softmax(1).double().numpy(), kernels.labels) if backbone.source_classes else None
+    with threadpool_limits(1):  # factorisations of a sample's size take longer with two
+        probed = _probe(sight.taps, sight.readings, kernels, seed)
+    return Profile(
+        backbone=backbone.name,
+        weights=backbone.fingerprint,
+        size=sight.transforms.size,
+        normalisation=backbone.normalisation,
+        images=len(rows),
+        classes=len(counts),
+        majority=max(counts.values()) / len(rows),
+        smallest=min(counts.values()),
+        largest=max(counts.values()),
+        validation=judges,
+        sampled=len(kernels.labels),
+        held_out=0,
+        probed=len(np.unique(kernels.labels)),
+        head_similarity=similarity,
+        **probed,
+    )
+
+
+class _Sight:
+    """How a network sees images: features at all its taps, and what else is asked of single passes. What was seen is kept by content."""
+
+    def __init__(
+        self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress, store: Store, shift: bool, half: bool
+    ) -> None:
+        self.backbone, self.root, self.device, self.progress, self.store = backbone, root, device, progress, store
+        self.half, self.transforms = half, backbone.transforms.at(size)
+        self.taps = cutting.describe(backbone, size)
+        self.readings = [reading(tap) for tap in self.taps]
+        logits = backbone.source_classes > 0
+        self.trunk = self._cut(backbone, [t.name for t in self.taps], logits)
+        self.watcher = Watcher(self.trunk)
+        self.watched = shift and self.watcher.channels > 0
+        beside = self.watcher.taken if self.watched else None
+        self.reader = Reader(
+            store,
+            backbone,
+            self.trunk,
+            self.readings,
+            self.transforms,
+            device,
+            logits=logits,
+            beside=beside,
+            beside_key="batchnorm",
+            half=half,
+        )
+
+    def _cut(self, backbone: Backbone, taps: Sequence[str], logits: bool = False) -> nn.Module:
+        return cutting.cut(backbone, taps, logits=logits).to(self.device).to(memory_format=torch.channels_last)
+
+    def features(self, wanted: Sequence[Row]) -> list[Tensor]:
+        """Return the features at each tap: (images, features) each.
+
+        Behind them come the source head's logits where it has one, and what the watcher saw where it was asked to look.
+        """
+        images = Images(self.root, wanted, self.transforms)
+        told = self._told("features", int(self.reader.missing(wanted).sum()))
+        with self.watcher if self.watched else nullcontext():
+            return [rows.all() for rows in self.reader.read(images, told)]
+
+    def inputs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        """Yield inputs (batch, 3, size, size) on the CPU."""
+        batches = Images(self.root, rows, self.transforms).batches(in_batches(len(rows), BATCH))
+        return (normalise(pixels, self.transforms) for _, pixels in batches)
+
+    def tangent(self, kernels: Kernels, drawn: Sequence[Row], taps: Sequence[str], seed: int) -> Tangent:
+        """Return what the gradients of at most TANGENT_IMAGES of the drawn images say, beside a head on these taps."""
+        few = {r.md5 for r in sample(drawn, TANGENT_IMAGES, seed)}
+        at = [i for i, r in enumerate(drawn) if r.md5 in few]
+        chosen = [drawn[i] for i in at]
+        name = self.taps[-1].name
+        known = cutting.identities(self.backbone, [name])[name]
+        column = self.store.column(
+            f"{known}|gradients|{seed}|{BUCKETS}|{self.transforms}|{numerics(self.device, self.transforms.size, False)}|{FORMAT}",
+            f"{self.backbone.name} gradients at {name}",
+        )
+        new = [row for row, there in zip(chosen, column.has([r.md5 for r in chosen]), strict=True) if not there]
+        told = self._told("gradients", len(new))
+        sketcher = Sketcher(self._cut(self.backbone, [name]), self.device, seed) if new else None
+        done = 0
+        for batch in self.inputs(new):
+            assert sketcher is not None
+            part = new[done : done + len(batch)]
+            column.add([row.md5 for row in part], sketcher.sketch(batch))
+            done += len(batch)
+            told(done)
+        gradients = tangent_kernel(column.rows([r.md5 for r in chosen]).all())
+        names = [t.name for t in self.taps]
+        return kernels.tangent([names.index(tap) for tap in taps], gradients, at)
+
+    def passing(self, images: int, tangent: bool) -> float:
+        """Return what the passes of a sample of so many images cost, in operations: a backward pass counts two."""
+        return self.taps[-1].forward_ops * (images + 3 * min(images, TANGENT_IMAGES) * tangent)
+
+    def affinity(self, profile: Profile, drawn: Sequence[Row], labels: npt.NDArray[np.int64]) -> float:
+        """Return the best skill of the pretrained probes minus that of the same network with random weights, the mean of two seeds.
+
+        Skill = (accuracy - majority) / (1 - majority). A cheap stand-in for the affinity of Head2Toe (Evci et al. 2022): linear minus scratch.
+        """
+        reached = []
+        first = list(self.inputs(drawn[:FIRST_IMAGES]))
+        for seed in (0, 1):
+            trunk = self._cut(random_reference(self.backbone, first, seed), [r.tap for r in self.readings])
+            images = Images(self.root, drawn, self.transforms)
+            told = self._told("random features", len(drawn))
+            read = extract(trunk, [r.grids for r in self.readings], images, self.device, told, half=self.half)
+            kernels = kernels_of(self.readings, read, labels, {})
+            reached.append(max(float(kernels.fit([i])[1].mean()) for i in range(len(self.readings))))
+        return (profile.best.accuracy - float(np.mean(reached))) / (1 - min(profile.majority, 0.99))
+
+    def _told(self, what: str, images: int) -> Callable[[int], None]:
+        return lambda done: self.progress(Event("profile", done, images, f"{what} of {images} images at {len(self.taps)} taps"))
+
+
+def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
+    """Draw rows, classes in proportion but each at least once, by a hash of seed and content: neither order nor names play a part.
+
+    With more classes than an eighth of the sample, as many of them are drawn as fill it with eight images each, or all that they have.
+    """
+
+    def rank(text: str) -> str:
+        return hashlib.md5(f"{seed}:{text}".encode(), usedforsecurity=False).hexdigest()
+
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: rank(r.md5)):
+        groups.setdefault(row.label, []).append(row)
+    if len(groups) > max(wanted / EACH_CLASS, 1) and sum(len(g) for g in groups.values()) > wanted:
+        kept: list[str] = []
+        room = wanted
+        for label in sorted(groups, key=lambda label: rank(groups[label][0].md5)):
+            if room < EACH_CLASS and len(kept) >= 2:
+                break
+            kept.append(label)
+            room -= min(len(groups[label]), EACH_CLASS)
+        groups = {label: groups[label] for label in kept}
+    total = sum(len(g) for g in groups.values())
+    if total <= wanted:
+        return sorted((r for g in groups.values() for r in g), key=lambda r: r.md5)
+    quota = {label: max(1, math.floor(wanted * len(g) / total)) for label, g in groups.items()}
+    by_remainder = sorted(groups, key=lambda label: (-(wanted * len(groups[label]) / total % 1), rank(groups[label][0].md5)))
+    for label in by_remainder[: max(0, wanted - sum(quota.values()))]:
+        quota[label] += 1
+    return sorted((r for label, g in groups.items() for r in g[: quota[label]]), key=lambda r: r.md5)
+
+
+def solving(readings: Sequence[Reading], images: int, classes: int) -> float:
+    """Return what the solvers cost for a sample of so many images: inner products, probes, and the two heads that confirm a slice.
+
+    In operations of a convolution, counted and not timed: where it decides, no run may differ from another.
+
+    A probe costs two factorisations (after the first sample, which decides between all penalties), and there are four heads besides the taps;
+    a head takes about 100 walks through a matrix of as many rows and columns as it has images, each of two products.
+    """
+    widths = [sum(r.blocks) for r in readings]
+    products = sum(2 * images**2 * width for width in widths)
+    probes = sum(2 * images * min(images, width) ** 2 for width in [*widths, *4 * [images]])
+    heads = 2 * 100 * 4 * classes * min(images, CONFIRMED_ON) ** 2
+    return SLOWER * float(products + probes + heads)
+
+
+def _probe(taps: Sequence[cutting.Tap], readings: Sequence[Reading], kernels: Kernels, seed: int) -> dict[str, Any]:
+    """Return the parts of the profile that follow from the kernels: probes, heads, learning curve."""
+    labels, names = kernels.labels, [t.name for t in taps]
+    classes = np.unique(labels)
+    fits = [kernels.fit([i]) for i in range(len(taps))]
+    accuracy = [float(right.mean()) for _, right in fits]
+    probes = []
+    for i, (tap, read, (fit, right)) in enumerate(zip(taps, readings, fits, strict=True)):
+        behind = right.astype(float) - fits[-1][1]
+        earlier = sorted(range(i), key=lambda j: (-accuracy[j], -j))[:2]
+        low, high = wilson(int(right.sum()), len(labels))
+        probes.append(
+            Probe(
+                name=tap.name,
+                channels=tap.channels,
+                height=tap.height,
+                width=tap.width,
+                parameters=tap.parameters,
+                forward_ops=tap.forward_ops,
+                grids=read.grids,
+                accuracy=accuracy[i],
+                low=low,
+                high=high,
+                balanced=float(np.mean([right[labels == c].mean() for c in classes])),
+                gain=float(behind.mean()),
+                gain_error=float(behind.std() / math.sqrt(len(labels))),
+                penalty=fit.penalty,
+                correct=pack(right),
+                head=tuple(names[j] for j in sorted([i, *earlier], reverse=True)),
+            )
+        )
+
+    def head(read: Sequence[str]) -> Head:
+        return kernels.head([names.index(name) for name in read], read)
+
+    at = slice_point(np.stack([right for _, right in fits], axis=1))
+    multi = head(probes[-1].head)
+    return {
+        "taps": tuple(probes),
+        "last": head(names[-1:]),
+        "multi": multi,
+        "cut": None if at is None else head(probes[at].head),
+        "hunger": kernels.hunger([names.index(name) for name in multi.taps], multi.accuracy, seed),
+    }

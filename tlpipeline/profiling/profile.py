@@ -1,0 +1,275 @@
+"""The profile as values: what was measured of a data set at each tap of a network, and the test whether an earlier tap beats the last.
+
+From the probes follow the two axes: is the data set large enough for this network to be fine-tuned (headroom), and is it similar to what the
+network knows (do the last layers still help)?
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tlpipeline.backbones.pooling import Reading
+from tlpipeline.profiling.shift import BatchNormShift, TapShift
+from tlpipeline.stats import Bits, unpack
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One tap, and how well the labels can be read there.
+
+    Attributes:
+        name, channels, height, width, parameters, forward_ops, grids: of the tap and the head's pyramid there.
+        accuracy, low, high: leave-one-out accuracy of a ridge probe on this tap alone, with its Wilson 95 % interval.
+        balanced: the mean of the per-class accuracies.
+        gain, gain_error: accuracy minus the last tap's, and the paired standard error of that difference.
+        penalty: the ridge penalty that was chosen.
+        correct: one bit a sample image, hexadecimal: was it classified correctly when left out?
+        head: taps that a head reads when the network is cut here, deepest first: this one and the two best earlier ones.
+    """
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    parameters: int
+    forward_ops: int
+    grids: tuple[int, ...]
+    accuracy: float
+    low: float
+    high: float
+    balanced: float
+    gain: float
+    gain_error: float
+    penalty: float
+    correct: str
+    head: tuple[str, ...]
+
+    @property
+    def reading(self) -> Reading:
+        """Return what a head reads at this tap."""
+        return Reading(self.name, self.channels, self.grids)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that could be trained on frozen features.
+
+    Attributes:
+        taps: what it reads, deepest first.
+        accuracy, low, high, correct: leave-one-out on the sample, as in Probe, for all its taps together.
+        held_out: accuracy of the head itself, solved on the sample, on the half of validation that may select (judging is left to the other
+            half); None where it was not asked or there are no such images.
+    """
+
+    taps: tuple[str, ...]
+    accuracy: float
+    low: float
+    high: float
+    correct: str
+    held_out: float | None = None
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """What the tangent probe says, beside the multi-tap head on the same images (at most TANGENT_IMAGES).
+
+    Attributes:
+        images: how many.
+        accuracy, error: leave-one-out accuracy and mean squared error of ridge on the tangent kernel.
+        frozen, frozen_error: of the multi-tap features alone.
+    """
+
+    images: int
+    accuracy: float
+    error: float
+    frozen: float
+    frozen_error: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The content of profile.json.
+
+    Attributes:
+        backbone, weights: name of the network and fingerprint of its weights.
+        size: input side, pixels.
+        normalisation: batch, layer or none.
+        images, classes: of the training side; majority: share of its largest class; smallest, largest: images of a class.
+        validation: images of the half of the validation side that judges.
+        sampled, held_out: images that were looked at: for the probes, and apart from them (the half of validation that selects).
+        probed: classes in the sample.
+        head_similarity: S, the share of the labels' entropy that the source head's classes explain (cross-fitted LEEP); None without head.
+        hunger: (images, leave-one-out accuracy) of the multi-tap head on a quarter, half and all of the sample, three draws each.
+        taps: first to last.
+        last: the head on the last tap; multi: on the last tap and the two best earlier ones, nothing cut off; cut: on the taps at and below
+            the best slice point, None where there is one tap only.
+        shift: the BatchNorm shift curve, empty where there is no BatchNorm or where it was not asked for.
+        distances: of the features at each tap from a reference, empty without one (profile.reference).
+        affinity: best skill of the pretrained probes minus that of the same network with random weights, None where it was not asked for.
+        tangent: what gradients say that fine-tuning could read, None where it was not asked for.
+    """
+
+    backbone: str
+    weights: str
+    size: int
+    normalisation: str
+    images: int
+    classes: int
+    majority: float
+    smallest: int
+    largest: int
+    validation: int
+    sampled: int
+    held_out: int
+    probed: int
+    head_similarity: float | None
+    hunger: tuple[tuple[int, float], ...]
+    taps: tuple[Probe, ...]
+    last: Head
+    multi: Head
+    cut: Head | None
+    shift: tuple[BatchNormShift, ...] = ()
+    distances: tuple[TapShift, ...] = ()
+    affinity: float | None = None
+    tangent: Tangent | None = None
+
+    @property
+    def best(self) -> Probe:
+        """Return the tap with the most accurate probe, the deepest of equals."""
+        return max(reversed(self.taps), key=lambda t: t.accuracy)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Return the heads that could be trained on frozen features, the simplest first."""
+        return (self.last, self.multi) if self.cut is None else (self.last, self.cut, self.multi)
+
+    def head(self, name: str) -> Head:
+        """Return the frozen head of this name: last, cut or multi; without an earlier tap the cut one is the last one."""
+        return {"last": self.last, "cut": self.cut or self.last, "multi": self.multi}[name]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the network without its old head: what fine-tuning would train."""
+        return self.taps[-1].parameters
+
+    @property
+    def forward_ops(self) -> int:
+        """Floating-point operations of one image's forward pass."""
+        return self.taps[-1].forward_ops
+
+    @property
+    def slope(self) -> float:
+        """Accuracy that the frozen features gained by the last doubling of the sample."""
+        return self.hunger[-1][1] - self.hunger[-2][1] if len(self.hunger) > 1 else 0.0
+
+    @property
+    def last_head(self) -> tuple[Reading, ...]:
+        """Return what the head of the uncut network reads: the last tap."""
+        return (self.taps[-1].reading,)
+
+    def head_at(self, tap: str) -> tuple[Reading, ...]:
+        """Return what the head reads when the network is cut at this tap, deepest first."""
+        by_name = {t.name: t for t in self.taps}
+        return tuple(by_name[name].reading for name in by_name[tap].head)
+
+    def correct(self) -> Bits:
+        """Return who was right: (sampled, taps)."""
+        return np.stack([unpack(t.correct, self.sampled) for t in self.taps], axis=1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for profile.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Profile":
+        """Read what `to_json` gave."""
+        taps = tuple(Probe(**t | {"grids": tuple(t["grids"]), "head": tuple(t["head"])}) for t in content["taps"])
+        heads = {
+            k: None if content[k] is None else Head(**content[k] | {"taps": tuple(content[k]["taps"])}) for k in ("last", "multi", "cut")
+        }
+        hunger = tuple((int(n), float(a)) for n, a in content["hunger"])
+        shift = tuple(BatchNormShift(**layer) for layer in content["shift"])
+        tangent = None if content["tangent"] is None else Tangent(**content["tangent"])
+        distances = tuple(TapShift(**tap) for tap in content["distances"])
+        return cls(**{**content, **heads, "taps": taps, "hunger": hunger, "shift": shift, "distances": distances, "tangent": tangent})
+
+
+# --- the slice point ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SliceTest:
+    """Does an earlier tap beat the last one?
+
+    Attributes:
+        tap: the slice point: the deepest earlier tap within one standard error of the best one; None where there is one tap only.
+        best_earlier: the earlier tap with the best probe; gain: its accuracy minus the last tap's (0 to 1).
+        significance: family-wise p-value of `no earlier tap is better`.
+        similar: the same of `no earlier tap is better by the asked gain`: P(similar).
+        confirmed: there are held-out images, and the head at `tap` is not worse there than the last tap's.
+    """
+
+    tap: str | None
+    best_earlier: str | None
+    gain: float
+    significance: float
+    similar: float
+    confirmed: bool
+
+    def why_not(self, alpha: float, gain: float) -> str:
+        """Say in words why there is no slice."""
+        if self.tap is None:
+            return "is not possible with one tap"
+        if self.significance >= alpha:
+            return f"gains nothing that is significant (p = {self.significance:.2f}, family-wise)"
+        if self.gain < gain:
+            return f"gains less than {gain * 100:g} points"
+        return f"at {self.tap} was not confirmed on held-out images"
+
+
+def slice_point(correct: Bits) -> int | None:
+    """Return the index of the deepest earlier tap within one standard error of the best earlier one; None where there is one tap only.
+
+    The one-standard-error rule (Breiman et al. 1984), here toward keeping more of the network.
+
+    Args:
+        correct: who was right at each tap, (images, taps).
+    """
+    if correct.shape[1] < 2:
+        return None
+    earlier = correct[:, :-1].astype(float)
+    best = int(np.flatnonzero(earlier.mean(0) == earlier.mean(0).max())[-1])
+    behind = earlier[:, [best]] - earlier
+    return int(np.flatnonzero(behind.mean(0) <= behind.std(0) / math.sqrt(len(earlier)))[-1])
+
+
+def slice_test(profile: Profile, gain: float, draws: int, seed: int = 0) -> SliceTest:
+    """Compare every earlier tap with the last by a centred paired bootstrap of the largest t (max-T, Westfall and Young 1993).
+
+    The correction for looking at many taps matters: the best of 16 taps of pure noise looks 4.7 points better than chance.
+
+    Args:
+        gain: what an earlier tap must win for the data to count as different, as a share (0 to 1).
+    """
+    correct = profile.correct()
+    at = slice_point(correct)
+    if at is None or profile.cut is None:
+        return SliceTest(None, None, 0.0, 1.0, 1.0, False)
+    m = len(correct)
+    difference = correct[:, :-1].astype(float) - correct[:, -1:]
+    gains = difference.mean(0)
+    errors = (difference.std(0) / math.sqrt(m)).clip(min=0.5 / m)
+    counts = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=draws) / m
+    largest = ((counts @ difference - gains) / errors).max(1)
+
+    def chance(asked: float) -> float:
+        observed = ((gains - asked) / errors).max()
+        return float((1 + (largest >= observed).sum()) / (1 + draws))
+
+    best = int(np.flatnonzero(gains == gains.max())[-1])
+    cut, last = profile.cut.held_out, profile.last.held_out
+    confirmed = cut is not None and last is not None and cut >= last
+    return SliceTest(profile.taps[at].name, profile.taps[best].name, float(gains[best]), chance(0.0), chance(gain), confirmed)

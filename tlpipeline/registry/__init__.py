@@ -1,0 +1,1 @@
+"""Registered versions of models, and predictions with them."""

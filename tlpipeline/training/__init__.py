@@ -1,0 +1,1 @@
+"""Training: the head, fine-tuning, checkpoints, and many workers."""

@@ -1,0 +1,152 @@
+"""Pretraining: make weights of one's own to transfer from. The weights of the demonstration network were made by this command."""
+
+import inspect
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tlpipeline.backbones import catalogue
+from tlpipeline.backbones.classifier import probabilities
+from tlpipeline.backbones.precision import on_tensor_cores
+from tlpipeline.backbones.taps import normalisation
+from tlpipeline.data import dataset
+from tlpipeline.data.cache import Store
+from tlpipeline.data.dataset import Manifest, Row
+from tlpipeline.data.loader import Images
+from tlpipeline.data.splits import TEST, TRAIN, VAL
+from tlpipeline.data.transforms import Transforms
+from tlpipeline.errors import BackboneError
+from tlpipeline.files import write_json, write_tensors
+from tlpipeline.progress import Event, Progress
+from tlpipeline.stats import wilson
+from tlpipeline.training.checkpoint import Checkpoints, State
+from tlpipeline.training.config import Job, Tail, Teller
+from tlpipeline.training.distributed import Alone
+from tlpipeline.training.heads import score
+from tlpipeline.training.recipe import Recipe
+from tlpipeline.training.trainer import Deadline, Fit, Sides
+
+RECIPE = Recipe(crop=0.4, patience=1000, label_smoothing=0.05, layer_decay_norm=1.0)
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What was reached: test accuracy with its Wilson 95 % interval, and where the weights are."""
+
+    accuracy: float
+    low: float
+    high: float
+    weights: Path
+
+
+def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float, seed: int, flip: bool, progress: Progress) -> Pretrained:
+    """Train a network of the catalogue from random weights and write `<name>.safetensors` and `<name>.json` (its card).
+
+    Args:
+        images: folder of `<class>/...` or `{train,test}/<class>/...`; the usual splits apply.
+        name: demonstration, a torchvision classifier, or package.module:callable that takes num_classes.
+        output: folder to write to.
+        epochs, rate: length, and learning rate at a batch of 64 (SGD with Nesterov momentum, cosine).
+
+    Raises:
+        DataError, BackboneError: as `ingest` and `load` do.
+    """
+    manifest = dataset.ingest(images, {}, lambda done, total: progress(Event("ingest", done, total, "images read")))
+    torch.manual_seed(seed)
+    module, transforms = _network(name, len(manifest.classes), seed)
+    sides = _sides(images, manifest, transforms)
+    history = Path(tempfile.mkdtemp(prefix="pretrain-"))
+    job = Job(str(images), str(images), "", name, catalogue.NONE, catalogue.NONE, {}, seed, epochs, BATCH_SIZE, flip, "float32", "")
+    world = Alone(history / "kept", on_tensor_cores(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    module.to(world.device)
+    checkpoint = Checkpoints(world, history, module)
+    tail = Tail(history / "history.jsonl", "pretrain", progress)
+    state = State(arm="start")
+    tell = _Passed(history / "history.jsonl", tail)
+    fit = Fit(module, sides, RECIPE, job, world, checkpoint, tell, normalisation(module), Store(), Deadline(0, world, 0))
+    fit.arm("scratch", epochs, rate, state)
+    checkpoint.load_best()
+    test = manifest.used(TEST)
+    labels = _indices(manifest, test)
+    chances = probabilities(module, Images(images, test, transforms), world.device, lambda done: None)
+    accuracy, _ = score(chances, labels)
+    low, high = wilson(round(accuracy * len(test)), len(test))
+    file = name.replace(":", ".")
+    output.mkdir(parents=True, exist_ok=True)
+    write_tensors(module.state_dict(), output / f"{file}.safetensors")
+    recipe = {"epochs": epochs, "rate": rate, "flip": flip, "seed": seed, "best_epoch": state.best_epoch}
+    counts = {"train": len(sides.train), "val": len(sides.val), "test": len(test)}
+    measured = {
+        "test_accuracy": round(accuracy, 4),
+        "test_interval_95": [round(low, 4), round(high, 4)],
+        "parameters": sum(p.numel() for p in module.parameters()),
+    }
+    write_json(_card(name, images.name, manifest.classes, counts, recipe) | measured, output / f"{file}.json")
+    shutil.rmtree(history)
+    return Pretrained(accuracy, low, high, output / f"{file}.safetensors")
+
+
+def _card(name: str, folder: str, classes: Sequence[str], counts: dict[str, int], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return what is said of how weights were made; the recipe's fixed values are added to those of this run."""
+    fixed = {
+        "batch_size": BATCH_SIZE, "crop": RECIPE.crop, "weight_decay": RECIPE.weight_decay, "label_smoothing": RECIPE.label_smoothing,
+    }  # fmt: skip
+    how = f"--epochs {recipe['epochs']} --rate {recipe['rate']} --seed {recipe['seed']}{'' if recipe['flip'] else ' --no-flip'}"
+    return {
+        "architecture": name,
+        "data": {"folder": folder, "classes": list(classes), **counts},
+        "recipe": recipe | fixed,
+        "command": f"tlpipeline pretrain {folder} --backbone {name} {how}",
+    }
+
+
+class _Passed(Teller):
+    """Passes on what is told at once: there is one process."""
+
+    def __init__(self, path: Path, tail: Tail) -> None:
+        super().__init__(path, 0)
+        self.tail = tail
+
+    def __call__(self, done: int, total: int, text: str, important: bool = False) -> None:
+        super().__call__(done, total, text, important)
+        self.tail()
+
+
+def _network(name: str, classes: int, seed: int) -> tuple[nn.Module, Transforms]:
+    if name == "demonstration":
+        factory: Callable[..., Any] = catalogue.Demonstration
+    elif ":" in name:
+        factory = catalogue.own_factory(name)
+        if "num_classes" not in inspect.signature(factory).parameters:
+            raise BackboneError(
+                f"expected {name} to take num_classes, so that it fits the images; its parameters are {inspect.signature(factory)}."
+            )
+    else:
+        import torchvision.models as models
+
+        def factory(num_classes: int) -> nn.Module:
+            # Auxiliary heads would make the network return more than logits while it trains.
+            plain = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            return models.get_model(name, weights=None, num_classes=num_classes, **plain)  # type: ignore[no-any-return]
+
+    like = catalogue.load(name, catalogue.NONE)
+    torch.manual_seed(seed)
+    return factory(num_classes=classes), like.transforms
+
+
+def _indices(manifest: Manifest, rows: list[Row]) -> Any:
+    index = {label: i for i, label in enumerate(manifest.classes)}
+    return np.array([index[r.label] for r in rows])
+
+
+def _sides(images: Path, manifest: Manifest, transforms: Transforms) -> Sides:
+    train, val = manifest.used(TRAIN), manifest.used(VAL)
+    return Sides(images, train, val, _indices(manifest, train), _indices(manifest, val), transforms)

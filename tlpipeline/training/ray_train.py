@@ -1,0 +1,353 @@
+"""The only file that knows Ray: the training loop as one Ray Train job, or the same loop in this process (`workers: 0`).
+
+Four touch points with Ray: who am I, keep this checkpoint, give me the newest one, run this on so many workers.
+
+No GPU has ever run this: NCCL is chosen on GPUs and gloo on CPUs, and what is tested is gloo.
+"""
+
+import contextvars
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlpipeline import errors
+from tlpipeline.backbones.precision import on_tensor_cores
+from tlpipeline.data.decoding import cpus
+from tlpipeline.errors import ClusterError, MemoryFull, PipelineError
+from tlpipeline.files import NO_ROOM, torn, write_json
+from tlpipeline.params import AUTO, ClusterParams
+from tlpipeline.progress import Event, Progress
+from tlpipeline.training import train
+from tlpipeline.training.checkpoint import MODEL
+from tlpipeline.training.config import Job, Tail
+from tlpipeline.training.distributed import Alone
+
+# Others wait for the first worker while it solves a head, which may take it longer than Ray's half hour. Who died is noticed by Ray itself.
+_PATIENCE = 24 * 3600
+_KNOCK = 10.0  # seconds
+_OBJECT_STORE = 256 * 2**20  # images never pass through Ray
+# Read when Ray Train is first used. A short poll ends each fit up to two seconds earlier; the preemption watcher has no use on one machine.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def preflight(cluster: ClusterParams) -> bool:
+    """Check that the workers fit, before anything starts; say whether they use GPUs.
+
+    Raises:
+        ClusterError: more workers than this machine has CPUs or GPUs, or GPUs asked for where there are none. Ray itself would wait for ever.
+    """
+    gpus = torch.cuda.device_count()
+    use_gpu = gpus > 0 if cluster.gpu == AUTO else bool(cluster.gpu)
+    if os.environ.get("RAY_ADDRESS") and cluster.workers:
+        return use_gpu  # other machines' resources: the cluster is asked, once it was joined
+    if use_gpu and gpus < max(cluster.workers, 1):
+        raise ClusterError(
+            f"expected a GPU for each of {max(cluster.workers, 1)} workers, found {gpus}. Set cluster.workers to {gpus}, or cluster.gpu to false."
+        )
+    there = cpus()
+    if cluster.workers > there:
+        raise ClusterError(
+            f"expected a CPU for each of {cluster.workers} workers, found {there}. Set cluster.workers to {there} or less, "
+            "or RAY_ADDRESS to a cluster that has more."
+        )
+    return use_gpu
+
+
+def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Progress, stage: str = "train") -> Path:
+    """Train, and return the folder of the finished run: `model/` and `history.json`; of a race the checkpoint at which it ended.
+
+    Args:
+        job: what to train.
+        cluster: where.
+        name: identifies data, params and code; a run of the same name that was interrupted is resumed.
+        folder: for everything that the run leaves behind; delete it once the result is recorded.
+        progress: told what the first worker does, as this stage.
+
+    Raises:
+        ClusterError: the workers are not there, or died more often than `max_failures`.
+        PipelineError: whatever the loop itself raises.
+    """
+    use_gpu = preflight(cluster)
+    folder.mkdir(parents=True, exist_ok=True)
+    tail = Tail(Path(job.history), stage, progress)
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(0.2):
+            tail()
+
+    # In the caller's context: what takes the progress there may ask which run it belongs to.
+    follower = threading.Thread(target=contextvars.copy_context().run, args=(follow,), daemon=True)
+    follower.start()
+    try:
+        if cluster.workers == 0:
+            return _in_process(job, use_gpu, folder / name)
+        progress(Event(stage, 0, 0, f"starting {cluster.workers} Ray worker{'s' * (cluster.workers > 1)}"))
+        while True:
+            try:
+                return _on_workers(job, cluster, use_gpu, name, folder)
+            except MemoryFull as full:
+                # All workers must take equally many parts, so all begin again, at the last checkpoint.
+                job = replace(job, parts=full.parts)
+    finally:
+        stop.set()
+        follower.join()
+        tail()
+
+
+def _in_process(job: Job, use_gpu: bool, folder: Path) -> Path:
+    device = on_tensor_cores(torch.device("cuda" if use_gpu else "cpu"))
+    scratch = folder / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    finished = train.run(job, Alone(folder, device), scratch)
+    assert finished is not None
+    return finished
+
+
+# --- Ray ------------------------------------------------------------------------------------------------------------------------------
+
+
+class _RayWorld:
+    """A Ray Train worker as a World."""
+
+    def __init__(self) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank, self.size = context.get_world_rank(), context.get_world_size()
+        self.device = on_tensor_cores(ray.train.torch.get_device())
+
+    def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
+        import ray.train
+
+        ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None)
+
+    @contextmanager
+    def restore(self) -> Iterator[Path | None]:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+        else:
+            with checkpoint.as_directory() as folder:
+                yield Path(folder)
+
+
+def _loop(config: dict[str, Any]) -> None:
+    job = Job(**config)
+    if _gave_up(job).exists():
+        return  # started again after an error that only the user can mend: it would come back
+    world = _RayWorld()
+    with _scratch(job, world.rank) as scratch:
+        try:
+            train.run(job, world, scratch)
+        except PipelineError as error:
+            write_json({"kind": type(error).__name__, "values": list(error.args)}, _gave_up(job))
+            raise
+
+
+@contextmanager
+def _scratch(job: Job, rank: int) -> Iterator[Path]:
+    """Give a worker a temporary folder on its machine; what an earlier worker of this rank and run left when it was killed is removed first."""
+    run = hashlib.md5(job.history.encode(), usedforsecurity=False).hexdigest()[:12]
+    prefix = f"tlpipeline-{run}-{rank}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield Path(folder)
+
+
+def _gave_up(job: Job) -> Path:
+    """Return where a worker writes down an error that it would meet again: Ray starts workers anew after any error, and hands on its text alone."""
+    return Path(job.history).with_suffix(".error.json")
+
+
+def _raise_what_gave_up(job: Job) -> None:
+    path = _gave_up(job)
+    if path.exists():
+        told = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+        raise getattr(errors, told["kind"])(*told["values"])
+
+
+def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, folder: Path) -> Path:
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    with _interruptible():
+        runtime(cluster.workers)
+        use_gpu = _enough(cluster, use_gpu)
+        storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
+        _mend(Path(storage) / name)
+        threads = max(1, cpus() // cluster.workers)
+        waiting = {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ}
+        trainer = TorchTrainer(
+            _loop,
+            train_loop_config=asdict(job),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_PATIENCE),
+            scaling_config=ray.train.ScalingConfig(num_workers=cluster.workers, use_gpu=use_gpu),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=storage,
+                failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"} | waiting},
+            ),
+        )
+        _gave_up(job).unlink(missing_ok=True)
+        try:
+            result = trainer.fit()
+        except SystemExit as stopped:
+            raise KeyboardInterrupt from stopped  # Ray's own answer to Ctrl-C
+        except ray.train.TrainingFailedError as error:
+            _raise_what_gave_up(job)
+            raise _translated(error, cluster.max_failures, storage) from error
+    _raise_what_gave_up(job)
+    if result.checkpoint is None:
+        raise ClusterError(
+            "expected a trained model from the workers, but they kept no checkpoint. Run again with fewer workers to see why."
+        )
+    finished = folder / f"{name}-finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    result.checkpoint.to_directory(str(finished))
+    if job.race is None and not (finished / MODEL).is_dir():
+        raise ClusterError(
+            "expected a finished model from the workers, but the newest checkpoint is from the middle. Start the run again: it resumes."
+        )
+    return finished
+
+
+def _mend(folder: Path) -> None:
+    """Remove what an earlier run left if Ray's list of its checkpoints is torn: the run begins again, and ends the same.
+
+    Ray writes the list in place. Killed or out of room just then it leaves a part, and every further run of this name would fail to read it.
+    """
+    if torn(folder / "checkpoint_manager_snapshot.json"):
+        shutil.rmtree(folder)
+
+
+def runtime(workers: int) -> None:
+    """Start Ray quietly on this machine, or join the cluster at RAY_ADDRESS; at most one runtime in a process."""
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (OSError, ValueError, RuntimeError, OverflowError) as error:
+            raise ClusterError(
+                f"expected a Ray cluster at RAY_ADDRESS={address}, but: {error}. Start it, or set RAY_ADDRESS to where it is, or unset it."
+            ) from error
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only
+    # Ray's own is 15: beside any other busy process its workers would get a twentieth of a processor. Whoever runs a cluster decides that there.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=max(workers, 1),
+        object_store_memory=_OBJECT_STORE,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+
+
+def _knock(address: str) -> None:
+    """Ask whether anybody is there at a host and port: Ray would go on asking for minutes.
+
+    Raises:
+        OSError: nobody is.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" not in address and host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()
+
+
+def shutdown() -> None:
+    """Stop or leave the Ray runtime, if this process has one."""
+    import sys
+
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+
+
+def _enough(cluster: ClusterParams, use_gpu: bool) -> bool:
+    """Check that the cluster has what the workers need; say whether they use GPUs, which `auto` of a joined cluster leaves to what it has."""
+    import ray
+
+    has = ray.cluster_resources()
+    if cluster.gpu == AUTO and os.environ.get("RAY_ADDRESS"):
+        use_gpu = has.get("GPU", 0) >= cluster.workers
+    kind = "GPU" if use_gpu else "CPU"
+    there = int(has.get(kind, 0))
+    if there < cluster.workers:
+        raise ClusterError(
+            f"expected {cluster.workers} {kind}s in the Ray cluster, found {there}. Set cluster.workers to {there} or add nodes."
+        )
+    return use_gpu
+
+
+def _translated(error: Any, allowed: int, storage: str) -> PipelineError:
+    failures = getattr(error, "worker_failures", {}) or {}
+    for failure in failures.values():
+        seen: BaseException | None = failure
+        while seen is not None:
+            if isinstance(seen, PipelineError):
+                return seen
+            seen = seen.__cause__ or seen.__context__
+        # Ray hands user exceptions on as text where they cannot be rebuilt.
+    first = next(iter(failures.values()), error)
+    if any(f"rrno {code}]" in str(first) for code in NO_ROOM):  # of a worker only text comes back
+        return ClusterError(
+            f"expected room for checkpoints in {storage}, found none ({str(first)[-300:]}). The last complete checkpoint is kept: "
+            "free some space there, or on the workers' temporary folders, and run again; the run resumes from it."
+        )
+    return ClusterError(
+        f"expected the workers to finish, but they failed more often than cluster.max_failures ({allowed}) allows: {str(first)[-1500:]}. "
+        "What was trained is kept: the next run resumes from the last checkpoint."
+    )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Give Ctrl-C back to its former handler: `fit` installs its own in the main thread and leaves it there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,128 @@
+"""The values of a training run that the method sets, and how `train.override` changes them. Loads no torch."""
+
+import math
+from dataclasses import dataclass
+
+INITS = ("pretrained", "plain", "random", "auto")
+AUTO, SGD, ADAMW = "auto", "sgd", "adamw"
+OPTIMISERS = (AUTO, SGD, ADAMW)
+LOSS, SAMPLER, NONE = "loss", "sampler", "none"
+BALANCES = (LOSS, SAMPLER, NONE)
+FIXED, BATCH = "fixed", "batch"
+STATISTICS = (AUTO, FIXED, BATCH)
+BUDGET = "train.budget_minutes"  # begins whatever is said of what time has ended
+SMALL_PIXELS = 64  # below, networks with batch normalisation have a rate and statistics of their own (docs/log.md)
+IMBALANCE = 10.0  # times the images of the smallest class that the largest may have before classes are weighted alike
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the kept network is trained once its new head is solved; unused where everything is frozen.
+
+    Attributes:
+        rates: learning rate by kind of normalisation (batch, layer, none) at a batch of 64; layer normalisation uses AdamW, the others
+            SGD with Nesterov momentum .9. Batch normalisation below 64 pixels has a rate of its own (docs/log.md). Without normalisation
+            data that differ from the source want a much higher one (Li et al. 2020 find the same).
+        batch, batch_large: images per step below and from `large` training images on: with few images more steps were worth up to 3 points.
+        epochs_at_500: epochs for 500 training images; for n images times sqrt(500 / n), between least and most.
+        scratch_epochs_at_500, scratch_times: random weights get this schedule and this many times its epochs and the rate (up to .1); scratch_from:
+            training images from which they are tried at all.
+        statistics: what batch normalisation subtracts and divides by while everything is trained: fixed (those of the source, as in the head's
+            features: what is trained starts where the probe stands), batch (each step's own), or auto: fixed from 64 pixels on, batch below.
+            Random weights have none to keep: batch.
+        patience: epochs without a better validation before training stops and goes back to the best one; 0 runs the schedule to its end and
+            keeps its last epoch, which was better in our measurements: at the end of a cosine there is less noise than in a small validation.
+        optimiser: auto (AdamW for networks with layer normalisation, else SGD), sgd or adamw; weight_decay of SGD, weight_decay_adam.
+        layer_decay_norm: with layer normalisation each block nearer to the images gets this share of the rate of the next one (METHOD: .75
+            for ViT and ConvNeXt); layer_decay_other: the same for the other networks.
+        crop: smallest share of the area that random crops keep.
+        randaugment: operations of RandAugment an image, 0 for none; randaugment_magnitude: 0 to 30.
+        mixup, cutmix: alpha of their Beta distributions, 0 for none.
+        average: decay of the moving average of weights, which is then what is validated and kept; 0 for none.
+        warm_up: share of the steps; clip: largest norm of the gradient.
+        accumulate: parts into which a worker's share of a batch is cut, one after the other, to save memory; more are made where a GPU's
+            memory does not do.
+        balance: what is done where the largest class has more than `imbalance` times the images of the smallest: loss (classes weigh alike),
+            sampler (classes are drawn alike), or none.
+        sync_below: images of a worker's share of a batch below which BatchNorm takes its statistics from all workers; on GPUs.
+        solve_again: solve a head on several taps when everything is trained, with the validation images as well (Kang et al. 2020, arXiv
+            1910.09217, train classifiers again for another reason; docs/decisions/0016). It is what lets half of the usual schedule do.
+        compile: let torch.compile make a faster network of it; needs a C++ compiler, and does not pay for few images.
+    """
+
+    rate_batch: float = 0.05
+    rate_batch_small: float = 0.2
+    rate_layer: float = 5e-5
+    rate_none: float = 0.004
+    batch: int = 32
+    batch_large: int = 64
+    large: int = 5000
+    epochs_at_500: int = 10
+    least_epochs: int = 5
+    most_epochs: int = 40
+    scratch_epochs_at_500: int = 20
+    scratch_times: float = 3.0
+    scratch_from: int = 50_000
+    statistics: str = AUTO
+    patience: int = 0
+    optimiser: str = AUTO
+    weight_decay: float = 5e-4
+    weight_decay_adam: float = 0.05
+    layer_decay_norm: float = 0.75
+    layer_decay_other: float = 1.0
+    label_smoothing: float = 0.0
+    crop: float = 0.5
+    randaugment: int = 0
+    randaugment_magnitude: int = 9
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    average: float = 0.0
+    warm_up: float = 0.05
+    clip: float = 1.0
+    accumulate: int = 1
+    imbalance: float = IMBALANCE
+    balance: str = LOSS
+    sync_below: int = 16
+    solve_again: bool = True
+    compile: bool = False
+
+    @property
+    def head_imbalance(self) -> float:
+        """How uneven classes may be before a head that is solved weighs them alike; infinite where nothing is balanced."""
+        return math.inf if self.balance == NONE else self.imbalance
+
+    def optimiser_for(self, normalisation: str) -> str:
+        """Return sgd or adamw."""
+        if self.optimiser != AUTO:
+            return self.optimiser
+        return ADAMW if normalisation == "layer" else SGD
+
+    def layer_decay(self, normalisation: str) -> float:
+        """Return the share of the rate that each block has of the next one nearer to the head."""
+        return self.layer_decay_norm if normalisation == "layer" else self.layer_decay_other
+
+    def batch_size(self, images: int) -> int:
+        """Return the images per step for this many training images."""
+        return self.batch if images < self.large else self.batch_large
+
+    def epochs(self, images: int) -> int:
+        """Return the epochs for this many training images."""
+        return self._epochs(self.epochs_at_500, images)
+
+    def scratch_epochs(self, images: int) -> int:
+        """Return the epochs that random weights get for this many training images."""
+        return round(self.scratch_times * self._epochs(self.scratch_epochs_at_500, images))
+
+    def _epochs(self, at_500: int, images: int) -> int:
+        wanted = at_500 * math.sqrt(500 / max(images, 1))
+        return int(min(max(round(wanted), self.least_epochs), self.most_epochs))
+
+    def rate(self, normalisation: str, size: int) -> float:
+        """Return the learning rate for a network with this normalisation at this input size, at a batch of 64."""
+        if normalisation == "batch":
+            return self.rate_batch_small if size < SMALL_PIXELS else self.rate_batch
+        return self.rate_layer if normalisation == "layer" else self.rate_none
+
+    def keeps_statistics(self, size: int) -> bool:
+        """Say whether batch normalisation keeps the source's statistics at this input size."""
+        return self.statistics == FIXED or (self.statistics == AUTO and size >= SMALL_PIXELS)

@@ -1,0 +1,1 @@
+"""Git, DVC and the lock of a workspace."""

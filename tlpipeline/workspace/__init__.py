@@ -1,0 +1,1 @@
+"""A workspace: its files, its stages, and what a run does."""

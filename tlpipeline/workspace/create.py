@@ -1,0 +1,361 @@
+"""A workspace: made, checked, held by one run at a time; its images versioned, its cache looked at.
+
+It is a git and DVC repository with dvc.yaml, params.yaml and prefect.yaml in it.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tlpipeline.choice.decision import override
+from tlpipeline.errors import DataError, WorkspaceError
+from tlpipeline.files import unlink
+from tlpipeline.params import AUTO
+from tlpipeline.progress import Event, Progress, silent
+from tlpipeline.registry import versions
+from tlpipeline.versioning import dvc, git, lock
+from tlpipeline.workspace import stages
+
+TEMPLATE = Path(__file__).with_name("template")
+TRACKED = (
+    "dvc.lock", "dvc.yaml", stages.PARAMS, stages.SPLITS, stages.QUARANTINE, stages.PROFILE, stages.CASE, stages.METRICS, stages.CLASSES,
+    versions.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
+)  # fmt: skip
+PLOTS = ("plane.json", "probe.json", "cases.json")  # how `dvc plots show` draws the decision
+
+
+# --- a new one ------------------------------------------------------------------------------------------------------------------------
+
+
+def init(root: Path, images: Path | None, backbone: str, weights: str, remote: str | None, progress: Progress = silent) -> None:
+    """Make a workspace: a git and DVC repository with dvc.yaml, params.yaml, prefect.yaml and versioned images.
+
+    Args:
+        root: an empty or new folder.
+        images: copied in; None takes the embedded sample.
+        backbone, weights: as in params.yaml; a weights file is copied in, versioned, and pinned by its md5.
+        remote: DVC remote; None is the folder .dvc-remote inside the workspace.
+
+    Raises:
+        WorkspaceError: the folder is not empty, it cannot be made, or its remote not be reached. DataError: there are no images.
+        BackboneError: the network or its weights are not to be had.
+    """
+    from tlpipeline.backbones import catalogue
+    from tlpipeline.data import dataset
+
+    if root.exists() and (root.is_file() or any(root.iterdir())):
+        raise WorkspaceError(
+            f"expected a new or empty folder at {root}, found {'a file' if root.is_file() else 'files in it'}. Choose another one."
+        )
+    if images is not None and not images.is_dir():
+        raise DataError(
+            f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
+            "Give --images a folder that holds one folder of images per class."
+        )
+    if images is not None and root.resolve().is_relative_to(images.resolve()):
+        raise WorkspaceError(f"expected a folder outside the images to copy them to, found {root} inside {images}. Choose another one.")
+    source = Path(weights)
+    md5 = _md5(source) if source.is_file() else catalogue.NONE
+    # Everything that can be wrong is found before anything is written.
+    if remote is not None:
+        dvc.check_remote(remote)
+    catalogue.load(backbone, weights, md5=md5)
+    if images is not None:
+        dataset.ingest(images, _preview(images), lambda done, total: progress(Event("init", done, total, "images checked")))
+    missing = [path for path in (*reversed(root.resolve().parents), root.resolve()) if not path.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkspaceError(f"expected to make the folder {root}, but: {error.strerror}. Choose another one.") from error
+    try:
+        _fill(root, images, backbone, source if source.is_file() else weights, md5, remote)
+    except BaseException:
+        for path in missing[:1] or list(root.iterdir()):  # what was made here goes, a folder that was there stays
+            unlink(path)
+        raise
+
+
+def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
+    from tlpipeline.data import dataset, splits
+
+    for name in ("dvc.yaml", "params.yaml", "prefect.yaml"):
+        shutil.copy(TEMPLATE / name, root / name)
+    shutil.copy(TEMPLATE / "gitignore", root / ".gitignore")
+    shutil.copy(TEMPLATE / "dvcignore", root / ".dvcignore")
+    if images is None:
+        dataset.write_digits(root / "images")
+        _set(root, "train", "flip", False)
+    else:
+        shutil.copytree(images, root / "images")
+        _set(root, "data", "name", _name_from(root))
+        deployments = root / "prefect.yaml"
+        deployments.write_text(deployments.read_text(encoding="utf-8").replace("digits", _name_from(root)), encoding="utf-8")
+    _set(root, "backbone", "name", backbone)
+    if isinstance(weights, Path):
+        (root / "weights").mkdir()
+        shutil.copy(weights, root / "weights" / weights.name)
+        _set(root, "backbone", "weights", f"weights/{weights.name}")
+        _set(root, "backbone", "weights_md5", md5)
+    else:
+        _set(root, "backbone", "weights", weights)
+    dvc.create(root, remote or str(root / ".dvc-remote"))
+    (root / ".dvc" / "plots").mkdir(exist_ok=True)
+    for name in PLOTS:
+        shutil.copy(TEMPLATE / name, root / ".dvc" / "plots" / name)
+    tracked = [*TRACKED, "prefect.yaml"]
+    if isinstance(weights, Path):
+        dvc.add(root, f"weights/{weights.name}")
+        tracked += [f"weights/{weights.name}.dvc", "weights/.gitignore"]
+    splits.write_exceptions(root / stages.SPLITS, [])
+    git.commit(root, "New workspace", tracked)
+    commit_data(root, "First images")
+
+
+def _name_from(root: Path) -> str:
+    """Make a model's name of the folder's: lower-case letters, digits and dashes."""
+    name = "".join(c if c.isalnum() and c.isascii() else "-" for c in root.resolve().name.lower()).strip("-")
+    return name if name and name[0].isalpha() else f"images-{name}".strip("-")
+
+
+def _set(root: Path, section: str, key: str, value: str | bool) -> None:
+    """Change one value of params.yaml, however the file is laid out; its comments are kept."""
+    if isinstance(value, str):
+        # YAML has its own mind about words such as `no`, about colons and hashes, and in flow style about commas and brackets.
+        value = value if yaml.safe_load(value) == value and not set(value) & set(":#,[]{}") else json.dumps(value, ensure_ascii=False)
+    else:
+        value = str(value).lower()
+    path = root / stages.PARAMS
+    text = path.read_text(encoding="utf-8")
+    node: Any = yaml.compose(text, yaml.SafeLoader)
+    for name in (section, key):
+        node = {found.value: below for found, below in node.value}[name]
+    start, end = node.start_mark.index, node.end_mark.index
+    rest = text[end:].lstrip(" ")
+    if rest.startswith("#"):  # which stays in its column where there is room
+        rest = " " * max(2, len(text) - len(rest) - start - len(value)) + rest
+    path.write_text(text[:start] + value + rest, encoding="utf-8")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+# --- its images -----------------------------------------------------------------------------------------------------------------------
+
+
+def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]:
+    """Version the images: `dvc add`, exceptions for small classes, a git commit, `dvc push`.
+
+    Returns:
+        The hash of the data set, and remarks for people.
+    """
+    from tlpipeline.data import dataset, splits
+
+    params = stages.params_of(root)
+    images = params.data.images
+    if dvc.is_stage_output(root, images):
+        dvc.reproduce_upstream(root, images)  # a stage writes them; there is nothing to add
+        return dvc.data_hash(root, images), []
+    found = dataset.files(root / images)
+    if linked := dataset.linked_folders(root / images):
+        raise DataError(
+            f"expected folders in {root / images}, found {len(linked)} links to folders, such as {linked[0]}: DVC does not follow them, so what "
+            "is behind them would be trained on but not versioned. Put the folder itself there, or name the images with `tlpipeline run --images`."
+        )
+    if hidden := dvc.hidden(root, images, found):
+        raise DataError(
+            f"expected that DVC versions all of {root / images}, but a .dvcignore keeps it from {len(hidden)} files, such as {hidden[0]}, which would "
+            "be trained on all the same. Take that line out of the .dvcignore, or move these files out of the folder."
+        )
+    digest = dvc.add(root, images)
+    known = splits.read_exceptions(root / stages.SPLITS)
+    new, remarks = splits.needed_exceptions(root / images, dvc.files(root, images), known, lambda: _trained_on(root, params.data.name))
+    splits.write_exceptions(root / stages.SPLITS, new)
+    git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), stages.SPLITS])
+    dvc.push(root)
+    return digest, remarks
+
+
+def _recorded(images: str) -> list[str]:
+    """Return the files in which DVC records a folder that was added."""
+    return [f"{images}.dvc", str(Path(images).parent / ".gitignore")]
+
+
+def _trained_on(root: Path, name: str) -> frozenset[str]:
+    return frozenset().union(*(versions.trained_on(root, v) for v in versions.versions(root, name)))
+
+
+def take_over(root: Path, images: Path) -> None:
+    """Replace the workspace's images by a copy of another folder.
+
+    Raises:
+        DataError: no data set can be made of that folder; the workspace keeps its own images then.
+    """
+    from tlpipeline.data import dataset
+
+    name = stages.params_of(root).data.images
+    target = root / name
+    if images.resolve() == target.resolve():
+        return
+    dataset.ingest(images, _preview(images), lambda done, total: None)
+    if target.is_dir() and not dvc.is_stage_output(root, name) and dvc.changed(root, name):
+        # What was added since the last time is nowhere else.
+        dvc.add(root, name)
+        git.commit(root, "Images before others took their place", _recorded(name))
+    draft = target.with_name(f".{target.name}.draft")
+    unlink(draft)
+    try:
+        shutil.copytree(images, draft)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    unlink(target)
+    draft.rename(target)
+
+
+def _preview(images: Path) -> dict[str, str]:
+    """Return the sides that splits.csv would give small classes, so that a folder can be checked before it is taken over."""
+    from tlpipeline.data import dataset, decoding, splits
+
+    paths = [p for p in dataset.files(images) if p.stat().st_size]
+    hashes = {p.relative_to(images).as_posix(): hashlib.md5(decoding.content_of(p), usedforsecurity=False).hexdigest() for p in paths}
+    new, _ = splits.needed_exceptions(images, hashes, {}, frozenset)
+    return {line.md5: line.split for line in new}
+
+
+def count_images(root: Path) -> int:
+    """Return the number of versioned files of the data set."""
+    return len(dvc.files(root, stages.params_of(root).data.images))
+
+
+# --- before and while something runs in it --------------------------------------------------------------------------------------------
+
+
+def checked(root: Path, images: Path | None = None) -> None:
+    """Check what can be checked before anything runs: the repository, params.yaml, the workers, the images' folder.
+
+    Args:
+        root: the workspace.
+        images: a folder that is to replace the workspace's images.
+
+    Raises:
+        WorkspaceError, ParamsError, BackboneError, ClusterError, DataError: as the checks find.
+    """
+    from tlpipeline.backbones import catalogue, taps
+    from tlpipeline.choice import cases
+    from tlpipeline.data import dataset
+    from tlpipeline.training import ray_train
+
+    lock.require_workspace(root)
+    git.require_branch(root)
+    params = stages.params_of(root)
+    if params.choose.case != AUTO:
+        cases.find(params.choose.case)
+    override(cases.CASES[0], params.train.override)  # type: ignore[arg-type]  # any row will do to check names and types
+    catalogue.check_name(params.backbone.name)
+    if params.choose.slice != AUTO:
+        b = params.backbone
+        taps.resolve_tap(catalogue.load(b.name, b.weights, md5=b.weights_md5, root=root), params.choose.slice)
+    ray_train.preflight(params.cluster)
+    own = root / params.data.images
+    if images is not None:
+        dataset.files(images)
+    elif not own.is_dir() and not dvc.is_stage_output(root, params.data.images):
+        raise DataError(f"expected the images in {own}, found no such folder; {dvc.pulled(root)}. Or name others with --images.")
+
+
+@contextmanager
+def alone(root: Path, wait_minutes: float, images: Path | None = None) -> Iterator[None]:
+    """Hold the workspace for a whole run, and stop the Ray runtime that the run may have started.
+
+    Args:
+        images: a folder that is to replace the workspace's images.
+
+    Raises:
+        WorkspaceError: it is no workspace, or another run is in it.
+    """
+    from tlpipeline.training import ray_train
+
+    checked(root, images)
+    with lock.hold(root, wait_minutes * 60):
+        try:
+            yield
+        finally:
+            ray_train.shutdown()
+
+
+def name_of(root: Path) -> str:
+    """Return the name under which the workspace's models are registered."""
+    return stages.params_of(root).data.name
+
+
+def unheard(root: Path) -> str:
+    """Say that no deployment of prefect.yaml waits for the event of these data, as where data.name was changed; "" where one does."""
+    name, path = name_of(root), root / "prefect.yaml"
+    if not path.is_file() or re.search(rf"tlpipeline\.data\.({re.escape(name)}(?![\w-])|\*)", path.read_text(encoding="utf-8")):
+        return ""
+    return (
+        f"no deployment in {path} waits for tlpipeline.data.{name}: data.name was another when it was written. Put the name there, and "
+        "`prefect --no-prompt deploy --all` in the workspace"
+    )
+
+
+# --- what it keeps --------------------------------------------------------------------------------------------------------------------
+
+
+def refstats(root: Path, images: Path, progress: Progress = silent) -> Path:
+    """Measure reference statistics, name them in params.yaml, and commit both; return the file.
+
+    Raises:
+        DataError: there is no such folder, or it holds fewer than two images.
+    """
+    if not images.is_dir():
+        raise DataError(
+            f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
+            "Give images like those that the weights were trained on; 500 are enough, and they need no labels."
+        )
+    checked(root)
+    with lock.hold(root):
+        path = stages.reference(root, images, progress)
+        where = path.relative_to(root).as_posix()
+        _set(root, "profile", "reference", where)
+        git.commit(root, f"Reference statistics {where}", [where, stages.PARAMS])
+    return path
+
+
+def cached(root: Path) -> tuple[list[tuple[str, str, str, str]], str]:
+    """Return what the cache of a workspace holds, a row each (what, files, MB, last used), and a sentence about all of it."""
+    from datetime import datetime
+
+    from tlpipeline.data import cache
+
+    limit = stages.params_of(root).cache.max_gb
+    found = cache.info(root / stages.CACHE)
+    rows = [
+        (k.label, str(k.files), f"{k.bytes / 1e6:.1f}", datetime.fromtimestamp(k.used).isoformat(sep=" ", timespec="minutes"))
+        for k in found
+    ]
+    return rows, f"{sum(k.bytes for k in found) / 1e9:.3f} of {limit:g} GB (cache.max_gb) in {root / stages.CACHE}"
+
+
+def clear_cache(root: Path) -> str:
+    """Delete the cache of a workspace; return a sentence about it.
+
+    Raises:
+        WorkspaceError: a run is in the workspace.
+    """
+    from tlpipeline.data import cache
+
+    stages.params_of(root)
+    with lock.hold(root):  # a run keeps what it computes there
+        size = sum(k.bytes for k in cache.info(root / stages.CACHE))
+        cache.clear(root / stages.CACHE)
+    return f"{size / 1e6:.1f} MB deleted; the next run computes what it needs again"

@@ -1,0 +1,364 @@
+"""The acts: what a run does to the world outside its stages. Judge, register, report.
+
+Acts are no DVC stages: they read the champion, make commits and tags, and talk to remotes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tlpipeline.errors import WorkspaceError
+from tlpipeline.evaluation import gate
+from tlpipeline.progress import Event, Progress
+from tlpipeline.registry import versions
+from tlpipeline.versioning import dvc, git, lock
+from tlpipeline.workspace import stages
+from tlpipeline.workspace.create import TRACKED, name_of
+
+REPORT = "report.html"
+
+
+# --- gate and registry ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What became of the model: the version it is registered as (or was already), the tag of its promotion, and what was decided."""
+
+    version: str
+    new: bool
+    promoted: str
+    verdict: gate.Verdict | None
+    reason: str
+
+
+def judge(root: Path, progress: Progress) -> gate.Verdict | None:
+    """Compare the workspace's model with the champion on the same test images; None where this very model is registered already.
+
+    What a killed run registered is published first: it may be the champion.
+    """
+    from tlpipeline.data import dataset, splits
+    from tlpipeline.evaluation import metrics as evaluate
+
+    params = stages.params_of(root)
+    if begun := versions.go_on(root, params.gate.promote == "auto"):
+        progress(
+            Event("gate", 1, 1, f"{begun[0]} is published, which an interrupted run had registered{' and promoted' if begun[1] else ''}")
+        )
+    if versions.registered_as(root, params.data.name, dvc.stage_output(root, "train", stages.MODEL)):
+        return None
+    challenger = evaluate.read_predictions(root / stages.PREDICTIONS)
+    manifest = dataset.read_manifest(root / stages.MANIFEST)
+    trained = Counter(row.label for row in manifest.used(splits.TRAIN))
+    recipe = stages.with_recipe(stages.read_case(root), params).recipe
+    uneven = max(trained.values()) > recipe.head_imbalance * min(trained.values())
+    git.fetch_tags(root)  # the champion may have been promoted elsewhere
+    best = versions.champion(root, params.data.name)
+    if best is None:
+        return gate.against_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate, uneven)
+    rows = manifest.used(splits.TEST)
+    told = lambda done: progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))  # noqa: E731
+    champion = stages.predict_rows(root, versions.folder(root, best), rows, told)
+    return gate.against_champion(challenger, champion, str(best), versions.trained_on(root, best), params.gate, uneven)
+
+
+def register(root: Path, verdict: gate.Verdict | None) -> Registration:
+    """Register the model where the gate accepted it; commit lock, metrics and data either way."""
+    params = stages.params_of(root)
+    name = params.data.name
+    tracked = [*TRACKED, f"{params.data.images}.dvc"]
+    already = versions.registered_as(root, name, dvc.stage_output(root, "train", stages.MODEL))
+    if verdict is None and already is not None:
+        git.commit(root, "Record the run", tracked)
+        if already.number not in [version.number for version in versions.versions(root, name)]:
+            return Registration(
+                "", False, "", None, f"this model was registered as {already}, which was withdrawn: it is not registered again."
+            )
+        return Registration(str(already), False, "", None, f"this model is registered already as {already}: nothing to do.")
+    assert verdict is not None, "the gate must speak before a new model is registered"
+    case = stages.read_case(root)
+    metrics = stages.read_metrics(root)
+    if not verdict.accepted:
+        git.commit(root, f"Rejected: {case.case}, accuracy {metrics['accuracy']:.4f}", tracked)
+        dvc.push(root)
+        return Registration("", False, "", verdict, verdict.reason)
+    number = versions.next_number(root, name, list(metrics["classes"]), case.case)
+    version = versions.Version(number, name, "")
+    from tlpipeline.report import page as report
+
+    (root / versions.CARD).write_text(report.card(str(version), card_facts(root, verdict)), encoding="utf-8")
+    message = f"{version}: {case.case}, accuracy {metrics['accuracy']:.4f}"
+    version, promoted = versions.publish(root, name, number, message, tracked, versions.PROD if params.gate.promote == "auto" else "")
+    return Registration(str(version), True, promoted, verdict, verdict.reason)
+
+
+def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
+    """Return all that is needed to rebuild this model, and how good it is."""
+    params = stages.params_of(root)
+    return {
+        "name": params.data.name,
+        "case": stages.read_case(root),
+        "read": stages.taps_read(root),
+        "bounded": bounded(root),
+        "metrics": stages.read_metrics(root),
+        "verdict": verdict,
+        "data": dvc.data_hash(root, params.data.images),
+        "model": dvc.stage_output(root, "train", stages.MODEL),
+        "params_md5": hashlib.md5((root / stages.PARAMS).read_bytes(), usedforsecurity=False).hexdigest(),
+        "params": dataclasses.asdict(params),
+        "seed": params.train.seed,
+        "parent": git.head(root),
+        "environment": _environment(["tlpipeline", "torch", "torchvision", "numpy", "scikit-learn", "pillow", "ray", "dvc"]),
+    }
+
+
+def _environment(packages: Sequence[str]) -> dict[str, str]:
+    """Return the installed versions of these packages."""
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def bounded(root: Path) -> tuple[str, ...]:
+    """Return what bounded the training of the workspace's model: time or memory that ran out."""
+    from tlpipeline.training.recipe import BUDGET
+
+    remarks = tuple(stages.read_json(root, f"{stages.MODEL}/model.json").get("remarks", ()))
+    raced = (stages.read_json(root, stages.CASE).get("race") or {}).get("ended", "")
+    return remarks + ((f"the race: {raced}",) if raced.startswith(BUDGET) else ())
+
+
+def registered(root: Path) -> list[tuple[str, ...]]:
+    """Return a row for each registered version, newest first: version, stages, case, accuracy, interval, data, commit."""
+    lock.require_workspace(root)
+    rows: list[tuple[str, ...]] = []
+    for version in reversed(versions.versions(root, name_of(root))):
+        case = json.loads(git.show(root, version.commit, stages.CASE) or "{}")
+        m = json.loads(git.show(root, version.commit, stages.METRICS) or "{}")
+        data = dvc.stage_input(root, "ingest", stages.params_of(root).data.images, version.commit)
+        rows.append(
+            (
+                str(version),
+                ", ".join(version.stages),
+                case.get("case", ""),
+                f"{m['accuracy']:.1%}" if m else "",
+                f"{m['accuracy_low']:.1%} to {m['accuracy_high']:.1%}" if m else "",
+                data[:10],
+                version.commit[:10],
+            )
+        )
+    return rows
+
+
+def card_of(root: Path, text: str) -> str:
+    """Return the model card of a version (name@v1, name#prod)."""
+    lock.require_workspace(root)
+    version = versions.resolve(root, text)
+    return git.show(root, version.commit, versions.CARD) or f"{version} has no {versions.CARD}"
+
+
+# --- report ---------------------------------------------------------------------------------------------------------------------------
+
+
+def write_report(root: Path, registration: Registration) -> Path:
+    """Write report.html: one self-contained page about the run."""
+    from tlpipeline.data import dataset, splits
+    from tlpipeline.evaluation import metrics as evaluate
+    from tlpipeline.profiling.profile import Profile
+    from tlpipeline.report import page as report
+
+    params = stages.params_of(root)
+    manifest = dataset.read_manifest(root / stages.MANIFEST, root / stages.QUARANTINE)
+    found = evaluate.read_predictions(root / stages.PREDICTIONS)
+    rows = {row.md5: row for row in manifest.used(splits.TEST)}
+    errors = [
+        report.Mistake(
+            rows[found.md5[i]].path,
+            found.classes[found.labels[i]],
+            found.classes[found.predicted[i]],
+            float(found.chances[i].max()),
+            report.thumbnail(dataset.read(root / params.data.images, rows[found.md5[i]])),
+        )
+        for i in evaluate.worst(found, 24)
+    ]
+    page = report.page(
+        name=params.data.name,
+        registration=registration,
+        case=stages.with_recipe(stages.read_case(root), params),
+        read=stages.taps_read(root),
+        profile=Profile.from_json(stages.read_json(root, stages.PROFILE)),
+        metrics=stages.read_metrics(root),
+        matrix=evaluate.confusion(found).tolist(),
+        manifest=manifest,
+        history=(root / stages.HISTORY).read_text(encoding="utf-8"),
+        mistakes=errors,
+        remarks=manifest.remarks + shift(root) + bounded(root),
+        seconds=stages.read_run(root).get("seconds", {}),
+        training=stages.read_run(root).get("training", {}),
+        data_hash=dvc.data_hash(root, params.data.images),
+        commit=git.head(root),
+    )
+    path = root / REPORT
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run ends with, for the terminal."""
+
+    images: int
+    classes: int
+    copies: int
+    rejected: int
+    remarks: tuple[str, ...]
+    case: str
+    reason: str
+    accuracy: float
+    low: float
+    high: float
+    champion: str
+    version: str
+    new: bool
+    outcome: str
+    report: str
+    seconds: dict[str, float | None]
+
+
+def shift(root: Path) -> tuple[str, ...]:
+    """Say so where the model does significantly worse on the test side than on the validation side: the two are then not of one kind.
+
+    The best of several validations is a little optimistic, so five points are allowed beyond the test interval.
+    """
+    import csv
+
+    with (root / stages.HISTORY).open(newline="", encoding="utf-8") as file:
+        validated = max(float(line["accuracy"]) for line in csv.DictReader(file))
+    metrics = stages.read_metrics(root)
+    if validated <= metrics["accuracy_high"] + 0.05:
+        return ()
+    return (
+        f"shift: {validated:.1%} on validation but {metrics['accuracy']:.1%} on test: the test images differ from the training images "
+        "in kind, or the training side holds near copies",
+    )
+
+
+def summary(root: Path, registration: Registration, report: Path) -> Summary:
+    """Return what a run ended with."""
+    from tlpipeline.data import dataset
+
+    manifest = dataset.read_manifest(root / stages.MANIFEST, root / stages.QUARANTINE)
+    metrics = stages.read_metrics(root)
+    case = stages.read_case(root)
+    verdict = registration.verdict
+    against = ""
+    if verdict is not None:
+        own = f"balanced accuracy {verdict.challenger_score:.1%} against " if verdict.metric == gate.BALANCED else "against "
+        against = f"{own}{verdict.champion_score:.1%} of {verdict.champion} on {verdict.images} images"
+    return Summary(
+        images=len([r for r in manifest.rows if not r.duplicate_of]),
+        classes=len(manifest.classes),
+        copies=len([r for r in manifest.rows if r.duplicate_of]),
+        rejected=len(manifest.rejected),
+        remarks=manifest.remarks + shift(root) + bounded(root),
+        case=case.case,
+        reason=case.reason,
+        accuracy=metrics["accuracy"],
+        low=metrics["accuracy_low"],
+        high=metrics["accuracy_high"],
+        champion=against,
+        version=registration.version,
+        new=registration.new,
+        outcome=registration.reason,
+        report=str(report),
+        seconds=stages.read_run(root).get("seconds", {}),
+    )
+
+
+def decided(root: Path) -> tuple[Any, Any]:
+    """Return the decision and the profile that it rests on.
+
+    Raises:
+        WorkspaceError: it is no workspace, nothing was decided in it yet, or by another version or profile.
+    """
+    from tlpipeline.profiling.profile import Profile
+
+    for name in (stages.PROFILE, stages.CASE):
+        if not (root / name).is_file():
+            lock.require_workspace(root)
+            raise WorkspaceError(
+                f"expected a decision in {root / name}, found no such file. `tlpipeline run` or `dvc repro choose` makes the decision."
+            )
+    try:
+        case, profile = stages.read_case(root), Profile.from_json(stages.read_json(root, stages.PROFILE))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WorkspaceError(
+            f"expected {stages.PROFILE} and {stages.CASE} in {root} as this version writes them, found others ({error!r}). "
+            "`dvc repro --force choose` writes them anew."
+        ) from error
+    if case.slice not in [tap.name for tap in profile.taps]:
+        raise WorkspaceError(
+            f"expected a decision about {profile.backbone} in {root / stages.CASE}, found one that keeps it up to {case.slice}, which it does not "
+            "have: it is older than the profile. `dvc repro choose` decides anew."
+        )
+    return stages.with_recipe(case, stages.params_of(root)), profile
+
+
+def decision_markdown(root: Path) -> str:
+    """Return the decision for people, as markdown."""
+    from tlpipeline.choice import explain
+
+    return explain.markdown(*decided(root))
+
+
+def evaluation_markdown(root: Path) -> str:
+    """Return the evaluation for people, as markdown."""
+    from tlpipeline.choice import explain
+
+    metrics = stages.read_metrics(root)
+    lines = [
+        f"**accuracy {metrics['accuracy']:.1%}** ({metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}, {metrics['images']} test images), "
+        f"balanced {metrics['balanced_accuracy']:.1%}, macro F1 {metrics['macro_f1']:.3f}, calibration error {metrics['calibration_error']:.3f}",
+        "",
+        "| class | images | precision | recall |",
+        "|---|---:|---:|---:|",
+    ]
+    for label, c in metrics["classes"].items():
+        figures = f"{c['precision']:.3f} | {c['recall']:.3f}" if c["images"] else "not evaluated | "
+        lines += [f"| {explain.cell(label)} | {c['images']} | {figures} |"]
+    return "\n".join(lines)
+
+
+# --- predicting -----------------------------------------------------------------------------------------------------------------------
+
+
+def predicted(root: Path, model: str, images: Sequence[Path]) -> tuple[list[Any], dict[Path, str]]:
+    """Return what a model (a folder, name@v1, name#prod) says of image files and of all files below folders, and why of which it says nothing.
+
+    In a workspace that can be written its cache is used.
+
+    Raises:
+        DataError: none of them can be read. RegistryError: there is no such model.
+    """
+    from tlpipeline.registry import predict
+
+    images = predict.pictures(images)
+    writable = lock.read_only(root) is None
+    cached = writable and (root / stages.PARAMS).is_file()
+    with TemporaryDirectory() as elsewhere:
+        folder = predict.find(model, root, None if writable else Path(elsewhere))
+        with stages.store(root) if cached else nullcontext() as kept:
+            return predict.predict_readable(folder, images, kept)

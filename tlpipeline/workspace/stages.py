@@ -1,0 +1,444 @@
+"""The stages: files in, files out. `dvc.yaml` and the flow call the same functions.
+
+Stages are pure: what they write depends on their inputs alone. Seconds go to run.json, which git and DVC ignore. An output is written
+beside its place and moved there when it is complete, so an interrupted stage leaves nothing half-written.
+"""
+
+import csv
+import dataclasses
+import gc
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tlpipeline.choice.decision import Decision, idle, override
+from tlpipeline.errors import DataError, ParamsError, WorkspaceError
+from tlpipeline.files import torn, unlink, write_json
+from tlpipeline.params import Params, load
+from tlpipeline.progress import Event, Progress
+from tlpipeline.versioning import dvc, lock
+
+PARAMS = "params.yaml"
+SPLITS = "splits.csv"
+MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
+PROFILE = "profile.json"
+CASE, RACE = "case.json", "race"
+PLANE, PROBE, CASES = "plots/plane.csv", "plots/probe.csv", "plots/cases.csv"
+MODEL, HISTORY = "model", "plots/history.csv"
+METRICS, CLASSES = "metrics.json", "classes.json"
+PREDICTIONS, CONFUSION = "predictions.parquet", "plots/confusion.csv"
+RUN = "run.json"
+OWN = Path(".tlpipeline")
+GIGABYTE = 1e9
+# The packages that decide what a training run or a race does: an interrupted one is resumed only by the same code.
+TRAINING_CODE = ("data", "backbones", "training", "profiling", "choice")
+RUNS = OWN / "runs"
+CACHE = OWN / "cache"
+
+
+def params_of(root: Path) -> Params:
+    """Read the workspace's params.yaml."""
+    return load(root / PARAMS)
+
+
+@contextmanager
+def _output(root: Path, *names: str) -> Iterator[list[Path]]:
+    """Give a draft place for each output; move them all into place if the body succeeds, or none of them."""
+    drafts = root / OWN / "draft"
+    unlink(drafts)
+    (drafts / "old").mkdir(parents=True)
+    places = [drafts / name.replace("/", "_") for name in names]
+    try:
+        with lock.room(root):
+            yield places
+            _exchange([(place, root / name, drafts / "old" / place.name) for place, name in zip(places, names, strict=True)])
+    finally:
+        shutil.rmtree(drafts, ignore_errors=True)
+
+
+def _exchange(moves: Sequence[tuple[Path, Path, Path]]) -> None:
+    """Move each new output to its target and what stood there aside; if one cannot be moved, put all the old ones back."""
+    begun: list[tuple[Path, Path]] = []
+    try:
+        for new, target, aside in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(target):
+                os.replace(target, aside)
+            begun.append((target, aside))
+            os.replace(new, target)
+    except BaseException:
+        for target, aside in begun:
+            unlink(target)
+            if os.path.lexists(aside):
+                os.replace(aside, target)
+        raise
+
+
+# --- the five stages ------------------------------------------------------------------------------------------------------------------
+
+
+def ingest(root: Path, progress: Progress) -> None:
+    """List the images: manifest.parquet, and quarantine.csv with a reason for each file that is left out."""
+    from tlpipeline.data import dataset, splits
+
+    params = params_of(root)
+    exceptions = splits.read_exceptions(root / SPLITS)
+    manifest = dataset.ingest(
+        root / params.data.images, exceptions, lambda done, total: progress(Event("ingest", done, total, f"{done} of {total} files read"))
+    )
+    with _output(root, MANIFEST, QUARANTINE) as (table, quarantine):
+        dataset.write_manifest(manifest, table, quarantine)
+
+
+def profile(root: Path, progress: Progress) -> None:
+    """Measure the data set on a bounded sample: profile.json."""
+    from tlpipeline.backbones.precision import reads_in_bfloat16
+    from tlpipeline.choice import decide
+    from tlpipeline.data import dataset
+    from tlpipeline.profiling import measure, shift
+    from tlpipeline.profiling.profile import Profile
+
+    params = params_of(root)
+    manifest = dataset.read_manifest(root / MANIFEST)
+    backbone, size = _backbone_and_size(root, params, manifest)
+
+    def undecided(seen: Profile) -> bool:
+        return decide.undecided(seen, params.choose)
+
+    reference = None if params.profile.reference == "none" else shift.read_reference(root / params.profile.reference, backbone)
+    if reference is not None and reference.size != size:
+        raise ParamsError(
+            f"expected profile.reference to be measured at {size} pixels, found {reference.size}. Run `tlpipeline refstats IMAGES` again."
+        )
+    device = _device(params)
+    with store(root) as kept:
+        found = measure.measure(
+            backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, reference, kept,
+            reads_in_bfloat16(device, params.train.precision),
+        )  # fmt: skip
+    with _output(root, PROFILE) as (written,):
+        written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def choose(root: Path, progress: Progress) -> None:
+    """Decide the case: case.json and its plots, and in race/ what was trained to decide it, for the train stage to go on with."""
+    from tlpipeline.choice import decide, explain, policy, race
+    from tlpipeline.profiling.profile import Profile
+
+    params = params_of(root)
+    found = Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
+    decision = decide.choose(found, params.choose)
+    if decision.race_wanted and "init" in params.train.override:
+        decision = dataclasses.replace(
+            decision, race_wanted=False, no_race="train.override.init starts from other weights than the prediction knows"
+        )
+    with _output(root, CASE, RACE, PLANE, PROBE, CASES) as (written, raced, *plots):
+        raced.mkdir()
+        if decision.race_wanted:
+            runs = (root / RUNS).resolve()
+            name = _code_key(dvc.stage_key(root, "choose"), params)
+
+            def start(arm: Decision) -> Any:
+                return _job(root, params, override(arm, params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
+
+            with store(root):
+                decision = race.run(found, policy.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
+        progress(Event("choose", 1, 1, decision.reason))
+        written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
+        # DVC's plots sort the taps by name: their numbers go first.
+        read = explain.probe_rows(found, with_recipe(decision, params))
+        taps = [{"layer": f"{i:02d} {row['tap']}"} | row for i, row in enumerate(read, 1)]
+        for plot, rows in zip(plots, (explain.plane_rows(decision), taps, explain.case_rows(decision)), strict=True):
+            _write_csv(plot, list(rows[0]), [list(row.values()) for row in rows])
+
+
+def train(root: Path, progress: Progress) -> None:
+    """Train the decided case: model/, and the history of its epochs; what a race trained of it is gone on with."""
+    from tlpipeline.training import ray_train
+
+    params = params_of(root)
+    decision = override(read_case(root), params.train.override)
+    for said in _without_effect(root, params, decision):
+        progress(Event("train", 0, 0, said))
+    runs = (root / RUNS).resolve()
+    name = f"{decision.case}-{_code_key(dvc.stage_key(root, 'train'), params)}"
+    start = str((root / RACE).resolve()) if decision.race is not None else ""
+    job = dataclasses.replace(_job(root, params, decision, runs / f"{name}.jsonl"), start=start)
+    with store(root):
+        finished = ray_train.run(job, params.cluster, name, runs, progress)
+    lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
+    with _output(root, MODEL, HISTORY) as (model, curve):
+        _note(root, "training", lines["speed"])
+        shutil.copytree(finished / "model", model)
+        _write_csv(
+            curve,
+            ["epoch", "arm", "loss", "accuracy", "log_loss"],
+            [[h["epoch"], h["arm"], h["loss"], h["accuracy"], h["log_loss"]] for h in lines["history"]],
+        )
+    # `dvc repro` has yet to record this run, which is handed over if that fails; no one will ask for the others.
+    for other in runs.iterdir():
+        if not other.name.startswith(name):
+            unlink(other)
+
+
+def _without_effect(root: Path, params: Params, decision: Any) -> list[str]:
+    """Say which settings change nothing in this case."""
+
+    kept, views, changes = decision.freeze == "kept", params.train.views, params.train.override
+    said = []
+    if changes and (unused := idle(decision, changes, _backbone(root, params).normalisation, views)):
+        why = "whose head is solved, not trained" if kept else "with this network and these settings"
+        said.append(f"train.override: {', '.join(unused)} changes nothing in {decision.case}, {why}")
+    if views and not kept:
+        said.append(f"train.views changes nothing in {decision.case}, whose random views are new in each epoch")
+    return said
+
+
+def _job(root: Path, params: Params, decision: Any, history: Path) -> Any:
+    from tlpipeline.training.config import Job
+
+    return Job(
+        workspace=str(root.resolve()),
+        images=str((root / params.data.images).resolve()),
+        manifest=str((root / MANIFEST).resolve()),
+        backbone=params.backbone.name,
+        weights=params.backbone.weights,
+        weights_md5=params.backbone.weights_md5,
+        decision=decision.to_json(),
+        seed=params.train.seed,
+        epochs=params.train.epochs,
+        batch_size=params.train.batch_size,
+        flip=params.train.flip,
+        precision=params.train.precision,
+        history=str(history),
+        views=params.train.views,
+        budget_minutes=params.train.budget_minutes,
+        cache=str((root / CACHE).resolve()) if params.cache.max_gb else "",
+        cache_bytes=params.cache.max_gb * GIGABYTE,
+    )
+
+
+def evaluate(root: Path, progress: Progress) -> None:
+    """Measure the model on the test side: metrics.json, classes.json, predictions.parquet, the confusion matrix."""
+    from tlpipeline.data import dataset, splits
+    from tlpipeline.evaluation import metrics as measuring
+
+    params = params_of(root)
+    manifest = dataset.read_manifest(root / MANIFEST)
+    rows = manifest.used(splits.TEST)
+    if not rows:
+        raise DataError("expected test images, found none: nothing could be evaluated. Add images, then `tlpipeline data commit`.")
+    found = predict_rows(
+        root, root / MODEL, rows, lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images"))
+    )
+    content = measuring.metrics(found, params.evaluate.confidence, measuring.counts(manifest.used(splits.TRAIN)))
+    # Apart from the others, so that `dvc metrics show` stays readable with many classes.
+    classes = content.pop("classes")
+    with _output(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (written, by_class, table, matrix):
+        written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        by_class.write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+        measuring.write_predictions(found, table)
+        measuring.write_confusion(found, matrix)
+
+
+STAGES: dict[str, Callable[[Path, Progress], None]] = {
+    "ingest": ingest,
+    "profile": profile,
+    "choose": choose,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+
+# --- running them ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(root: Path, name: str, progress: Progress) -> None:
+    """Run one stage, as `dvc repro` does: no look at whether it is up to date. Its seconds go to run.json.
+
+    Raises:
+        WorkspaceError: it is no workspace, or what the stage reads is not there. PipelineError: as the stage finds.
+    """
+    lock.require_workspace(root)
+    with lock.hold(root), lock.room(root), timed(root, name):
+        dvc.require_inputs(root, name)
+        STAGES[name](root, progress)
+
+
+def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
+    """Run one stage where it is stale, record it in dvc.lock, and say whether it ran; as the flow does."""
+
+    def run_timed() -> None:
+        with timed(root, name):
+            STAGES[name](root, progress)
+
+    with lock.room(root):
+        ran = dvc.run_stage(root, name, run_timed)
+    if name in ("choose", "train") and ran:
+        shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed, and train nothing
+    if not ran:
+        _note(root, name, None)
+    return ran
+
+
+@contextmanager
+def timed(root: Path, name: str) -> Iterator[None]:
+    """Write the seconds of the body to run.json."""
+    started = time.monotonic()
+    yield
+    _note(root, name, round(time.monotonic() - started, 2))
+
+
+def _note(root: Path, name: str, found: Any) -> None:
+    """Write what differs from run to run to run.json: a stage's seconds, or the speed of its training."""
+    content = {} if name == "ingest" else read_run(root)
+    if isinstance(found, dict):
+        content[name] = found
+    else:
+        content.setdefault("seconds", {})[name] = found
+    write_json(content, root / RUN)
+
+
+# --- what others read -----------------------------------------------------------------------------------------------------------------
+
+
+def read_case(root: Path) -> Any:
+    """Return the decision that case.json holds."""
+
+    return Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
+
+
+def with_recipe(decision: Any, params: Params) -> Any:
+    """Return a decision with what `train.override` changes of its recipe.
+
+    Other weights to start from may not go with its case, which train refuses; that must not keep anyone from reading why it was chosen.
+    """
+
+    return override(decision, {name: value for name, value in params.train.override.items() if name != "init"})
+
+
+def taps_read(root: Path) -> tuple[str, ...]:
+    """Return the taps that the model's head reads, deepest first."""
+    return tuple(reading["tap"] for reading in read_json(root, f"{MODEL}/model.json")["readings"])
+
+
+def read_metrics(root: Path) -> dict[str, Any]:
+    """Return metrics.json, with the figures of each class as `classes`."""
+    return read_json(root, METRICS) | {"classes": read_json(root, CLASSES)}
+
+
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """Return the content of a JSON file of the workspace, {} where it is missing."""
+    path = root / name
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def read_run(root: Path) -> dict[str, Any]:
+    """Return what run.json holds of the last run; it is no input of anything, so one that is only partly there holds nothing."""
+    return {} if torn(root / RUN) else read_json(root, RUN)
+
+
+@contextmanager
+def store(root: Path) -> Iterator[Any]:
+    """Give the workspace's cache of features and decoded images; afterwards, errors included, it is cut down to cache.max_gb."""
+    import torch
+
+    from tlpipeline.data import cache
+
+    limit = params_of(root).cache.max_gb * GIGABYTE
+    try:
+        yield cache.Store(root / CACHE if limit else None, limit)
+    finally:
+        cache.prune(root / CACHE, limit)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            gc.collect()
+            torch.cuda.empty_cache()  # the workers of the next stage may train on the same GPU
+
+
+def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callable[[int], None]) -> Any:
+    """Return what a model says of these rows of the manifest."""
+    from tlpipeline.backbones import classifier as models
+    from tlpipeline.data.loader import Images
+    from tlpipeline.evaluation import metrics as measuring
+
+    params = params_of(root)
+    device = _device(params)
+    classifier, description = models.load(folder)
+    images = Images(root / params.data.images, rows, description.transforms)
+    with store(root) as kept:
+        chances = models.probabilities(classifier.to(device), images, device, progress, kept)
+    return measuring.predictions(rows, description.classes, chances.numpy())
+
+
+def _backbone(root: Path, params: Params, size: int | None = None) -> Any:
+    from tlpipeline.backbones import catalogue
+
+    b = params.backbone
+    return catalogue.load(b.name, b.weights, md5=b.weights_md5, root=root, size=size, seed=params.train.seed)
+
+
+def _backbone_and_size(root: Path, params: Params, manifest: Any) -> tuple[Any, int]:
+    """Return the network and the side at which images enter it."""
+    from tlpipeline.backbones import taps as cutting
+    from tlpipeline.data import splits
+
+    backbone = _backbone(root, params)
+    short = [min(row.width, row.height) for row in manifest.used(splits.TRAIN)]
+    if not short:
+        raise DataError("expected training images to profile, found none. See quarantine.csv for what was left out.")
+    size = cutting.input_size(backbone, params.data.size, statistics.median(short))
+    if size != backbone.transforms.size and backbone.name.startswith("vit"):
+        backbone = _backbone(root, params, size)
+    return backbone, size
+
+
+def reference(root: Path, images: Path, progress: Progress) -> Path:
+    """Measure the statistics of images like those that the weights were trained on; return the file, which lies beside the weights.
+
+    Raises:
+        DataError: there are fewer than two images. WorkspaceError: the data were never ingested, so the input size is not known.
+    """
+    from tlpipeline.data import dataset
+    from tlpipeline.profiling import shift
+
+    params = params_of(root)
+    if not (root / MANIFEST).exists():
+        raise WorkspaceError(
+            f"expected {MANIFEST} in {root}, found none. Run `tlpipeline stage ingest` first: the input size follows from it."
+        )
+    backbone, size = _backbone_and_size(root, params, dataset.read_manifest(root / MANIFEST))
+    rows = dataset.readable(images)
+    told = lambda done: progress(Event("refstats", done, len(rows), f"features of {len(rows)} images"))  # noqa: E731
+    found = shift.measure_reference(backbone, images, rows, size, _device(params), told)
+    return shift.write_reference(found, root / "weights")
+
+
+def _device(params: Params) -> Any:
+    import torch
+
+    from tlpipeline.backbones.precision import on_tensor_cores
+
+    return on_tensor_cores(torch.device("cuda" if torch.cuda.is_available() and params.cluster.gpu is not False else "cpu"))
+
+
+def _code_key(key: str, params: Params) -> str:
+    """Mix the key of data and params with the code that trains and the number of workers: the name of a run that may be resumed."""
+    digest = hashlib.md5(f"{key}:{params.cluster.workers}".encode(), usedforsecurity=False)
+    package = Path(__file__).parent.parent
+    for path in sorted(path for name in TRAINING_CODE for path in (package / name).rglob("*") if path.suffix in (".py", ".json")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines)
