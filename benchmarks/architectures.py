@@ -11,7 +11,7 @@ and the reloaded model must say what the uncut network with its tensors says. Fe
 
 `run` appends a row to benchmarks/results/architectures.csv for each network and case that has none yet, smallest networks first, so it can
 be interrupted at any moment; what failed is tried again, and with --again everything that is asked for. It fails if a row says so. Where two workers, each with its gradients and its
-optimiser, need more than --memory-gb, one process takes the step, and where that is too much as well, none does: the row says which.
+optimizer, need more than --memory-gb, one process takes the step, and where that is too much as well, none does: the row says which.
 `taps` notes the taps of the networks that have not been run, which takes seconds each and no memory: PyTorch's meta device counts without
 computing. `table` writes docs/architectures.md from the rows.
 """
@@ -67,7 +67,7 @@ NOT_RUN = "not run"
 TIMEOUT = 1800
 TOGETHER, MOST_TOGETHER = 60_000_000, 8
 # This process, a worker besides its network, and how often a worker holds the network's tensors: frozen, beside the uncut one and the file;
-# trained, with gradients, DistributedDataParallel's buckets, the best epoch, and the optimiser's state twice (its own and the checkpoint's).
+# trained, with gradients, DistributedDataParallel's buckets, the best epoch, and the optimizer's state twice (its own and the checkpoint's).
 # Measured: two workers on vgg11 (0.53 GB) took 10.6 GB.
 PARENT_GB, WORKER_GB = 1.5, 1.5
 COPIES_FROZEN, COPIES_SGD, COPIES_ADAM, COPIES_BUCKETS = 2, 6, 8, 1
@@ -85,7 +85,7 @@ def memory_gb(backbone: Backbone, kept: Tap, decision: Decision, workers: int) -
     """Return about how much memory these workers and this process need together."""
     copies = COPIES_FROZEN
     if decision.freeze != "kept":
-        copies = (COPIES_ADAM if backbone.normalisation == "layer" else COPIES_SGD) + (COPIES_BUCKETS if workers > 1 else 0)
+        copies = (COPIES_ADAM if backbone.normalization == "layer" else COPIES_SGD) + (COPIES_BUCKETS if workers > 1 else 0)
     whole = sum(p.numel() for p in backbone.module.parameters())
     return PARENT_GB + workers * (WORKER_GB + (copies * kept.parameters + whole) * 4 / 1e9)
 

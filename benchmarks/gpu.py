@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --ray              the same, and each job once more as a Ray Train job with one worker
     python benchmarks/gpu.py --device cpu --networks resnet18 --images 64 --size 64 --times 1      does it run at all?
 
-The bounds: `network`, the same network, batch, number format and optimiser on tensors that are on the device already, and `input`, the same
+The bounds: `network`, the same network, batch, number format and optimizer on tensors that are on the device already, and `input`, the same
 batches of images, decoded and augmented, without a network. The product should reach 0.9 of the lower one. Its own figure is the one that a
 run reports: of fine-tuning the last epoch, of feature extraction the pass over the training images, which ends with a step that is filled up
 and with files that are safe on the disk, so a few images look slow. Networks have random weights and the JPEGs are made up, so nothing is
@@ -46,7 +46,7 @@ from tlpipeline.data import dataset, decoding
 from tlpipeline.data.augment import augmentation
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Manifest
-from tlpipeline.data.loader import Images, in_batches, normalise
+from tlpipeline.data.loader import Images, in_batches, normalize
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.params import AUTO
@@ -54,7 +54,7 @@ from tlpipeline.training import train
 from tlpipeline.training.checkpoint import Checkpoints
 from tlpipeline.training.config import Job, Teller
 from tlpipeline.training.distributed import Alone
-from tlpipeline.training.optim import optimiser
+from tlpipeline.training.optim import optimizer
 from tlpipeline.training.trainer import Deadline, Fit, Sides
 
 TARGET = 0.9
@@ -140,14 +140,14 @@ def rate(device: torch.device, images: int, steps: Callable[[], None]) -> float:
 def on_device(bench: Bench, batch: int) -> list[Tensor]:
     rng = torch.Generator().manual_seed(0)
     pixels = [torch.randint(0, 256, (batch, bench.size, bench.size, 3), dtype=torch.uint8, generator=rng) for _ in range(ON_DEVICE)]
-    return [normalise(p.to(bench.device), bench.transforms) for p in pixels]
+    return [normalize(p.to(bench.device), bench.transforms) for p in pixels]
 
 
 def bare_training(bench: Bench) -> float:
-    """Forward, backward and the optimiser's step; nothing waits for the device before the end."""
-    model, recipe, kind = bench.model(), bench.decision.recipe, bench.backbone.normalisation
+    """Forward, backward and the optimizer's step; nothing waits for the device before the end."""
+    model, recipe, kind = bench.model(), bench.decision.recipe, bench.backbone.normalization
     blocks = [[f"trunk.{name}" for name in block] for block in taps.blocks(bench.backbone, bench.decision.slice)]
-    moving = optimiser(model, recipe, kind, 1e-4, blocks if recipe.layer_decay(kind) != 1 else (), fused=bench.device.type == "cuda")
+    moving = optimizer(model, recipe, kind, 1e-4, blocks if recipe.layer_decay(kind) != 1 else (), fused=bench.device.type == "cuda")
     inputs = on_device(bench, bench.batch)
     labels = torch.arange(bench.batch, device=bench.device) % CLASSES
     model.train()

@@ -15,7 +15,7 @@ test images and the unpacking are not in it. Who was right is kept for each test
     fastai         vision_learner(...).fine_tune(epochs) with its own defaults (peers_fastai.py), in the environment of --fastai PYTHON, where
                    fastai and safetensors are installed; without it this method is left out
     torchvision/8  the defaults of references/classification/train.py: SGD, momentum .9, weight decay 1e-4, batch 32, random resized crops,
-                   flips, the rate divided by 10 every 30 epochs, the last epoch counts. Its rate of .1 is for batch normalisation; its
+                   flips, the rate divided by 10 every 30 epochs, the last epoch counts. Its rate of .1 is for batch normalization; its
                    README takes .01 for networks without, as SqueezeNet is one, and both are for 8 processes of 32 images: .01 / 8 here
     torchvision    the same with .01 as it stands
 
@@ -217,16 +217,16 @@ def plain(job: Job, batch: int, rate: float, decay: float, step: int, frozen: bo
     nn.init.zeros_(head.bias)
     model.classifier[1] = head
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.SGD(trained, lr=rate, momentum=0.9, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.StepLR(optimiser, step_size=step, gamma=0.1)
+    optimizer = torch.optim.SGD(trained, lr=rate, momentum=0.9, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=step, gamma=0.1)
     most, kept = -1, model.state_dict()
     for _ in range(job.epochs):
         model.train()
         for images, labels in train:
             loss = nn.functional.cross_entropy(model(images), labels)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         schedule.step()
         hits = int(correct(model, val).sum())
         if best and hits > most:

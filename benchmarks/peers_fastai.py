@@ -3,7 +3,7 @@
     PYTHON benchmarks/peers_fastai.py JOB.json ANSWER.json
 
 Defaults of fastai: the body cut before SqueezeNet's classifier and its own head behind it (concatenated pooling, two linear layers with
-batch normalisation and dropout), Adam, base_lr 2e-3 with discriminative rates, one frozen epoch and then the job's epochs, batch 64,
+batch normalization and dropout), Adam, base_lr 2e-3 with discriminative rates, one frozen epoch and then the job's epochs, batch 64,
 Resize (random crops of the short side) for each image, aug_transforms for each batch, ImageNet's mean and standard deviation.
 """
 

@@ -266,7 +266,7 @@ def train_arm(
     solved = {"tuned": 2, "lpft": 1}.get(arm, 0) * (train_images + val_images)
     return counted(unit, manifest, right) | {
         "arm": arm, "val_hits": round(epochs[-1]["accuracy"] * val_images), "slice": taps[-1].name,
-        "rate": row.recipe.rate(backbone.normalisation, net.size), "epochs": len(epochs),
+        "rate": row.recipe.rate(backbone.normalization, net.size), "epochs": len(epochs),
         "forward": solved + len(epochs) * (train_images + val_images), "backward": len(epochs) * train_images,
         "cpu_s": round(spent, 1), "looks": " ".join(looks), "bits": history[0]["correct"] if solved else "",
     }  # fmt: skip

@@ -387,12 +387,12 @@ def drawing(found: dict[str, Figures]) -> str:
     for name, f in found.items():
         x = left + width * f.cost.mean() / 1.2
         low, high = (top + height - height * max(v, 0) / most for v in (f.half.mean(), f.raw.mean()))
-        colour = "#b3372f" if name.startswith("product") else "#2563a8"
-        parts.append(f'<line x1="{x}" x2="{x}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour}" stroke-width="3"/>')
+        color = "#b3372f" if name.startswith("product") else "#2563a8"
+        parts.append(f'<line x1="{x}" x2="{x}" y1="{low:.1f}" y2="{high:.1f}" stroke="{color}" stroke-width="3"/>')
         early = name.endswith("(quick)")
         at, anchor = (high - 6, "end") if early else ((low + high) / 2 + 4, "start")
         words = name.replace("<", "&lt;").replace(">", "&gt;")
-        parts.append(f'<text x="{x + 5:.1f}" y="{at:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>')
+        parts.append(f'<text x="{x + 5:.1f}" y="{at:.1f}" text-anchor="{anchor}" fill="{color}">{words}</text>')
     left = 540
     parts.append(f'<text x="{left}" y="20" font-weight="bold">P(within the tolerance of the best), said and seen</text>')
     parts.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#c4ccd6"/>')

@@ -52,7 +52,7 @@ from tlpipeline.data import dataset
 from tlpipeline.data.augment import augmentation
 from tlpipeline.data.cache import SHARD_ROWS, Store
 from tlpipeline.data.dataset import Manifest, Row
-from tlpipeline.data.loader import Images, in_batches, normalise, prepare
+from tlpipeline.data.loader import Images, in_batches, normalize, prepare
 from tlpipeline.data.splits import TEST, TRAIN, VAL
 from tlpipeline.profiling import measure
 from tlpipeline.profiling.profile import Profile
@@ -107,7 +107,7 @@ def bare_pass(network: Callable[[torch.Tensor], object], images: Images) -> None
         parts = in_batches(len(images), STEP["cpu"])
         coming = pool.map(one, images.rows)
         for part in parts:
-            network(normalise(torch.from_numpy(np.stack([next(coming) for _ in part])), transforms))
+            network(normalize(torch.from_numpy(np.stack([next(coming) for _ in part])), transforms))
 
 
 def spent(work: Callable[[], object]) -> tuple[float, float]:
@@ -303,7 +303,7 @@ def bare_loop(
         images.augment = augmentation(recipe.crop, True, 0, epoch)
         for indices, pixels in images.batches([[int(i) for i in order[s : s + size]] for s in range(0, len(order), size)]):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-                logits = model(normalise(pixels, images.transforms))
+                logits = model(normalize(pixels, images.transforms))
             loss = torch.nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[list(indices)]))
             moving.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -313,7 +313,7 @@ def bare_loop(
         right = 0
         with torch.inference_mode():
             for indices, pixels in val.batches([list(part) for part in in_batches(len(val), STEP["cpu"])]):
-                guessed = model(normalise(pixels, val.transforms)).argmax(1).numpy()
+                guessed = model(normalize(pixels, val.transforms)).argmax(1).numpy()
                 right += int((guessed == val_labels[list(indices)]).sum())
     return right / len(val)
 

@@ -89,9 +89,9 @@ def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]
     out = {}
     for name in HEADS:
         won = np.array([r.multi_test - r.cut_test if name == "over" else getattr(r, f"{name}_test") for r in rows])
-        centre = float(weight @ s)
-        slope = float(weight @ ((s - centre) * (won - weight @ won))) / (float(weight @ (s - centre) ** 2) + 0.01)
-        level = float(weight @ won) - slope * centre
+        center = float(weight @ s)
+        slope = float(weight @ ((s - center) * (won - weight @ won))) / (float(weight @ (s - center) ** 2) + 0.01)
+        level = float(weight @ won) - slope * center
         spread = math.sqrt(float(weight @ (won - level - slope * s) ** 2))
         out[name] = (round(level, 4), round(slope, 4), round(max(spread, 0.005), 4))
     return out
@@ -127,9 +127,9 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
     reach = max(3 * 1.4826 * float(np.median(np.abs(y - middle))), 0.1)
     y = y.clip(middle - reach, middle + reach)
     weight = _alike(rows)
-    centre = weight @ x
-    spread = np.sqrt(weight @ (x - centre) ** 2).clip(min=1e-3)
-    z = (x - centre) / spread
+    center = weight @ x
+    spread = np.sqrt(weight @ (x - center) ** 2).clip(min=1e-3)
+    z = (x - center) / spread
     intercept = float(weight @ y)
     # More images never speak against fine-tuning: a figure of the size whose coefficient comes out negative is left out.
     used = np.array([name not in UNUSED for name in names])
@@ -142,7 +142,7 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
             break
         used &= ~against
     return Outlook(
-        centre=_named(names, centre),
+        center=_named(names, center),
         spread=_named(names, spread),
         coefficients=_named(names, beta),
         intercept=round(intercept, 4),
@@ -165,7 +165,7 @@ def _prior(model: Outlook, rows: Sequence[Observed], tolerance: float) -> dict[s
     """Return a logistic regression of `fine-tuning won more than the tolerance` on PRIOR, data sets counting alike; more images never lower it."""
     from scipy.optimize import minimize
 
-    x = np.array([[(figures(r.evidence, 0.5)[k] - model.centre[k]) / model.spread[k] for k in PRIOR] for r in rows])
+    x = np.array([[(figures(r.evidence, 0.5)[k] - model.center[k]) / model.spread[k] for k in PRIOR] for r in rows])
     won = np.array([r.tuned_test - r.frozen_test > tolerance for r in rows])
     weight = _alike(rows) * len(rows)
 

@@ -19,7 +19,7 @@ from tlpipeline.backbones.taps import Backbone, Tap
 from tlpipeline.choice.cases import CASES, Case
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset
-from tlpipeline.data.loader import Images, normalise
+from tlpipeline.data.loader import Images, normalize
 
 # One batch, four images for each of two workers; a single validation image cannot outvote fine-tuning.
 CLASSES = ("class0", "class1")
@@ -104,9 +104,9 @@ def step(
     torch.manual_seed(0)
     net = Classifier(backbone, decision.readings, len(CLASSES), decision.freeze == "kept").train()
     nn.init.normal_(net.head.weight, std=0.01)  # a head of zeros passes no gradient on
-    optimiser = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01, weight_decay=5e-4)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01, weight_decay=5e-4)
     nn.functional.cross_entropy(net(inputs(images)), torch.tensor(labels)).backward()
-    optimiser.step()
+    optimizer.step()
     classifier.save(net, Description(backbone.name, decision.slice, decision.readings, CLASSES, images.transforms), folder)
     return Trained(start, net.state_dict(), folder, probabilities(net, shown, torch.device("cpu"), lambda done: None))
 
@@ -126,9 +126,9 @@ def undrawn() -> Iterator[None]:
 
 
 def inputs(images: Images) -> Tensor:
-    """Return all images as one batch of normalised inputs."""
+    """Return all images as one batch of normalized inputs."""
     ((_, pixels),) = images.batches([range(len(images))])
-    return normalise(pixels, images.transforms)
+    return normalize(pixels, images.transforms)
 
 
 def check(backbone: Backbone, decision: Decision, trained: Trained, images: Images) -> None:

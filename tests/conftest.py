@@ -44,7 +44,7 @@ def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def paint(label: int, index: int, size: int = 32) -> Image.Image:
-    """Draw a noisy image of a class: stripes whose direction and colour say which."""
+    """Draw a noisy image of a class: stripes whose direction and color say which."""
     rng = np.random.default_rng([label, index])
     ramp = np.arange(size)
     wave = np.sin((ramp[:, None] * (label % 2) + ramp[None, :] * (1 - label % 2)) * (0.6 + 0.4 * (label // 2)) + rng.uniform(0, 6))

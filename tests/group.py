@@ -2,7 +2,7 @@
 
 Beside `job` and `folder` an item may say `crash`, the number of the checkpoint right after which the run is given up, `break_off`, the images
 whose features each worker has computed in one go when it is given up, `checkpoint_images`, the images after which a part of an epoch is kept,
-and `synchronised`, whether batch normalisation is one over all workers.
+and `synchronized`, whether batch normalization is one over all workers.
 """
 
 import json
@@ -17,7 +17,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from synchronised import synchronised
+from synchronized import synchronized
 
 from tlpipeline.backbones import features
 from tlpipeline.backbones.features import Reader
@@ -72,7 +72,7 @@ def attempt(item: Mapping[str, Any], rank: int = 0) -> None:
         patch.object(checkpoint, "SHARE", 1.0),  # whenever there could be one
         patch.object(trainer, "CHECKPOINT_IMAGES", item.get("checkpoint_images", trainer.CHECKPOINT_IMAGES)),
         breaking_off(item.get("break_off", 0)),
-        synchronised() if item.get("synchronised") else nullcontext(),
+        synchronized() if item.get("synchronized") else nullcontext(),
         suppress(Interrupted),
     ):
         run(Job(**item["job"]), Crashing(folder, item.get("crash", 0)), scratch)

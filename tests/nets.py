@@ -119,7 +119,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def _convolution(channels: int, features: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """A convolution that pads as TensorFlow does, its normalisation, and ReLU6."""
+    """A convolution that pads as TensorFlow does, its normalization, and ReLU6."""
     around = kernel - stride  # over both sides, of maps whose size the stride divides
     convolution = nn.Conv2d(channels, features, kernel, stride=stride, groups=groups, bias=False)
     normed = nn.BatchNorm2d(features, eps=1e-3, momentum=0.01)

@@ -83,9 +83,9 @@ def test_each_family_goes_through_each_case(net: Net, case: Case, painted: Path,
     check(net.backbone, decision, trained, shown)
 
 
-@pytest.mark.parametrize(("name", "normalisation", "optimiser"), [("mobilenet_v3_small", "batch", "SGD"), ("swin_t", "layer", "AdamW")])
+@pytest.mark.parametrize(("name", "normalization", "optimizer"), [("mobilenet_v3_small", "batch", "SGD"), ("swin_t", "layer", "AdamW")])
 def test_a_family_is_fine_tuned_as_a_run_does_it(
-    name: str, normalisation: str, optimiser: str, painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, normalization: str, optimizer: str, painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 64 pixels, where BatchNorm keeps its statistics, and in the processor's own number format."""
     backbone = load(name, "none", size=64)
@@ -108,9 +108,9 @@ def test_a_family_is_fine_tuned_as_a_run_does_it(
     (tmp_path / "scratch").mkdir()
     finished = train.run(made, Alone(tmp_path / "kept"), tmp_path / "scratch")
     assert finished is not None
-    assert backbone.normalisation == normalisation
-    assert {kind for kind, _, _ in stepped} == {optimiser}
-    assert all(decays == 2 and (rates > 5) is (normalisation == "layer") for _, rates, decays in stepped)  # by depth
+    assert backbone.normalization == normalization
+    assert {kind for kind, _, _ in stepped} == {optimizer}
+    assert all(decays == 2 and (rates > 5) is (normalization == "layer") for _, rates, decays in stepped)  # by depth
     trained, start = load_file(finished / "model" / "weights.safetensors"), backbone.module.state_dict()
     moved = {key.removeprefix("trunk.") for key, value in trained.items() if key != "head.weight" and key != "head.bias"
              and not torch.equal(value, start[key.removeprefix("trunk.")])}  # fmt: skip
@@ -192,9 +192,9 @@ def test_behind_the_last_tap_stands_the_old_head_alone(name: str) -> None:
         whole = cut(backbone, backbone.tap_names[-1:], logits=True)
         behind = set(whole.state_dict()) - set(cut(backbone, backbone.tap_names[-1:]).state_dict())
     layers = {key.rpartition(".")[0] for key in behind}
-    normalised = {"classifier.0"} if name.startswith("convnext") else set()  # a norm of what was averaged
-    assert len(layers - normalised) == 1
-    (head,) = layers - normalised
+    normalized = {"classifier.0"} if name.startswith("convnext") else set()  # a norm of what was averaged
+    assert len(layers - normalized) == 1
+    (head,) = layers - normalized
     layer = backbone.module.get_submodule(head)
     assert getattr(layer, "out_features", None) == 1000 or getattr(layer, "out_channels", None) == 1000
 

@@ -26,7 +26,7 @@ from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.catalogue import Demonstration, check_name, load
 from tlpipeline.backbones.taps import Backbone, cut, describe
 from tlpipeline.data.decoding import decode
-from tlpipeline.data.loader import normalise, prepare
+from tlpipeline.data.loader import normalize, prepare
 from tlpipeline.errors import BackboneError
 
 
@@ -391,7 +391,7 @@ def take(archive: Path, each: int, only: Mapping[str, int] | None = None) -> tup
 def accuracy(net: Backbone, found: list[Image.Image], labels: list[int]) -> float:
     inputs = torch.from_numpy(np.stack([prepare(image, net.transforms) for image in found]))
     with torch.inference_mode():
-        return float((net.module(normalise(inputs, net.transforms)).argmax(1) == torch.tensor(labels)).float().mean())
+        return float((net.module(normalize(inputs, net.transforms)).argmax(1) == torch.tensor(labels)).float().mean())
 
 
 @pytest.mark.data

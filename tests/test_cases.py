@@ -93,7 +93,7 @@ def test_few_images_are_trained_in_smaller_batches() -> None:
     assert [Recipe().batch_size(n) for n in (10, 4999, 5000, 100_000)] == [32, 32, 64, 64]
 
 
-def test_the_rate_goes_by_the_normalisation_and_by_the_size_of_batch_normalised_images() -> None:
+def test_the_rate_goes_by_the_normalization_and_by_the_size_of_batch_normalized_images() -> None:
     recipe = Recipe()
     assert recipe.rate("batch", 32) == recipe.rate_batch_small > recipe.rate("batch", 64) == recipe.rate_batch
     assert recipe.rate("layer", 32) == recipe.rate("layer", 224) == recipe.rate_layer
@@ -120,7 +120,7 @@ def test_what_an_override_cannot_change_in_a_frozen_case_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("normalisation", "size", "works", "idles"),
+    ("normalization", "size", "works", "idles"),
     [
         ("batch", 224, {"rate_batch", "weight_decay", "statistics", "sync_below"}, {"rate_batch_small", "rate_none", "weight_decay_adam"}),
         ("batch", 32, {"rate_batch_small", "layer_decay_other"}, {"rate_batch", "rate_layer", "layer_decay_norm"}),
@@ -128,13 +128,13 @@ def test_what_an_override_cannot_change_in_a_frozen_case_is_told() -> None:
         ("none", 224, {"rate_none", "weight_decay"}, {"rate_layer", "sync_below", "randaugment_magnitude", "scratch_from"}),
     ],
 )
-def test_what_an_override_cannot_change_in_a_network_is_told(normalisation: str, size: int, works: set[str], idles: set[str]) -> None:
+def test_what_an_override_cannot_change_in_a_network_is_told(normalization: str, size: int, works: set[str], idles: set[str]) -> None:
     case = replace(decide(planted(SIMILAR_LARGE)), size=size)
     changes = {name: getattr(case.recipe, name) for name in sorted(works | idles)}
-    assert set(idle(case, changes, normalisation)) == idles
-    assert idle(replace(case, init="auto"), {"scratch_from": 10, "scratch_times": 2}, normalisation) == ()
-    assert idle(override(case, {"randaugment": 1}), {"randaugment_magnitude": 5}, normalisation) == ()
-    assert idle(override(case, {"optimiser": "adamw"}), {"weight_decay": 0.1}, normalisation) == ("weight_decay",)
+    assert set(idle(case, changes, normalization)) == idles
+    assert idle(replace(case, init="auto"), {"scratch_from": 10, "scratch_times": 2}, normalization) == ()
+    assert idle(override(case, {"randaugment": 1}), {"randaugment_magnitude": 5}, normalization) == ()
+    assert idle(override(case, {"optimizer": "adamw"}), {"weight_decay": 0.1}, normalization) == ("weight_decay",)
 
 
 @pytest.mark.parametrize("changes", [{"patience": True}, {"rate_none": True}, {"compile": 1}])

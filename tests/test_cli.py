@@ -190,7 +190,7 @@ def test_memory_that_is_missing_is_one_message(call: Callable[..., Said], monkey
         (["stage", "ingets"], "did you mean ingest?"),
         (["stage"], "Missing argument"),
         (["nonsense"], "No such command 'nonsense'"),
-        (["run", "--colour", "red"], "No such option"),
+        (["run", "--color", "red"], "No such option"),
         (["registry", "promote"], "Missing argument"),
     ],
 )
@@ -364,8 +364,8 @@ def test_run_refuses_wrong_settings_at_once(call: Callable[..., Said], workspace
 
 def test_run_refuses_an_unknown_key_with_its_path(call: Callable[..., Said], workspace: Path) -> None:
     with (workspace / "params.yaml").open("a") as file:
-        file.write("  colour: red\n")
-    assert "params.yaml: cluster.colour: expected a known key, found an unknown one; known: workers" in refused(
+        file.write("  color: red\n")
+    assert "params.yaml: cluster.color: expected a known key, found an unknown one; known: workers" in refused(
         call("run", "-w", workspace)
     )
 

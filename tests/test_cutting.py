@@ -13,7 +13,7 @@ from tlpipeline.backbones.catalogue import load
 from tlpipeline.backbones.taps import Backbone, cut, describe, input_size, resolve_tap
 from tlpipeline.errors import BackboneError
 
-# A representative of each family: input side, kind of normalisation, taps.
+# A representative of each family: input side, kind of normalization, taps.
 # fmt: off
 FAMILIES = {
     "demonstration": (32, "none", "conv1 conv2 conv3 fc1 fc2"),
@@ -133,8 +133,8 @@ def test_a_deeper_tap_costs_more_and_keeps_more(net: Backbone) -> None:
     assert taps[0].forward_ops < taps[-1].forward_ops
 
 
-def test_the_kind_of_normalisation_is_known(net: Backbone) -> None:
-    assert net.normalisation == FAMILIES[net.name][1]
+def test_the_kind_of_normalization_is_known(net: Backbone) -> None:
+    assert net.normalization == FAMILIES[net.name][1]
 
 
 # --- taps and cuts, in particular -----------------------------------------------------------------------------------------------------

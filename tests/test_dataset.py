@@ -324,7 +324,7 @@ def test_a_file_beside_the_classes_of_a_given_layout_is_left_out(tmp_path: Path)
     assert reasons(listed(images)) == dict.fromkeys(["train/stray.ppm", "readme"], "outside any class folder")
 
 
-@pytest.mark.parametrize("layout", [{"train": 5, "val": 5}, {"val": 5, "test": 5}, {"train": 5, "test": 5, "unlabelled": 5}])
+@pytest.mark.parametrize("layout", [{"train": 5, "val": 5}, {"val": 5, "test": 5}, {"train": 5, "test": 5, "unlabeled": 5}])
 def test_half_a_layout_of_sides_is_refused_instead_of_taken_for_classes(tmp_path: Path, layout: dict[str, int]) -> None:
     text = refusal(laid_out(tmp_path / "images", layout))
     assert "expected the folders train, test and perhaps val" in text

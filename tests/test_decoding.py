@@ -33,7 +33,7 @@ def pixels(content: bytes) -> list[Any]:
     return np.asarray(image).tolist()  # type: ignore[no-any-return]
 
 
-def test_grey_becomes_rgb() -> None:
+def test_gray_becomes_rgb() -> None:
     assert pixels(encoded(Image.fromarray(np.array([[0, 7, 255]], np.uint8)))) == [[BLACK, [7, 7, 7], WHITE]]
 
 
@@ -52,7 +52,7 @@ def palette() -> Image.Image:
     return image
 
 
-def test_a_palette_becomes_its_colours() -> None:
+def test_a_palette_becomes_its_colors() -> None:
     assert pixels(encoded(palette())) == [[RED, [0, 255, 0], [0, 0, 255]]]
 
 
@@ -69,16 +69,16 @@ def test_transparency_is_laid_over_white() -> None:
     assert pixels(encoded(image)) == [[RED, WHITE, [204, 204, 204]]]
 
 
-def test_grey_transparency_is_laid_over_white() -> None:
+def test_gray_transparency_is_laid_over_white() -> None:
     image = Image.fromarray(np.array([[[9, 255], [9, 0], [0, 51]]], np.uint8), "LA")
     assert pixels(encoded(image)) == [[[9, 9, 9], WHITE, [204, 204, 204]]]
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("L", 7), ("RGB", (7, 8, 9))])
-def test_a_colour_that_is_declared_transparent_becomes_white(mode: str, colour: Any) -> None:
-    image = Image.new(mode, (2, 1), colour)
+@pytest.mark.parametrize(("mode", "color"), [("L", 7), ("RGB", (7, 8, 9))])
+def test_a_color_that_is_declared_transparent_becomes_white(mode: str, color: Any) -> None:
+    image = Image.new(mode, (2, 1), color)
     image.putpixel((1, 0), 3 if mode == "L" else (3, 3, 3))
-    assert pixels(encoded(image, transparency=colour)) == [[WHITE, [3, 3, 3]]]
+    assert pixels(encoded(image, transparency=color)) == [[WHITE, [3, 3, 3]]]
 
 
 def test_cmyk_becomes_rgb() -> None:
@@ -87,18 +87,18 @@ def test_cmyk_becomes_rgb() -> None:
     assert np.abs(np.array(found) - RED).max() <= 4
 
 
-def test_16_bit_greys_are_scaled_by_their_full_range() -> None:
+def test_16_bit_grays_are_scaled_by_their_full_range() -> None:
     image = Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16))
     for kind in ("PNG", "TIFF"):
         assert pixels(encoded(image, kind)) == [[BLACK, [1, 1, 1], [128, 128, 128], WHITE]]
 
 
-def test_a_transparent_16_bit_grey_becomes_white_and_the_others_keep_their_scale() -> None:
+def test_a_transparent_16_bit_gray_becomes_white_and_the_others_keep_their_scale() -> None:
     image = Image.fromarray(np.array([[0, 257, 32768]], np.uint16))
     assert pixels(encoded(image, transparency=0)) == [[WHITE, [1, 1, 1], [128, 128, 128]]]
 
 
-def test_16_bit_colours_become_8_bit() -> None:
+def test_16_bit_colors_become_8_bit() -> None:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 

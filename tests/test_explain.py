@@ -323,10 +323,10 @@ def test_no_line_is_wider_than_the_terminal(made: Decision, width: int, long: bo
         assert re.search(rf"…\S*{name} ", words), name
 
 
-def test_colour_changes_no_word() -> None:
-    coloured = explain.text(raced(), profile(), 80, colour=True)
-    assert "\x1b[1m" in coloured
-    plain = re.sub(r"\x1b\[[\d;]*m", "", coloured)
+def test_color_changes_no_word() -> None:
+    colored = explain.text(raced(), profile(), 80, color=True)
+    assert "\x1b[1m" in colored
+    plain = re.sub(r"\x1b\[[\d;]*m", "", colored)
     assert [line.rstrip() for line in plain.splitlines()] == explain.text(raced(), profile(), 80).splitlines()
 
 

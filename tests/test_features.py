@@ -93,7 +93,7 @@ def test_memory_that_runs_out_in_a_pass_is_a_clear_error(make_images: Callable[.
 
     with pytest.raises(ClusterError, match=r"expected room in the GPU's memory for a forward pass of 16 images of 32 pixels"):
         list(features.passes(full, images, range(3), CPU))
-    monkeypatch.setattr(features, "normalise", full)
+    monkeypatch.setattr(features, "normalize", full)
     with pytest.raises(ClusterError, match=r"Set data\.size lower"):
         list(features.passes(lambda inputs: [inputs], images, range(3), CPU))
 

@@ -37,7 +37,7 @@ from tlpipeline.training import checkpoint, train, trainer
 from tlpipeline.training.checkpoint import Checkpoints, State
 from tlpipeline.training.config import Job, Teller
 from tlpipeline.training.distributed import Alone
-from tlpipeline.training.optim import Average, decays, flat, optimiser, schedule, shares, unflat
+from tlpipeline.training.optim import Average, decays, flat, optimizer, schedule, shares, unflat
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.trainer import Deadline, Fit, Sides, summed_loss
 
@@ -66,26 +66,26 @@ def test_blocks_nearer_to_the_images_get_smaller_rates() -> None:
     assert shares(blocks, 1.0)["conv1.0.weight"] == 1.0
 
 
-def test_the_optimiser_decays_neither_norms_nor_biases_and_follows_depth() -> None:
+def test_the_optimizer_decays_neither_norms_nor_biases_and_follows_depth() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
     net[2].weight.requires_grad_(False)
-    made = optimiser(net, Recipe(), "batch", 0.1, [["0.weight", "0.bias"]], fused=False)
+    made = optimizer(net, Recipe(), "batch", 0.1, [["0.weight", "0.bias"]], fused=False)
     assert isinstance(made, torch.optim.SGD)
     by_size = {p.numel(): g for g in made.param_groups for p in g["params"]}
     assert by_size[108]["weight_decay"] == 5e-4
     assert (by_size[108]["momentum"], by_size[108]["nesterov"]) == (0.9, True)
     assert all(g["weight_decay"] == (5e-4 if p.dim() > 1 else 0) for g in made.param_groups for p in g["params"])
     assert sum(p.numel() for g in made.param_groups for p in g["params"]) == 108 + 4 + 8 + 4  # what is frozen is not there
-    layered = optimiser(net, Recipe(), "layer", 0.1, [["0.weight", "0.bias"]], fused=False)
+    layered = optimizer(net, Recipe(), "layer", 0.1, [["0.weight", "0.bias"]], fused=False)
     assert isinstance(layered, torch.optim.AdamW)
     assert {round(g["lr"], 6) for g in layered.param_groups} == {0.1, 0.075}
     assert {g["weight_decay"] for g in layered.param_groups} == {0.05, 0}
-    forced = optimiser(net, Recipe(optimiser="adamw"), "batch", 0.1, [], fused=False)
+    forced = optimizer(net, Recipe(optimizer="adamw"), "batch", 0.1, [], fused=False)
     assert isinstance(forced, torch.optim.AdamW)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_an_optimiser_goes_on_from_its_tensors(kind: str) -> None:
+def test_an_optimizer_goes_on_from_its_tensors(kind: str) -> None:
     def step(net: nn.Module, made: torch.optim.Optimizer) -> None:
         made.zero_grad()
         net(torch.ones(2, 3)).square().sum().backward()
@@ -93,7 +93,7 @@ def test_an_optimiser_goes_on_from_its_tensors(kind: str) -> None:
 
     nets = [nn.Linear(3, 2) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    made = [optimiser(net, Recipe(optimiser=kind), "batch", 0.01, [], fused=False) for net in nets]
+    made = [optimizer(net, Recipe(optimizer=kind), "batch", 0.01, [], fused=False) for net in nets]
     step(nets[0], made[0])
     nets[1].load_state_dict(nets[0].state_dict())
     unflat(flat(made[0]), made[1])
@@ -164,7 +164,7 @@ def test_where_mixup_and_cutmix_are_both_asked_for_batches_get_one_or_the_other(
     images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8)
     batches = [mix(images, torch.arange(4), 4, 0.4, 1.0)[0] for _ in range(20)]
     cut = [bool((inputs.amax((1, 2, 3)) > inputs.amin((1, 2, 3))).any()) for inputs in batches]
-    assert 4 < sum(cut) < 16  # images that are mixed by mixup stay of one colour
+    assert 4 < sum(cut) < 16  # images that are mixed by mixup stay of one color
 
 
 def test_randaugment_follows_seed_epoch_content_and_turn_and_leaves_the_random_state_alone() -> None:
@@ -231,7 +231,7 @@ def test_randaugment_moves_as_far_as_in_the_paper() -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"mixup": 0.2}, {"cutmix": 1.0}, {"randaugment": 2}, {"average": 0.9}, {"label_smoothing": 0.1}, {"optimiser": "adamw", "rate_none": 1e-3},
+        {"mixup": 0.2}, {"cutmix": 1.0}, {"randaugment": 2}, {"average": 0.9}, {"label_smoothing": 0.1}, {"optimizer": "adamw", "rate_none": 1e-3},
         {"layer_decay_other": 0.7}, {"balance": "sampler", "imbalance": 1.0}, {"patience": 1},
     ],
     ids=lambda r: next(iter(r)),
@@ -265,12 +265,12 @@ def test_images_are_mixed_before_a_batch_is_taken_in_parts(kind: str, job: Make,
     assert not same(whole, plain, atol=1e-4)
 
 
-def test_batch_normalisation_is_shared_where_a_pass_sees_few_images(job: Make, tmp_path: Path) -> None:
+def test_batch_normalization_is_shared_where_a_pass_sees_few_images(job: Make, tmp_path: Path) -> None:
     fit = a_fit(linear(), job(decided(TUNED), batch_size=64), [0, 1] * 32, tmp_path, workers=2)
-    fit.world.device, fit.normalisation = torch.device("cuda"), "batch"
+    fit.world.device, fit.normalization = torch.device("cuda"), "batch"
     assert fit.recipe.sync_below == 16
     assert [fit._few_images_a_worker(parts) for parts in (0, 1, 2, 3, 4)] == [False, False, False, True, True]
-    fit.normalisation = "layer"
+    fit.normalization = "layer"
     assert not fit._few_images_a_worker(4)
 
 
@@ -291,13 +291,13 @@ def test_who_keeps_the_statistics_of_the_source(asked: str, side: int, arm: str,
 @pytest.mark.parametrize("batch", [32, 2048])
 def test_the_rate_goes_with_the_images_that_a_step_has(batch: int, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    plain = trainer.optimiser
+    plain = trainer.optimizer
 
-    def noted(model: nn.Module, recipe: Recipe, normalisation: str, rate: float, *rest: Any) -> torch.optim.Optimizer:
+    def noted(model: nn.Module, recipe: Recipe, normalization: str, rate: float, *rest: Any) -> torch.optim.Optimizer:
         rates.append(rate)
-        return plain(model, recipe, normalisation, rate, *rest)
+        return plain(model, recipe, normalization, rate, *rest)
 
-    monkeypatch.setattr(trainer, "optimiser", noted)
+    monkeypatch.setattr(trainer, "optimizer", noted)
     trained(job(decided(TUNED), epochs=1, batch_size=batch), tmp_path / "run")
     images = len(dataset.read_manifest(tmp_path / "manifest.parquet").used("train"))
     assert 32 < images < 2048
@@ -354,7 +354,7 @@ def test_where_classes_are_uneven_they_weigh_alike_in_the_gradient(recipe: dict[
     found = net[1].weight.grad
     weights = torch.tensor([8 / (3 * 5), 8 / (3 * 2), 8 / 3]) if recipe == {"imbalance": 2.0} else torch.ones(3)
     net.zero_grad()
-    logits = net(trainer.normalise(PIXELS, fit.sides.transforms))
+    logits = net(trainer.normalize(PIXELS, fit.sides.transforms))
     (nn.functional.cross_entropy(logits, torch.tensor(labels), weight=weights, reduction="sum") / 8).backward()
     assert torch.allclose(found, net[1].weight.grad, atol=1e-6)
 
@@ -381,7 +381,7 @@ def test_the_answer_for_an_image_of_a_large_class_is_that_class_with_smoothed_la
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 9])
 def test_uneven_shares_of_a_batch_are_taken_in_equally_many_parts(accumulate: int, job: Make, tmp_path: Path) -> None:
-    """Where BatchNorm is synchronised in every part, a worker with one part more would wait for ever."""
+    """Where BatchNorm is synchronized in every part, a worker with one part more would wait for ever."""
     seen = []
     for rank, share in ((0, 3), (1, 2)):
         net = linear()
@@ -396,13 +396,13 @@ def test_uneven_shares_of_a_batch_are_taken_in_equally_many_parts(accumulate: in
 
 
 @pytest.mark.parametrize(("still", "wanted"), [(False, [3, 2]), (True, [1] * 5)])
-def test_a_part_that_batch_normalisation_takes_its_statistics_from_has_two_images(
+def test_a_part_that_batch_normalization_takes_its_statistics_from_has_two_images(
     still: bool, wanted: list[int], job: Make, tmp_path: Path
 ) -> None:
     """Of one image whose maps have shrunk to a pixel there are none, and PyTorch refuses."""
     net = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
     fit = a_fit(net, job(decided(TUNED, accumulate=8)), [0, 1, 2, 0, 1], tmp_path)
-    fit.normalisation, fit.still = "batch", still
+    fit.normalization, fit.still = "batch", still
     fit._train_mode()
     images, seen = Images(tmp_path, fit.sides.train, fit.sides.transforms), []
     net.register_forward_hook(lambda _, given, out: seen.append(len(out)))
@@ -411,10 +411,10 @@ def test_a_part_that_batch_normalisation_takes_its_statistics_from_has_two_image
 
 
 @pytest.mark.parametrize("images", [4, 5, 6])
-def test_memory_for_not_even_the_two_images_that_batch_normalisation_wants_is_a_clear_error(images: int, job: Make, tmp_path: Path) -> None:
+def test_memory_for_not_even_the_two_images_that_batch_normalization_wants_is_a_clear_error(images: int, job: Make, tmp_path: Path) -> None:
     net = linear()
     fit = a_fit(net, job(decided(TUNED)), [0, 1, 2, 0, 1, 2], tmp_path)
-    fit.normalisation, seen = "batch", []
+    fit.normalization, seen = "batch", []
 
     def full(_: Any, given: Any) -> None:
         seen.append(len(given[0]))
@@ -528,7 +528,7 @@ def test_pictures_are_kept_as_sharp_as_crops_can_show_and_no_larger_than_they_ar
 
 @pytest.mark.parametrize(("short", "epochs", "kept"), [(0, 2, True), (1, 2, False), (0, 1, False)])
 @pytest.mark.parametrize("on_disk", [True, False])
-def test_decoded_images_are_kept_where_they_come_back_and_all_three_colours_have_room(
+def test_decoded_images_are_kept_where_they_come_back_and_all_three_colors_have_room(
     on_disk: bool, short: int, epochs: int, kept: bool, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = 3 * (12 * 23**2 + 2 * 8**2) - short
@@ -602,7 +602,7 @@ def test_labels_are_smoothed_as_much_as_the_recipe_says(smoothing: float, job: M
     found = net[1].weight.grad
     net.zero_grad()
     wanted = torch.eye(3)[torch.tensor(labels)] * (1 - smoothing) + smoothing / 3
-    (-(wanted * net(trainer.normalise(PIXELS, fit.sides.transforms)).log_softmax(1)).sum(1).mean()).backward()
+    (-(wanted * net(trainer.normalize(PIXELS, fit.sides.transforms)).log_softmax(1)).sum(1).mean()).backward()
     assert torch.allclose(found, net[1].weight.grad, atol=1e-6)
 
 
@@ -639,16 +639,16 @@ def test_weights_and_images_have_their_channels_last() -> None:
     kernels = [p for p in classifier.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert kernels
     assert all(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
-    assert trainer.normalise(PIXELS, net.transforms).is_contiguous(memory_format=torch.channels_last)
+    assert trainer.normalize(PIXELS, net.transforms).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("batch", "shared"), [(64, False), (24, True)])
-def test_where_few_images_are_passed_batch_normalisation_is_made_one_over_all_workers(
+def test_where_few_images_are_passed_batch_normalization_is_made_one_over_all_workers(
     batch: int, shared: bool, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     fit = a_fit(net, job(decided(TUNED), batch_size=batch), [0, 1] * 64, tmp_path, workers=2)
-    fit.world.device, fit.normalisation = torch.device("cuda"), "batch"
+    fit.world.device, fit.normalization = torch.device("cuda"), "batch"
     monkeypatch.setattr(Fit, "_parallel", lambda self: self.model)
     before = set(net.state_dict())
     fit.arm("scratch", 0, 0.1, State(arm="head"))
@@ -692,7 +692,7 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate(job: Make, tmp_path: P
     assert "diverged: back to epoch 1 with half the rate" in (tmp_path / "run.jsonl").read_text()
 
 
-def test_going_back_restores_weights_and_optimiser_and_halves_the_rate_from_there_on(
+def test_going_back_restores_weights_and_optimizer_and_halves_the_rate_from_there_on(
     job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = len(dataset.read_manifest(Path(job(decided(TUNED)).manifest)).used("train"))
@@ -704,7 +704,7 @@ def test_going_back_restores_weights_and_optimiser_and_halves_the_rate_from_ther
         moved.append(not same(self.model.state_dict(), self.checkpoint.current))
         moving, average = plain(self, *given)
         assert same(self.model.state_dict(), self.checkpoint.current)
-        assert same(flat(moving), self.checkpoint.optimiser)
+        assert same(flat(moving), self.checkpoint.optimizer)
         assert same(average.weights, self.checkpoint.average)
         assert flat(moving)
         return moving, average
@@ -788,7 +788,7 @@ def test_memory_that_runs_out_halves_the_parts_and_keeps_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
-    plain = trainer.normalise
+    plain = trainer.normalize
 
     def small(pixels: torch.Tensor, transforms: Any) -> torch.Tensor:
         if len(pixels) > 5:
@@ -796,7 +796,7 @@ def test_memory_that_runs_out_halves_the_parts_and_keeps_the_batch(
         seen.append(len(pixels))
         return plain(pixels, transforms)
 
-    monkeypatch.setattr(trainer, "normalise", small)
+    monkeypatch.setattr(trainer, "normalize", small)
     quiet = replace(decided(TUNED), slice="conv3")
     quiet = replace(quiet, readings=(replace(quiet.readings[0], tap="conv3", channels=128, grids=(1, 2)),))
     tight = trained(job(quiet, epochs=1), tmp_path / "tight")
@@ -807,7 +807,7 @@ def test_memory_that_runs_out_halves_the_parts_and_keeps_the_batch(
         "the GPU's memory ran out: each batch was taken in 4 parts",
     ]
     assert max(seen) == 4
-    monkeypatch.setattr(trainer, "normalise", plain)
+    monkeypatch.setattr(trainer, "normalize", plain)
     assert same(trained(job(quiet, epochs=1), tmp_path / "roomy"), tight, atol=1e-5)
 
 
@@ -815,7 +815,7 @@ def test_memory_for_not_even_one_image_is_a_clear_error(job: Make, tmp_path: Pat
     def none(*_: Any) -> torch.Tensor:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer, "normalise", none)
+    monkeypatch.setattr(trainer, "normalize", none)
     with pytest.raises(TrainingError, match=r"expected room in the GPU's memory for 1 images.*data\.size"):
         trained(job(decided(TUNED)), tmp_path / "run")
 
@@ -838,7 +838,7 @@ def test_workers_whose_memory_runs_out_all_begin_again_in_more_parts(job: Make, 
     fit._step(net, [0, 1, 2, 3], PIXELS[:4], images, 8, State(arm="fine-tune", accumulate=4))
 
 
-def test_a_batch_that_is_taken_again_moves_batch_normalisation_and_gradients_once(job: Make, tmp_path: Path) -> None:
+def test_a_batch_that_is_taken_again_moves_batch_normalization_and_gradients_once(job: Make, tmp_path: Path) -> None:
     """The first part went well, memory ran out in the second: what the first one did to the statistics and gradients does not count."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 3))
@@ -1178,7 +1178,7 @@ def test_a_long_epoch_is_kept_in_parts_and_gone_on_with(
 ) -> None:
     """Averages, schedule, sampler, dropout and the summed loss stand where they stood."""
     monkeypatch.setattr(trainer, "CHECKPOINT_IMAGES", 32)
-    decision = decided(TUNED, average=0.8, mixup=0.2, balance="sampler", imbalance=1.0, optimiser="adamw", rate_none=1e-3)
+    decision = decided(TUNED, average=0.8, mixup=0.2, balance="sampler", imbalance=1.0, optimizer="adamw", rate_none=1e-3)
     wanted = trained(job(decision, epochs=2), tmp_path / "calm")
     world = Alone(tmp_path / "run")
     written, plain = [0], Alone.report
@@ -1289,7 +1289,7 @@ def test_what_is_remembered_for_a_checkpoint_stays_what_it_was_while_training_go
 
     def remembered() -> list[dict[str, torch.Tensor]]:
         kept = fit.checkpoint
-        return [{k: v.clone() for k, v in part.items()} for part in (kept.current, kept.best, kept.spare, kept.optimiser, kept.average)]
+        return [{k: v.clone() for k, v in part.items()} for part in (kept.current, kept.best, kept.spare, kept.optimizer, kept.average)]
 
     epoch()
     fit.checkpoint.keep(State(arm="fine-tune"), moving, average)
@@ -1305,7 +1305,7 @@ def test_what_is_remembered_for_a_checkpoint_stays_what_it_was_while_training_go
 def test_a_checkpoint_gives_back_all_that_was_remembered(job: Make, tmp_path: Path) -> None:
     net = linear()
     written = Checkpoints(Alone(tmp_path / "world"), tmp_path, net)
-    names = ("current", "best", "spare", "optimiser", "average")
+    names = ("current", "best", "spare", "optimizer", "average")
     for number, name in enumerate(names):
         setattr(written, name, {key: torch.full_like(value, number) for key, value in net.state_dict().items()})
     state = State("fine-tune", epoch=3, step=2, spare_epoch=1, averaged=5, slower=1, seconds=7.5, remarks=["one"])
@@ -1403,7 +1403,7 @@ def test_a_network_that_the_compiler_has_translated_trains(job: Make, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimiser": "lion"}, "expected auto or sgd or adamw, found 'lion'"),
+        ({"optimizer": "lion"}, "expected auto or sgd or adamw, found 'lion'"),
         ({"compile": 1}, "expected bool, found 1"),
         ({"mixup": True}, "expected float, found True"),
         ({"crop": 0}, "expected 0.01 to 1, found 0"),

@@ -161,7 +161,7 @@ def test_calibration_finds_by_how_much_a_model_is_too_sure(too_sure: float) -> N
 
 @pytest.mark.parametrize("seed", range(8))
 def test_calibration_is_the_best_there_is_however_little_the_raw_chances_say(seed: int) -> None:
-    """The least of penalised log loss, found here by a general method; a slant of hundreds would make every chance 0 or 1."""
+    """The least of penalized log loss, found here by a general method; a slant of hundreds would make every chance 0 or 1."""
     rng = np.random.default_rng(seed)
     raw = rng.uniform(-MOST, MOST, 60)
     truth = rng.random(60) < 1 / (1 + np.exp(-0.3 * raw - rng.normal()))

@@ -52,7 +52,7 @@ def test_better_is_the_exact_mcnemar_test(wins: int, losses: int) -> None:
 
 
 def restricted(wins: int, losses: int, n: int, margin: float) -> float:
-    """Tango's score test with the likelihood maximised by search among all pairs of proportions whose difference is -margin."""
+    """Tango's score test with the likelihood maximized by search among all pairs of proportions whose difference is -margin."""
     ties = n - wins - losses
 
     def unlikelihood(lost: float) -> float:
@@ -265,8 +265,8 @@ def test_a_tie_on_few_images_of_a_class_proves_nothing() -> None:
 def test_the_interval_is_that_of_resampling_within_classes() -> None:
     verdict = judged_over(over((10, 4), (0, 1)), ALIKE)
     spread = 50 * math.sqrt((10 / 190 - (10 / 190) ** 2) / 190 + (0.5 - 0.3**2) / 10)
-    centre = 50 * (10 / 190 + 0.3)
-    assert (verdict.low, verdict.high) == pytest.approx((centre - 1.645 * spread, centre + 1.645 * spread), abs=1.5)
+    center = 50 * (10 / 190 + 0.3)
+    assert (verdict.low, verdict.high) == pytest.approx((center - 1.645 * spread, center + 1.645 * spread), abs=1.5)
 
 
 @pytest.mark.parametrize(("rule", "behind"), [(ALIKE, 0.0), (replace(ALIKE, rule="not_worse"), 0.02), (ALIKE, -0.1)])

@@ -29,7 +29,7 @@ from tlpipeline.files import write_tensors
 from tlpipeline.training.checkpoint import Checkpoints, State
 from tlpipeline.training.config import Job, Teller
 from tlpipeline.training.distributed import Alone
-from tlpipeline.training.optim import flat, optimiser, unflat
+from tlpipeline.training.optim import flat, optimizer, unflat
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.train import run
 from tlpipeline.training.trainer import Deadline, Fit, Sides
@@ -90,7 +90,7 @@ def fit_on_gpu(net: nn.Module, transforms: Transforms, made: Job, place: Path) -
 
 
 @pytest.mark.parametrize("recipe", [
-    {}, {"accumulate": 4}, {"imbalance": 1.0}, {"optimiser": "adamw", "average": 0.9, "label_smoothing": 0.1},
+    {}, {"accumulate": 4}, {"imbalance": 1.0}, {"optimizer": "adamw", "average": 0.9, "label_smoothing": 0.1},
 ], ids=str)  # fmt: skip
 def test_all_that_a_step_of_fine_tuning_touches_lies_on_the_gpu(
     recipe: dict[str, Any], job: Make, tmp_path: Path, pretended: FakeTensorMode
@@ -106,7 +106,7 @@ def test_all_that_a_step_of_fine_tuning_touches_lies_on_the_gpu(
         loss = fit._step(fit.model, list(indices), pixels, images, 8, State(arm="fine-tune"))
         assert loss.device == GPU
         assert nn.utils.clip_grad_norm_(fit.model.parameters(), 1.0).device == GPU
-        if "optimiser" in recipe:  # PyTorch cannot pretend fused SGD
+        if "optimizer" in recipe:  # PyTorch cannot pretend fused SGD
             moving.step()
         average.update()
         assert all(t.device == GPU for t in average.weights.values())
@@ -140,10 +140,10 @@ def test_what_gpus_compute_is_kept_apart_by_their_model_and_number_format(monkey
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_a_resumed_optimiser_has_the_memory_layout_of_its_weights(kind: str, tmp_path: Path) -> None:
+def test_a_resumed_optimizer_has_the_memory_layout_of_its_weights(kind: str, tmp_path: Path) -> None:
     """Files know no layout; fused steps on a GPU refuse state that does not lie as its weights do."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).to(memory_format=torch.channels_last)
-    made = [optimiser(net, Recipe(optimiser=kind), "batch", 0.01, [], fused=False) for _ in range(2)]
+    made = [optimizer(net, Recipe(optimizer=kind), "batch", 0.01, [], fused=False) for _ in range(2)]
     net(torch.ones(2, 3, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
     made[0].step()
     write_tensors(flat(made[0]), tmp_path / "state.safetensors")
@@ -261,7 +261,7 @@ def test_a_run_goes_on_on_a_gpu(kind: str, job: Make, tmp_path: Path) -> None:
             if self.reports == 3:  # the head, the first epoch, the second one
                 raise Stopped
 
-    made = job(decided(TUNED, optimiser=kind, average=0.9), precision="auto")
+    made = job(decided(TUNED, optimizer=kind, average=0.9), precision="auto")
     whole = load_file(trained_on(GPU, made, tmp_path / "whole") / "model" / "weights.safetensors")
     (tmp_path / "torn" / "scratch").mkdir(parents=True)
     with pytest.raises(Stopped):

@@ -99,7 +99,7 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     assert np.allclose(gradient, both.grad.reshape(-1).numpy(), atol=1e-5)
 
 
-def test_two_classes_are_penalised_as_any_number_is() -> None:
+def test_two_classes_are_penalized_as_any_number_is() -> None:
     """Softmax with two rows, whichever solver: weights of opposite sign."""
     x, labels = drawn(200, 2)
     weight, bias, _ = solve_head(x, labels, BLOCKS, 2, 10, 0, 1e-3)
@@ -137,8 +137,8 @@ def test_features_that_know_their_images_by_heart_are_judged_by_others(images: i
     """What a network was trained on lies closer to its class; images that it never saw say how sure its head may be."""
     every, of_all = drawn(2400 + images, classes, separation=1.5)
     (judges, others, x), (truth, unseen, labels) = (torch.split(torch.as_tensor(v), [400, 2000, images]) for v in (every, of_all))
-    centres = torch.stack([x[labels == c].mean(0) for c in range(classes)])[labels]
-    x, kind = centres + 0.5 * (x - centres), (BLOCKS, classes, 10.0, 0)
+    centers = torch.stack([x[labels == c].mean(0) for c in range(classes)])[labels]
+    x, kind = centers + 0.5 * (x - centers), (BLOCKS, classes, 10.0, 0)
     truth, unseen, labels = truth.numpy(), unseen.numpy(), labels.numpy()
 
     def loss(penalty: float | None, near: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
@@ -153,7 +153,7 @@ def test_features_that_know_their_images_by_heart_are_judged_by_others(images: i
 
 
 def test_views_do_not_make_a_weak_penalty_look_good() -> None:
-    """Copies of an image on both sides of a fold would be recognised; the penalty is found without them."""
+    """Copies of an image on both sides of a fold would be recognized; the penalty is found without them."""
     noise, labels = drawn(300, 3, separation=0.0, width=200)
     views = torch.cat([noise, noise, noise])
     assert solve_head(views, np.tile(labels, 3), [200], 3, 10, 0, views=2)[2] == max(PENALTIES)
@@ -214,7 +214,7 @@ def test_a_thin_problem_is_walked_by_one_thread_and_the_others_are_given_back() 
     torch.set_num_threads(3)
     try:
         problem = Watched(Features(x), labels, 3, image_weights(labels, 10), scaling(x, BLOCKS))
-        problem.minimise(np.zeros(3 * 13), 1e-2, 5, 1e-3)
+        problem.minimize(np.zeros(3 * 13), 1e-2, 5, 1e-3)
         assert torch.get_num_threads() == 3
         assert set(seen) == {1}
         problem.features = Features(torch.empty(1, 1).expand(400_000, 4_000))
@@ -338,11 +338,11 @@ def test_a_start_that_lacks_a_class_is_as_good_as_one_that_has_it(monkeypatch: p
 
 def test_a_head_of_many_classes_becomes_as_sure_as_it_is_right_and_answers_as_before() -> None:
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(100, 64))
+    centers = rng.normal(size=(100, 64))
 
     def some(each: int) -> tuple[torch.Tensor, np.ndarray]:
         labels = np.repeat(np.arange(100), each)
-        return torch.from_numpy(centres[labels] + 1.5 * rng.normal(size=(len(labels), 64))).float(), labels
+        return torch.from_numpy(centers[labels] + 1.5 * rng.normal(size=(len(labels), 64))).float(), labels
 
     (x, known), (val, truth), (test, wanted) = some(12), some(2), some(5)
     weight, bias, _ = solve_head(x, known, (64,), 100, 10, 0)

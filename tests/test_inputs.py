@@ -19,7 +19,7 @@ from torchvision.models import ConvNeXt_Tiny_Weights, EfficientNet_B0_Weights, S
 from tlpipeline.data import dataset, decoding, loader, splits
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Images, in_batches, normalise, prepare, prepared, shard, squeezed
+from tlpipeline.data.loader import Images, in_batches, normalize, prepare, prepared, shard, squeezed
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import DataChanged
 
@@ -47,7 +47,7 @@ def test_an_input_is_what_the_weights_own_transforms_give(weights: Any, side: in
         pixels = prepare(image, mine)
         assert pixels.shape == (mine.size, mine.size, 3)
         assert pixels.dtype == np.uint8
-        assert torch.allclose(normalise(torch.from_numpy(np.stack([pixels])), mine)[0], preset(image), atol=1e-6), size
+        assert torch.allclose(normalize(torch.from_numpy(np.stack([pixels])), mine)[0], preset(image), atol=1e-6), size
 
 
 @pytest.mark.parametrize("size", [(20_000, 4), (4, 20_000)])
@@ -72,8 +72,8 @@ def test_an_image_of_the_right_size_is_not_touched() -> None:
     assert (prepare(image, PLAIN) == np.asarray(image)).all()
 
 
-def test_normalising_is_per_channel() -> None:
-    white = normalise(torch.full((1, 4, 4, 3), 255, dtype=torch.uint8), PLAIN)
+def test_normalizing_is_per_channel() -> None:
+    white = normalize(torch.full((1, 4, 4, 3), 255, dtype=torch.uint8), PLAIN)
     assert white[0, :, 0, 0].tolist() == pytest.approx([0.5 / 0.2, 0.6 / 0.3, 0.7 / 0.4])
     assert white.shape == (1, 3, 4, 4)
 

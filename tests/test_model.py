@@ -201,12 +201,12 @@ LAST = {
 def test_a_frozen_backbone_is_bit_identical_after_training(name: str) -> None:
     model = Classifier(catalogue.load(name, "none"), LAST[name], 3, frozen=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.1)
     model.train()
     for step in range(2):
         batch = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
         nn.functional.cross_entropy(model(batch), torch.tensor([0, 1, 2, 0])).backward()
-        optimiser.step()
+        optimizer.step()
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"head.weight", "head.bias"}
 

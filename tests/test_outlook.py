@@ -48,7 +48,7 @@ def model(intercept: float = 0.0, deviation: float = 0.3, slant: float = 1.0, of
     wide = {name: 10.0 for name in NAMES}
     return replace(
         NEUTRAL,
-        centre=figures(SEEN, 0.9),
+        center=figures(SEEN, 0.9),
         spread={name: 1.0 for name in NAMES},
         coefficients={name: 0.0 for name in NAMES} | {by_name[key]: value for key, value in coefficients.items()},
         intercept=intercept,
@@ -195,7 +195,7 @@ def test_a_head_is_expected_between_what_is_usual_and_what_was_measured(name: st
 
 def test_the_shipped_model_knows_the_figures_and_nothing_else() -> None:
     found = fitted()
-    for part in (found.centre, found.spread, found.coefficients, found.lowest, found.highest):
+    for part in (found.center, found.spread, found.coefficients, found.lowest, found.highest):
         assert [name for name in part if name != "log10 classes"] == list(NAMES)
         assert all(math.isfinite(v) for v in part.values())
     assert all(v > 0 for v in found.spread.values())

@@ -41,10 +41,10 @@ def test_on_a_cpu_depthwise_convolutions_are_computed_in_float32_and_all_else_in
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-def test_a_grey_image_s_first_convolution_is_not_depthwise() -> None:
-    grey = nn.Conv2d(1, 8, 3)
+def test_a_gray_image_s_first_convolution_is_not_depthwise() -> None:
+    gray = nn.Conv2d(1, 8, 3)
     with autocast(CPU, half=True):
-        assert grey(torch.randn(2, 1, 12, 12)).dtype == torch.bfloat16
+        assert gray(torch.randn(2, 1, 12, 12)).dtype == torch.bfloat16
 
 
 def test_without_half_precision_everything_is_what_it_was_and_afterwards_too(net: Mixed) -> None:

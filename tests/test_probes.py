@@ -10,7 +10,7 @@ from tlpipeline.stats import pack, paired, unpack, wilson
 
 
 def noise(seed: int, images: int, features: int) -> np.ndarray:
-    """Centred features that know nothing of any label."""
+    """Centered features that know nothing of any label."""
     x = np.random.default_rng(seed).normal(size=(images, features))
     return x - x.mean(0)
 
@@ -24,9 +24,9 @@ def refitted(x: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
     out = np.zeros_like(y)
     for i in range(m):
         a, b = np.delete(x, i, axis=0), np.delete(y, i, axis=0)
-        centre, mean = a.mean(0), b.mean(0)
-        w = np.linalg.solve((a - centre).T @ (a - centre) + penalty * m * np.eye(d), (a - centre).T @ (b - mean))
-        out[i] = (x[i] - centre) @ w + mean
+        center, mean = a.mean(0), b.mean(0)
+        w = np.linalg.solve((a - center).T @ (a - center) + penalty * m * np.eye(d), (a - center).T @ (b - mean))
+        out[i] = (x[i] - center) @ w + mean
     return out
 
 

@@ -20,7 +20,7 @@ from tlpipeline.choice.decide import choose
 from tlpipeline.choice.reasons import weaknesses
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.dataset import Manifest, Row, ingest
-from tlpipeline.data.loader import normalise, prepare
+from tlpipeline.data.loader import normalize, prepare
 from tlpipeline.errors import DataError
 from tlpipeline.params import load
 from tlpipeline.profiling import gram, measure, shift
@@ -300,7 +300,7 @@ def test_each_head_reads_the_taps_that_it_says(make_images: Callable[..., Path])
 
 
 def scene(index: int, seed: int = 7, size: int = 32) -> np.ndarray:
-    """Coloured clouds: what a photograph is to a network that is not asked for it."""
+    """Colored clouds: what a photograph is to a network that is not asked for it."""
     rng = np.random.default_rng([seed, 1000, index])
     cells = int(rng.integers(2, 7))
     clouds = Image.fromarray(rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
@@ -314,7 +314,7 @@ def texture(label: int, size: int = 32) -> np.ndarray:
 
 
 def write(folder: Path, pairs: Sequence[tuple[str, np.ndarray]], name: str = "pictures") -> Path:
-    """Write labelled pixels as <label>/<number>.png."""
+    """Write labeled pixels as <label>/<number>.png."""
     for index, (label, pixels) in enumerate(pairs):
         (folder / name / label).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / label / f"{index:04d}.png")
@@ -330,7 +330,7 @@ def own_pairs(each: int = 80, pool: int = 3000) -> list[tuple[str, np.ndarray]]:
     pixels = [scene(i, seed=11).clip(0, 255).astype(np.uint8) for i in range(pool)]
     inputs = torch.from_numpy(np.stack([prepare(Image.fromarray(p), net.transforms) for p in pixels]))
     with torch.inference_mode():
-        chances, taken = (values.numpy() for values in net.module(normalise(inputs, net.transforms)).softmax(1).max(1))
+        chances, taken = (values.numpy() for values in net.module(normalize(inputs, net.transforms)).softmax(1).max(1))
     pairs: list[tuple[str, np.ndarray]] = []
     for source in np.argsort(-np.bincount(taken, minlength=10))[:4]:
         pairs += [
@@ -457,7 +457,7 @@ def test_head_similarity_is_higher_for_the_source_than_for_other_real_sets(real_
         pictures, labels = take(real_data / f"{name}.tar.gz", 20)
         inputs = torch.from_numpy(np.stack([prepare(picture, net.transforms) for picture in pictures]))
         with torch.inference_mode():
-            chances = net.module(normalise(inputs, net.transforms)).softmax(1).double().numpy()
+            chances = net.module(normalize(inputs, net.transforms)).softmax(1).double().numpy()
         similarity[name] = head_similarity(chances, np.array(labels))
         assert head_similarity(chances, np.random.default_rng(0).permutation(labels)) < 0.05
     assert similarity["cifar10"] > 0.5
@@ -496,7 +496,7 @@ def test_a_slice_is_confirmed_by_heads_that_weigh_taps_as_training_does(
     assert given[1] > given[0]
 
 
-def test_gradients_are_held_against_features_that_are_centred_over_the_same_images() -> None:
+def test_gradients_are_held_against_features_that_are_centered_over_the_same_images() -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(80, 6, generator=draw)
     labels = (x[:, 1] + 0.5 * torch.randn(80, generator=draw) > 0).long().numpy()

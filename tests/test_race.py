@@ -75,7 +75,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     for label in range(3):
         (folder / f"class{label}").mkdir(parents=True)
         for index in range(110):
-            # A fifth is mislabelled, so that no arm can be perfect.
+            # A fifth is mislabeled, so that no arm can be perfect.
             paint(label if index % 5 else (label + 1) % 3, index + 500 * label).save(folder / f"class{label}" / f"{index:03d}.png")
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")

@@ -159,7 +159,7 @@ def numbers(content: object) -> list[float]:
 
 
 def test_the_shipped_model_is_the_one_that_these_rows_give(core: list[replay.Measured]) -> None:
-    """Within what another processor's last digits may change in an optimiser's answer."""
+    """Within what another processor's last digits may change in an optimizer's answer."""
     again, shipped = replay.fitted_on(core, RULE, replay.PENALTY).to_json(), json.loads(predictor.FITTED.read_text())
     assert again.keys() == shipped.keys()
     assert numbers(again) == pytest.approx(numbers(shipped), abs=0.003)

@@ -23,7 +23,7 @@ from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.decoding import decode
-from tlpipeline.data.loader import Images, normalise, prepare
+from tlpipeline.data.loader import Images, normalize, prepare
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError, DataError
 from tlpipeline.profiling import shift
@@ -177,7 +177,7 @@ def painted(count: int, change: Callable[[Image.Image], Image.Image] = lambda im
     """Inputs of the painted images, after a change, in batches of 32."""
     plain = Transforms(32, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear")
     pixels = [prepare(change(paint(i % 3, start + i)), plain) for i in range(count)]
-    return list(normalise(torch.from_numpy(np.stack(pixels)), plain).split(32))
+    return list(normalize(torch.from_numpy(np.stack(pixels)), plain).split(32))
 
 
 def dimmed(image: Image.Image) -> Image.Image:
@@ -296,7 +296,7 @@ def test_a_watcher_can_be_entered_again_and_watches_only_then(smoothing: nn.Modu
 
 def test_networks_without_batchnorm_have_no_curve() -> None:
     for net in (catalogue.load("demonstration", "DEFAULT"), catalogue.load("squeezenet1_0", "none")):
-        assert net.normalisation == "none"
+        assert net.normalization == "none"
         batch = torch.zeros(2, 3, 32, 32)
         assert watched(net.module, [batch]) == ()
         assert shift.sequential(net.module, [batch]) == {}
@@ -357,7 +357,7 @@ def test_other_images_of_the_source_lie_near_the_reference_and_inverted_ones_far
     root, rows = listed
     net = catalogue.load(name, "none")
     pixels = np.stack([prepare(dataset.read(root, row), net.transforms) for row in rows[:128]])
-    net = shift.random_reference(net, [normalise(torch.from_numpy(pixels), net.transforms)], 0)
+    net = shift.random_reference(net, [normalize(torch.from_numpy(pixels), net.transforms)], 0)
     told: list[int] = []
     net.module.train()
     with untouched(net.module):
@@ -441,7 +441,7 @@ def archived(archive: Path, each: int, net: Backbone) -> Iterator[Tensor]:
             if member.isfile() and taken.setdefault(label, 0) < each:
                 taken[label] += 1
                 pixels.append(prepare(decode(file.extractfile(member).read()), net.transforms))  # type: ignore[union-attr]
-    yield from normalise(torch.from_numpy(np.stack(pixels)), net.transforms).split(64)
+    yield from normalize(torch.from_numpy(np.stack(pixels)), net.transforms).split(64)
 
 
 def above_floor(floor: Sequence[BatchNormShift], seen: Sequence[BatchNormShift]) -> list[tuple[float, float]]:

@@ -56,7 +56,7 @@ def test_the_sketched_kernel_is_the_one_of_the_gradients() -> None:
     assert np.allclose(found, exact / (exact.trace() / 12), atol=0.06)
 
 
-def test_the_kernel_is_centred_symmetric_positive_and_of_mean_one() -> None:
+def test_the_kernel_is_centered_symmetric_positive_and_of_mean_one() -> None:
     found = kernel(Small(), images(10))
     assert np.allclose(found.sum(0), 0, atol=1e-9)
     assert np.allclose(found, found.T)

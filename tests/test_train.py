@@ -81,8 +81,8 @@ def pretrained(decision: Decision) -> dict[str, torch.Tensor]:
 # --- the head -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_head_is_the_optimum_of_the_penalised_logistic_loss() -> None:
-    """Also where it was found in the span of the images (d > n) and its standardisation was folded in."""
+def test_the_head_is_the_optimum_of_the_penalized_logistic_loss() -> None:
+    """Also where it was found in the span of the images (d > n) and its standardization was folded in."""
     rng = np.random.default_rng(0)
     for n, blocks in ((60, [30, 50]), (200, [20, 10])):
         labels = rng.integers(0, 3, n)
@@ -664,7 +664,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
             folder = made.images / side / f"class{label}"
             folder.mkdir(parents=True)
             for index in range(count):
-                # A fifth is mislabelled, so that some of the images are got wrong.
+                # A fifth is mislabeled, so that some of the images are got wrong.
                 paint(label if index % 5 else (label + 1) % 3, index + 1000 * len(side)).save(folder / f"{index}.png")
     manifest = dataset.ingest(made.images, {}, lambda done, total: None)
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
@@ -704,7 +704,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
         3: [item(name, 3) for name in ("frozen", "cut", "tuned", "few")] + [item("viewed", 3, " on disk", cache="shared")],
     }
     for size in (2, 3):
-        items[size].append(item("normed", size, " synchronised", synchronised=True))
+        items[size].append(item("normed", size, " synchronized", synchronized=True))
     for size, runs in items.items():
         # Between the two steps that each worker passes its share of the training images in: the first one's features are kept.
         runs += [
@@ -789,7 +789,7 @@ def test_every_image_of_validation_is_counted_once_and_answered_alike_on_any_num
 @pytest.mark.parametrize("run", TOGETHER)
 @pytest.mark.parametrize("name", ["tuned", "still"])
 def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_batch(name: str, run: str, worlds: Worlds) -> None:
-    """With batch normalisation, too, where it keeps the source's statistics."""
+    """With batch normalization, too, where it keeps the source's statistics."""
     assert len(worlds.side("train")) % 9 == 7
     alone, together = worlds.lines(f"{name} 1"), worlds.lines(f"{name} {run}")
     losses = [h["loss"] for h in alone if h["arm"] == "fine-tune"]
@@ -804,7 +804,7 @@ def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_
 
 @pytest.mark.parametrize("run", [ALONE, *TOGETHER, *RESUMED])
 @pytest.mark.parametrize(("name", "arms"), [("still", {"fine-tune"}), ("other", {"head", "fine-tune"})])
-def test_batch_normalisation_keeps_the_statistics_of_the_source_where_the_recipe_says_so(
+def test_batch_normalization_keeps_the_statistics_of_the_source_where_the_recipe_says_so(
     name: str, arms: set[str], run: str, worlds: Worlds
 ) -> None:
     """In both large cases, on any number of workers, and where the run was interrupted in the middle of an epoch."""
@@ -820,15 +820,15 @@ def test_batch_normalisation_keeps_the_statistics_of_the_source_where_the_recipe
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_batch_normalisation_that_is_one_over_all_workers_is_that_of_one_worker(size: int, worlds: Worlds) -> None:
+def test_batch_normalization_that_is_one_over_all_workers_is_that_of_one_worker(size: int, worlds: Worlds) -> None:
     """The same losses, weights and statistics, with uneven shares and a short last batch; each worker's own statistics give others."""
-    alone, together, apart = (worlds.weights(run) for run in ("normed 1", f"normed {size} synchronised", "normed 2"))
+    alone, together, apart = (worlds.weights(run) for run in ("normed 1", f"normed {size} synchronized", "normed 2"))
     assert together.keys() == alone.keys()
     statistics = [k for k in alone if "running_" in k]
     assert len(statistics) == 2 * 7
     assert all(torch.allclose(together[k], value, atol=1e-4) for k, value in alone.items())
     assert not any(torch.allclose(apart[k], alone[k], atol=1e-4) for k in statistics)
-    losses = [[line["loss"] for line in worlds.lines(run)] for run in ("normed 1", f"normed {size} synchronised")]
+    losses = [[line["loss"] for line in worlds.lines(run)] for run in ("normed 1", f"normed {size} synchronized")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
@@ -1250,7 +1250,7 @@ def test_the_frozen_model_ignores_train_mode() -> None:
     assert not any(m.training for m in model.trunk.modules())
 
 
-def test_learning_rates_follow_normalisation_and_size() -> None:
+def test_learning_rates_follow_normalization_and_size() -> None:
     recipe = Recipe()
     assert recipe.rate("batch", 32) == 0.2
     assert recipe.rate("batch", 224) == 0.05

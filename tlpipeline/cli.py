@@ -173,8 +173,8 @@ def explain(
     else:
         from shutil import get_terminal_size
 
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        said = words.text(decision, profile, get_terminal_size((100, 24)).columns, colour)
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        said = words.text(decision, profile, get_terminal_size((100, 24)).columns, color)
     encoding = sys.stdout.encoding or "utf-8"  # a terminal that cannot show a drawing shows question marks
     print(said.encode(encoding, "replace").decode(encoding), end="")
 
@@ -402,7 +402,7 @@ class _Bar:
             console=self.console,
             expand=True,
             transient=False,
-            redirect_stdout=False,  # what is written there is for other programs; a library that resets its colours at exit keeps it, too
+            redirect_stdout=False,  # what is written there is for other programs; a library that resets its colors at exit keeps it, too
             disable=not self.live,
         )
         self.tasks: dict[str, Any] = {}

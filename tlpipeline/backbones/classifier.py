@@ -69,7 +69,7 @@ class Description:
 class Classifier(nn.Module):
     """A network cut at its deepest reading, with a linear head on the pooled readings.
 
-    Maps normalised images (batch, 3, size, size) to logits (batch, classes). Where it is frozen, the backbone stays in eval mode whatever
+    Maps normalized images (batch, 3, size, size) to logits (batch, classes). Where it is frozen, the backbone stays in eval mode whatever
     `train()` is called with: requires_grad alone does not stop BatchNorm statistics, Dropout and StochasticDepth.
 
     Args:

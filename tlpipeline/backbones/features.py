@@ -19,7 +19,7 @@ from tlpipeline.backbones.precision import autocast
 from tlpipeline.backbones.taps import Backbone, Tap
 from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import FORMAT, Images, in_batches, normalise
+from tlpipeline.data.loader import FORMAT, Images, in_batches, normalize
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError, PassTooLarge
 
@@ -92,7 +92,7 @@ def passes(
         parts = [[indices[i] for i in part] for part in in_batches(len(indices), size)]
         for batch, pixels in images.batches(parts, pinned=device.type == "cuda"):
             try:
-                inputs = normalise(pixels.to(device, non_blocking=True), images.transforms)
+                inputs = normalize(pixels.to(device, non_blocking=True), images.transforms)
                 if len(batch) < size:
                     inputs = torch.cat([inputs, inputs.new_zeros(size - len(batch), *inputs.shape[1:])]).to(
                         memory_format=torch.channels_last
@@ -323,7 +323,7 @@ def _behind(steps: Iterator[tuple[list[int], list[Tensor]]]) -> Iterator[tuple[l
 
 @dataclass(frozen=True)
 class Scaling:
-    """Standardisation of features, so that each pooled block counts alike: `(x - mean) * scale`.
+    """Standardization of features, so that each pooled block counts alike: `(x - mean) * scale`.
 
     `scale` is 1 / (standard deviation * sqrt(features of the block)): every block has a total variance of one, and probe and head see the
     same thing. Deviations below a hundredth of their block's are raised to it, so that nearly dead channels do not explode.

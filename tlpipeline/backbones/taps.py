@@ -73,13 +73,13 @@ class Backbone:
     multiple: int = 1
 
     @property
-    def normalisation(self) -> str:
-        """Return batch, layer or none: which kind of normalisation layers the network has."""
-        return normalisation(self.module)
+    def normalization(self) -> str:
+        """Return batch, layer or none: which kind of normalization layers the network has."""
+        return normalization(self.module)
 
 
-def normalisation(module: nn.Module) -> str:
-    """Return batch, layer or none: which kind of normalisation layers a network has."""
+def normalization(module: nn.Module) -> str:
+    """Return batch, layer or none: which kind of normalization layers a network has."""
     modules = list(module.modules())
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
         return "batch"

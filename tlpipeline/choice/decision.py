@@ -175,29 +175,29 @@ def override(case: Decision, changes: Mapping[str, Any]) -> Decision:
     return dataclasses.replace(case, init=init, recipe=dataclasses.replace(case.recipe, **recipe))
 
 
-def idle(case: Decision, changes: Mapping[str, Any], normalisation: str, views: int = 0) -> tuple[str, ...]:
+def idle(case: Decision, changes: Mapping[str, Any], normalization: str, views: int = 0) -> tuple[str, ...]:
     """Return the names in train.override that change nothing in this case.
 
     Args:
         case: with the changes made.
-        normalisation: of the network: batch, layer or none.
+        normalization: of the network: batch, layer or none.
         views: random views of a frozen head.
     """
     if case.freeze == "kept":  # its head is solved, without epochs
         return tuple(name for name in changes if name not in _OF_A_HEAD and not (name == "crop" and views))
     recipe = case.recipe
-    small, adamw = case.size < SMALL_PIXELS, recipe.optimiser_for(normalisation) == ADAMW
+    small, adamw = case.size < SMALL_PIXELS, recipe.optimizer_for(normalization) == ADAMW
     used = {
-        "rate_batch": normalisation == "batch" and not small,
-        "rate_batch_small": normalisation == "batch" and small,
-        "rate_layer": normalisation == "layer",
-        "rate_none": normalisation == "none",
-        "layer_decay_norm": normalisation == "layer",
-        "layer_decay_other": normalisation != "layer",
+        "rate_batch": normalization == "batch" and not small,
+        "rate_batch_small": normalization == "batch" and small,
+        "rate_layer": normalization == "layer",
+        "rate_none": normalization == "none",
+        "layer_decay_norm": normalization == "layer",
+        "layer_decay_other": normalization != "layer",
         "weight_decay": not adamw,
         "weight_decay_adam": adamw,
-        "statistics": normalisation == "batch",
-        "sync_below": normalisation == "batch",
+        "statistics": normalization == "batch",
+        "sync_below": normalization == "batch",
         "randaugment_magnitude": recipe.randaugment > 0,
         "scratch_from": case.init == AUTO,
         "scratch_times": case.init in (AUTO, "random"),
@@ -209,7 +209,7 @@ def idle(case: Decision, changes: Mapping[str, Any], normalisation: str, views: 
 _OF_A_HEAD = ("init", "balance", "imbalance")
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {"optimiser": OPTIMISERS, "balance": BALANCES, "statistics": STATISTICS}
+_CHOICES: dict[str, tuple[str, ...]] = {"optimizer": OPTIMISERS, "balance": BALANCES, "statistics": STATISTICS}
 
 
 _RANGES = {

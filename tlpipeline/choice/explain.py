@@ -57,7 +57,7 @@ class Section:
     parts: tuple[str | Table | Lines, ...]
 
 
-def text(decision: Decision, profile: Profile, width: int, colour: bool = False) -> str:
+def text(decision: Decision, profile: Profile, width: int, color: bool = False) -> str:
     """Return the explanation for a terminal; no line is longer than `width` columns (at least 40)."""
     from rich.console import Console
     from rich.table import Table as Grid
@@ -66,7 +66,7 @@ def text(decision: Decision, profile: Profile, width: int, colour: bool = False)
     width, out = min(max(width, LEAST), MOST), io.StringIO()
     fill = partial(textwrap.fill, width=width, break_on_hyphens=False)
     console = Console(
-        file=out, width=width, height=1000, force_terminal=colour, color_system="standard" if colour else None, highlight=False
+        file=out, width=width, height=1000, force_terminal=color, color_system="standard" if color else None, highlight=False
     )
     for section in sections(decision, profile, width):
         console.print(Text(fill(section.title), style="bold"))
@@ -330,9 +330,9 @@ def _measured(profile: Profile) -> tuple[str, ...]:
         said.append(
             f"BatchNorm shift: distance {mean(layer.raw for layer in profile.shift):.2f} from the source, the mean of {len(profile.shift)} "
             f"layers{f', where images like the source give {mean(floor):.2f}' if floor else ''}"
-            f"{f'; {mean(own):.2f} once earlier layers normalise by these images' if own else ''}. It explains, it does not decide."
+            f"{f'; {mean(own):.2f} once earlier layers normalize by these images' if own else ''}. It explains, it does not decide."
         )
-    elif profile.normalisation != "batch":
+    elif profile.normalization != "batch":
         said.append(
             f"BatchNorm shift: not available, {profile.backbone} has no BatchNorm. `tlpipeline refstats` makes a reference instead."
         )

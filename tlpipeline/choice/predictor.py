@@ -196,19 +196,19 @@ class Outlook:
     """The fitted model.
 
     Attributes:
-        centre, spread, coefficients: of each figure; intercept.
+        center, spread, coefficients: of each figure; intercept.
         deviation: standard deviation of what the figures leave unexplained, on data sets that the fit has not seen (log odds).
         slant, offset: calibration of the probability: log odds of `within` are slant * raw + offset (Platt 1999).
         settled_slant, settled_offset: calibration of the probability that what is chosen is within the tolerance of the best of all arms.
         heads: what frozen heads win against each other (see head_gain): (at S = 0, slope by S, spread), as shares.
         lag: for each look of a race how far what it sees is behind the end, and the spread of that, as shares of the frozen head's errors.
-        prior: coefficients (on standardised figures) and intercept of the log odds that fine-tuning wins more than the tolerance, from what
+        prior: coefficients (on standardized figures) and intercept of the log odds that fine-tuning wins more than the tolerance, from what
             is known before anything was probed.
         lowest, highest: range of each figure in the rows of the fit.
         rows, data: what it was fitted on.
     """
 
-    centre: Mapping[str, float]
+    center: Mapping[str, float]
     spread: Mapping[str, float]
     coefficients: Mapping[str, float]
     intercept: float
@@ -239,7 +239,7 @@ class Outlook:
     def prior_chance(self, seen: Evidence) -> float:
         """Return P(fine-tuning wins more than the tolerance) from size, classes, capacity and head similarity alone."""
         x = self._within_range(figures(seen, 0.5))
-        odds = sum(self.prior.get(k, 0.0) * (x[k] - self.centre[k]) / self.spread[k] for k in PRIOR if k in self.centre)
+        odds = sum(self.prior.get(k, 0.0) * (x[k] - self.center[k]) / self.spread[k] for k in PRIOR if k in self.center)
         return float(_share(self.prior.get("intercept", 0.0) + odds))
 
     def _within_range(self, x: dict[str, float]) -> dict[str, float]:
@@ -277,7 +277,7 @@ class Outlook:
     def shift(self, seen: Evidence, frozen: float) -> float:
         """Return the expected log odds of fine-tuning minus those of the frozen head."""
         x = self._within_range(figures(seen, frozen))
-        return self.intercept + sum(self.coefficients[k] * (x[k] - self.centre[k]) / self.spread[k] for k in self.coefficients)
+        return self.intercept + sum(self.coefficients[k] * (x[k] - self.center[k]) / self.spread[k] for k in self.coefficients)
 
     def gains(self, seen: Evidence, frozen: float, size: bool = False) -> Matrix:
         """Return equally likely gains of fine-tuning against the frozen head, as shares: (DRAWS,). `size` as in `unexplained`."""
@@ -346,7 +346,7 @@ class Outlook:
 
 # Knows nothing: fine-tuning is as good as the frozen head, give or take. Where the fit starts from.
 NEUTRAL = Outlook(
-    centre={},
+    center={},
     spread={},
     coefficients={},
     intercept=0.0,

@@ -328,7 +328,7 @@ def read_manifest(path: Path, quarantine: Path | None = None) -> Manifest:
 
 
 def write_digits(folder: Path) -> int:
-    """Write the embedded sample: the 1,797 real handwritten digits that scikit-learn carries, as 32 x 32 grey PNG files in class folders.
+    """Write the embedded sample: the 1,797 real handwritten digits that scikit-learn carries, as 32 x 32 gray PNG files in class folders.
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (its test part).
 
@@ -341,6 +341,6 @@ def write_digits(folder: Path) -> int:
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8), "L")
-        grey.resize((32, 32), Image.Resampling.BICUBIC).save(path)
+        gray = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8), "L")
+        gray.resize((32, 32), Image.Resampling.BICUBIC).save(path)
     return len(digits.images)

@@ -30,7 +30,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 def decode(content: bytes, at_least: int | None = None) -> Image.Image:
     """Decode an image file to 8-bit RGB, upright.
 
-    EXIF orientation is applied; of an animation the first frame is taken; transparency is laid over white; 16-bit greys are scaled by their
+    EXIF orientation is applied; of an animation the first frame is taken; transparency is laid over white; 16-bit grays are scaled by their
     full range (65535 to 255), floating-point images by their own range.
 
     Args:
@@ -55,9 +55,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        grey = values.astype(np.float64) / 65535.0
-        grey[values == image.info.get("transparency", -1)] = 1.0
-        return Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8), "L").convert("RGB")
+        gray = values.astype(np.float64) / 65535.0
+        gray[values == image.info.get("transparency", -1)] = 1.0
+        return Image.fromarray((gray.clip(0, 1) * 255).round().astype(np.uint8), "L").convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -68,8 +68,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if not there.any():
             raise ValueError("no finite pixel")
         low, high = values[there].min(), values[there].max()
-        grey = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low if high > low else 1.0)
-        return Image.fromarray((grey * 255).round().astype(np.uint8), "L").convert("RGB")
+        gray = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low if high > low else 1.0)
+        return Image.fromarray((gray * 255).round().astype(np.uint8), "L").convert("RGB")
     return image.convert("RGB")
 
 

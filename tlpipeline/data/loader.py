@@ -30,7 +30,7 @@ Augment = Callable[[Image.Image, Row, int, int], Image.Image]
 
 
 def prepare(image: Image.Image, transforms: Transforms) -> Pixels:
-    """Resize the short side, crop the centre: 8-bit RGB (size, size, 3). The same for profile, training, evaluation and prediction."""
+    """Resize the short side, crop the center: 8-bit RGB (size, size, 3). The same for profile, training, evaluation and prediction."""
     short = min(image.size)
     if max(image.size) > ELONGATED * short:
         # Only its middle is looked at; as wide as it is, a line of pixels would be enlarged to gigabytes.
@@ -44,8 +44,8 @@ def prepare(image: Image.Image, transforms: Transforms) -> Pixels:
     return np.asarray(image.crop((left, top, left + transforms.size, top + transforms.size)), dtype=np.uint8)
 
 
-def normalise(pixels: Tensor, transforms: Transforms) -> Tensor:
-    """Turn 8-bit (batch, size, size, 3) into normalised floats (batch, 3, size, size) on the same device, channels last in memory.
+def normalize(pixels: Tensor, transforms: Transforms) -> Tensor:
+    """Turn 8-bit (batch, size, size, 3) into normalized floats (batch, 3, size, size) on the same device, channels last in memory.
 
     Convolutions read that order about twice as fast.
     """

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Transforms:
-    """How an image becomes an input: resize the short side, crop the centre, scale to [0, 1], normalise.
+    """How an image becomes an input: resize the short side, crop the center, scale to [0, 1], normalize.
 
     Attributes:
-        size: side of the centre crop, pixels.
+        size: side of the center crop, pixels.
         resize: short side before the crop, pixels.
         mean, std: per RGB channel, of values in [0, 1].
         interpolation: bilinear or bicubic.

@@ -87,7 +87,7 @@ class Kernels:
     def tangent(self, taps: Sequence[int], gradients: Matrix, first: Sequence[int]) -> Tangent:
         """Return what the tangent kernel of some images of the sample reads, beside these taps on the same images."""
         y = self.labels[list(first)]
-        frozen = _centred(_mean([self.own[i] for i in taps])[np.ix_(first, first)])
+        frozen = _centered(_mean([self.own[i] for i in taps])[np.ix_(first, first)])
         frozen = frozen / (frozen.trace() / len(y) or 1.0)
         reached: list[float] = []
         with threadpool_limits(1):
@@ -115,7 +115,7 @@ class Kernels:
                 order = rng.permutation(m)
                 drawn = np.sort(order[np.argsort(place[order], kind="stable")][::parts])
                 y = self.labels[drawn]
-                inside = _centred(kernel[np.ix_(drawn, drawn)])
+                inside = _centered(kernel[np.ix_(drawn, drawn)])
                 # Fewer images want the penalty of all of them, or a larger one.
                 reached.append(float(_right(leave_one_out(inside, one_hot(y), (penalty, 10 * penalty)), y).mean()))
             points.append((len(drawn), float(np.mean(reached))))
@@ -126,7 +126,7 @@ def _right(fit: Fit, labels: npt.NDArray[np.int64]) -> Bits:
     return np.asarray(np.unique(labels)[guesses(fit.scores, one_hot(labels))] == labels)
 
 
-def _centred(kernel: Matrix) -> Matrix:
+def _centered(kernel: Matrix) -> Matrix:
     return np.asarray(kernel - kernel.mean(0) - kernel.mean(1)[:, None] + kernel.mean())
 
 

@@ -26,7 +26,7 @@ from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data import splits
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Manifest, Row
-from tlpipeline.data.loader import FORMAT, Images, in_batches, normalise
+from tlpipeline.data.loader import FORMAT, Images, in_batches, normalize
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import DataError
 from tlpipeline.params import ProfileParams
@@ -155,7 +155,7 @@ def _of_sample(
         backbone=backbone.name,
         weights=backbone.fingerprint,
         size=sight.transforms.size,
-        normalisation=backbone.normalisation,
+        normalization=backbone.normalization,
         images=len(rows),
         classes=len(counts),
         majority=max(counts.values()) / len(rows),
@@ -214,7 +214,7 @@ class _Sight:
     def inputs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """Yield inputs (batch, 3, size, size) on the CPU."""
         batches = Images(self.root, rows, self.transforms).batches(in_batches(len(rows), BATCH))
-        return (normalise(pixels, self.transforms) for _, pixels in batches)
+        return (normalize(pixels, self.transforms) for _, pixels in batches)
 
     def tangent(self, kernels: Kernels, drawn: Sequence[Row], taps: Sequence[str], seed: int) -> Tangent:
         """Return what the gradients of at most TANGENT_IMAGES of the drawn images say, beside a head on these taps."""

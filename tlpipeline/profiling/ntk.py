@@ -1,7 +1,7 @@
 """The tangent probe: what the first steps of fine-tuning could read, from gradients, without a training step.
 
 For small steps a network moves along its gradients: fine-tuning is then ridge regression on the empirical tangent kernel k(x, x') =
-<grad f(x), grad f(x')> (Jacot et al. 2018; Wei, Hu and Steinhardt 2022 find that it predicts how fine-tuned networks generalise). One random
+<grad f(x), grad f(x')> (Jacot et al. 2018; Wei, Hu and Steinhardt 2022 find that it predicts how fine-tuned networks generalize). One random
 projection of the last features stands for all outputs (Mohamadi et al. 2022), and gradients are kept as count sketches, whose inner products
 are those of the gradients in expectation (Charikar et al. 2002). Where this kernel reads the labels better than the frozen features do,
 fine-tuning has something to win.
@@ -58,7 +58,7 @@ class Sketcher:
 
 
 def tangent_kernel(sketches: Tensor) -> Matrix:
-    """Return the centred tangent kernel of images, of gradients of length one: (n, n), its mean diagonal 1.
+    """Return the centered tangent kernel of images, of gradients of length one: (n, n), its mean diagonal 1.
 
     Args:
         sketches: (n, buckets), as a `Sketcher` gives them.

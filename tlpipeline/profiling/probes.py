@@ -33,14 +33,14 @@ class Fit:
 
 
 def leave_one_out(kernel: Matrix, targets: Matrix, penalties: Sequence[float] = PENALTIES, features: Matrix | None = None) -> Fit:
-    """Ridge regression on a kernel of centred features, every image predicted from all the others, exactly and without fitting it again.
+    """Ridge regression on a kernel of centered features, every image predicted from all the others, exactly and without fitting it again.
 
     With fitted values y and their leverages h (the diagonal of the smoother): y_i(left out) = (y_i - h_i Y_i) / (1 - h_i), the usual identity
     of linear smoothers. Many penalties share one decomposition: with X X' = U diag(s) U' and f = s / (s + lambda m), h_i = sum_j U_ij^2 f_j +
     1/m. One or two are cheaper by a Cholesky solution each. The penalty is the one with the smallest left-out squared error.
 
     Args:
-        kernel: X X', (m, m), of features centred over these m images.
+        kernel: X X', (m, m), of features centered over these m images.
         targets: (m, K).
         features: X, where it is at hand: with fewer columns than rows it is cheaper to decompose.
     """
@@ -104,7 +104,7 @@ def _by_cholesky(kernel: Tensor, features: Tensor | None, targets: Tensor) -> Ca
 def guesses(scores: Matrix, targets: Matrix) -> npt.NDArray[np.int64]:
     """Return the class index that left-out scores (m, K) of targets (m, K) say.
 
-    Leaving an image out lowers the mean of its own class a little and so favours the others: on pure noise of equally large classes the
+    Leaving an image out lowers the mean of its own class a little and so favors the others: on pure noise of equally large classes the
     largest score would be right less often than chance. The class means of all images are put back.
     """
     return np.asarray((scores + (targets - targets.mean(0)) / max(len(targets) - 1, 1)).argmax(1))

@@ -96,7 +96,7 @@ class Profile:
     Attributes:
         backbone, weights: name of the network and fingerprint of its weights.
         size: input side, pixels.
-        normalisation: batch, layer or none.
+        normalization: batch, layer or none.
         images, classes: of the training side; majority: share of its largest class; smallest, largest: images of a class.
         validation: images of the half of the validation side that judges.
         sampled, held_out: images that were looked at: for the probes, and apart from them (the half of validation that selects).
@@ -115,7 +115,7 @@ class Profile:
     backbone: str
     weights: str
     size: int
-    normalisation: str
+    normalization: str
     images: int
     classes: int
     majority: float
@@ -247,7 +247,7 @@ def slice_point(correct: Bits) -> int | None:
 
 
 def slice_test(profile: Profile, gain: float, draws: int, seed: int = 0) -> SliceTest:
-    """Compare every earlier tap with the last by a centred paired bootstrap of the largest t (max-T, Westfall and Young 1993).
+    """Compare every earlier tap with the last by a centered paired bootstrap of the largest t (max-T, Westfall and Young 1993).
 
     The correction for looking at many taps matters: the best of 16 taps of pure noise looks 4.7 points better than chance.
 

@@ -28,7 +28,7 @@ from tlpipeline.backbones import taps as cutting
 from tlpipeline.backbones.features import extract
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Images, in_batches, normalise
+from tlpipeline.data.loader import Images, in_batches, normalize
 from tlpipeline.errors import BackboneError, DataError
 from tlpipeline.files import write_bytes
 
@@ -51,7 +51,7 @@ class BatchNormShift:
         name: of the module.
         raw: D against the checkpoint's running statistics, 0 for images from the source; may lie a little below 0.
         low, high: 95 % bootstrap interval of raw over the images.
-        sequential: D where all earlier layers normalise with these images' own statistics (AdaBN, Li et al. 2016); None where it was not
+        sequential: D where all earlier layers normalize with these images' own statistics (AdaBN, Li et al. 2016); None where it was not
             measured. Raw high and this low is a shift of the input (contrast, sensor); both high late in the network is other content.
         floor: raw on images like the source's, from a reference: augmentation in training raises D even for those.
     """
@@ -95,7 +95,7 @@ def _distance(means: Matrix, variances: Matrix, known: _Known, seed: int) -> tup
     s_c^2 is the variance between images (the pixels of one image are not independent) and bias_c a quarter of the last square taken
     between two random halves of the sample. eps stands on both sides so that a channel that is dead here and there counts as equal. The
     cap holds below, too: with few images a dead source channel makes the subtracted part as large as the other. What a reference of few
-    images contributes is subtracted likewise; running statistics count as exact. The bootstrap is centred on D: its draws take the
+    images contributes is subtracted likewise; running statistics count as exact. The bootstrap is centered on D: its draws take the
     sample's mean for the truth and would be freed from one half of their bias only.
 
     Args:
@@ -226,7 +226,7 @@ class Watcher:
 
 
 def sequential(module: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[str, float]:
-    """Measure D with all earlier BatchNorm layers normalising with the images' own statistics, in one pass.
+    """Measure D with all earlier BatchNorm layers normalizing with the images' own statistics, in one pass.
 
     Running statistics and training flags stay as they are. Call it outside of a Watcher on the same network, which would watch this, too.
 
@@ -317,7 +317,7 @@ def _in_eval(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _own_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm layers normalise with each batch's statistics; without running statistics they do, and there is nothing to update."""
+    """Let BatchNorm layers normalize with each batch's statistics; without running statistics they do, and there is nothing to update."""
     before = [(layer, layer.running_mean, layer.running_var) for layer in _layers(module).values()]
     try:
         for layer, _, _ in before:
@@ -390,7 +390,7 @@ def measure_reference(
         images, first = (Images(root, part, backbone.transforms.at(size)) for part in (rows, rows[:FIRST_IMAGES]))
         with Watcher(trunk) as watcher:
             *features, seen = extract(trunk, [(1,)] * len(backbone.tap_names), images, device, progress, watcher.taken)
-        batches = (normalise(pixels.to(device), first.transforms) for _, pixels in first.batches(in_batches(len(first), BATCH)))
+        batches = (normalize(pixels.to(device), first.transforms) for _, pixels in first.batches(in_batches(len(first), BATCH)))
         curve = watcher.curve(seen, sequential(trunk, batches))
     pooled = [(name, x.double()) for name, x in zip(backbone.tap_names, features, strict=True)]
     taps = tuple(TapStatistics(name, _rounded(x.mean(0)), _rounded(x.var(0))) for name, x in pooled)

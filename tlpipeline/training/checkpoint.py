@@ -19,7 +19,7 @@ from tlpipeline.training.optim import Average, flat
 SHARE = 0.1  # of the time that checkpoints between epochs may take: on a GPU a small epoch is shorter than its checkpoint
 
 STATE, CURRENT, BEST, SPARE, OPTIMISER, AVERAGE, MODEL = (
-    "state.json", "current.safetensors", "best.safetensors", "spare.safetensors", "optimiser.safetensors", "average.safetensors", "model",
+    "state.json", "current.safetensors", "best.safetensors", "spare.safetensors", "optimizer.safetensors", "average.safetensors", "model",
 )  # fmt: skip
 
 
@@ -139,14 +139,14 @@ class State:
 
 
 class Checkpoints:
-    """Keeps State, current, averaged and best weights, and the optimiser, and writes and restores them as safetensors and JSON."""
+    """Keeps State, current, averaged and best weights, and the optimizer, and writes and restores them as safetensors and JSON."""
 
     def __init__(self, world: World, folder: Path, model: nn.Module) -> None:
         self.world, self.folder, self.model = world, folder, model
         self.current: dict[str, Tensor] = {}
         self.best: dict[str, Tensor] = {}
         self.spare: dict[str, Tensor] = {}
-        self.optimiser: dict[str, Tensor] = {}
+        self.optimizer: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
         self.written = folder / "checkpoint"
         self._took, self._ended = 0.0, time.monotonic()
@@ -163,10 +163,10 @@ class Checkpoints:
         """Remember the weights as the best of the arm that runs."""
         self.spare = _copied(self.model)
 
-    def keep(self, state: State, optimiser: torch.optim.Optimizer, average: Average) -> None:
+    def keep(self, state: State, optimizer: torch.optim.Optimizer, average: Average) -> None:
         """Remember all that `write` writes: what a step that fails goes back to, whether it is written or not."""
         self.keep_current()
-        self.optimiser = flat(optimiser)
+        self.optimizer = flat(optimizer)
         self.average, state.averaged = {k: v.to("cpu", copy=True) for k, v in average.weights.items()}, average.steps
 
     def load_best(self) -> None:
@@ -194,7 +194,7 @@ class Checkpoints:
         folder = self.written
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        kept = {CURRENT: self.current, BEST: self.best, SPARE: self.spare, OPTIMISER: self.optimiser, AVERAGE: self.average}
+        kept = {CURRENT: self.current, BEST: self.best, SPARE: self.spare, OPTIMISER: self.optimizer, AVERAGE: self.average}
         for name, tensors in kept.items():
             write_tensors(tensors, folder / name)
         write_json(asdict(state), folder / STATE)
@@ -215,7 +215,7 @@ class Checkpoints:
                 self.best = load_file(folder / MODEL / "weights.safetensors")
                 return state
             # What a race of an older version left has no spare.
-            self.current, self.best, self.spare, self.optimiser, self.average = (
+            self.current, self.best, self.spare, self.optimizer, self.average = (
                 load_file(folder / name) if name != SPARE or (folder / name).exists() else {}
                 for name in (CURRENT, BEST, SPARE, OPTIMISER, AVERAGE)
             )

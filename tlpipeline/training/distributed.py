@@ -29,7 +29,7 @@ class World(Protocol):
 
 
 class Alone:
-    """A world on plain torch: one process, or the members of an initialised process group that share a folder.
+    """A world on plain torch: one process, or the members of an initialized process group that share a folder.
 
     Args:
         folder: where the newest checkpoint is kept; replaced as a whole, so a crash leaves the old or the new one.

@@ -102,7 +102,7 @@ class Features:
 
 
 class Problem:
-    """The penalised loss of a linear head on scaled features: mean cross-entropy (weighted by class) + penalty / 2 * |weights|^2.
+    """The penalized loss of a linear head on scaled features: mean cross-entropy (weighted by class) + penalty / 2 * |weights|^2.
 
     Parameters are on scaled features; the scaling is folded into them for each walk, so that the features are never copied.
 
@@ -150,7 +150,7 @@ class Problem:
         loss += penalty / 2 * float(weight.square().sum())
         return loss, torch.cat([gradient, residues[:, None]], 1).reshape(-1).numpy()
 
-    def minimise(self, start: Matrix, penalty: float, steps: int, tolerance: float, late: Late = never) -> Matrix:
+    def minimize(self, start: Matrix, penalty: float, steps: int, tolerance: float, late: Late = never) -> Matrix:
         """Return the parameters at the optimum by L-BFGS, from a start; at the weakest penalties separable data have none, and steps end it."""
         from scipy.optimize import minimize
 
@@ -186,7 +186,7 @@ def solve_head(
     tolerance: float | None = None,
     late: Late = never,
 ) -> tuple[Tensor, Tensor, float]:
-    """Solve multinomial logistic regression by L-BFGS, its L2 penalty found on held-out images, standardisation folded into the result.
+    """Solve multinomial logistic regression by L-BFGS, its L2 penalty found on held-out images, standardization folded into the result.
 
     Where there are fewer images than features the problem is solved in the span of the images (see `solve_kernel`), which changes nothing
     but the cost.
@@ -267,7 +267,7 @@ def _solve(
         known = torch.from_numpy(present)
         first = torch.cat([start[0][known], _begun(start[1][known])[:, None]], 1).reshape(-1).numpy()
     problem = Problem(features, own, len(present), shares, scale)
-    both = torch.from_numpy(problem.minimise(first, penalty, 500, tolerance, late)).view(len(present), -1)
+    both = torch.from_numpy(problem.minimize(first, penalty, 500, tolerance, late)).view(len(present), -1)
     weight = torch.zeros(classes, features.width, dtype=torch.float64)
     bias = torch.full((classes,), ABSENT, dtype=torch.float64)
     weight[present], bias[present] = both[:, :-1], both[:, -1]
@@ -331,7 +331,7 @@ def _held_out_penalty(
 
     The parameters that one part of the images has at that penalty come with it: a start near the optimum of all.
 
-    At most 1,000 images: a third of them is held out, in turn while there are few. The loss has one valley along the grid, so neighbours
+    At most 1,000 images: a third of them is held out, in turn while there are few. The loss has one valley along the grid, so neighbors
     are tried only as long as they are better.
     """
     rng = np.random.default_rng(seed)
@@ -364,7 +364,7 @@ def _held_out_penalty(
         if i not in losses:
             total = 0.0
             for k, ((_, b), problem) in enumerate(zip(sides, problems, strict=True)):
-                at[k] = problem.minimise(at[k], PENALTIES[i], 200, CV_TOLERANCE, late)
+                at[k] = problem.minimize(at[k], PENALTIES[i], 200, CV_TOLERANCE, late)
                 both = torch.from_numpy(at[k]).view(classes, -1)
                 head = problem.logits(both[:, :-1], both[:, -1])
                 # Classes that the other folds lack have no images to be right about.

@@ -1,4 +1,4 @@
-"""How weights move: which of them with which rate and decay, the schedule, averages of weights, and an optimiser's state as tensors."""
+"""How weights move: which of them with which rate and decay, the schedule, averages of weights, and an optimizer's state as tensors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from tlpipeline.training.recipe import ADAMW, Recipe
 WARM_UP_STEPS = 500
 
 
-def optimiser(
-    model: nn.Module, recipe: Recipe, normalisation: str, rate: float, blocks: Sequence[Sequence[str]], fused: bool
+def optimizer(
+    model: nn.Module, recipe: Recipe, normalization: str, rate: float, blocks: Sequence[Sequence[str]], fused: bool
 ) -> torch.optim.Optimizer:
     """Return SGD with Nesterov momentum, or AdamW, over the weights that are trained; rates by depth, no decay on norms and biases.
 
@@ -23,8 +23,8 @@ def optimiser(
         blocks: names of the backbone's parameters, block by block, first to last.
         fused: one kernel for the whole step; on GPUs.
     """
-    depth = shares(blocks, recipe.layer_decay(normalisation))
-    kind = recipe.optimiser_for(normalisation)
+    depth = shares(blocks, recipe.layer_decay(normalization))
+    kind = recipe.optimizer_for(normalization)
     decay = recipe.weight_decay_adam if kind == ADAMW else recipe.weight_decay
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -90,25 +90,25 @@ class Average:
             self.weights = own
 
 
-def flat(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state of an optimiser as tensors by name."""
+def flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the state of an optimizer as tensors by name."""
     return {
         f"{parameter}.{name}": value.detach().to("cpu", copy=True)
-        for parameter, values in optimiser.state_dict()["state"].items()
+        for parameter, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
         if isinstance(value, Tensor)
     }
 
 
-def unflat(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
-    """Give an optimiser the state that `flat` returned, in the memory layout of its parameters: on GPUs fused steps refuse any other."""
-    content = optimiser.state_dict()
+def unflat(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state that `flat` returned, in the memory layout of its parameters: on GPUs fused steps refuse any other."""
+    content = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         parameter, _, name = key.partition(".")
         state.setdefault(int(parameter), {})[name] = value
-    optimiser.load_state_dict({**content, "state": state})
-    for weights, values in optimiser.state.items():
+    optimizer.load_state_dict({**content, "state": state})
+    for weights, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == weights.shape:
                 values[name] = torch.empty_like(weights, dtype=value.dtype).copy_(value)

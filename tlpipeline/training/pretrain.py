@@ -15,7 +15,7 @@ from torch import nn
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.classifier import probabilities
 from tlpipeline.backbones.precision import on_tensor_cores
-from tlpipeline.backbones.taps import normalisation
+from tlpipeline.backbones.taps import normalization
 from tlpipeline.data import dataset
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Manifest, Row
@@ -71,7 +71,7 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     tail = Tail(history / "history.jsonl", "pretrain", progress)
     state = State(arm="start")
     tell = _Passed(history / "history.jsonl", tail)
-    fit = Fit(module, sides, RECIPE, job, world, checkpoint, tell, normalisation(module), Store(), Deadline(0, world, 0))
+    fit = Fit(module, sides, RECIPE, job, world, checkpoint, tell, normalization(module), Store(), Deadline(0, world, 0))
     fit.arm("scratch", epochs, rate, state)
     checkpoint.load_best()
     test = manifest.used(TEST)

@@ -11,7 +11,7 @@ BALANCES = (LOSS, SAMPLER, NONE)
 FIXED, BATCH = "fixed", "batch"
 STATISTICS = (AUTO, FIXED, BATCH)
 BUDGET = "train.budget_minutes"  # begins whatever is said of what time has ended
-SMALL_PIXELS = 64  # below, networks with batch normalisation have a rate and statistics of their own (docs/log.md)
+SMALL_PIXELS = 64  # below, networks with batch normalization have a rate and statistics of their own (docs/log.md)
 IMBALANCE = 10.0  # times the images of the smallest class that the largest may have before classes are weighted alike
 
 
@@ -20,20 +20,20 @@ class Recipe:
     """How the kept network is trained once its new head is solved; unused where everything is frozen.
 
     Attributes:
-        rates: learning rate by kind of normalisation (batch, layer, none) at a batch of 64; layer normalisation uses AdamW, the others
-            SGD with Nesterov momentum .9. Batch normalisation below 64 pixels has a rate of its own (docs/log.md). Without normalisation
+        rates: learning rate by kind of normalization (batch, layer, none) at a batch of 64; layer normalization uses AdamW, the others
+            SGD with Nesterov momentum .9. Batch normalization below 64 pixels has a rate of its own (docs/log.md). Without normalization
             data that differ from the source want a much higher one (Li et al. 2020 find the same).
         batch, batch_large: images per step below and from `large` training images on: with few images more steps were worth up to 3 points.
         epochs_at_500: epochs for 500 training images; for n images times sqrt(500 / n), between least and most.
         scratch_epochs_at_500, scratch_times: random weights get this schedule and this many times its epochs and the rate (up to .1); scratch_from:
             training images from which they are tried at all.
-        statistics: what batch normalisation subtracts and divides by while everything is trained: fixed (those of the source, as in the head's
+        statistics: what batch normalization subtracts and divides by while everything is trained: fixed (those of the source, as in the head's
             features: what is trained starts where the probe stands), batch (each step's own), or auto: fixed from 64 pixels on, batch below.
             Random weights have none to keep: batch.
         patience: epochs without a better validation before training stops and goes back to the best one; 0 runs the schedule to its end and
             keeps its last epoch, which was better in our measurements: at the end of a cosine there is less noise than in a small validation.
-        optimiser: auto (AdamW for networks with layer normalisation, else SGD), sgd or adamw; weight_decay of SGD, weight_decay_adam.
-        layer_decay_norm: with layer normalisation each block nearer to the images gets this share of the rate of the next one (METHOD: .75
+        optimizer: auto (AdamW for networks with layer normalization, else SGD), sgd or adamw; weight_decay of SGD, weight_decay_adam.
+        layer_decay_norm: with layer normalization each block nearer to the images gets this share of the rate of the next one (METHOD: .75
             for ViT and ConvNeXt); layer_decay_other: the same for the other networks.
         crop: smallest share of the area that random crops keep.
         randaugment: operations of RandAugment an image, 0 for none; randaugment_magnitude: 0 to 30.
@@ -65,7 +65,7 @@ class Recipe:
     scratch_from: int = 50_000
     statistics: str = AUTO
     patience: int = 0
-    optimiser: str = AUTO
+    optimizer: str = AUTO
     weight_decay: float = 5e-4
     weight_decay_adam: float = 0.05
     layer_decay_norm: float = 0.75
@@ -91,15 +91,15 @@ class Recipe:
         """How uneven classes may be before a head that is solved weighs them alike; infinite where nothing is balanced."""
         return math.inf if self.balance == NONE else self.imbalance
 
-    def optimiser_for(self, normalisation: str) -> str:
+    def optimizer_for(self, normalization: str) -> str:
         """Return sgd or adamw."""
-        if self.optimiser != AUTO:
-            return self.optimiser
-        return ADAMW if normalisation == "layer" else SGD
+        if self.optimizer != AUTO:
+            return self.optimizer
+        return ADAMW if normalization == "layer" else SGD
 
-    def layer_decay(self, normalisation: str) -> float:
+    def layer_decay(self, normalization: str) -> float:
         """Return the share of the rate that each block has of the next one nearer to the head."""
-        return self.layer_decay_norm if normalisation == "layer" else self.layer_decay_other
+        return self.layer_decay_norm if normalization == "layer" else self.layer_decay_other
 
     def batch_size(self, images: int) -> int:
         """Return the images per step for this many training images."""
@@ -117,12 +117,12 @@ class Recipe:
         wanted = at_500 * math.sqrt(500 / max(images, 1))
         return int(min(max(round(wanted), self.least_epochs), self.most_epochs))
 
-    def rate(self, normalisation: str, size: int) -> float:
-        """Return the learning rate for a network with this normalisation at this input size, at a batch of 64."""
-        if normalisation == "batch":
+    def rate(self, normalization: str, size: int) -> float:
+        """Return the learning rate for a network with this normalization at this input size, at a batch of 64."""
+        if normalization == "batch":
             return self.rate_batch_small if size < SMALL_PIXELS else self.rate_batch
-        return self.rate_layer if normalisation == "layer" else self.rate_none
+        return self.rate_layer if normalization == "layer" else self.rate_none
 
     def keeps_statistics(self, size: int) -> bool:
-        """Say whether batch normalisation keeps the source's statistics at this input size."""
+        """Say whether batch normalization keeps the source's statistics at this input size."""
         return self.statistics == FIXED or (self.statistics == AUTO and size >= SMALL_PIXELS)

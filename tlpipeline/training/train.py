@@ -85,9 +85,9 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
         model = _as_finished(model, decision, checkpoint)
     elif not frozen:
         blocks: list[list[str]] = []
-        if recipe.layer_decay(backbone.normalisation) != 1:
+        if recipe.layer_decay(backbone.normalization) != 1:
             blocks = [[f"trunk.{name}" for name in block] for block in taps.blocks(backbone, decision.slice)]
-        fit = Fit(model, sides, recipe, job, world, checkpoint, tell, backbone.normalisation, store, deadline, blocks)
+        fit = Fit(model, sides, recipe, job, world, checkpoint, tell, backbone.normalization, store, deadline, blocks)
         _train_all(fit, model, decision, state)
         if job.race is not None:
             checkpoint.write(state)
@@ -107,7 +107,7 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
 def _train_all(fit: Fit, model: Classifier, decision: Decision, state: State) -> None:
     """Fine-tune, or go on where the state stands; then, outside of a race and where the case asks for it, train from random weights."""
     job, recipe, sides = fit.job, decision.recipe, fit.sides
-    rate = recipe.rate(fit.normalisation, decision.size)
+    rate = recipe.rate(fit.normalization, decision.size)
     epochs = job.epochs if isinstance(job.epochs, int) else recipe.epochs(len(sides.train))
     if decision.init != "random" and state.arm in ("head", "fine-tune"):
         if state.arm == "head" and state.history and fit.deadline.passed():
@@ -247,7 +247,7 @@ def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state
 
 
 def _solved_last(fit: Fit, wide: Classifier, reader: Reader) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
-    """Return the head (weight, bias, penalty) of all labelled images, and what one of the training images says of validation: (n, K).
+    """Return the head (weight, bias, penalty) of all labeled images, and what one of the training images says of validation: (n, K).
 
     The validation images say which penalty is best: features that were trained on images are no measure of themselves. Then nothing is left to
     select, and they count as well.

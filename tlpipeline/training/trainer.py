@@ -28,7 +28,7 @@ from tlpipeline.data import splits
 from tlpipeline.data.augment import augmentation, mix, seed_of
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Augment, Decoded, Images, normalise, prepared, shard, squeezed
+from tlpipeline.data.loader import Augment, Decoded, Images, normalize, prepared, shard, squeezed
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import ClusterError, MemoryFull, TrainingError
 from tlpipeline.params import AUTO, ChooseParams
@@ -37,7 +37,7 @@ from tlpipeline.training.checkpoint import Checkpoints, State
 from tlpipeline.training.config import Job, Tell, clock, in_validation
 from tlpipeline.training.distributed import World, from_first, gather, reduced
 from tlpipeline.training.heads import image_weights, validated
-from tlpipeline.training.optim import Average, optimiser, schedule, unflat
+from tlpipeline.training.optim import Average, optimizer, schedule, unflat
 from tlpipeline.training.recipe import BUDGET, LOSS, SAMPLER, Recipe
 
 # A longer epoch is kept in parts, so that an interruption costs no more than this, or what a checkpoint is worth.
@@ -105,13 +105,13 @@ class Fit:
         world: World,
         checkpoint: Checkpoints,
         tell: Tell,
-        normalisation: str,
+        normalization: str,
         store: Store,
         deadline: Deadline,
         blocks: Sequence[Sequence[str]] = (),
     ) -> None:
         self.model, self.sides, self.recipe, self.job, self.world = model, sides, recipe, job, world
-        self.checkpoint, self.tell, self.normalisation, self.blocks = checkpoint, tell, normalisation, blocks
+        self.checkpoint, self.tell, self.normalization, self.blocks = checkpoint, tell, normalization, blocks
         self.store, self.deadline = store, deadline
         self.batch = batch_size(job, recipe, len(sides.train), world)
         if job.batch_size == AUTO and self.batch > recipe.batch_size(len(sides.train)):
@@ -138,7 +138,7 @@ class Fit:
         """
         if state.arm != name:
             state.begin(name)
-            self.checkpoint.optimiser, self.checkpoint.average, self.checkpoint.spare = {}, {}, {}
+            self.checkpoint.optimizer, self.checkpoint.average, self.checkpoint.spare = {}, {}, {}
             self.checkpoint.keep_current()
         elif state.finished:
             return
@@ -219,12 +219,12 @@ class Fit:
             self.checkpoint.keep_best()
 
     def _start(self, rate: float, state: State) -> tuple[torch.optim.Optimizer, Average]:
-        """Return optimiser and moving average as the last checkpoint left them."""
+        """Return optimizer and moving average as the last checkpoint left them."""
         fused = self.world.device.type == "cuda"
-        moving = optimiser(self.model, self.recipe, self.normalisation, rate, self.blocks, fused)
+        moving = optimizer(self.model, self.recipe, self.normalization, rate, self.blocks, fused)
         average = Average(self.model, self.recipe.average)
-        if self.checkpoint.optimiser:
-            unflat(self.checkpoint.optimiser, moving)
+        if self.checkpoint.optimizer:
+            unflat(self.checkpoint.optimizer, moving)
         if self.checkpoint.average:
             average.weights = {k: v.to(self.world.device) for k, v in self.checkpoint.average.items()}
             average.steps = state.averaged
@@ -287,7 +287,7 @@ class Fit:
 
     def _few_images_a_worker(self, parts: int) -> bool:
         few = self.batch // (self.world.size * max(parts, 1)) < self.recipe.sync_below
-        return self.world.size > 1 and self.world.device.type == "cuda" and self.normalisation == "batch" and few
+        return self.world.size > 1 and self.world.device.type == "cuda" and self.normalization == "batch" and few
 
     def _views(self, epoch: int) -> Augment:
         """Return the random views of an epoch."""
@@ -295,7 +295,7 @@ class Fit:
         return augmentation(recipe.crop, job.flip, job.seed, epoch, recipe.randaugment, recipe.randaugment_magnitude)
 
     def _train_mode(self) -> None:
-        """Have dropout drop, and batch normalisation take its statistics from where the recipe says."""
+        """Have dropout drop, and batch normalization take its statistics from where the recipe says."""
         self.model.train()
         for module in self.model.modules():
             if self.still and isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -339,7 +339,7 @@ class Fit:
             ) from error
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the model's buffers, batch normalisation's statistics above all, each with what is in it now."""
+        """Return the model's buffers, batch normalization's statistics above all, each with what is in it now."""
         return [(buffer, buffer.clone()) for buffer in self.model.buffers()]
 
     @staticmethod
@@ -450,11 +450,11 @@ class Fit:
     def _step(self, network: nn.Module, indices: list[int], pixels: Tensor, images: Images, batch: int, state: State) -> Tensor:
         """Leave the gradient of a batch in the weights; return the summed loss of this worker's share. Memory that runs out halves the parts."""
         # No more parts than the smallest share has images, because all workers must take equally many; and BatchNorm has no statistics of one.
-        least = 2 if self.normalisation == "batch" and not self.still else 1
+        least = 2 if self.normalization == "batch" and not self.still else 1
         most = max(batch // (self.world.size * least), 1)
         parts = max(state.accumulate, self.recipe.accumulate)
         taken: tuple[Tensor, Tensor] | None = None
-        # Batch normalisation moves its statistics with every part, and a part that was taken before memory ran out is taken again.
+        # Batch normalization moves its statistics with every part, and a part that was taken before memory ran out is taken again.
         before = [] if self.still else self._buffers()
         while True:
             for parameter in self.model.parameters():
@@ -480,7 +480,7 @@ class Fit:
                 torch.cuda.empty_cache()
 
     def _inputs(self, indices: list[int], pixels: Tensor, images: Images) -> tuple[Tensor, Tensor]:
-        """Return this worker's share of a batch and its labels: 8-bit pixels, or where images are mixed normalised ones on the device.
+        """Return this worker's share of a batch and its labels: 8-bit pixels, or where images are mixed normalized ones on the device.
 
         Images are mixed before the share is taken in parts: how much memory there is changes no recipe.
         """
@@ -488,7 +488,7 @@ class Fit:
         labels = torch.from_numpy(self.sides.train_labels[np.array(indices) % len(images)])
         if not (recipe.mixup or recipe.cutmix):
             return pixels, labels
-        inputs = normalise(pixels.to(device, non_blocking=True), images.transforms)
+        inputs = normalize(pixels.to(device, non_blocking=True), images.transforms)
         return mix(inputs, labels.to(device, non_blocking=True), self.classes, recipe.mixup, recipe.cutmix)
 
     def _parts(self, network: nn.Module, share: Tensor, labels: Tensor, images: Images, batch: int, parts: int) -> Tensor:
@@ -498,7 +498,7 @@ class Fit:
         for number, (piece, truth) in enumerate(pieces, 1):
             inputs, wanted = piece.to(device, non_blocking=True), truth.to(device, non_blocking=True)
             if inputs.dtype == torch.uint8:
-                inputs = normalise(inputs, images.transforms)
+                inputs = normalize(inputs, images.transforms)
             quiet: AbstractContextManager[None] = nullcontext()
             if isinstance(network, nn.parallel.DistributedDataParallel) and number < len(pieces):
                 quiet = network.no_sync()

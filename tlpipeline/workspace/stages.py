@@ -193,7 +193,7 @@ def _without_effect(root: Path, params: Params, decision: Any) -> list[str]:
 
     kept, views, changes = decision.freeze == "kept", params.train.views, params.train.override
     said = []
-    if changes and (unused := idle(decision, changes, _backbone(root, params).normalisation, views)):
+    if changes and (unused := idle(decision, changes, _backbone(root, params).normalization, views)):
         why = "whose head is solved, not trained" if kept else "with this network and these settings"
         said.append(f"train.override: {', '.join(unused)} changes nothing in {decision.case}, {why}")
     if views and not kept:

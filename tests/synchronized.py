@@ -1,4 +1,4 @@
-"""Synchronised batch normalisation where there is no GPU: what torch computes only there, in plain tensor operations."""
+"""Synchronized batch normalization where there is no GPU: what torch computes only there, in plain tensor operations."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,7 +34,7 @@ def gather(
 
 
 def elemt(maps: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> Tensor:
-    """Normalise, scale and move."""
+    """Normalize, scale and move."""
     return (maps - _wide(mean)) * _wide(inverse * weight) + _wide(bias)
 
 
@@ -64,8 +64,8 @@ def forward(self: nn.SyncBatchNorm, maps: Tensor) -> Tensor:
 
 
 @contextmanager
-def synchronised() -> Iterator[None]:
-    """Have batch normalisation synchronised as if the workers were GPUs with few images each."""
+def synchronized() -> Iterator[None]:
+    """Have batch normalization synchronized as if the workers were GPUs with few images each."""
     kernels = {
         "batch_norm_stats": stats,
         "batch_norm_gather_stats_with_counts": gather,
