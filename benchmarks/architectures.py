@@ -52,7 +52,7 @@ from tlpipeline.data.loader import Images
 from tlpipeline.files import write_tensors
 from tlpipeline.profiling.shift import random_reference
 from tlpipeline.training.checkpoint import MODEL, STATE
-from tlpipeline.training.config import Job
+from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.heads import score
 
 RESULTS = HERE / "results"
@@ -218,7 +218,7 @@ def md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def train_all(jobs: Sequence[tuple[Plan, str, Job]], workers: int, place: Path) -> None:
+def train_all(jobs: Sequence[tuple[Plan, str, TrainingConfig]], workers: int, place: Path) -> None:
     """Train in a group of so many workers, one after the other; where one fails, the rest go on in a new group."""
     while jobs:
         started = time.time()
@@ -235,16 +235,16 @@ def train_all(jobs: Sequence[tuple[Plan, str, Job]], workers: int, place: Path) 
                 break
 
 
-def job_of(name: str, decision: Decision, manifest: Path, place: Path) -> Job:
+def job_of(name: str, decision: Decision, manifest: Path, place: Path) -> TrainingConfig:
     """Return the job of one epoch with one batch, from the weights in the network's folder."""
-    return Job(
+    return TrainingConfig(
         workspace=str(place), images=str(manifest.parent / "images"), manifest=str(manifest), backbone=name, weights=START,
         weights_md5=md5(place / START), decision=json.loads(json.dumps(decision.to_json())), seed=0, epochs=1, batch_size=BATCH, flip=True,
         precision="float32", history=str(place / f"{decision.case}.jsonl"),
     )  # fmt: skip
 
 
-def in_group(size: int, jobs: Sequence[tuple[Job, Path]], spec: Path) -> str:
+def in_group(size: int, jobs: Sequence[tuple[TrainingConfig, Path]], spec: Path) -> str:
     """Run jobs in a gloo group of so many processes; return the first error, "" for none."""
     spec.write_text(json.dumps([{"job": asdict(job), "folder": str(folder)} for job, folder in jobs]))
     with socket.socket() as free:

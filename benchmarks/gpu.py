@@ -39,7 +39,7 @@ import regret
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.backbones.classifier import Classifier
 from tlpipeline.backbones.features import pooled, step
-from tlpipeline.backbones.precision import computes_in_bfloat16, on_tensor_cores, reads_in_bfloat16
+from tlpipeline.backbones.precision import computes_in_bfloat16, extracts_in_bfloat16, on_tensor_cores
 from tlpipeline.choice import cases
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset, decoding
@@ -52,10 +52,10 @@ from tlpipeline.data.transforms import Transforms
 from tlpipeline.params import AUTO
 from tlpipeline.training import train
 from tlpipeline.training.checkpoint import Checkpoints
-from tlpipeline.training.config import Job, Teller
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import ProgressWriter, TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.optim import optimizer
-from tlpipeline.training.trainer import Deadline, Fit, Sides
+from tlpipeline.training.trainer import Datasets, TimeBudget, Trainer
 
 TARGET = 0.9
 CLASSES, SIDE = 10, 256
@@ -88,7 +88,7 @@ class Bench:
 
     @property
     def half(self) -> bool:
-        return reads_in_bfloat16(self.device, AUTO) if self.frozen else computes_in_bfloat16(self.device)
+        return extracts_in_bfloat16(self.device, AUTO) if self.frozen else computes_in_bfloat16(self.device)
 
     @cached_property
     def decision(self) -> Decision:
@@ -110,10 +110,10 @@ class Bench:
             self.device
         )
 
-    def job(self, place: Path) -> Job:
+    def job(self, place: Path) -> TrainingConfig:
         # Decoded images stay from one turn to the next, as from one epoch to the next; features are computed each time.
         dataset.write_manifest(self.manifest, place / "manifest.parquet", place / "quarantine.csv")
-        return Job(
+        return TrainingConfig(
             workspace=str(place), images=str(self.images), manifest=str(place / "manifest.parquet"), backbone=self.name,
             weights=catalogue.NONE, weights_md5=catalogue.NONE, decision=self.decision.to_json(), seed=0, epochs=EPOCHS,
             batch_size=self.batch, flip=True, precision="auto", history=str(place / "history.jsonl"),
@@ -207,13 +207,13 @@ def kept_images(bench: Bench) -> Images:
     """The images as fine-tuning itself keeps them, decoded here if no turn has done it yet."""
     classes, (train_rows, val_rows) = bench.manifest.classes, (bench.manifest.used(side) for side in (TRAIN, VAL))
     train_labels, val_labels = (np.array([classes.index(r.label) for r in rows]) for rows in (train_rows, val_rows))
-    sides = Sides(bench.images, train_rows, val_rows, train_labels, val_labels, bench.transforms)
+    sides = Datasets(bench.images, train_rows, val_rows, train_labels, val_labels, bench.transforms)
     with tempfile.TemporaryDirectory(prefix="gpu-") as made:
         model, job = nn.Linear(1, 1), bench.job(Path(made))
-        world = Alone(Path(made))
-        fit = Fit(
-            model, sides, bench.decision.recipe, job, world, Checkpoints(world, Path(made), model), Teller(Path(job.history), 0), "none",
-            Store(Path(job.cache)), Deadline(0, world, 0),
+        world = LocalContext(Path(made))
+        fit = Trainer(
+            model, sides, bench.decision.recipe, job, world, Checkpoints(world, Path(made), model), ProgressWriter(Path(job.history), 0), "none",
+            Store(Path(job.cache)), TimeBudget(0, world, 0),
         )  # fmt: skip
         return fit._images(EPOCHS)[0]
 
@@ -235,7 +235,7 @@ def product(bench: Bench, on_ray: bool) -> tuple[float, float, float]:
             finished = ray_train.run(job, cluster, "gpu", place / "runs", silent)
         else:
             (place / "scratch").mkdir()
-            alone = train.run(job, Alone(place / "kept", bench.device), place / "scratch")
+            alone = train.run(job, LocalContext(place / "kept", bench.device), place / "scratch")
             assert alone is not None
             finished = alone
         told = json.loads((finished / "history.json").read_text())["speed"]

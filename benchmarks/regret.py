@@ -81,7 +81,7 @@ from tlpipeline import params
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones import classifier as models
 from tlpipeline.backbones import taps as cutting
-from tlpipeline.backbones.features import extract, reading
+from tlpipeline.backbones.features import extract, pooling_at
 from tlpipeline.choice import cases, decide, policy, predictor
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset, splits
@@ -94,8 +94,8 @@ from tlpipeline.profiling.shift import FIRST_IMAGES
 from tlpipeline.progress import silent
 from tlpipeline.stats import pack
 from tlpipeline.training import train
-from tlpipeline.training.config import Job
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import solve_head
 from tlpipeline.training.recipe import Recipe
 
@@ -182,7 +182,7 @@ def row_of(arm: str, similar: float) -> cases.Case:
 def uncut(row: cases.Case, last: cutting.Tap, size: int) -> Decision:
     """Return a decision for this row, whatever the evidence, that keeps the whole network: its head reads the last tap."""
     return Decision(
-        case=row.name, slice=last.name, head="last", readings=(reading(last),), size=size, freeze=row.freeze, init=row.init, recipe=row.recipe,
+        case=row.name, slice=last.name, head="last", readings=(pooling_at(last),), size=size, freeze=row.freeze, init=row.init, recipe=row.recipe,
         prior=0.5, probabilities={}, similar=0.0, large=1.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
         saved_parameters=0.0, saved_ops=0.0, reason="", changes=(), warnings=(), forced=(),
     )  # fmt: skip
@@ -243,7 +243,7 @@ def train_arm(
     with tempfile.TemporaryDirectory(prefix="regret-") as place:
         here = Path(place)
         dataset.write_manifest(manifest, here / "manifest.parquet", here / "quarantine.csv")
-        job = Job(
+        job = TrainingConfig(
             workspace=place, images=str(folder), manifest=str(here / "manifest.parquet"), backbone=net.name, weights=weights,
             weights_md5=md5, decision=decision.to_json(), seed=unit.seed, epochs="auto", batch_size="auto", flip=unit.data not in NO_FLIP,
             precision="auto", history=str(here / "history.jsonl"),
@@ -251,7 +251,7 @@ def train_arm(
         started = cpu_seconds()
         (here / "scratch").mkdir()
         with first_blocks_fixed(backbone, taps[-1].name, fixed) if fixed else nullcontext():
-            finished = train.run(job, Alone(here / "kept"), here / "scratch")
+            finished = train.run(job, LocalContext(here / "kept"), here / "scratch")
         spent = cpu_seconds() - started
         assert finished is not None
         history = json.loads((finished / "history.json").read_text())["history"]
@@ -299,7 +299,7 @@ def frozen_arms(
     if not heads_too:
         return evidence, []
     taps = cutting.describe(backbone, net.size)
-    readings = {tap.name: reading(tap) for tap in taps}
+    readings = {tap.name: pooling_at(tap) for tap in taps}
     ops = {tap.name: tap.forward_ops / taps[-1].forward_ops for tap in taps}
     trunk = cutting.cut(backbone, list(readings)).to(memory_format=torch.channels_last)
     sides = {side: manifest.used(side) for side in (TRAIN, VAL, TEST)}

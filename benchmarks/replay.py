@@ -19,7 +19,7 @@ from grid import ARMS, GRIDS, LEFT_OUT, MORE, SEED, UNITS, Unit, rank, rows_of
 from research import fitting
 from research.fitting import Observed
 from tlpipeline.choice import policy, predictor
-from tlpipeline.choice.predictor import Evidence, Outlook
+from tlpipeline.choice.predictor import Evidence, GainPredictor
 from tlpipeline.params import ChooseParams
 from tlpipeline.stats import unpack, wilson
 
@@ -145,9 +145,9 @@ class Chosen:
     raced: bool = False
 
 
-def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
+def product(model: GainPredictor, rule: ChooseParams, one: Measured) -> Chosen:
     """Choose as the product does: the profile, the prediction, and where it is open the race."""
-    weighed = policy.Weighed(one.evidence, rule, model)
+    weighed = policy.DecisionPolicy(one.evidence, rule, model)
     frozen = HEADS[weighed.head]
     before = float(one.looked)
     if weighed.no_race:
@@ -172,7 +172,7 @@ def product(model: Outlook, rule: ChooseParams, one: Measured) -> Chosen:
 
 def observed(one: Measured, rule: ChooseParams, heads: dict[str, Any]) -> Observed:
     """Return a row of the fit."""
-    weighed = policy.Weighed(one.evidence, rule, dataclasses.replace(predictor.NEUTRAL, heads=heads))
+    weighed = policy.DecisionPolicy(one.evidence, rule, dataclasses.replace(predictor.NEUTRAL, heads=heads))
     frozen = HEADS[weighed.head]
     row = one.arms["tuned"]
     looks = [float(unpack(bits, len(one.judges)).mean()) for bits in row["looks"].split()] if len(one.judges) else []
@@ -208,26 +208,26 @@ def core_of(units: Sequence[Measured]) -> list[Measured]:
     return [one for one in units if one.unit.backbone in GRIDS["core"] and one.unit.data not in MORE]
 
 
-def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> dict[str, Outlook]:
+def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> dict[str, GainPredictor]:
     """Return for each data set a model that has not seen it: the package's own, or where that was fitted on it, one fitted on the rest of the core grid.
 
     As the package's own they are fitted at the balanced tolerance, whatever the user prefers.
     """
     rule = dataclasses.replace(rule, prefer="balanced")
-    shipped, core = predictor.fitted(), core_of(units)
+    shipped, core = predictor.load_predictor(), core_of(units)
     return {
         name: shipped if name not in shipped.data else fitted_on([one for one in core if one.unit.data != name], rule, penalty)
         for name in sorted({one.unit.data for one in units})
     }
 
 
-def fitted_on(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> Outlook:
+def fitted_on(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> GainPredictor:
     """Fit in two steps: first which frozen head would be trained, then how far fine-tuning lies above it."""
     heads = fitting.fit_heads([observed(one, rule, predictor.NEUTRAL.heads) for one in units])
     return fitting.fit([observed(one, rule, heads) for one in units], penalty, rule.tolerance / 100)
 
 
-def rules(units: Sequence[Measured], rule: ChooseParams, models: dict[str, Outlook]) -> dict[str, list[Chosen]]:
+def rules(units: Sequence[Measured], rule: ChooseParams, models: dict[str, GainPredictor]) -> dict[str, list[Chosen]]:
     """Return what every rule chooses for every unit; `models` holds for each data set one that was fitted on the others.
 
     Every rule but the product fine-tunes by the usual recipe, as those do who use it today, and once more by the product's (OURS), which
@@ -251,11 +251,11 @@ def rules(units: Sequence[Measured], rule: ChooseParams, models: dict[str, Outlo
     }
 
 
-def baselines(tuned: str, rule: ChooseParams, models: dict[str, Outlook]) -> dict[str, Callable[[Measured], Chosen]]:
+def baselines(tuned: str, rule: ChooseParams, models: dict[str, GainPredictor]) -> dict[str, Callable[[Measured], Chosen]]:
     """Return the rules that fine-tune some units or all, with this arm (lpft or tuned) for that."""
 
     def best(one: Measured) -> str:
-        return HEADS[policy.Weighed(one.evidence, rule, models[one.unit.data]).head]
+        return HEADS[policy.DecisionPolicy(one.evidence, rule, models[one.unit.data]).head]
 
     def headroom(one: Measured) -> Chosen:
         most = max(one.evidence.last, one.evidence.cut, one.evidence.multi)
@@ -424,7 +424,9 @@ def fit(results: Path, rule: ChooseParams) -> None:
     )
 
 
-def dominated(units: Sequence[Measured], found: dict[str, Figures], rule: ChooseParams, models: dict[str, Outlook]) -> dict[str, list[str]]:
+def dominated(
+    units: Sequence[Measured], found: dict[str, Figures], rule: ChooseParams, models: dict[str, GainPredictor]
+) -> dict[str, list[str]]:
     """Return for each baseline the settings of choose.prefer and choose.effort that lose less, by both bounds, and cost less."""
     settings = {}
     for prefer in policy.LENIENCE:

@@ -58,8 +58,8 @@ from tlpipeline.profiling import measure
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import silent
 from tlpipeline.training import train, trainer
-from tlpipeline.training.config import Job
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import IN_MEMORY_BYTES, solve_head
 from tlpipeline.training.recipe import Recipe
 
@@ -83,7 +83,7 @@ def decision(backbone: taps.Backbone, case: str, size: int) -> Decision:
     return regret.uncut(cases.find(case), taps.describe(backbone, size)[-1], size)
 
 
-def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: Decision, **changes: object) -> Job:
+def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: Decision, **changes: object) -> TrainingConfig:
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
     values: dict[str, object] = {
         "workspace": str(place), "images": str(folder), "manifest": str(place / "manifest.parquet"), "backbone": NET.name,
@@ -91,7 +91,7 @@ def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manife
         "batch_size": "auto", "flip": True, "precision": "auto", "history": str(place / "history.jsonl"), "cache": str(place / "cache"),
         "cache_bytes": 1e10,
     }  # fmt: skip
-    return Job(**{**values, **changes})  # type: ignore[arg-type]
+    return TrainingConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def bare_pass(network: Callable[[torch.Tensor], object], images: Images) -> None:
@@ -117,10 +117,10 @@ def spent(work: Callable[[], object]) -> tuple[float, float]:
     return regret.cpu_seconds() - cpu, time.perf_counter() - wall
 
 
-def run_job(made: Job, place: Path) -> Path:
+def run_job(made: TrainingConfig, place: Path) -> Path:
     scratch = place / "scratch"
     scratch.mkdir()
-    finished = train.run(made, Alone(place / "kept"), scratch)
+    finished = train.run(made, LocalContext(place / "kept"), scratch)
     assert finished is not None
     return finished
 
@@ -328,14 +328,14 @@ def loop(options: argparse.Namespace) -> None:
     half = precision.computes_in_bfloat16(CPU)
     seconds: dict[str, list[tuple[float, float]]] = {"bare loop": [], "product": []}
     loaders: list[tuple[Images, Images]] = []
-    plain_arm, plain_images = trainer.Fit.arm, trainer.Fit._images
+    plain_arm, plain_images = trainer.Trainer.arm, trainer.Trainer._images
 
-    def arm(self: trainer.Fit, *args: object) -> None:
+    def arm(self: trainer.Trainer, *args: object) -> None:
         loaders.append(plain_images(self, LOOP_EPOCHS))  # what is not decoded yet is decoded here, for both
         seconds["product"].append(spent(lambda: plain_arm(self, *args)))  # type: ignore[arg-type]
 
-    trainer.Fit.arm = arm  # type: ignore[method-assign, assignment]
-    trainer.Fit._images = lambda self, epochs: loaders[-1]  # type: ignore[method-assign]
+    trainer.Trainer.arm = arm  # type: ignore[method-assign, assignment]
+    trainer.Trainer._images = lambda self, epochs: loaders[-1]  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(prefix="speed-") as kept:
 
         def product() -> None:
@@ -470,7 +470,11 @@ def stamped(loop: Callable[[dict[str, object]], object], log: str) -> Callable[[
 
             return step
 
-        places = ((ray_train._RayWorld, "report", reporting), (distributed.Alone, "report", reporting), (trainer.Fit, "_step", stepping))
+        places = (
+            (ray_train._RayWorld, "report", reporting),
+            (distributed.LocalContext, "report", reporting),
+            (trainer.Trainer, "_step", stepping),
+        )
         before = [getattr(kind, name) for kind, name, _ in places]
         for (kind, name, wrap), plain in zip(places, before, strict=True):
             setattr(kind, name, wrap(plain))

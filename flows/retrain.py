@@ -10,7 +10,7 @@ from prefect.runtime import flow_run
 
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.tasks import pipeline
-from tlpipeline.workspace.create import alone
+from tlpipeline.workspace.create import exclusive
 from tlpipeline.workspace.release import Summary
 
 UPDATED = "tlpipeline.data.updated"
@@ -30,7 +30,7 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
         wait_minutes: how long to wait for another run in the same workspace.
     """
     workspace = workspace.resolve()
-    with alone(workspace, wait_minutes, images):
+    with exclusive(workspace, wait_minutes, images):
         pipeline.version(workspace, images)
         pipeline.stage(workspace, "ingest")
         pipeline.stage(workspace, "profile")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tlpipeline.choice.predictor import DRAWS, GROWING, HEADS, NEUTRAL, PRIOR, UNUSED, Evidence, Outlook, figures, log_odds
+from tlpipeline.choice.predictor import DRAWS, GROWING, HEADS, NEUTRAL, PRIOR, UNUSED, Evidence, GainPredictor, figures, log_odds
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Observed:
         return log_odds(self.tuned_test, self.test) - log_odds(self.frozen_test, self.test)
 
 
-def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
+def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> GainPredictor:
     """Fit by ridge regression; what it leaves unexplained and the calibration are measured on data sets left out one after the other.
 
     Every data set counts alike, however many rows it has. Outlying shifts are drawn in to three robust deviations.
@@ -83,7 +83,7 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> Outlook:
 
 
 def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]:
-    """Return what frozen heads win against each other (see `Outlook.head_gain`): (level, slope by S, spread), data sets counting alike."""
+    """Return what frozen heads win against each other (see `GainPredictor.head_gain`): (level, slope by S, spread), data sets counting alike."""
     weight = _alike(rows)
     s = np.array([r.evidence.head_similarity or 0.0 for r in rows])
     out = {}
@@ -118,7 +118,7 @@ def _lag(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
     return tuple(out)
 
 
-def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
+def _ridge(rows: Sequence[Observed], penalty: float) -> GainPredictor:
     names = list(figures(rows[0].evidence, rows[0].frozen))
     x = np.array([[figures(r.evidence, r.frozen)[k] for k in names] for r in rows])
     y = np.array([r.shift for r in rows])
@@ -141,7 +141,7 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
         if not against.any():
             break
         used &= ~against
-    return Outlook(
+    return GainPredictor(
         center=_named(names, center),
         spread=_named(names, spread),
         coefficients=_named(names, beta),
@@ -161,7 +161,7 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> Outlook:
     )
 
 
-def _prior(model: Outlook, rows: Sequence[Observed], tolerance: float) -> dict[str, float]:
+def _prior(model: GainPredictor, rows: Sequence[Observed], tolerance: float) -> dict[str, float]:
     """Return a logistic regression of `fine-tuning won more than the tolerance` on PRIOR, data sets counting alike; more images never lower it."""
     from scipy.optimize import minimize
 

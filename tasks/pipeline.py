@@ -69,7 +69,7 @@ def _broken(task, run, state) -> bool:  # type: ignore[no-untyped-def]
 def version(workspace: Path, images: Path | None) -> str:
     """Version the images as they are now; return the hash of the data set."""
     if images is not None:
-        create.take_over(workspace, images)
+        create.replace_images(workspace, images)
     digest, remarks = create.commit_data(workspace)
     for remark in remarks:
         listener.get()(Event("version", 1, 1, remark))
@@ -111,7 +111,7 @@ def evaluate(workspace: Path) -> float:
 def gate(workspace: Path) -> object:
     """Compare with the champion on the same test images; return the verdict, or nothing for a model that is registered already."""
     with stages.timed(workspace, "gate"):
-        return release.judge(workspace, listener.get())
+        return release.evaluate_gate(workspace, listener.get())
 
 
 @task(task_run_name="register", retries=2, retry_delay_seconds=10, retry_condition_fn=_broken)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tlpipeline.backbones import catalogue, classifier
 from tlpipeline.backbones import taps as cutting
 from tlpipeline.backbones.classifier import Classifier, Description, probabilities
-from tlpipeline.backbones.features import pool, reading
+from tlpipeline.backbones.features import pool, pooling_at
 from tlpipeline.backbones.taps import Backbone, Tap
 from tlpipeline.choice.cases import CASES, Case
 from tlpipeline.choice.decision import Decision
@@ -77,7 +77,7 @@ def only_read(backbone: Backbone) -> Backbone:
 def decide(names: Sequence[str], taps: Sequence[Tap], size: int, case: Case) -> Decision:
     """Return a decision for this row on a network with taps of these names; those that are read must be described."""
     by_name = {tap.name: tap for tap in taps}
-    return decision_for(case, [reading(by_name[name]) for name in read_at(names, case)], size)
+    return decision_for(case, [pooling_at(by_name[name]) for name in read_at(names, case)], size)
 
 
 @dataclass(frozen=True)

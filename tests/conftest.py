@@ -127,7 +127,7 @@ def _registered_workspace(_blank_workspace: Path, tmp_path_factory: pytest.TempP
     shutil.copytree(_blank_workspace, folder, symlinks=True)
     for name in stages.STAGES:
         stages.bring_up_to_date(folder, name, silent)
-    assert release.register(folder, release.judge(folder, silent)).new
+    assert release.register(folder, release.evaluate_gate(folder, silent)).new
     return folder
 
 
@@ -152,19 +152,19 @@ def prefect_server() -> Iterator[None]:
 def job(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
     """Makes training jobs on three painted classes, ninety images."""
     from tlpipeline.data import dataset
-    from tlpipeline.training.config import Job
+    from tlpipeline.training.config import TrainingConfig
 
     folder = make_images(classes=3, each=30)
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
     dataset.write_manifest(manifest, tmp_path / "manifest.parquet", tmp_path / "quarantine.csv")
 
-    def make(decision: Any, name: str = "run", **changes: Any) -> Job:
+    def make(decision: Any, name: str = "run", **changes: Any) -> TrainingConfig:
         plain = {
             "workspace": str(tmp_path), "images": str(folder), "manifest": str(tmp_path / "manifest.parquet"), "backbone": "demonstration",
             "weights": "DEFAULT", "weights_md5": "none", "decision": json.loads(json.dumps(decision.to_json())), "seed": 0, "epochs": 3,
             "batch_size": 16, "flip": False, "precision": "float32", "history": str(tmp_path / f"{name}.jsonl"),
         }  # fmt: skip
-        return Job(**{**plain, **changes})
+        return TrainingConfig(**{**plain, **changes})
 
     return make
 

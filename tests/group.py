@@ -20,11 +20,11 @@ import torch
 from synchronized import synchronized
 
 from tlpipeline.backbones import features
-from tlpipeline.backbones.features import Reader
+from tlpipeline.backbones.features import FeatureExtractor
 from tlpipeline.data.loader import Images
 from tlpipeline.training import checkpoint, trainer
-from tlpipeline.training.config import Job
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.train import run
 
 
@@ -32,7 +32,7 @@ class Interrupted(Exception):
     """Stands for a crash right after a checkpoint, or in the middle of the features."""
 
 
-class Crashing(Alone):
+class Crashing(LocalContext):
     """A world that crashes right after so many checkpoints."""
 
     def __init__(self, folder: Path, after: int) -> None:
@@ -49,9 +49,9 @@ class Crashing(Alone):
 @contextmanager
 def breaking_off(images: int) -> Iterator[None]:
     """Crash as soon as a worker has passed so many images in one go through the network, and has kept them: a shard is a step here. 0: never."""
-    plain = Reader.compute
+    plain = FeatureExtractor.compute
 
-    def compute(self: Reader, shown: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
+    def compute(self: FeatureExtractor, shown: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
         def told(done: int) -> None:
             progress(done)
             if 0 < images <= done:
@@ -59,7 +59,7 @@ def breaking_off(images: int) -> Iterator[None]:
 
         plain(self, shown, indices, told)
 
-    with patch.object(Reader, "compute", compute), patch.object(features, "SHARD_ROWS", 1 if images else features.SHARD_ROWS):
+    with patch.object(FeatureExtractor, "compute", compute), patch.object(features, "SHARD_ROWS", 1 if images else features.SHARD_ROWS):
         yield
 
 
@@ -75,7 +75,7 @@ def attempt(item: Mapping[str, Any], rank: int = 0) -> None:
         synchronized() if item.get("synchronized") else nullcontext(),
         suppress(Interrupted),
     ):
-        run(Job(**item["job"]), Crashing(folder, item.get("crash", 0)), scratch)
+        run(TrainingConfig(**item["job"]), Crashing(folder, item.get("crash", 0)), scratch)
 
 
 def main(rank: int, size: int, port: int, spec: Path) -> None:

@@ -26,7 +26,7 @@ from torchvision import models
 from tlpipeline.backbones.catalogue import FAMILIES, load
 from tlpipeline.backbones.classifier import load as load_model
 from tlpipeline.backbones.classifier import probabilities
-from tlpipeline.backbones.features import reading
+from tlpipeline.backbones.features import pooling_at
 from tlpipeline.backbones.taps import Backbone, Tap, cut, describe, input_size
 from tlpipeline.choice.cases import CASES, Case
 from tlpipeline.data import dataset
@@ -35,8 +35,8 @@ from tlpipeline.errors import BackboneError
 from tlpipeline.files import write_tensors
 from tlpipeline.profiling.shift import random_reference
 from tlpipeline.training import train
-from tlpipeline.training.config import Job
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,9 +90,9 @@ def test_a_family_is_fine_tuned_as_a_run_does_it(
     """At 64 pixels, where BatchNorm keeps its statistics, and in the processor's own number format."""
     backbone = load(name, "none", size=64)
     last = describe(replace(backbone, tap_names=backbone.tap_names[-1:]), 64)[0]
-    made = Job(
+    made = TrainingConfig(
         workspace=str(tmp_path), images=str(painted / "images"), manifest=str(painted / "manifest.parquet"), backbone=name, weights="none",
-        weights_md5="none", decision=decision_for(CASES[2], [reading(last)], 64).to_json(), seed=0, epochs=2, batch_size=8, flip=True,
+        weights_md5="none", decision=decision_for(CASES[2], [pooling_at(last)], 64).to_json(), seed=0, epochs=2, batch_size=8, flip=True,
         precision="auto", history=str(tmp_path / "run.jsonl"),
     )  # fmt: skip
     stepped: list[tuple[str, int, int]] = []
@@ -106,7 +106,7 @@ def test_a_family_is_fine_tuned_as_a_run_does_it(
 
         monkeypatch.setattr(kind, "step", step)
     (tmp_path / "scratch").mkdir()
-    finished = train.run(made, Alone(tmp_path / "kept"), tmp_path / "scratch")
+    finished = train.run(made, LocalContext(tmp_path / "kept"), tmp_path / "scratch")
     assert finished is not None
     assert backbone.normalization == normalization
     assert {kind for kind, _, _ in stepped} == {optimizer}
@@ -136,10 +136,10 @@ def grouped(painted: Path) -> Path:
         # Without statistics of their own, hardly anything of an image arrives at the last layer of a random network.
         write_tensors(random_reference(backbone, [shown], seed=0).module.state_dict(), place / "start.safetensors")
         last = describe(replace(backbone, tap_names=backbone.tap_names[-1:]), size)[0]
-        decision = decision_for(CASES[2], [reading(last)], size)
+        decision = decision_for(CASES[2], [pooling_at(last)], size)
         # No head is solved, neither first nor last: what is exported is what was trained.
         decision = replace(decision, init="plain", recipe=replace(decision.recipe, solve_again=False))
-        made = Job(
+        made = TrainingConfig(
             workspace=str(place), images=str(painted / "images"), manifest=str(painted / "manifest.parquet"), backbone=name,
             weights="start.safetensors", weights_md5=hashlib.md5((place / "start.safetensors").read_bytes(), usedforsecurity=False).hexdigest(),
             decision=decision.to_json(), seed=0, epochs=2, batch_size=BATCH, flip=True, precision="float32", history=str(place / "run.jsonl"),

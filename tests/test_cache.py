@@ -27,13 +27,13 @@ from torch import nn
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones import taps as cutting
 from tlpipeline.backbones.classifier import DESCRIPTION, Classifier, Description, load, probabilities, save
-from tlpipeline.backbones.features import Reader, extract
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.features import FeatureExtractor, extract
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data import cache, dataset, splits
 from tlpipeline.data.cache import Column, Store, Table
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Images, prepared, squeezed
+from tlpipeline.data.loader import Images, resized_cache, square_cache
 from tlpipeline.errors import DataError
 from tlpipeline.params import ProfileParams
 from tlpipeline.profiling import measure
@@ -41,7 +41,7 @@ from tlpipeline.progress import silent
 from tlpipeline.workspace import stages
 
 CPU = torch.device("cpu")
-FIRST, LAST = Reading("conv1", 32, (1, 2)), Reading("fc2", 128, (1,))
+FIRST, LAST = TapPooling("conv1", 32, (1, 2)), TapPooling("fc2", 128, (1,))
 
 
 def md5(text: object) -> str:
@@ -55,7 +55,7 @@ def numbers(count: int, width: int = 5, seed: int = 0) -> torch.Tensor:
 class Counting:
     """Counts the steps of a network and the images in them."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: FeatureExtractor) -> None:
         self.steps, self.network = 0, reader.network
         reader.network = self
 
@@ -64,14 +64,14 @@ class Counting:
         return self.network(inputs)
 
 
-def reader(store: Store, net: Backbone, *readings: Reading, size: int | None = None, view: str = "") -> Reader:
+def reader(store: Store, net: Backbone, *readings: TapPooling, size: int | None = None, view: str = "") -> FeatureExtractor:
     transforms = net.transforms if size is None else net.transforms.at(size)
     trunk = cutting.cut(net, [r.tap for r in readings]).to(memory_format=torch.channels_last)
-    asked = Reader(store, net, trunk, readings, transforms, CPU)
+    asked = FeatureExtractor(store, net, trunk, readings, transforms, CPU)
     return asked.of_view(view) if view else asked
 
 
-def steps(store: Store, net: Backbone, folder: Path, rows: list[Row], *readings: Reading, view: str = "") -> int:
+def steps(store: Store, net: Backbone, folder: Path, rows: list[Row], *readings: TapPooling, view: str = "") -> int:
     """How many steps of the network reading these images takes."""
     asked = reader(store, net, *readings, view=view)
     counting = Counting(asked)
@@ -131,13 +131,13 @@ def test_other_weights_taps_pyramids_sizes_and_views_are_computed_anew(
     folder, rows = listed[0], listed[1][:16]
     store = Store(tmp_path / "cache")
     assert steps(store, net, folder, rows, LAST) == 1
-    assert steps(store, net, folder, rows, Reading("conv3", 128, (1, 2))) == 1
-    assert steps(store, net, folder, rows, Reading("conv3", 128, (1,))) == 1
+    assert steps(store, net, folder, rows, TapPooling("conv3", 128, (1, 2))) == 1
+    assert steps(store, net, folder, rows, TapPooling("conv3", 128, (1,))) == 1
     assert steps(store, net, folder, rows, LAST, view="view 1") == 1
     assert steps(store, catalogue.load("demonstration", "none", seed=1), folder, rows, LAST) == 1
     assert steps(store, catalogue.load("demonstration", "none", seed=2), folder, rows, LAST) == 1
     square = catalogue.load("nets:resnet20", "none")
-    taps = [Reading("layer1.0", 16, (1,))]
+    taps = [TapPooling("layer1.0", 16, (1,))]
     counts = []
     for size in (32, 48, 32):
         asked = reader(store, square, *taps, size=size)
@@ -188,7 +188,7 @@ def test_what_is_kept_is_known_by_the_decoder_that_made_the_pixels(net: Backbone
 
     monkeypatch.setattr(Store, "column", asked)
     reader(Store(), net, LAST, view="view 1")
-    for decoded in (squeezed(Store(), Path(), 32), prepared(Store(), Path(), net.transforms)):
+    for decoded in (square_cache(Store(), Path(), 32), resized_cache(Store(), Path(), net.transforms)):
         assert len(decoded.column.has([])) == 0
     assert len(keys) == 4
     assert all(f"Pillow {PIL.__version__}" in key for key in keys)
@@ -288,8 +288,8 @@ def test_an_exported_model_knows_the_features_of_the_network_it_was_cut_from(
 ) -> None:
     folder, rows = listed
     store = Store(tmp_path / "cache")
-    steps(store, net, folder, rows, Reading("conv2", 64, (1, 2)), FIRST)
-    model = Classifier(net, (Reading("conv2", 64, (1, 2)), FIRST), 4, frozen=True)
+    steps(store, net, folder, rows, TapPooling("conv2", 64, (1, 2)), FIRST)
+    model = Classifier(net, (TapPooling("conv2", 64, (1, 2)), FIRST), 4, frozen=True)
     torch.nn.init.normal_(model.head.weight)
     save(model, Description("demonstration", "conv2", model.readings, tuple("abcd"), net.transforms, frozen=True), tmp_path / "model")
     exported, description = load(tmp_path / "model")
@@ -360,7 +360,7 @@ def test_a_damaged_shard_is_thrown_away_and_built_again(damage: str, listed: tup
     assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
 
 
-def reader_after(tmp_path: Path, net: Backbone, folder: Path, rows: list[Row]) -> Reader:
+def reader_after(tmp_path: Path, net: Backbone, folder: Path, rows: list[Row]) -> FeatureExtractor:
     asked = reader(Store(tmp_path / "cache"), net, LAST)
     asked.read(Images(folder, rows, net.transforms), lambda done: None)
     return asked
@@ -461,7 +461,7 @@ def test_two_readers_at_once_keep_what_one_would(listed: tuple[Path, list[Row]],
     # Made before: torch.fx replaces the whole process's nn.Module.__call__ while it traces, and two threads at once leave it replaced.
     both = [reader(Store(tmp_path / "cache"), net, FIRST, LAST) for _ in range(2)]
 
-    def read(asked: Reader, part: list[Row]) -> int:
+    def read(asked: FeatureExtractor, part: list[Row]) -> int:
         counting = Counting(asked)
         begun.wait()
         asked.read(Images(folder, part, net.transforms), lambda done: None)
@@ -484,13 +484,13 @@ def test_shards_that_are_written_apart_are_the_same_and_their_errors_are_raised(
     images = Images(folder, rows, net.transforms)
     monkeypatch.setattr("tlpipeline.backbones.features.SHARD_ROWS", 32)
     threads: set[str] = set()
-    plain = Reader._keep
+    plain = FeatureExtractor._keep
 
-    def keep(self: Reader, *given: object) -> None:
+    def keep(self: FeatureExtractor, *given: object) -> None:
         threads.add(threading.current_thread().name)
         plain(self, *given)
 
-    monkeypatch.setattr(Reader, "_keep", keep)
+    monkeypatch.setattr(FeatureExtractor, "_keep", keep)
     found = []
     for apart in (False, True):
         asked = reader(Store(tmp_path / str(apart)), net, FIRST, LAST)
@@ -505,7 +505,7 @@ def test_shards_that_are_written_apart_are_the_same_and_their_errors_are_raised(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    monkeypatch.setattr(Reader, "_keep", full)
+    monkeypatch.setattr(FeatureExtractor, "_keep", full)
     for part in (rows, rows[:3]):  # in the middle, and at the end
         asked = reader(Store(tmp_path / "full"), net, FIRST, LAST)
         asked.apart = True

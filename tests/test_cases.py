@@ -10,7 +10,7 @@ import pytest
 from test_choice import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from test_profile import planted
 
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import CASES, Case, find
 from tlpipeline.choice.decide import choose
 from tlpipeline.choice.decision import Decision, Look, Race, idle, override
@@ -19,7 +19,7 @@ from tlpipeline.params import load
 from tlpipeline.training.recipe import Recipe
 
 
-def decision_for(case: Case, readings: Sequence[Reading], size: int) -> Decision:
+def decision_for(case: Case, readings: Sequence[TapPooling], size: int) -> Decision:
     """A decision for this row, whatever the evidence; its head reads here, deepest first."""
     made = choose(planted([0.6, 0.8, 0.9]), RULE)
     return replace(

@@ -20,7 +20,7 @@ from tlpipeline.choice.cases import CASES, find
 from tlpipeline.choice.decide import undecided
 from tlpipeline.choice.decision import Decision, Look, Race
 from tlpipeline.choice.policy import weigh
-from tlpipeline.choice.predictor import Outlook, fitted
+from tlpipeline.choice.predictor import GainPredictor, load_predictor
 from tlpipeline.errors import BackboneError, ParamsError
 from tlpipeline.params import ChooseParams, load
 from tlpipeline.profiling.profile import Profile, slice_test
@@ -58,7 +58,7 @@ PLANTED = {
 }
 
 
-def decide(profile: Profile, rule: ChooseParams = RULE, model: Outlook = MODEL) -> Decision:
+def decide(profile: Profile, rule: ChooseParams = RULE, model: GainPredictor = MODEL) -> Decision:
     weighed = weigh(profile, rule, model)
     return choice.decide(profile, weighed, weighed.large)
 
@@ -85,7 +85,7 @@ def test_the_same_profile_gives_the_same_decision() -> None:
 
 def test_choose_decides_with_the_model_of_the_package() -> None:
     profile = planted(DIFFERENT_SMALL)
-    assert choice.choose(profile, RULE) == decide(profile, RULE, predictor.fitted())
+    assert choice.choose(profile, RULE) == decide(profile, RULE, predictor.load_predictor())
 
 
 def test_only_the_slicing_case_cuts() -> None:
@@ -204,14 +204,14 @@ def test_the_shipped_model_decides_known_sets_as_planted(known: dict[str, Profil
 def test_where_there_is_no_signal_it_is_said_and_the_cheapest_case_taken(
     known: dict[str, Profile],  # noqa: F811
     name: str,
-    model: Outlook | None,
+    model: GainPredictor | None,
 ) -> None:
     """Noise has headroom, too: a prediction that reads it as something to win must not decide."""
-    decision = decide(known[name], model=model or fitted())
+    decision = decide(known[name], model=model or load_predictor())
     assert any(w.startswith("no signal") and "check the labels" in w for w in decision.warnings)
     assert (decision.case, decision.slice) == ("small_similar", "fc2")
     judged = replace(known[name], validation=150)
-    assert decide(judged, model=model or fitted()).race_wanted
+    assert decide(judged, model=model or load_predictor()).race_wanted
 
 
 def test_classes_as_many_as_images_are_said_to_be_too_many(known: dict[str, Profile]) -> None:  # noqa: F811
@@ -286,7 +286,7 @@ def test_who_forces_the_worse_head_is_told_what_it_costs() -> None:
     assert forced.within < 0.2
 
 
-def expected(gain: float) -> Outlook:
+def expected(gain: float) -> GainPredictor:
     """A model that expects fine-tuning to win this many points at a frozen accuracy of 80 %."""
     return model(intercept=predictor.log_odds(0.8 + gain / 100, 1e6) - predictor.log_odds(0.8, 1e6), deviation=0.01)
 
@@ -486,14 +486,14 @@ def test_too_few_labels_leave_the_first_case_against_the_third(case: str) -> Non
 def test_a_large_network_is_not_judged_by_a_line_through_two_small_ones() -> None:
     """The shipped model has seen 0.3 to 0.7 million parameters: a hundred times as many are unknown, not hopeless, and are raced."""
     profile = replace(planted([0.5, 0.6, 0.8]), validation=200)
-    small = fitted().highest["log10 parameters"]
+    small = load_predictor().highest["log10 parameters"]
     near, far = (replace(profile, taps=tuple(replace(t, parameters=int(10**p)) for t in profile.taps)) for p in (small, small + 2))
-    sure, unsure = (weigh(p, RULE, fitted()) for p in (near, far))
+    sure, unsure = (weigh(p, RULE, load_predictor()) for p in (near, far))
     assert abs(unsure.prediction.gain - sure.prediction.gain) < 0.03
     assert unsure.prediction.high - unsure.prediction.low > 1.5 * (sure.prediction.high - sure.prediction.low)
     assert 0.2 < unsure.chance_of_large < 0.8
-    assert decide(far, model=fitted()).race_wanted
-    assert any(words.startswith("out of range: parameters") for words in decide(far, model=fitted()).warnings)
+    assert decide(far, model=load_predictor()).race_wanted
+    assert any(words.startswith("out of range: parameters") for words in decide(far, model=load_predictor()).warnings)
 
 
 def test_the_cases_of_small_data_share_nothing_once_it_is_settled_whether_they_are_sliced() -> None:

@@ -365,9 +365,7 @@ def test_run_refuses_wrong_settings_at_once(call: Callable[..., Said], workspace
 def test_run_refuses_an_unknown_key_with_its_path(call: Callable[..., Said], workspace: Path) -> None:
     with (workspace / "params.yaml").open("a") as file:
         file.write("  color: red\n")
-    assert "params.yaml: cluster.color: expected a known key, found an unknown one; known: workers" in refused(
-        call("run", "-w", workspace)
-    )
+    assert "params.yaml: cluster.color: expected a known key, found an unknown one; known: workers" in refused(call("run", "-w", workspace))
 
 
 @pytest.mark.parametrize(
@@ -392,13 +390,13 @@ def test_run_refuses_a_detached_head_where_it_would_push(call: Callable[..., Sai
     from tlpipeline.workspace import create
 
     git.run(workspace, "switch", "--quiet", "--detach")
-    create.checked(workspace)  # nothing would be pushed
+    create.check(workspace)  # nothing would be pushed
     git.run(workspace, "remote", "add", "origin", str(tmp_path / "origin.git"))
     message = refused(call("run", "-w", workspace))
     assert "expected a branch to push to origin, but the HEAD of" in message
     assert "`git switch main`" in message
     git.run(workspace, "switch", "--quiet", "-c", "mine")
-    create.checked(workspace)
+    create.check(workspace)
 
 
 def test_run_in_a_clone_says_where_its_images_are_when_the_remote_stayed_behind(
@@ -429,10 +427,10 @@ def test_run_in_a_clone_says_before_it_trains_that_its_origin_would_refuse_the_p
     assert "`git switch -c NAME`" in message
     assert "`git remote remove origin`" in message
     git.run(clone, "switch", "--quiet", "-c", "mine")
-    create.checked(clone)
+    create.check(clone)
     git.run(clone, "switch", "--quiet", "main")
     git.run(workspace, "config", "receive.denyCurrentBranch", "updateInstead")
-    create.checked(clone)
+    create.check(clone)
     git.run(clone, "remote", "set-url", "origin", f"file://{workspace}")
     git.run(workspace, "config", "receive.denyCurrentBranch", "refuse")
     with pytest.raises(WorkspaceError, match="somebody works on the same branch"):
@@ -466,9 +464,9 @@ def test_images_that_make_no_data_set_do_not_replace_the_workspace_s(workspace: 
 
     before = sorted(workspace.rglob("images/*/*"))
     with pytest.raises(DataError, match="at least two classes"):
-        create.take_over(workspace, make_images(1, 4))
+        create.replace_images(workspace, make_images(1, 4))
     assert sorted(workspace.rglob("images/*/*")) == before
-    create.take_over(workspace, make_images(2, 4))
+    create.replace_images(workspace, make_images(2, 4))
     assert sorted(p.name for p in (workspace / "images").iterdir()) == ["class0", "class1"]
 
 
@@ -550,7 +548,7 @@ def test_a_run_that_is_told_to_end_takes_the_server_with_it_that_it_started(work
     assert "Traceback" not in rest
     assert len(servers) == 1
     assert not Path(f"/proc/{servers[0]}").exists()
-    lock.free(workspace)
+    lock.require_unlocked(workspace)
 
 
 def test_a_training_run_leaves_its_own_checkpoints_and_no_older_ones(call: Callable[..., Said], registered: Path) -> None:
@@ -599,14 +597,14 @@ def test_a_server_that_does_not_answer_is_said(workspace: Path, words: list[str]
 def test_a_name_for_which_no_deployment_waits_is_said(workspace: Path) -> None:
     from tlpipeline.workspace import create
 
-    assert create.unheard(workspace) == ""
+    assert create.missing_trigger(workspace) == ""
     set_param(workspace, "data.name", "work")  # which "workspace" begins with
-    assert "waits for tlpipeline.data.work: data.name was another" in create.unheard(workspace)
+    assert "waits for tlpipeline.data.work: data.name was another" in create.missing_trigger(workspace)
     deployments = workspace / "prefect.yaml"
     deployments.write_text(deployments.read_text().replace("tlpipeline.data.workspace", "tlpipeline.data.*"))
-    assert create.unheard(workspace) == ""
+    assert create.missing_trigger(workspace) == ""
     deployments.unlink()
-    assert create.unheard(workspace) == ""
+    assert create.missing_trigger(workspace) == ""
 
 
 # --- predict --------------------------------------------------------------------------------------------------------------------------

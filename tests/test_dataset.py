@@ -20,7 +20,7 @@ from test_decoding import encoded
 from tlpipeline.data import dataset, decoding
 from tlpipeline.data.dataset import Manifest, Row, ingest, read, read_manifest, write_manifest
 from tlpipeline.data.decoding import decode
-from tlpipeline.data.splits import TEST, TRAIN, VAL, side_of
+from tlpipeline.data.splits import TEST, TRAIN, VAL, split_of
 from tlpipeline.errors import DataChanged, DataError
 
 
@@ -60,7 +60,7 @@ def tiny(number: int) -> bytes:
 
 def tiny_on(side: str, start: int = 0) -> bytes:
     """Return a small image whose content puts it on this side."""
-    return next(content for content in map(tiny, range(start, start + 10_000)) if side_of(md5(content)) == side)
+    return next(content for content in map(tiny, range(start, start + 10_000)) if split_of(md5(content)) == side)
 
 
 def hashes(images: Path) -> dict[str, str]:
@@ -77,7 +77,7 @@ def with_large_class(folder: Path, **small: list[bytes]) -> Path:
 
 def on(side: str, count: int, start: int = 100_000) -> list[bytes]:
     """Return small images whose content puts them on this side."""
-    found = [content for content in map(tiny, range(start, start + 40 * count + 400)) if side_of(md5(content)) == side]
+    found = [content for content in map(tiny, range(start, start + 40 * count + 400)) if split_of(md5(content)) == side]
     assert len(found) >= count
     return found[:count]
 
@@ -269,7 +269,7 @@ def test_where_train_and_test_are_given_val_is_carved_out_of_train_by_content(tm
     manifest = listed(laid_out(tmp_path / "images", {"train": 40, "test": 6}))
     for row in manifest.rows:
         given = row.path.split("/")[0]
-        assert row.split == (TEST if given == "test" else side_of(row.md5, carve_val=True))
+        assert row.split == (TEST if given == "test" else split_of(row.md5, carve_val=True))
     assert {r.split for r in manifest.rows} == {TRAIN, VAL, TEST}
 
 

@@ -25,15 +25,15 @@ from conftest import paint
 from safetensors.torch import load_file
 from test_train import decided
 
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import CASES
 from tlpipeline.data import dataset
-from tlpipeline.errors import BackboneError, ClusterError, MemoryFull, TrainingError
+from tlpipeline.errors import BackboneError, ClusterError, OutOfMemory, TrainingError
 from tlpipeline.params import ClusterParams
 from tlpipeline.progress import Event, silent
 from tlpipeline.training import ray_train
-from tlpipeline.training.config import Job
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 
 TWO = ClusterParams(workers=2, gpu=False, max_failures=2, storage="none")
 NICENESS = "RAY_worker_niceness"
@@ -51,7 +51,7 @@ def ray_runtime() -> Iterator[None]:
 
 
 # Without dropout, so that two workers draw what one draws.
-DECISION = replace(decided(CASES[2], patience=100), slice="conv3", readings=(Reading("conv3", 128, (1, 2)),))
+DECISION = replace(decided(CASES[2], patience=100), slice="conv3", readings=(TapPooling("conv3", 128, (1, 2)),))
 EPOCHS = 12
 
 
@@ -61,7 +61,7 @@ class Whole:
 
     finished: Path
     told: list[str]
-    job: Callable[[str], Job]
+    job: Callable[[str], TrainingConfig]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def whole(ray_runtime: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     manifest = dataset.ingest(place / "pictures", {}, lambda done, total: None)
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
 
-    def made(name: str) -> Job:
-        return Job(
+    def made(name: str) -> TrainingConfig:
+        return TrainingConfig(
             workspace=str(place), images=str(place / "pictures"), manifest=str(place / "manifest.parquet"), backbone="demonstration",
             weights="DEFAULT", weights_md5="none", decision=json.loads(json.dumps(DECISION.to_json())), seed=0, epochs=EPOCHS, batch_size=16,
             flip=False, precision="float32", history=str(place / f"{name}.jsonl"),
@@ -103,7 +103,7 @@ def same(one: Path, other: Path) -> bool:
     return curve(one) == curve(other) and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_more_workers_than_cpus_fail_at_once(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_more_workers_than_cpus_fail_at_once(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"expected a CPU for each of 999 workers, found \d+\. Set cluster\.workers"):
         ray_train.run(job(decided(CASES[0])), replace(TWO, workers=999), "many", tmp_path / "runs", silent)
@@ -161,7 +161,7 @@ def test_a_joined_cluster_says_itself_whether_it_has_gpus(
 def test_a_torn_list_of_checkpoints_is_removed_with_what_it_lists(content: str, goes: bool, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint_manager_snapshot.json").write_text(content)
-    ray_train._mend(tmp_path / "run")
+    ray_train._repair(tmp_path / "run")
     assert (tmp_path / "run").exists() is not goes
 
 
@@ -189,7 +189,7 @@ def test_an_error_of_ours_that_ray_wrapped_is_found_in_what_it_wrapped() -> None
         assert ray_train._translated(Failed(wrapped), 1, "somewhere") is ours
 
 
-def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     events: list[Event] = []
     mine = contextvars.ContextVar("mine", default="nobody's")
     mine.set("the caller's")
@@ -207,7 +207,7 @@ def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Job],
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_last_that_is_told_is_passed_on_whether_the_run_fails_or_not(
-    fails: bool, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: bool, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, told = job(decided(CASES[0])), []
 
@@ -224,11 +224,11 @@ def test_the_last_that_is_told_is_passed_on_whether_the_run_fails_or_not(
 
 
 def test_a_run_in_this_process_has_a_place_of_its_own_and_begins_in_an_empty_one(
-    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, seen = job(decided(CASES[0])), []
 
-    def looks(given: Job, world: Alone, scratch: Path) -> Path:
+    def looks(given: TrainingConfig, world: LocalContext, scratch: Path) -> Path:
         assert list(scratch.iterdir()) == []
         (scratch / "left").touch()  # as a kill leaves it
         seen.append(world.folder)
@@ -278,7 +278,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened
 @pytest.mark.ray
 def test_a_mistake_in_a_worker_reaches_the_user_as_what_it_is(
     ray_runtime: None,
-    job: Callable[..., Job],
+    job: Callable[..., TrainingConfig],
     tmp_path: Path,
 ) -> None:
     broken = job(decided(CASES[0]), "broken", weights="gone.safetensors")
@@ -287,14 +287,14 @@ def test_a_mistake_in_a_worker_reaches_the_user_as_what_it_is(
 
 
 def test_workers_without_room_begin_again_in_as_many_parts_as_they_ask_for(
-    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []
 
-    def full(made: Job, *_: object) -> Path:
+    def full(made: TrainingConfig, *_: object) -> Path:
         tried.append(made.parts)
         if made.parts < 4:
-            raise MemoryFull("expected room", 2 * made.parts)
+            raise OutOfMemory("expected room", 2 * made.parts)
         return tmp_path
 
     monkeypatch.setattr(ray_train, "_on_workers", full)
@@ -304,23 +304,25 @@ def test_workers_without_room_begin_again_in_as_many_parts_as_they_ask_for(
     assert told[0] == Event("train", 0, 0, "starting 2 Ray workers")  # which takes longer than anyone likes to see nothing
 
 
-def test_an_error_that_says_more_than_its_text_comes_back_whole(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_says_more_than_its_text_comes_back_whole(
+    job: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = job(decided(CASES[0]), "full")
 
     def full(*_: object) -> None:
-        raise MemoryFull("expected room", 8)
+        raise OutOfMemory("expected room", 8)
 
     monkeypatch.setattr(ray_train.train, "run", full)
-    monkeypatch.setattr(ray_train, "_RayWorld", lambda: Alone(Path(made.workspace)))
-    with pytest.raises(MemoryFull):
+    monkeypatch.setattr(ray_train, "_RayWorld", lambda: LocalContext(Path(made.workspace)))
+    with pytest.raises(OutOfMemory):
         ray_train._loop(asdict(made))
-    with pytest.raises(MemoryFull, match=r"^expected room$") as error:
+    with pytest.raises(OutOfMemory, match=r"^expected room$") as error:
         ray_train._raise_what_gave_up(made)
     assert error.value.parts == 8
 
 
 def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_again(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, tried = job(decided(CASES[0]), "diverges"), []
 
@@ -329,7 +331,7 @@ def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_
         raise TrainingError("expected it to converge")
 
     monkeypatch.setattr(ray_train.train, "run", diverge)
-    monkeypatch.setattr(ray_train, "_RayWorld", lambda: Alone(Path(made.workspace)))
+    monkeypatch.setattr(ray_train, "_RayWorld", lambda: LocalContext(Path(made.workspace)))
     with pytest.raises(TrainingError):
         ray_train._loop(asdict(made))
     ray_train._loop(asdict(made))
@@ -340,7 +342,7 @@ def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_
 
 
 def test_what_a_killed_worker_left_on_its_machine_is_removed_by_the_next_of_its_rank(
-    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_train.tempfile, "tempdir", str(tmp_path))
     made = job(decided(CASES[0]), "killed")
@@ -426,7 +428,7 @@ def joined(asked: Asked, port: int, monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_fit_is_asked_for_as_the_settings_say(
-    elsewhere: bool, asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    elsewhere: bool, asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
@@ -450,7 +452,7 @@ def test_a_fit_is_asked_for_as_the_settings_say(
 
 @pytest.mark.parametrize(("workers", "threads"), [(1, "8"), (8, "1")])
 def test_workers_of_one_machine_share_its_cpus_for_computing(
-    workers: int, threads: str, asked: Asked, job: Callable[..., Job], tmp_path: Path
+    workers: int, threads: str, asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     with pytest.raises(ClusterError):
         ray_train.run(job(decided(CASES[0])), replace(TWO, workers=workers), "name", tmp_path / "runs", silent)
@@ -458,7 +460,7 @@ def test_workers_of_one_machine_share_its_cpus_for_computing(
 
 
 def test_workers_on_a_cluster_with_more_cpus_than_this_machine_compute_with_a_thread_each(
-    joined: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: Asked, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_train, "cpus", lambda: 2)
     with pytest.raises(ClusterError, match="they kept no checkpoint"):
@@ -467,7 +469,7 @@ def test_workers_on_a_cluster_with_more_cpus_than_this_machine_compute_with_a_th
 
 
 def test_a_joined_cluster_that_has_gpus_trains_on_them(
-    joined: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: Asked, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
@@ -479,7 +481,7 @@ def test_a_joined_cluster_that_has_gpus_trains_on_them(
 
 
 def test_a_joined_cluster_with_too_few_cpus_is_refused_with_the_way_out(
-    joined: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: Asked, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ClusterError, match=r"expected 9 CPUs in the Ray cluster, found 8\. Set cluster\.workers to 8 or add nodes"):
         ray_train.run(job(decided(CASES[0])), replace(TWO, workers=9), "name", tmp_path / "runs", silent)
@@ -544,7 +546,7 @@ def test_a_ray_of_ones_own_is_local_and_as_small_as_its_workers(workers: int, as
 
 
 def test_what_the_user_has_said_to_ray_is_heard(
-    asked: Asked, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1000")
     with pytest.raises(ClusterError):
@@ -557,7 +559,7 @@ def test_what_the_user_has_said_to_ray_is_heard(
 
 
 def test_a_finished_run_is_its_newest_checkpoint_and_nothing_of_an_earlier_one(
-    asked: Asked, job: Callable[..., Job], tmp_path: Path
+    asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     made = job(decided(CASES[0]))
     (tmp_path / "runs" / "name-finished" / "model").mkdir(parents=True)
@@ -569,7 +571,7 @@ def test_a_finished_run_is_its_newest_checkpoint_and_nothing_of_an_earlier_one(
 
 
 def test_a_checkpoint_from_the_middle_is_the_end_of_a_race_and_of_nothing_else(
-    asked: Asked, job: Callable[..., Job], tmp_path: Path
+    asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     asked.fits = lambda: checkpoint(tmp_path / "middle", "state.json")
     with pytest.raises(ClusterError, match=r"newest checkpoint is from the middle\. Start the run again: it resumes"):
@@ -578,7 +580,7 @@ def test_a_checkpoint_from_the_middle_is_the_end_of_a_race_and_of_nothing_else(
     assert (finished / "state.json").is_file()
 
 
-def test_an_interruption_that_ray_answers_is_one(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
+def test_an_interruption_that_ray_answers_is_one(asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
 
     def interrupted() -> None:
@@ -591,7 +593,7 @@ def test_an_interruption_that_ray_answers_is_one(asked: Asked, job: Callable[...
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_fit_may_be_started_from_any_thread(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_fit_may_be_started_from_any_thread(asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     asked.fits = lambda: checkpoint(tmp_path / "newest", "model/model.json")
     with ThreadPoolExecutor(1) as pool:
         finished = pool.submit(ray_train.run, job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent).result()
@@ -600,34 +602,34 @@ def test_a_fit_may_be_started_from_any_thread(asked: Asked, job: Callable[..., J
 
 @pytest.mark.parametrize("tried_again", [False, True])
 def test_an_error_that_a_worker_wrote_down_is_raised_whether_ray_tried_again_or_not(
-    tried_again: bool, asked: Asked, job: Callable[..., Job], tmp_path: Path
+    tried_again: bool, asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     from ray.train import TrainingFailedError
 
     made = job(decided(CASES[0]))
 
     def fails() -> Any:
-        ray_train._gave_up(made).write_text('{"kind": "MemoryFull", "values": ["expected room", 4]}')
+        ray_train._error_file(made).write_text('{"kind": "MemoryFull", "values": ["expected room", 4]}')
         if tried_again:
             return SimpleNamespace(checkpoint=None)
         raise TrainingFailedError("only its text")
 
     asked.fits = fails
-    with pytest.raises(MemoryFull, match=r"^expected room$"):
+    with pytest.raises(OutOfMemory, match=r"^expected room$"):
         ray_train._on_workers(made, TWO, False, "name", tmp_path / "runs")
-    assert not ray_train._gave_up(made).exists()
+    assert not ray_train._error_file(made).exists()
 
 
-def test_an_error_that_an_earlier_run_left_is_forgotten(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
+def test_an_error_that_an_earlier_run_left_is_forgotten(asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     """A driver that was killed has not read it, and workers that find it do nothing."""
     made = job(decided(CASES[0]))
-    ray_train._gave_up(made).write_text('{"kind": "TrainingError", "values": ["expected it to converge"]}')
+    ray_train._error_file(made).write_text('{"kind": "TrainingError", "values": ["expected it to converge"]}')
     asked.fits = lambda: checkpoint(tmp_path / "newest", "model/model.json")
     assert ray_train.run(made, TWO, "name", tmp_path / "runs", silent)
-    assert not ray_train._gave_up(made).exists()
+    assert not ray_train._error_file(made).exists()
 
 
-def test_workers_that_failed_too_often_say_what_is_kept(asked: Asked, job: Callable[..., Job], tmp_path: Path) -> None:
+def test_workers_that_failed_too_often_say_what_is_kept(asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     from ray.train import TrainingFailedError
 
     def fails() -> Any:

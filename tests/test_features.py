@@ -10,8 +10,8 @@ from test_inputs import PLAIN
 
 from tlpipeline.backbones import catalogue, features
 from tlpipeline.backbones import taps as cutting
-from tlpipeline.backbones.features import MAX_WIDTH, Reader, extract, pool, reading, scaling
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.features import MAX_WIDTH, FeatureExtractor, extract, pool, pooling_at, scaling
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Tap
 from tlpipeline.data import dataset
 from tlpipeline.data.cache import Store
@@ -44,14 +44,14 @@ def randn(*shape: int) -> torch.Tensor:
     ],
 )
 def test_a_head_reads_no_finer_than_the_maps_and_no_wider_than_the_limit(channels: int, side: int, grids: tuple[int, ...]) -> None:
-    read = reading(Tap("tap", channels, side, side, 0, 0))
+    read = pooling_at(Tap("tap", channels, side, side, 0, 0))
     assert read.grids == grids
     assert sum(read.blocks) == pool(torch.zeros(2, channels, side, side), grids).shape[1]
     assert sum(read.blocks) <= max(MAX_WIDTH, channels)
 
 
 def test_maps_that_are_not_square_are_read_by_their_short_side() -> None:
-    assert reading(Tap("tap", 8, 2, 9, 0, 0)).grids == (1, 2)
+    assert pooling_at(Tap("tap", 8, 2, 9, 0, 0)).grids == (1, 2)
 
 
 def test_pooling_averages_over_each_field_of_each_grid() -> None:
@@ -116,7 +116,7 @@ def test_a_frozen_network_reads_the_same_whatever_mode_it_was_left_in(listed: tu
     before = {key: value.clone() for key, value in trunk.state_dict().items()}
     (wanted,) = extract(trunk.eval(), [(1, 2)], images, CPU, lambda _: None)
     (found,) = extract(trunk.train(), [(1, 2)], images, CPU, lambda _: None)
-    asked = Reader(Store(), net, trunk, [Reading(tap.name, tap.channels, (1, 2))], net.transforms, CPU)
+    asked = FeatureExtractor(Store(), net, trunk, [TapPooling(tap.name, tap.channels, (1, 2))], net.transforms, CPU)
     trunk.train()
     (kept,) = asked.read(images, lambda _: None)
     assert torch.equal(found, wanted)
@@ -189,7 +189,7 @@ def test_what_is_no_number_is_told_with_the_image_and_the_tap_and_not_kept(make_
         with torch.no_grad():
             next(backbone.module.parameters()).view(-1)[0] = value
         trunk = cutting.cut(backbone, ["conv2"])
-        reader = Reader(Store(), backbone, trunk, [reading(tap)], backbone.transforms, CPU)
+        reader = FeatureExtractor(Store(), backbone, trunk, [pooling_at(tap)], backbone.transforms, CPU)
         with pytest.raises(
             BackboneError, match=r"expected numbers at tap conv2, found infinities or NaN in .*\.png\. Are the network's weights"
         ):
@@ -202,7 +202,7 @@ def test_of_all_taps_and_images_the_one_that_gives_no_number_is_named(tap: int, 
     folder, rows = listed
     net = catalogue.load("demonstration", "DEFAULT")
     taps = [next(t for t in cutting.describe(net, 32) if t.name == name) for name in ("conv1", "conv2")]
-    reader = Reader(Store(), net, cutting.cut(net, ["conv1", "conv2"]), [reading(t) for t in taps], net.transforms, CPU)
+    reader = FeatureExtractor(Store(), net, cutting.cut(net, ["conv1", "conv2"]), [pooling_at(t) for t in taps], net.transforms, CPU)
     plain = reader.network
 
     def spoilt(inputs: torch.Tensor) -> Any:

@@ -14,7 +14,7 @@ from test_outlook import NAMES, SEEN, rising
 from research import fitting
 from research.fitting import Observed, fit
 from tlpipeline.choice import predictor
-from tlpipeline.choice.predictor import GROWING, NEUTRAL, Evidence, Outlook, figures, fitted, log_odds
+from tlpipeline.choice.predictor import GROWING, NEUTRAL, Evidence, GainPredictor, figures, load_predictor, log_odds
 
 
 def seen_by(rng: np.random.Generator) -> Evidence:
@@ -127,7 +127,7 @@ def test_no_fit_lets_more_images_speak_against_fine_tuning(truth: Callable[[Evid
     rising(found)
 
 
-def brier(found: Outlook, rows: list[Observed], tolerance: float = 0.005) -> float:
+def brier(found: GainPredictor, rows: list[Observed], tolerance: float = 0.005) -> float:
     """Mean squared error of P(the frozen head is within the tolerance)."""
     return float(
         np.mean([(found.predict(r.evidence, r.frozen, tolerance).within - (r.tuned_test - r.frozen_test <= tolerance)) ** 2 for r in rows])
@@ -253,7 +253,7 @@ def test_what_the_prediction_is_surer_of_is_likelier_to_have_been_right_and_it_i
     """Calibrated on left-out sets: where what decides is not among the figures, being sure is worth less."""
     rng = np.random.default_rng(3)
     honest, blind = (fit(observed(truth, noise=0.2), penalty=0.1, tolerance=0.005) for truth in (headroom, lambda *_: rng.normal(0, 1.5)))
-    for found in (honest, blind, fitted()):
+    for found in (honest, blind, load_predictor()):
         told = [found.settled(own) for own in (0.5, 0.7, 0.9, 0.99)]
         assert told == sorted(told)
         assert all(0 < p < 1 for p in told)
@@ -324,7 +324,7 @@ def test_the_size_of_the_network_tells_the_prior_and_the_range_and_not_the_predi
 
 def test_an_outlook_survives_json() -> None:
     found = fit(observed(headroom), penalty=0.1, tolerance=0.005)
-    again = Outlook.from_json(json.loads(json.dumps(found.to_json())))
+    again = GainPredictor.from_json(json.loads(json.dumps(found.to_json())))
     assert again.predict(SEEN, 0.9, 0.005) == found.predict(SEEN, 0.9, 0.005)
     assert json.dumps(again.to_json()) == json.dumps(found.to_json())
     assert NEUTRAL.to_json()["format"] == predictor.FORMAT

@@ -388,7 +388,7 @@ def test_classes_count_alike_at_the_gate_where_training_weighs_them_alike(overri
     assert min(trained.values()) < max(trained.values()) < 10 * min(trained.values())
     git(registered, "tag", "--delete", "workspace@v0.1.0")
     set_param(registered, "train.override", override)
-    verdict = release.judge(registered, silent)
+    verdict = release.evaluate_gate(registered, silent)
     assert verdict is not None
     assert verdict.metric == metric
 
@@ -396,7 +396,7 @@ def test_classes_count_alike_at_the_gate_where_training_weighs_them_alike(overri
 def test_a_model_that_cannot_be_pushed_is_not_registered(workspace: Path) -> None:
     for name in stages.STAGES:
         stages.bring_up_to_date(workspace, name, silent)
-    verdict = release.judge(workspace, silent)
+    verdict = release.evaluate_gate(workspace, silent)
     assert verdict is not None
     assert verdict.accepted
     before = git(workspace, "rev-parse", "HEAD")

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tlpipeline.backbones import catalogue, features, taps
 from tlpipeline.backbones import classifier as model
 from tlpipeline.backbones.classifier import Classifier
-from tlpipeline.backbones.features import Reader, numerics, passes, pooled, reading, step
-from tlpipeline.backbones.pooling import Reading
-from tlpipeline.backbones.precision import on_tensor_cores, reads_in_bfloat16
+from tlpipeline.backbones.features import FeatureExtractor, numerics, passes, pooled, pooling_at, step
+from tlpipeline.backbones.pooling import TapPooling
+from tlpipeline.backbones.precision import extracts_in_bfloat16, on_tensor_cores
 from tlpipeline.choice.cases import CASES
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset
@@ -27,14 +27,14 @@ from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.files import write_tensors
 from tlpipeline.training.checkpoint import Checkpoints, State
-from tlpipeline.training.config import Job, Teller
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import ProgressWriter, TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.optim import flat, optimizer, unflat
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.train import run
-from tlpipeline.training.trainer import Deadline, Fit, Sides
+from tlpipeline.training.trainer import Datasets, TimeBudget, Trainer
 
-Make = Callable[..., Job]
+Make = Callable[..., TrainingConfig]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TUNED = CASES[2]
 
@@ -78,14 +78,14 @@ def moved(net: nn.Module) -> nn.Module:
     return net
 
 
-def fit_on_gpu(net: nn.Module, transforms: Transforms, made: Job, place: Path) -> Fit:
+def fit_on_gpu(net: nn.Module, transforms: Transforms, made: TrainingConfig, place: Path) -> Trainer:
     manifest = dataset.read_manifest(Path(made.manifest))
     rows, val = manifest.used(TRAIN), manifest.used(VAL)
     labels, val_labels = (np.array([manifest.classes.index(r.label) for r in some]) for some in (rows, val))
-    world, recipe = Alone(place, GPU), Decision.from_json(made.decision).recipe
-    return Fit(
-        net, Sides(Path(made.images), rows, val, labels, val_labels, transforms), recipe, made, world, Checkpoints(world, place, net),
-        Teller(place / "told", 0), "batch", features.Store(), Deadline(0, world, 0),
+    world, recipe = LocalContext(place, GPU), Decision.from_json(made.decision).recipe
+    return Trainer(
+        net, Datasets(Path(made.images), rows, val, labels, val_labels, transforms), recipe, made, world, Checkpoints(world, place, net),
+        ProgressWriter(place / "told", 0), "batch", features.Store(), TimeBudget(0, world, 0),
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_all_that_a_step_of_fine_tuning_touches_lies_on_the_gpu(
     recipe: dict[str, Any], job: Make, tmp_path: Path, pretended: FakeTensorMode
 ) -> None:
     net = catalogue.load("demonstration", "DEFAULT")
-    classifier = Classifier(net, [Reading("conv2", 64, (1, 2))], 3, frozen=False)
+    classifier = Classifier(net, [TapPooling("conv2", 64, (1, 2))], 3, frozen=False)
     with pretended:
         fit = fit_on_gpu(moved(classifier), net.transforms, job(decided(TUNED, **recipe), precision="auto"), tmp_path)
         images = Images(fit.sides.root, fit.sides.train, fit.sides.transforms)
@@ -117,7 +117,7 @@ def test_a_frozen_pass_lies_on_the_gpu_and_its_last_step_is_filled_up(job: Make,
     made = job(decided(CASES[0]))
     net = catalogue.load("demonstration", "DEFAULT")
     images = Images(Path(made.images), dataset.read_manifest(Path(made.manifest)).used(TRAIN)[:5], net.transforms)
-    classifier = Classifier(net, [Reading("conv2", 64, (1, 2))], 3, frozen=True, in_bfloat16=True)
+    classifier = Classifier(net, [TapPooling("conv2", 64, (1, 2))], 3, frozen=True, in_bfloat16=True)
     seen: list[torch.Size] = []
     classifier.trunk.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     with pretended:
@@ -163,11 +163,11 @@ def test_a_resumed_optimizer_has_the_memory_layout_of_its_weights(kind: str, tmp
 
 def test_frozen_networks_read_in_bfloat16_on_gpus_that_have_it_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert reads_in_bfloat16(GPU, "auto")
-    assert not reads_in_bfloat16(GPU, "float32")
-    assert not reads_in_bfloat16(CPU, "auto")
+    assert extracts_in_bfloat16(GPU, "auto")
+    assert not extracts_in_bfloat16(GPU, "float32")
+    assert not extracts_in_bfloat16(CPU, "auto")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert not reads_in_bfloat16(GPU, "auto")
+    assert not extracts_in_bfloat16(GPU, "auto")
 
 
 def test_only_a_gpu_changes_how_float32_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_a_model_that_reads_in_bfloat16_says_so_and_is_read_again_as_such(
     """As on a GPU, but on a CPU: trained, evaluated and predicted with, through the cache and without, the answers are the same bits."""
     made = job(decided(CASES[0]), cache=str(tmp_path / "cache"), cache_bytes=1e9, precision="auto")
     plain = trained_on(CPU, made, tmp_path / "plain")
-    monkeypatch.setattr("tlpipeline.train.reads_in_bfloat16", lambda device, precision: precision == "auto")
+    monkeypatch.setattr("tlpipeline.training.train.extracts_in_bfloat16", lambda device, precision: precision == "auto")
     folder = trained_on(CPU, made, tmp_path / "half")
     classifier, description = model.load(folder / "model")
     assert (classifier.in_bfloat16, description.in_bfloat16) == (True, True)
@@ -212,7 +212,7 @@ def test_features_of_an_image_in_bfloat16_are_the_same_bits_whatever_else_is_ask
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            asked = Reader(features.Store(), net, trunk, [reading(tap)], net.transforms, CPU, half=True)
+            asked = FeatureExtractor(features.Store(), net, trunk, [pooling_at(tap)], net.transforms, CPU, half=True)
             return asked.read(Images(Path(made.images), some, net.transforms), lambda done: None)[0].all()
         finally:
             torch.set_num_threads(before)
@@ -222,10 +222,10 @@ def test_features_of_an_image_in_bfloat16_are_the_same_bits_whatever_else_is_ask
     assert torch.equal(read(rows, 2), whole)
 
 
-def trained_on(device: torch.device, made: Job, place: Path) -> Path:
+def trained_on(device: torch.device, made: TrainingConfig, place: Path) -> Path:
     scratch = place / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    finished = run(made, Alone(place, device), scratch)
+    finished = run(made, LocalContext(place, device), scratch)
     assert finished is not None
     return finished
 
@@ -252,7 +252,7 @@ def test_a_run_goes_on_on_a_gpu(kind: str, job: Make, tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
 
-    class Once(Alone):
+    class Once(LocalContext):
         reports = 0
 
         def report(self, metrics: Any, folder: Path | None) -> None:

@@ -55,13 +55,13 @@ def test_what_is_no_workspace_is_refused_with_the_way_to_make_one(tmp_path: Path
 def test_a_full_disk_is_told_with_the_way_out(error: OSError, tmp_path: Path) -> None:
     with (
         pytest.raises(WorkspaceError, match=r"expected room on the disk of .*What was recorded before is unchanged; free some space"),
-        lock.room(tmp_path),
+        lock.disk_errors(tmp_path),
     ):
         raise error
 
 
 def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), lock.room(tmp_path):
+    with pytest.raises(PermissionError), lock.disk_errors(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
 
 
@@ -97,7 +97,7 @@ def test_the_holder_itself_may_enter_twice_and_frees_the_lock_at_the_outer_end(t
             pass
         assert "TLPIPELINE_LOCK_HOLDER" in os.environ
     assert "TLPIPELINE_LOCK_HOLDER" not in os.environ
-    lock.free(tmp_path)
+    lock.require_unlocked(tmp_path)
 
 
 def test_the_lock_of_one_workspace_does_not_open_another(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_who_waits_gets_the_workspace_once_it_is_free(tmp_path: Path) -> None:
     other = FileLock(tmp_path / lock.LOCK, thread_local=False)
     other.acquire()
     with pytest.raises(WorkspaceError, match="alone, but another process is running in it"):  # it has not said yet who it is
-        lock.free(tmp_path)
+        lock.require_unlocked(tmp_path)
     threading.Timer(0.3, other.release).start()
     with lock.hold(tmp_path, wait=60):
         assert not other.is_locked
@@ -145,13 +145,13 @@ def test_what_may_only_be_read_is_named_before_a_run_begins(place: str, tmp_path
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / place and real(path, mode))
     with pytest.raises(WorkspaceError, match=f"but {re.escape(str(tmp_path / place))} can only be read. Change its rights or its owner"):
-        lock.free(tmp_path)
+        lock.require_unlocked(tmp_path)
 
 
 def test_a_run_that_failed_frees_the_workspace(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), lock.hold(tmp_path):
         raise ZeroDivisionError
-    lock.free(tmp_path)
+    lock.require_unlocked(tmp_path)
     assert not (tmp_path / ".tlpipeline" / "lock.holder").exists()
 
 
@@ -159,7 +159,7 @@ def test_a_process_that_died_frees_the_workspace(tmp_path: Path) -> None:
     code = "import os, sys\nfrom pathlib import Path\nfrom tlpipeline.lock import hold\n"
     code += "with hold(Path(sys.argv[1])):\n    os._exit(9)\n"
     assert run_python(tmp_path, "-c", code, str(tmp_path)).returncode == 9
-    lock.free(tmp_path)
+    lock.require_unlocked(tmp_path)
 
 
 def test_a_dvc_repro_elsewhere_fails_with_a_clear_message_while_a_run_is_on(workspace: Path) -> None:

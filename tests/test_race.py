@@ -16,7 +16,7 @@ from test_profiling import scene
 from tlpipeline.backbones import catalogue
 from tlpipeline.choice import policy, predictor, race
 from tlpipeline.choice.decision import Decision
-from tlpipeline.choice.predictor import Outlook
+from tlpipeline.choice.predictor import GainPredictor
 from tlpipeline.data import cache, dataset, splits
 from tlpipeline.data.dataset import Manifest
 from tlpipeline.params import ChooseParams, ClusterParams, ProfileParams, load
@@ -24,7 +24,7 @@ from tlpipeline.profiling import measure
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, silent
 from tlpipeline.training import checkpoint, pretrain, ray_train, trainer
-from tlpipeline.training.config import Job
+from tlpipeline.training.config import TrainingConfig
 
 RULE = ChooseParams(
     case="auto", slice="auto", rule="fitted", prefer="balanced", tolerance=0.5, effort="full", race_above=0.25, race_below=0.75, race_images=20, gain=1.0,
@@ -34,7 +34,7 @@ HERE = ClusterParams(workers=0, gpu=False, max_failures=0, storage="none")
 EPOCHS = 4
 
 
-def sure(shift: float) -> Outlook:
+def sure(shift: float) -> GainPredictor:
     """A prediction that knows beforehand how fine-tuning ends, so that the pictures' own noise decides nothing."""
     return dataclasses.replace(predictor.NEUTRAL, intercept=shift, deviation=0.05, lag=((0.0, 0.01),) * 3)
 
@@ -51,15 +51,15 @@ class Setting:
     manifest: Manifest
     profile: Profile
 
-    def job(self, decision: Decision) -> Job:
-        return Job(
+    def job(self, decision: Decision) -> TrainingConfig:
+        return TrainingConfig(
             workspace=str(self.place), images=str(self.folder), manifest=str(self.place / "manifest.parquet"), backbone="demonstration",
             weights="DEFAULT", weights_md5="none", decision=json.loads(json.dumps(decision.to_json())), seed=0, epochs=EPOCHS, batch_size=16,
             flip=False, precision="float32", history=str(self.place / f"{decision.freeze}.jsonl"),
         )  # fmt: skip
 
-    def run(self, model: Outlook, patch: pytest.MonkeyPatch, name: str = "a", progress: Any = silent) -> tuple[Decision, Path]:
-        patch.setattr(trainer, "fitted", lambda: model)
+    def run(self, model: GainPredictor, patch: pytest.MonkeyPatch, name: str = "a", progress: Any = silent) -> tuple[Decision, Path]:
+        patch.setattr(trainer, "load_predictor", lambda: model)
         kept = self.place / f"kept-{name}"
         kept.mkdir()
         weighed = policy.weigh(self.profile, RULE, model)
@@ -118,7 +118,7 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
     spent: list[float] = []
     plain = ray_train.run
 
-    def noted(job: Job, *rest: Any) -> Path:
+    def noted(job: TrainingConfig, *rest: Any) -> Path:
         asked.append(job.budget_minutes)
         folder = plain(job, *rest)
         spent.append(json.loads((folder / checkpoint.STATE).read_text())["seconds"])
@@ -140,7 +140,7 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
 def test_a_race_that_stops_early_is_not_won_by_fine_tuning(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     patient = dataclasses.replace(setting)
 
-    def job(decision: Decision) -> Job:
+    def job(decision: Decision) -> TrainingConfig:
         made = dataclasses.replace(decision, recipe=dataclasses.replace(decision.recipe, patience=1))
         return dataclasses.replace(setting.job(made), epochs=60, parts=2)  # memory that ran out ends no race
 
@@ -244,7 +244,7 @@ def glyphs(folder: Path, numbers: range, contrast: tuple[float, float] = (40, 80
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place)
 
 
-def raced(place: Path, folder: Path, network: dict[str, str], effort: str) -> tuple[Profile, policy.Weighed, Decision, float]:
+def raced(place: Path, folder: Path, network: dict[str, str], effort: str) -> tuple[Profile, policy.DecisionPolicy, Decision, float]:
     """Profile, weigh and race by the shipped model and the shipped settings, but for the effort; go on with the winner to its end.
 
     What the winner of the race wins in the end on validation against the frozen head comes last.
@@ -260,7 +260,7 @@ def raced(place: Path, folder: Path, network: dict[str, str], effort: str) -> tu
     kept, made = place / "kept", Setting(folder, place, manifest, profile)
     kept.mkdir()
 
-    def job(decision: Decision) -> Job:
+    def job(decision: Decision) -> TrainingConfig:
         return dataclasses.replace(made.job(decision), epochs="auto", batch_size="auto", **network)
 
     decision = race.run(profile, weighed, job, HERE, "planted", place / "runs", kept, silent)
@@ -306,7 +306,7 @@ def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch
     found: list[Decision] = []
     plain, fits = ray_train.run, []
 
-    def run(job: Job, cluster: ClusterParams, name: str, *rest: Any) -> Path:
+    def run(job: TrainingConfig, cluster: ClusterParams, name: str, *rest: Any) -> Path:
         # The looks are what may differ; the frozen arm has none, and a fit on Ray costs more than what is trained in it.
         cluster = HERE if job.race is None else cluster
         fits.append(cluster.workers)

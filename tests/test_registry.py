@@ -36,7 +36,7 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     git.run(other, "push", "--quiet", "--tags", "origin")
     # The gate asks who is in production before it judges.
     monkeypatch.setattr(versions, "registered_as", lambda *_: None)
-    verdict = release.judge(registered, silent)
+    verdict = release.evaluate_gate(registered, silent)
     assert verdict is not None
     assert verdict.champion == str(version)
     assert "workspace#prod#1" in git.tags(registered)
@@ -86,13 +86,13 @@ def test_what_a_killed_run_registered_is_published_and_promoted_by_the_next(
 ) -> None:
     killed(registered, monkeypatch, point)
     told: list[Any] = []
-    assert release.judge(registered, told.append) is None
+    assert release.evaluate_gate(registered, told.append) is None
     assert told[0].text.startswith("workspace@v0.1.1 is published, which an interrupted run had registered")
     assert sorted(git.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
     assert str(versions.resolve(registered, "workspace#prod")) == "workspace@v0.1.1"
     assert git.head(origin) == git.head(registered)
     told.clear()
-    assert release.judge(registered, told.append) is None
+    assert release.evaluate_gate(registered, told.append) is None
     assert told == []
 
 
@@ -103,14 +103,14 @@ def test_what_a_killed_run_would_have_promoted_does_not_undo_what_was_promoted_s
     manual = tmp_path / "manual"
     shutil.copytree(registered, manual, symlinks=True)
     set_param(manual, "gate.promote", "manual")
-    release.judge(manual, silent)
+    release.evaluate_gate(manual, silent)
     assert sorted(git.tags(origin)) == ["workspace@v0.1.0", "workspace@v0.1.1"]
 
     other = tmp_path / "other"
     git.run(tmp_path, "clone", "--quiet", str(origin), str(other))
     git.run(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", "workspace@v0.1.0^{commit}")
     git.run(other, "push", "--quiet", "--tags", "origin")
-    release.judge(registered, silent)
+    release.evaluate_gate(registered, silent)
     assert sorted(git.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
     assert str(versions.resolve(registered, "workspace#prod")) == "workspace@v0.1.0"
 
@@ -123,9 +123,9 @@ def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published
     with pytest.raises(
         RegistryError, match=r"(?s)expected to publish workspace@v0\.1\.1, but: .*The tag is taken back; pull, and run again"
     ):
-        release.judge(registered, silent)
+        release.evaluate_gate(registered, silent)
     assert list(git.tags(registered)) == ["workspace@v0.1.0"]
-    assert versions.go_on(registered, True) is None
+    assert versions.resume_publication(registered, True) is None
 
 
 # --- what GTO withdraws ---------------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_a_model_that_gto_withdraws_is_registered_no_more_and_a_run_does_not_reg
     with pytest.raises(RegistryError, match="found only withdrawn versions of 'workspace'"):
         versions.resolve(two, "workspace@latest")
     assert versions.next_number(two, "workspace", classes, case) == (0, 1, 2)
-    assert release.judge(two, silent) is None
+    assert release.evaluate_gate(two, silent) is None
     registration = release.register(two, None)
     assert (registration.version, registration.new) == ("", False)
     assert registration.reason == "this model was registered as workspace@v0.1.1, which was withdrawn: it is not registered again."

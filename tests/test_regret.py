@@ -124,7 +124,7 @@ def units() -> list[replay.Measured]:
 
 
 @pytest.fixture(scope="module")
-def models(units: list[replay.Measured]) -> dict[str, predictor.Outlook]:
+def models(units: list[replay.Measured]) -> dict[str, predictor.GainPredictor]:
     return replay.held_out_models(units, RULE, replay.PENALTY)
 
 
@@ -134,7 +134,7 @@ def core(units: list[replay.Measured]) -> list[replay.Measured]:
 
 
 @pytest.fixture(scope="module")
-def found(core: list[replay.Measured], models: dict[str, predictor.Outlook]) -> dict[str, replay.Figures]:
+def found(core: list[replay.Measured], models: dict[str, predictor.GainPredictor]) -> dict[str, replay.Figures]:
     return {name: replay.figures(core, chosen, RULE.tolerance) for name, chosen in replay.rules(core, RULE, models).items()}
 
 
@@ -188,10 +188,10 @@ def test_a_forecast_that_knows_has_skill_and_one_that_errs_has_none(core: list[r
 
 @pytest.mark.parametrize("where", ["more", "third"])
 def test_on_other_data_and_on_a_third_network_it_loses_less_than_fine_tuning_too(
-    where: str, units: list[replay.Measured], models: dict[str, predictor.Outlook]
+    where: str, units: list[replay.Measured], models: dict[str, predictor.GainPredictor]
 ) -> None:
     part = [u for u in units if (u.unit.data in grid.MORE if where == "more" else u.unit.backbone not in regret.GRIDS["core"])]
-    assert not {u.unit.data for u in part} & set(predictor.fitted().data) or where == "third"
+    assert not {u.unit.data for u in part} & set(predictor.load_predictor().data) or where == "third"
     assert len(part) >= 25
     chosen = [replay.product(models[u.unit.data], RULE, u) for u in part]
     mine = replay.figures(part, chosen, RULE.tolerance)
@@ -208,7 +208,7 @@ def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]
 
 
 def test_whatever_fine_tunes_as_usual_is_beaten_in_both_by_a_setting_of_the_product(
-    core: list[replay.Measured], models: dict[str, predictor.Outlook], found: dict[str, replay.Figures]
+    core: list[replay.Measured], models: dict[str, predictor.GainPredictor], found: dict[str, replay.Figures]
 ) -> None:
     """Constants that never fine-tune cost less than looking at the data does: nothing that looks can be cheaper."""
     beaten = replay.dominated(core, found, RULE, models)

@@ -17,7 +17,7 @@ from tlpipeline.data.splits import (
     SplitException,
     needed_exceptions,
     read_exceptions,
-    side_of,
+    split_of,
     write_exceptions,
 )
 from tlpipeline.errors import DataError
@@ -53,7 +53,7 @@ def test_an_image_keeps_its_side_when_it_changes_class(tmp_path: Path) -> None:
 
 
 def test_the_shares_are_near_70_15_15() -> None:
-    counts = Counter(side_of(md5(tiny(i))) for i in range(20_000))
+    counts = Counter(split_of(md5(tiny(i))) for i in range(20_000))
     assert {side: round(n / 20_000, 2) for side, n in counts.items()} == {
         TRAIN: pytest.approx(0.70, abs=0.011),
         VAL: pytest.approx(0.15, abs=0.011),
@@ -63,11 +63,11 @@ def test_the_shares_are_near_70_15_15() -> None:
 
 def test_the_side_follows_from_the_hash_at_exactly_these_bounds() -> None:
     at = lambda u: f"{round(u * 2**128):032x}"  # noqa: E731
-    assert [side_of(at(u)) for u in (0, 0.6999, 0.7001, 0.8499, 0.8501, 0.9999)] == [TRAIN, TRAIN, VAL, VAL, TEST, TEST]
+    assert [split_of(at(u)) for u in (0, 0.6999, 0.7001, 0.8499, 0.8501, 0.9999)] == [TRAIN, TRAIN, VAL, VAL, TEST, TEST]
 
 
 def test_where_test_is_given_val_keeps_its_share_of_the_rest() -> None:
-    counts = Counter(side_of(md5(tiny(i)), carve_val=True) for i in range(20_000))
+    counts = Counter(split_of(md5(tiny(i)), carve_val=True) for i in range(20_000))
     assert set(counts) == {TRAIN, VAL}
     assert counts[VAL] / 20_000 == pytest.approx(0.15 / 0.85, abs=0.01)
 

@@ -25,7 +25,7 @@ from test_cases import decision_for
 from tlpipeline.backbones import catalogue, features, taps
 from tlpipeline.backbones.classifier import Classifier, load, probabilities
 from tlpipeline.backbones.features import extract, scaling
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import CASES, Case
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data import cache, dataset, splits
@@ -39,20 +39,20 @@ from tlpipeline.report.page import pace
 from tlpipeline.stats import pack, unpack
 from tlpipeline.training import train as train_module
 from tlpipeline.training.checkpoint import Checkpoints, State
-from tlpipeline.training.config import Job
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import judged_penalty, score, solve_head, validated
 from tlpipeline.training.optim import schedule
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.train import run
-from tlpipeline.training.trainer import Deadline, Fit, batch_size
+from tlpipeline.training.trainer import TimeBudget, Trainer, batch_size
 from tlpipeline.workspace import stages
 
-READ_LAST = (Reading("fc2", 128, (1,)),)
-READ_CUT = (Reading("conv2", 64, (1, 2, 4)), Reading("conv1", 32, (1, 2, 4)))
+READ_LAST = (TapPooling("fc2", 128, (1,)),)
+READ_CUT = (TapPooling("conv2", 64, (1, 2, 4)), TapPooling("conv1", 32, (1, 2, 4)))
 
 
-SEVERAL = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)))
+SEVERAL = (TapPooling("fc2", 128, (1,)), TapPooling("conv3", 128, (1, 2)))
 
 
 def decided(case: Case, **recipe: Any) -> Decision:
@@ -61,10 +61,10 @@ def decided(case: Case, **recipe: Any) -> Decision:
     return replace(made, recipe=replace(case.recipe, **{"solve_again": False} | recipe))
 
 
-def trained(job: Job, folder: Path) -> dict[str, torch.Tensor]:
+def trained(job: TrainingConfig, folder: Path) -> dict[str, torch.Tensor]:
     scratch = folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    finished = run(job, Alone(folder), scratch)
+    finished = run(job, LocalContext(folder), scratch)
     assert finished is not None
     return load_file(finished / "model" / "weights.safetensors")
 
@@ -136,7 +136,7 @@ def test_rare_classes_are_weighted_where_the_imbalance_is_large() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_what_is_frozen_is_bit_identical_and_what_is_not_is_trained(case: Case, job: Callable[..., Job], tmp_path: Path) -> None:
+def test_what_is_frozen_is_bit_identical_and_what_is_not_is_trained(case: Case, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     decision = decided(case)
     tensors = trained(job(decision), tmp_path / "out")
     before = pretrained(decision)
@@ -151,18 +151,18 @@ def test_what_is_frozen_is_bit_identical_and_what_is_not_is_trained(case: Case, 
     assert {line["arm"] for line in history(tmp_path / "out")} >= ({"head"} if case.freeze == "kept" else {"head", "fine-tune"})
 
 
-def test_what_is_sliced_off_is_not_stored(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_what_is_sliced_off_is_not_stored(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     tensors = trained(job(decided(CASES[1])), tmp_path / "out")
     assert {k.split(".")[1] for k in tensors if k.startswith("trunk.")} == {"conv1", "conv2"}
 
 
-def test_fine_tuning_changes_every_trainable_tensor(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_fine_tuning_changes_every_trainable_tensor(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     decision = decided(CASES[2])
     tensors = trained(job(decision), tmp_path / "out")
     assert not [k for k, v in pretrained(decision).items() if torch.equal(tensors[k], v)]
 
 
-def test_random_init_trains_from_scratch_for_longer(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_random_init_trains_from_scratch_for_longer(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     decision = replace(decided(CASES[3]), init="random")
     trained(job(decision, epochs=2), tmp_path / "out")
     lines = history(tmp_path / "out")
@@ -172,7 +172,7 @@ def test_random_init_trains_from_scratch_for_longer(job: Callable[..., Job], tmp
 
 @pytest.mark.parametrize("init", ["random", "auto"])
 def test_training_from_scratch_begins_with_random_weights(
-    init: str, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    init: str, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not with those that were given, nor with those that fine-tuning left."""
     moved: dict[str, dict[str, torch.Tensor]] = {}
@@ -194,36 +194,36 @@ def test_training_from_scratch_begins_with_random_weights(
 
 @pytest.mark.parametrize(("rate", "peak"), [(0.01, 0.03), (0.05, 0.1)])
 def test_random_weights_get_a_larger_rate_but_no_more_than_a_tenth(
-    rate: float, peak: float, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rate: float, peak: float, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    arm = Fit.arm
+    arm = Trainer.arm
 
-    def noted(self: Fit, name: str, epochs: int, asked: float, state: State) -> None:
+    def noted(self: Trainer, name: str, epochs: int, asked: float, state: State) -> None:
         rates.append(asked)
         arm(self, name, epochs, 1e-9, state)
 
-    monkeypatch.setattr(Fit, "arm", noted)
+    monkeypatch.setattr(Trainer, "arm", noted)
     trained(job(replace(decided(CASES[3], rate_none=rate), init="random"), epochs=1), tmp_path / "out")
     assert rates == [pytest.approx(peak)]
 
 
 def test_time_that_is_up_after_fine_tuning_leaves_none_for_random_weights(
-    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arm = Fit.arm
+    arm = Trainer.arm
 
-    def spent(self: Fit, *given: Any) -> None:
+    def spent(self: Trainer, *given: Any) -> None:
         arm(self, *given)
         self.deadline.before = 1e9
 
-    monkeypatch.setattr(Fit, "arm", spent)
+    monkeypatch.setattr(Trainer, "arm", spent)
     trained(job(decided(CASES[3], rate_none=1e-12, scratch_from=0), epochs=1, budget_minutes=1000), tmp_path / "out")
     assert [line["arm"] for line in history(tmp_path / "out")] == ["head", "fine-tune"]
 
 
 def test_auto_falls_back_to_scratch_only_where_fine_tuning_does_not_beat_the_frozen_probe(
-    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decision = decided(CASES[3], scratch_from=0)
     hopeless = replace(decision, recipe=replace(decision.recipe, rate_none=1e-12))
@@ -237,7 +237,9 @@ def test_auto_falls_back_to_scratch_only_where_fine_tuning_does_not_beat_the_fro
     assert "scratch" not in {line["arm"] for line in history(tmp_path / "b")}
 
 
-def test_without_patience_the_last_epoch_is_kept_whatever_validation_says_of_the_others(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_without_patience_the_last_epoch_is_kept_whatever_validation_says_of_the_others(
+    job: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
     kept = trained(job(decided(CASES[2]), epochs=3), tmp_path / "out")
     last = load_file(tmp_path / "out" / "kept" / "model" / "weights.safetensors")
     assert history_equal(kept, last)
@@ -255,19 +257,19 @@ def test_fine_tuning_replaces_the_head_unless_it_is_clearly_worse(wrong: int, re
     assert state.best_arm == ("fine-tune" if replaced else "head")
 
 
-def test_the_case_without_auto_never_trains_from_scratch(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_the_case_without_auto_never_trains_from_scratch(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     trained(job(decided(CASES[2], rate_none=1e-12), epochs=1), tmp_path / "out")
     assert "scratch" not in {line["arm"] for line in history(tmp_path / "out")}
 
 
-def test_training_stops_early_and_keeps_the_best_epoch(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_training_stops_early_and_keeps_the_best_epoch(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     decision = decided(CASES[2], rate_none=1e-12, patience=2)
     tensors = trained(job(decision, epochs=30), tmp_path / "out")
     assert len([line for line in history(tmp_path / "out") if line["arm"] == "fine-tune"]) <= 4
     assert tensors["head.weight"].abs().sum() > 0
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_model(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_model(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         trained(job(decided(CASES[2]), seed=seed), tmp_path / name)
     a, b, c = ((tmp_path / name / "scratch/finished/model/weights.safetensors").read_bytes() for name in "abc")
@@ -277,7 +279,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_model(job: 
 
 
 def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_a_fine_tuned_one_starts_without_it(
-    job: Callable[..., Job], tmp_path: Path
+    job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     def head_of(decision: Decision, name: str) -> torch.Tensor:
         return trained(job(decision, epochs=1), tmp_path / name)["head.weight"]
@@ -305,7 +307,7 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
 
 @pytest.mark.parametrize("decision", [decided(CASES[0]), decided(CASES[2], solve_again=True)], ids=["frozen", "solved again"])
 def test_a_head_that_knows_the_validation_images_is_as_sure_as_the_one_that_did_not_was_right(
-    decision: Decision, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    decision: Decision, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[torch.Tensor, np.ndarray]] = []
     heads = []
@@ -323,7 +325,7 @@ def test_a_head_that_knows_the_validation_images_is_as_sure_as_the_one_that_did_
         assert validated(chances, truth) == (last["accuracy"], last["log_loss"], last["correct"])
 
 
-def test_what_a_network_reads_that_was_trained_is_not_kept_in_the_cache(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_what_a_network_reads_that_was_trained_is_not_kept_in_the_cache(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     """Nobody else will ask for it, and it would push out what others do."""
     decision = replace(decided(CASES[2], solve_again=True), readings=SEVERAL)
     trained(job(decision, epochs=1, cache=str(tmp_path / "cache")), tmp_path / "out")
@@ -331,9 +333,11 @@ def test_what_a_network_reads_that_was_trained_is_not_kept_in_the_cache(job: Cal
     assert [kept.label for kept in cache.info(tmp_path / "cache")] == ["demonstration fc2 at 32 pixels"]
 
 
-def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads_by_then(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads_by_then(
+    job: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
     """On all readings, with the validation images, at the penalty that they like best; below it stands what was trained, and so it does in the history."""
-    several = (Reading("fc2", 128, (1,)), Reading("conv3", 128, (1, 2)), Reading("conv2", 64, (1,)))
+    several = (TapPooling("fc2", 128, (1,)), TapPooling("conv3", 128, (1, 2)), TapPooling("conv2", 64, (1,)))
     before = trained(job(replace(decided(CASES[2], rate_none=0.05), readings=several), epochs=2), tmp_path / "before")
     after = trained(job(replace(decided(CASES[2], rate_none=0.05, solve_again=True), readings=several), epochs=2), tmp_path / "after")
     assert history(tmp_path / "before") == history(tmp_path / "after")[:-1]
@@ -374,19 +378,19 @@ def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads
 
 @pytest.mark.parametrize("right", [True, False])
 def test_a_head_that_is_clearly_worse_on_validation_than_the_one_that_was_trained_is_not_taken(
-    right: bool, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    right: bool, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decision = replace(decided(CASES[2], rate_none=0.05, solve_again=True), readings=SEVERAL)
     manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
     known = np.array([manifest.classes.index(r.label) for r in manifest.used("val")])
     said = torch.eye(3)[known if right else (known + 1) % 3]
-    real = train_module._solve_again
+    real = train_module._refit_head
 
     def solve_again(*given: Any) -> Any:
-        monkeypatch.setattr(train_module, "answers", lambda head, features: said)
+        monkeypatch.setattr(train_module, "head_probabilities", lambda head, features: said)
         return real(*given)
 
-    monkeypatch.setattr(train_module, "_solve_again", solve_again)
+    monkeypatch.setattr(train_module, "_refit_head", solve_again)
     trained(job(decision, epochs=2), tmp_path / "out")
     lines = history(tmp_path / "out")
     assert (lines[-1]["arm"], lines[-1]["accuracy"]) == ("last head", float(right))
@@ -396,22 +400,22 @@ def test_a_head_that_is_clearly_worse_on_validation_than_the_one_that_was_traine
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_time_that_is_up_leaves_the_head_that_was_trained(
-    at: int, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the features, between them, or while the head is solved: what is short of its optimum takes no trained head's place."""
     trained_only = trained(job(replace(decided(CASES[2]), readings=SEVERAL), epochs=1, budget_minutes=1000), tmp_path / "trained")
     asked: list[int] = []
-    real = train_module._solve_again
+    real = train_module._refit_head
 
     def solve_again(*given: Any) -> Any:
-        def passed(_: Deadline) -> bool:
+        def passed(_: TimeBudget) -> bool:
             asked.append(1)
             return len(asked) >= at
 
-        monkeypatch.setattr(Deadline, "passed", passed)
+        monkeypatch.setattr(TimeBudget, "passed", passed)
         return real(*given)
 
-    monkeypatch.setattr(train_module, "_solve_again", solve_again)
+    monkeypatch.setattr(train_module, "_refit_head", solve_again)
     found = trained(job(replace(decided(CASES[2], solve_again=True), readings=SEVERAL), epochs=1, budget_minutes=1000), tmp_path / "late")
     assert history_equal(found, trained_only)
     state = json.loads((tmp_path / "late" / "scratch" / "finished" / "state.json").read_text())
@@ -421,7 +425,9 @@ def test_time_that_is_up_leaves_the_head_that_was_trained(
 
 @pytest.mark.parametrize("init", ["pretrained", "plain", "random"])
 @pytest.mark.parametrize("validation", [True, False])
-def test_a_head_is_solved_last_whatever_came_before(init: str, validation: bool, job: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_head_is_solved_last_whatever_came_before(
+    init: str, validation: bool, job: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
     """Without validation images nothing says how good it is, and its penalty comes from folds."""
     decision = replace(decided(CASES[2], rate_none=0.01, patience=1, scratch_times=1.0, solve_again=True), readings=SEVERAL, init=init)
     made = job(decision, epochs=2)
@@ -446,7 +452,7 @@ def test_a_head_is_solved_last_whatever_came_before(init: str, validation: bool,
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=lambda c: c.name)
 def test_a_run_interrupted_after_any_checkpoint_ends_as_the_uninterrupted_one(
-    case: Case, again: bool, job: Callable[..., Job], tmp_path: Path
+    case: Case, again: bool, job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     # A rate that gains nothing makes the auto case go through all arms: head, fine-tune, scratch.
     decision = decided(case, **({"rate_none": 1e-12, "scratch_from": 0, "scratch_times": 1.0} if case.init == "auto" else {}))
@@ -470,7 +476,7 @@ def history_equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) 
 
 def test_a_checkpoint_is_never_half_there(tmp_path: Path) -> None:
     """Killed while the new checkpoint was copied, the old one is used; killed between the renames, too."""
-    world = Alone(tmp_path / "world")
+    world = LocalContext(tmp_path / "world")
     for number in (1, 2):
         source = tmp_path / f"source{number}"
         source.mkdir()
@@ -494,7 +500,7 @@ def written(folder: Path, value: str) -> Path:
     return folder
 
 
-def kept(world: Alone) -> str:
+def kept(world: LocalContext) -> str:
     with world.restore() as folder:
         assert (folder / "value").read_text() == (folder / "model" / "value").read_text()
         return (folder / "value").read_text()
@@ -503,7 +509,7 @@ def kept(world: Alone) -> str:
 def test_what_a_kill_between_the_renames_left_is_kept_until_the_next_checkpoint_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = Alone(tmp_path / "world")
+    world = LocalContext(tmp_path / "world")
     world.report({}, written(tmp_path / "source", "1"))
     (tmp_path / "world" / "kept").rename(tmp_path / "world" / "old")
 
@@ -522,7 +528,7 @@ def test_what_a_kill_between_the_renames_left_is_kept_until_the_next_checkpoint_
 
 
 def test_the_only_checkpoint_there_is_goes_after_the_next_one_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = Alone(tmp_path / "world")
+    world = LocalContext(tmp_path / "world")
     world.report({}, written(tmp_path / "source", "1"))
     (tmp_path / "world" / "kept").rename(tmp_path / "world" / "old")
 
@@ -537,7 +543,7 @@ def test_the_only_checkpoint_there_is_goes_after_the_next_one_is_in_its_place(tm
 
 
 def test_a_copy_that_did_not_finish_is_no_checkpoint_nor_part_of_one(tmp_path: Path) -> None:
-    world = Alone(tmp_path / "world")
+    world = LocalContext(tmp_path / "world")
     (tmp_path / "world").mkdir()
     written(tmp_path / "world" / "new", "half")
     (tmp_path / "world" / "new" / "left").touch()
@@ -560,7 +566,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last_one(t
         done.append(f"{self.name} is {target.name}")
         return rename(self, target)
 
-    world = Alone(tmp_path / "world")
+    world = LocalContext(tmp_path / "world")
     world.report({}, written(tmp_path / "source", "1"))
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(Path, "rename", renamed)
@@ -570,7 +576,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last_one(t
 
 def test_no_worker_goes_on_before_all_have_looked_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one might write its own, and a slower one take it for a run to go on with, and wait where nobody comes."""
-    world, waits = Alone(tmp_path), []
+    world, waits = LocalContext(tmp_path), []
     world.size = 2
     monkeypatch.setattr(torch.distributed, "barrier", lambda: waits.append("all"))
     with world.restore() as folder:
@@ -581,14 +587,14 @@ def test_no_worker_goes_on_before_all_have_looked_for_a_checkpoint(tmp_path: Pat
 
 @pytest.mark.parametrize("first", [True, False])
 def test_no_worker_goes_on_before_a_checkpoint_is_safe(first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world, waits = Alone(tmp_path / "world"), []
+    world, waits = LocalContext(tmp_path / "world"), []
     world.size = 2
     monkeypatch.setattr(torch.distributed, "barrier", lambda: waits.append((tmp_path / "world" / "kept" / "value").exists()))
     world.report({}, written(tmp_path / "source", "1") if first else None)
     assert waits == [first]
 
 
-def test_early_stopping_goes_on_counting_where_it_was_interrupted(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_early_stopping_goes_on_counting_where_it_was_interrupted(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     # A rate that changes nothing: the first epoch is the best, and two more without a better one end it.
     decision = decided(CASES[2], rate_none=1e-12, patience=2)
     wanted = trained(job(decision, epochs=9), tmp_path / "whole")
@@ -607,21 +613,21 @@ def test_early_stopping_goes_on_counting_where_it_was_interrupted(job: Callable[
 
 # Neither 2 nor 3 divides the images of any side. Of a batch of 9 the first of two workers gets five; the last batch has seven.
 COUNTS = {"train": (21, 20, 20), "val": (5, 4, 4), "test": (5, 4, 4)}
-NORMED = (Reading("layer1.2", 16, (1, 2)),)
+NORMED = (TapPooling("layer1.2", 16, (1, 2)),)
 ALONE, TOGETHER, RESUMED = "1", ("2", "3"), ("1 resumed", "2 resumed", "3 resumed")
 BROKEN_OFF = ("1 broken off", "2 broken off", "3 broken off")
 
 
 def residual(case: Case) -> Decision:
     """A decision for this row on a network with BatchNorm, without a head that is solved last."""
-    cut = (Reading("layer2.2", 32, (1, 2)), Reading("layer1.2", 16, (1, 2)))
-    made = decision_for(case, cut if case.keep == "slice" else (Reading("layer3.2", 64, (1, 2)),), 32)
+    cut = (TapPooling("layer2.2", 32, (1, 2)), TapPooling("layer1.2", 16, (1, 2)))
+    made = decision_for(case, cut if case.keep == "slice" else (TapPooling("layer3.2", 64, (1, 2)),), 32)
     return replace(made, recipe=replace(case.recipe, solve_again=False))
 
 
 def without_dropout(**recipe: Any) -> Decision:
     """A decision to fine-tune all of a network, whatever its head alone is worth; without dropout, whose draws differ between workers."""
-    return replace(decided(CASES[2], rate_none=0.05, **recipe), slice="conv3", readings=(Reading("conv3", 128, (1, 2)),), init="plain")
+    return replace(decided(CASES[2], rate_none=0.05, **recipe), slice="conv3", readings=(TapPooling("conv3", 128, (1, 2)),), init="plain")
 
 
 @dataclass(frozen=True)
@@ -631,13 +637,13 @@ class Worlds:
     place: Path
     images: Path
 
-    def job(self, decision: Decision, name: str, **changes: Any) -> Job:
+    def job(self, decision: Decision, name: str, **changes: Any) -> TrainingConfig:
         plain = {
             "workspace": str(self.place), "images": str(self.images), "manifest": str(self.place / "manifest.parquet"), "backbone": "demonstration",
             "weights": "DEFAULT", "weights_md5": "none", "decision": json.loads(json.dumps(decision.to_json())), "seed": 0, "epochs": 2,
             "batch_size": 9, "flip": False, "precision": "float32", "history": str(self.place / f"{name}.jsonl"),
         }  # fmt: skip
-        return Job(**{**plain, **changes})
+        return TrainingConfig(**{**plain, **changes})
 
     def finished(self, run: str) -> Path:
         return self.place / run / "scratch0" / "finished"
@@ -674,7 +680,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     still = replace(plain, recipe=replace(plain.recipe, statistics="fixed"))
     other = replace(residual(CASES[3]), slice="layer1.2", readings=NORMED)
     other = replace(other, recipe=replace(other.recipe, statistics="fixed"))
-    again = replace(plain, readings=(NORMED[0], Reading("layer1.0", 16, (1,))), recipe=replace(still.recipe, solve_again=True))
+    again = replace(plain, readings=(NORMED[0], TapPooling("layer1.0", 16, (1,))), recipe=replace(still.recipe, solve_again=True))
     jobs = {
         "frozen": made.job(residual(CASES[0]), "frozen", **net),
         "cut": made.job(residual(CASES[1]), "cut", **net),
@@ -967,17 +973,17 @@ def test_a_run_that_is_broken_off_in_the_middle_of_its_features_goes_on_with_tho
 
 @pytest.mark.parametrize(("asked", "workers", "found"), [("auto", 1, 32), ("auto", 16, 32), ("auto", 17, 34), (7, 3, 7), (6, 3, 6)])
 def test_a_batch_holds_two_images_for_each_worker(
-    asked: int | str, workers: int, found: int, job: Callable[..., Job], tmp_path: Path
+    asked: int | str, workers: int, found: int, job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
-    world = Alone(tmp_path)
+    world = LocalContext(tmp_path)
     world.size = workers
     assert batch_size(job(decided(CASES[2]), batch_size=asked), Recipe(), 100, world) == found
 
 
 def test_a_batch_that_the_user_asked_for_and_that_is_too_small_is_refused_before_anything_is_computed(
-    job: Callable[..., Job], tmp_path: Path
+    job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
-    world = Alone(tmp_path)
+    world = LocalContext(tmp_path)
     world.size = 3
     with pytest.raises(
         ClusterError, match=r"expected train\.batch_size to hold two images for each of 3 workers, found 5\. Set it to 6 or more"
@@ -1011,7 +1017,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_one_new_image_in_a_hundred_costs_one_pass_in_a_hundred(
-    make_images: Callable[..., Path], job: Callable[..., Job], passed: list[str], tmp_path: Path
+    make_images: Callable[..., Path], job: Callable[..., TrainingConfig], passed: list[str], tmp_path: Path
 ) -> None:
     from conftest import paint
 
@@ -1031,7 +1037,7 @@ def test_one_new_image_in_a_hundred_costs_one_pass_in_a_hundred(
         index = 100
         while True:  # an image of the test side is not read here
             paint(label, index).save(folder / f"class{label}" / "new.png")
-            if splits.side_of(hashlib.md5((folder / f"class{label}" / "new.png").read_bytes()).hexdigest()) != "test":
+            if splits.split_of(hashlib.md5((folder / f"class{label}" / "new.png").read_bytes()).hexdigest()) != "test":
                 break
             index += 1
     second = train_again("second")
@@ -1044,7 +1050,9 @@ def test_one_new_image_in_a_hundred_costs_one_pass_in_a_hundred(
     assert finished["speed"] == {"images_per_second": 0.0, "waited_for_data": 0.0}
 
 
-def test_random_views_are_read_once_each_and_change_the_frozen_head(job: Callable[..., Job], passed: list[str], tmp_path: Path) -> None:
+def test_random_views_are_read_once_each_and_change_the_frozen_head(
+    job: Callable[..., TrainingConfig], passed: list[str], tmp_path: Path
+) -> None:
     manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
     train, val = (len(manifest.used(side)) for side in ("train", "val"))
     made = job(decided(CASES[0]), views=2, flip=True, cache=str(tmp_path / "cache"))
@@ -1086,13 +1094,13 @@ def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, p
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_a_model_says_whether_its_backbone_is_as_it_came(case: Case, job: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_model_says_whether_its_backbone_is_as_it_came(case: Case, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     trained(job(decided(case), epochs=1), tmp_path / "out")
     assert load(tmp_path / "out" / "scratch" / "finished" / "model")[1].frozen is (case.freeze == "kept")
 
 
 def test_where_fine_tuning_is_undone_the_backbone_is_as_it_came_and_no_image_is_passed_again(
-    job: Callable[..., Job], passed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., TrainingConfig], passed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head that is solved last then reads what the cache holds."""
     cache = str(tmp_path / "cache")
@@ -1112,7 +1120,7 @@ def test_where_fine_tuning_is_undone_the_backbone_is_as_it_came_and_no_image_is_
 # --- what is told ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_progress_of_features_says_how_long_it_waited_for_data(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_the_progress_of_features_says_how_long_it_waited_for_data(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     trained(job(decided(CASES[0])), tmp_path / "out")
     told = [json.loads(line)["text"] for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     lines = [text for text in told if text.startswith("features")]
@@ -1127,7 +1135,9 @@ def test_the_report_says_nothing_of_a_speed_that_was_not_measured() -> None:
     assert told == "Training took 123 images a second; its first worker waited for data 5% of the time."
 
 
-def test_the_speed_counts_every_image_that_is_passed_be_it_of_validation_or_a_random_view(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_the_speed_counts_every_image_that_is_passed_be_it_of_validation_or_a_random_view(
+    job: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
     manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
 
     def speed(name: str, **changes: Any) -> float:

@@ -311,7 +311,7 @@ def test_a_folder_that_cannot_be_read_is_told_and_not_left_out(workspace: Path, 
 
 def test_images_that_were_not_versioned_are_before_others_take_their_place(workspace: Path, make_images: Callable[..., Path]) -> None:
     paint(0, 500).save(workspace / "images" / "class0" / "only here.png")
-    create.take_over(workspace, make_images(2, 5))
+    create.replace_images(workspace, make_images(2, 5))
     assert not (workspace / "images" / "class0" / "only here.png").exists()
     assert git.run(workspace, "show", "--name-only", "--format=%s") == "Images before others took their place\n\nimages.dvc"
     versioning.get(workspace, "HEAD", "images", workspace / "before")

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from tlpipeline.errors import DataError, PipelineError
-from tlpipeline.files import denied, full, starved
+from tlpipeline.files import is_disk_full, is_out_of_memory, is_permission_error
 from tlpipeline.progress import Event
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -42,9 +42,9 @@ def main() -> None:
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except OSError as error:
-        if full(error):
+        if is_disk_full(error):
             _say(f"error: expected room on the disk, found none: {error}. Nothing half-written is used; free some space and run again.")
-        elif denied(error):
+        elif is_permission_error(error):
             _say(f"error: expected to be allowed to use a file or folder, but: {error}. Change its rights or its owner, and run again.")
         else:
             raise
@@ -53,7 +53,7 @@ def main() -> None:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own: wrong or missing arguments
             _say(f"error: {error.format_message()}")
             sys.exit(error.exit_code)
-        if starved(error):
+        if is_out_of_memory(error):
             _say(f"error: expected memory to compute in, found too little: {error}. Set data.size lower, or run where there is more.")
             sys.exit(2)
         raise
@@ -113,10 +113,10 @@ def run(
     """Run the whole flow: version, profile, choose, train, evaluate, gate, register, report."""
     _prepare(workspace)
     from tlpipeline.versioning import lock
-    from tlpipeline.workspace.create import checked
+    from tlpipeline.workspace.create import check
 
-    checked(workspace, images)  # a mistake is told before the Prefect server starts
-    lock.free(workspace)
+    check(workspace, images)  # a mistake is told before the Prefect server starts
+    lock.require_unlocked(workspace)
     from tlpipeline.flows.retrain import reach, retrain
     from tlpipeline.tasks.pipeline import listener
 
@@ -271,7 +271,7 @@ def data_commit(
 
         announce(create.name_of(workspace), digest, images)
         print("event tlpipeline.data.updated emitted")
-        if unheard := create.unheard(workspace):
+        if unheard := create.missing_trigger(workspace):
             print(unheard)
     else:
         print("no event emitted: PREFECT_API_URL is not set")

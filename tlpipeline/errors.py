@@ -56,7 +56,7 @@ class PassTooLarge(ClusterError):
     """A GPU has no room for a forward pass of as many images as are passed together."""
 
 
-class MemoryFull(TrainingError):
+class OutOfMemory(TrainingError):
     """A GPU has no room for its share of a batch.
 
     Args:

@@ -17,17 +17,17 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def full(error: OSError) -> bool:
+def is_disk_full(error: OSError) -> bool:
     """Say whether an error means a full disk or a quota that is used up."""
     return _is(error, NO_ROOM)
 
 
-def denied(error: OSError) -> bool:
+def is_permission_error(error: OSError) -> bool:
     """Say whether an error means that this user may not read or write there, or that nobody may write there."""
     return _is(error, NO_RIGHT)
 
 
-def starved(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Say whether an error means that there is no memory left. Torch has no type of its own for that on CPUs."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
@@ -38,7 +38,7 @@ def _is(error: OSError, codes: Sequence[int]) -> bool:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a draft to write, in the same folder; it takes the place of the file if the body succeeds, and is removed if not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")  # others may write the same file, here or on another machine
@@ -61,7 +61,7 @@ def write_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with whole(path) as draft:
+    with atomic_write(path) as draft:
         try:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, dict(metadata) if metadata else None)
         except SafetensorError as error:
@@ -78,11 +78,11 @@ def write_json(content: Any, path: Path) -> None:
 
 def write_bytes(content: bytes, path: Path) -> None:
     """Write bytes."""
-    with whole(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_bytes(content)
 
 
-def torn(path: Path) -> bool:
+def is_truncated_json(path: Path) -> bool:
     """Say whether a JSON file that others write in place is only partly there, as a kill leaves it; one that is absent is not."""
     try:
         json.loads(path.read_text(encoding="utf-8"))

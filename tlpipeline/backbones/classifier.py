@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tlpipeline.backbones import catalogue, taps
-from tlpipeline.backbones.features import Reader, passes, pooled, step
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.features import FeatureExtractor, passes, pooled, step
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data.cache import Store
 from tlpipeline.data.loader import Images, in_batches
@@ -39,7 +39,7 @@ class Description:
 
     architecture: str
     cut: str
-    readings: tuple[Reading, ...]
+    readings: tuple[TapPooling, ...]
     classes: tuple[str, ...]
     transforms: Transforms
     frozen: bool = False
@@ -57,7 +57,7 @@ class Description:
         return cls(
             content["architecture"],
             content["cut"],
-            tuple(Reading(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
+            tuple(TapPooling(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
             tuple(content["classes"]),
             Transforms(t["size"], t["resize"], tuple(t["mean"]), tuple(t["std"]), t["interpolation"]),
             bool(content.get("frozen", False)),
@@ -76,7 +76,7 @@ class Classifier(nn.Module):
         in_bfloat16: a frozen backbone reads in bfloat16, on whatever device.
     """
 
-    def __init__(self, backbone: Backbone, readings: Sequence[Reading], classes: int, frozen: bool, in_bfloat16: bool = False) -> None:
+    def __init__(self, backbone: Backbone, readings: Sequence[TapPooling], classes: int, frozen: bool, in_bfloat16: bool = False) -> None:
         super().__init__()
         self.readings, self.backbone = tuple(readings), [backbone]  # in a list: what was cut off is no part of this module
         self.trunk = taps.cut(backbone, [r.tap for r in readings])
@@ -208,9 +208,9 @@ def _passed(model: nn.Module, images: Images, device: torch.device, progress: Ca
 
 def reader_of(
     model: Classifier, store: Store, transforms: Transforms, device: torch.device, half: bool = False, alone: bool = False
-) -> Reader:
+) -> FeatureExtractor:
     """Return what reads images with the classifier's backbone as it is now; `half`: in bfloat16; `alone`: nobody else will with these weights."""
-    return Reader(store, model.backbone[0], model.trunk, model.readings, transforms, device, half=half, alone=alone)
+    return FeatureExtractor(store, model.backbone[0], model.trunk, model.readings, transforms, device, half=half, alone=alone)
 
 
 def _filled(x: Tensor, size: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tlpipeline.backbones import taps
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.precision import autocast
 from tlpipeline.backbones.taps import Backbone, Tap
 from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
@@ -32,13 +32,13 @@ MAX_WIDTH = 3072
 STEP = {"cpu": 16, "cuda": 128}
 
 
-def reading(tap: Tap) -> Reading:
+def pooling_at(tap: Tap) -> TapPooling:
     """Return the pyramid that a head reads at this tap: grids no finer than its maps, at most 3,072 features in all."""
     grids: list[int] = []
     for grid in GRIDS:
         if grid == 1 or (min(tap.height, tap.width) >= grid and tap.channels * (sum(g * g for g in grids) + grid * grid) <= MAX_WIDTH):
             grids.append(grid)
-    return Reading(tap.name, tap.channels, tuple(grids))
+    return TapPooling(tap.name, tap.channels, tuple(grids))
 
 
 def pool(maps: Tensor, grids: Sequence[int]) -> Tensor:
@@ -159,7 +159,7 @@ def extract(
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-class Reader:
+class FeatureExtractor:
     """What a frozen network reads in images, each image passed through it once: the rest comes from a store, by content.
 
     Args:
@@ -175,7 +175,7 @@ class Reader:
         store: Store,
         backbone: Backbone,
         trunk: nn.Module,
-        readings: Sequence["Reading"],
+        readings: Sequence["TapPooling"],
         transforms: Transforms,
         device: torch.device,
         *,
@@ -204,7 +204,7 @@ class Reader:
         ]
         self.columns: list[Column] = [store.column(key, label) for store, key, label in self._columns]
 
-    def of_view(self, view: str) -> "Reader":
+    def of_view(self, view: str) -> "FeatureExtractor":
         """Return the same for random views of the images, which the `augment` of the images makes; `view` tells which from every other."""
         other = copy.copy(self)
         other.columns = [store.column(f"{key}|{view}", f"{label}, {view}") for store, key, label in self._columns]

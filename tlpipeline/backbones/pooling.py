@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Reading:
+class TapPooling:
     """What a head reads at one tap: averages over a pyramid of grids (1x1, 2x2, 4x4), concatenated.
 
     Spatial averages at several scales keep where something is, which one global average forgets; at 32 pixels that is worth 3.7 points

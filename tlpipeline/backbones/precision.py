@@ -19,7 +19,7 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def reads_in_bfloat16(device: torch.device, precision: str) -> bool:
+def extracts_in_bfloat16(device: torch.device, precision: str) -> bool:
     """Say whether frozen networks read images in bfloat16 on this device: on GPUs, where it is several times as fast.
 
     On CPUs it would be 1.1 to 3.3 times as fast, or half as fast (vision transformers), for other last digits of what the choice was fitted on.

@@ -10,7 +10,7 @@ import numpy as np
 
 from tlpipeline.choice.cases import CASES, DIFFERENT, LARGE, SIMILAR, SMALL, Case, find
 from tlpipeline.choice.decision import Arm, Decision, Race
-from tlpipeline.choice.policy import TEXTBOOK, Weighed, weak_labels, weigh
+from tlpipeline.choice.policy import TEXTBOOK, DecisionPolicy, weak_labels, weigh
 from tlpipeline.choice.reasons import changes, doubts, reason, weaknesses
 from tlpipeline.errors import BackboneError
 from tlpipeline.params import AUTO, ChooseParams
@@ -35,7 +35,7 @@ def choose(profile: Profile, rule: ChooseParams) -> Decision:
     return decide(profile, weighed, weighed.large)
 
 
-def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = None) -> Decision:
+def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | None = None) -> Decision:
     """Return the decision for a data set that is large (fine-tuning pays) or not; after a race, with what it found."""
     rule = weighed.rule
     test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
@@ -84,7 +84,7 @@ def decide(profile: Profile, weighed: Weighed, large: bool, race: Race | None = 
     )
 
 
-def _probabilities(weighed: Weighed, axes: dict[str, float]) -> dict[str, float]:
+def _probabilities(weighed: DecisionPolicy, axes: dict[str, float]) -> dict[str, float]:
     """Return the probability of each case. Whether small data are sliced is settled by then: the row for which it is has all of small's."""
     out = {c.name: axes[c.size] * axes[c.likeness] for c in CASES}
     if weighed.rule.rule != TEXTBOOK:
@@ -92,7 +92,7 @@ def _probabilities(weighed: Weighed, axes: dict[str, float]) -> dict[str, float]
     return {name: round(chance, 4) for name, chance in out.items()}
 
 
-def _row(weighed: Weighed, large: bool) -> Case:
+def _row(weighed: DecisionPolicy, large: bool) -> Case:
     """Return the row for this size and likeness; a slice that is not made leaves its data to the row that cuts nothing."""
     likeness = SIMILAR if weighed.similar >= 0.5 or weak_labels(weighed.evidence) else DIFFERENT
     case = next(c for c in CASES if (c.size, c.likeness) == (LARGE if large else SMALL, likeness))
@@ -103,7 +103,7 @@ def _row(weighed: Weighed, large: bool) -> Case:
     return case
 
 
-def _head(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, wanted: str | None) -> tuple[str, str | None, str]:
+def _head(profile: Profile, weighed: DecisionPolicy, case: Case, test: SliceTest, wanted: str | None) -> tuple[str, str | None, str]:
     """Return which taps the head reads, the slice point if anything is cut off, and a remark."""
     taps = profile.taps
     if case.keep == "slice":
@@ -133,7 +133,7 @@ def forced_tap(profile: Profile, wanted: str) -> str:
     return inside[-1]
 
 
-def arms_of(profile: Profile, weighed: Weighed) -> tuple[Arm, ...]:
+def arms_of(profile: Profile, weighed: DecisionPolicy) -> tuple[Arm, ...]:
     """Return the ways to train, with their expected accuracy and cost."""
     seen = weighed.prediction
     every = profile.images + 2 * profile.validation
@@ -150,7 +150,7 @@ def arms_of(profile: Profile, weighed: Weighed) -> tuple[Arm, ...]:
     return (*frozen, Arm("tuned", accuracy, low, high, float(cost)))
 
 
-def _standing(profile: Profile, weighed: Weighed, race: Race | None, head: str, kept: Probe) -> tuple[float, float]:
+def _standing(profile: Profile, weighed: DecisionPolicy, race: Race | None, head: str, kept: Probe) -> tuple[float, float]:
     """Return the expected regret of what was decided, and P(it is not worse than the best by more than the tolerance).
 
     Args:

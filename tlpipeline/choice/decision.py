@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.errors import ParamsError, nearest
 from tlpipeline.training.recipe import ADAMW, AUTO, BALANCES, INITS, OPTIMISERS, SMALL_PIXELS, STATISTICS, Recipe
 
@@ -89,7 +89,7 @@ class Decision:
     case: str
     slice: str
     head: str
-    readings: tuple[Reading, ...]
+    readings: tuple[TapPooling, ...]
     size: int
     freeze: str
     init: str
@@ -112,12 +112,12 @@ class Decision:
     forced: tuple[str, ...]
 
     @property
-    def read(self) -> tuple[Reading, ...]:
+    def read(self) -> tuple[TapPooling, ...]:
         """What the head reads in the end: what it was solved on."""
         return self.readings if self.freeze == "kept" or self.recipe.solve_again else self.under
 
     @property
-    def under(self) -> tuple[Reading, ...]:
+    def under(self) -> tuple[TapPooling, ...]:
         """What the head reads that is trained with everything else: the last tap, so that all layers are under it; or that is solved on frozen features."""
         return self.readings if self.freeze == "kept" else self.readings[:1]
 
@@ -130,7 +130,7 @@ class Decision:
         """Read what `to_json` gave."""
         race = content["race"]
         structured = {
-            "readings": tuple(Reading(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
+            "readings": tuple(TapPooling(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
             "recipe": Recipe(**content["recipe"]),
             "arms": tuple(Arm(**arm) for arm in content["arms"]),
             "race": None if race is None else Race(**race | {"looks": tuple(Look(**look) for look in race["looks"])}),

@@ -65,9 +65,7 @@ def text(decision: Decision, profile: Profile, width: int, color: bool = False) 
 
     width, out = min(max(width, LEAST), MOST), io.StringIO()
     fill = partial(textwrap.fill, width=width, break_on_hyphens=False)
-    console = Console(
-        file=out, width=width, height=1000, force_terminal=color, color_system="standard" if color else None, highlight=False
-    )
+    console = Console(file=out, width=width, height=1000, force_terminal=color, color_system="standard" if color else None, highlight=False)
     for section in sections(decision, profile, width):
         console.print(Text(fill(section.title), style="bold"))
         for part in section.parts:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tlpipeline.choice import predictor
 from tlpipeline.choice.decision import Look, Race
-from tlpipeline.choice.predictor import Evidence, Outlook, Prediction
+from tlpipeline.choice.predictor import Evidence, GainPredictor, Prediction
 from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.profiling.probes import Matrix
 from tlpipeline.profiling.profile import Profile, slice_test
@@ -26,12 +26,12 @@ SIGNAL = 0.3  # log odds by which the tangent probe must beat heads that read no
 
 
 @dataclass(frozen=True)
-class Weighed:
+class DecisionPolicy:
     """The evidence as the rule sees it, before it is known whether fine-tuning is worth it."""
 
     evidence: Evidence
     rule: ChooseParams
-    model: Outlook
+    model: GainPredictor
 
     @property
     def tolerance(self) -> float:
@@ -170,10 +170,10 @@ class Weighed:
         )
 
 
-def weigh(profile: Profile, rule: ChooseParams, model: Outlook | None = None) -> Weighed:
+def weigh(profile: Profile, rule: ChooseParams, model: GainPredictor | None = None) -> DecisionPolicy:
     """Return the evidence of a profile as the rule sees it, with the fitted model that comes with the package or another."""
     test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
-    return Weighed(predictor.evidence(profile, test), rule, model or predictor.fitted())
+    return DecisionPolicy(predictor.evidence(profile, test), rule, model or predictor.load_predictor())
 
 
 def has_signal(seen: Evidence) -> bool:
@@ -202,7 +202,7 @@ def weak_labels(seen: Evidence | Profile) -> tuple[str, ...]:
 # --- with more images ----------------------------------------------------------------------------------------------------------------------
 
 
-def grown(weighed: Weighed, images: int) -> tuple[Evidence, float]:
+def extrapolate(weighed: DecisionPolicy, images: int) -> tuple[Evidence, float]:
     """Return the evidence with another number of images, and what the frozen head would reach with them by its learning curve.
 
     Errors of learning curves fall as a power of the images (Hestness et al. 2017, arXiv 1712.00409); the power is that of the last doubling
@@ -216,14 +216,14 @@ def grown(weighed: Weighed, images: int) -> tuple[Evidence, float]:
     return dataclasses.replace(seen, images=images, slope=slope), 1 - there
 
 
-def turning_point(weighed: Weighed) -> int | None:
+def turning_point(weighed: DecisionPolicy) -> int | None:
     """Return the number of images at which the prediction changes sides, the frozen head going on along its learning curve; None if nowhere."""
     model, large = weighed.model, weighed.large
     most = 10 ** (model.highest.get("log10 images", 5.0) + 0.3)
     images = float(weighed.evidence.images)
     while 20 <= images <= max(most, weighed.evidence.images):
         images = images / 1.05 if large else images * 1.05
-        seen, frozen = grown(weighed, round(images))
+        seen, frozen = extrapolate(weighed, round(images))
         if (model.predict(seen, frozen, weighed.tolerance).gain > weighed.tolerance) != large:
             return round(images)
     return None
@@ -232,7 +232,7 @@ def turning_point(weighed: Weighed) -> int | None:
 # --- the race's arithmetic --------------------------------------------------------------------------------------------------------------
 
 
-def look(weighed: Weighed, part: int, epoch: int, epochs: int, frozen: Bits, tuned: Bits) -> Look:
+def look(weighed: DecisionPolicy, part: int, epoch: int, epochs: int, frozen: Bits, tuned: Bits) -> Look:
     """Return what a look of the race says: the prediction, corrected by what the judging images say (Bayes).
 
     A short trial lies: what fine-tuning still gains from this look to the end of its schedule was measured together with the prediction.
@@ -268,7 +268,7 @@ def look_epochs(epochs: int) -> list[int]:
     return sorted({max(round(epochs * part / LOOKS), 1) for part in range(1, LOOKS + 1)})
 
 
-def verdict(weighed: Weighed, part: int, last: Look) -> tuple[str, str]:
+def verdict(weighed: DecisionPolicy, part: int, last: Look) -> tuple[str, str]:
     """Return (winner, why) after a look, ("", "") while the race goes on; at the end an undecided race goes to the cheaper arm."""
     spent = weighed.rule.alpha * SPENT[part]
     if last.chance >= 1 - spent:

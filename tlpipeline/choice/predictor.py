@@ -192,7 +192,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class GainPredictor:
     """The fitted model.
 
     Attributes:
@@ -339,13 +339,13 @@ class Outlook:
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Outlook":
+    def from_json(cls, content: Mapping[str, Any]) -> "GainPredictor":
         """Read what `to_json` gave."""
         return cls(**{f.name: content[f.name] for f in fields(cls)})
 
 
 # Knows nothing: fine-tuning is as good as the frozen head, give or take. Where the fit starts from.
-NEUTRAL = Outlook(
+NEUTRAL = GainPredictor(
     center={},
     spread={},
     coefficients={},
@@ -370,6 +370,6 @@ def _share(odds: Any) -> Any:
 
 
 @cache
-def fitted() -> Outlook:
+def load_predictor() -> GainPredictor:
     """Return the model that comes with the package."""
-    return Outlook.from_json(json.loads(FITTED.read_text(encoding="utf-8")))
+    return GainPredictor.from_json(json.loads(FITTED.read_text(encoding="utf-8")))

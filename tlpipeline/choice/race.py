@@ -13,13 +13,13 @@ from pathlib import Path
 
 from tlpipeline.choice import decide
 from tlpipeline.choice.decision import Decision, Look, Race
-from tlpipeline.choice.policy import Weighed
+from tlpipeline.choice.policy import DecisionPolicy
 from tlpipeline.params import ClusterParams
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, Progress
 from tlpipeline.training import ray_train
 from tlpipeline.training.checkpoint import STATE
-from tlpipeline.training.config import Job
+from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.recipe import BUDGET
 
 NO_TIME = 1e-9  # minutes: 0 would be no bound
@@ -27,8 +27,8 @@ NO_TIME = 1e-9  # minutes: 0 would be no bound
 
 def run(
     profile: Profile,
-    weighed: Weighed,
-    job: Callable[[Decision], Job],
+    weighed: DecisionPolicy,
+    job: Callable[[Decision], TrainingConfig],
     cluster: ClusterParams,
     name: str,
     runs: Path,

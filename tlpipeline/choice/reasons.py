@@ -4,12 +4,12 @@ import dataclasses
 
 from tlpipeline.choice.cases import SMALL, Case
 from tlpipeline.choice.decision import Race
-from tlpipeline.choice.policy import LENIENCE, TEXTBOOK, Weighed, has_signal, turning_point, weak_labels
+from tlpipeline.choice.policy import LENIENCE, TEXTBOOK, DecisionPolicy, has_signal, turning_point, weak_labels
 from tlpipeline.profiling.profile import Profile, SliceTest
 
 
 def reason(
-    profile: Profile, weighed: Weighed, large: bool, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None
+    profile: Profile, weighed: DecisionPolicy, large: bool, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None
 ) -> str:
     """Return the decision in one sentence with its numbers, without its full stop.
 
@@ -49,7 +49,7 @@ def reason(
     return f"{case.name}: {size}; {likeness}{raced}; {done}"
 
 
-def changes(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, large: bool, race: Race | None) -> tuple[str, ...]:
+def changes(profile: Profile, weighed: DecisionPolicy, case: Case, test: SliceTest, large: bool, race: Race | None) -> tuple[str, ...]:
     """Say what would change the decision: more images, another tolerance, another answer of the slice test."""
     rule, seen = weighed.rule, weighed.prediction
     if rule.rule == TEXTBOOK:
@@ -97,7 +97,7 @@ def changes(profile: Profile, weighed: Weighed, case: Case, test: SliceTest, lar
     return tuple(said)
 
 
-def _price(weighed: Weighed) -> float:
+def _price(weighed: DecisionPolicy) -> float:
     """Return the tolerance (as a share) above which a frozen head would be chosen: a larger one may take a simpler head, which loses more."""
     lost = weighed.prediction.gain
     for _ in range(3):  # there are three heads
@@ -135,7 +135,7 @@ def weaknesses(profile: Profile) -> tuple[str, ...]:
     return tuple(weak)
 
 
-def doubts(weighed: Weighed) -> tuple[str, ...]:
+def doubts(weighed: DecisionPolicy) -> tuple[str, ...]:
     """Say that nothing was read, what makes the prediction weak, and that it could not be raced."""
     doubts, seen = [], weighed.evidence
     if not has_signal(seen):

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tlpipeline.data.decoding import UNREADABLE, content_of, cpus, decode, inspect, why
-from tlpipeline.data.splits import GIVEN_SIDES, MINIMUM_PER_CLASS, TEST, TRAIN, VAL, given_sides, side_of
+from tlpipeline.data.splits import GIVEN_SIDES, MINIMUM_PER_CLASS, TEST, TRAIN, VAL, given_splits, split_of
 from tlpipeline.errors import DataChanged, DataError
 
 
@@ -111,7 +111,7 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
             class only, a class has fewer than 3 distinct images, or no file is an image.
     """
     paths = files(images)
-    given = given_sides(images)
+    given = given_splits(images)
     done = 0
     rows: list[Row] = []
     rejected: list[Rejected] = []
@@ -134,7 +134,7 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
     rows, remarks = _without_copies(rows, given)
     if given:
         exceptions = {}  # a given layout wins over splits.csv too
-    rows = [replace(r, split=r.split or exceptions.get(r.md5) or side_of(r.md5, carve_val=given == "no val")) for r in rows]
+    rows = [replace(r, split=r.split or exceptions.get(r.md5) or split_of(r.md5, carve_val=given == "no val")) for r in rows]
     _check_classes(images, rows, rejected, given)
     remarks += _empty_sides(rows)
     return Manifest(tuple(sorted(rows, key=lambda r: r.path)), tuple(sorted(rejected, key=lambda r: r.path)), tuple(remarks))

@@ -71,7 +71,7 @@ class Images:
     """
 
     def __init__(
-        self, root: Path, rows: Sequence[Row], transforms: Transforms, augment: Augment | None = None, decoded: "Decoded | None" = None
+        self, root: Path, rows: Sequence[Row], transforms: Transforms, augment: Augment | None = None, decoded: "DecodedCache | None" = None
     ) -> None:
         self.root, self.rows, self.transforms, self.augment, self.decoded = root, rows, transforms, augment, decoded
         self.waited = 0.0
@@ -119,7 +119,7 @@ class Images:
                 pool.shutdown(cancel_futures=True)
 
 
-class Decoded:
+class DecodedCache:
     """Decoded images for training, which comes back to them every epoch: 8-bit RGB, all of one size.
 
     What was kept in a store, by content, and what is made on the spot are the same bits: how much room there is changes no result.
@@ -164,7 +164,7 @@ class Decoded:
         return np.asarray(self._rows.one(self._place[row.md5]).numpy())
 
 
-def squeezed(store: Store, root: Path, side: int) -> Decoded:
+def square_cache(store: Store, root: Path, side: int) -> DecodedCache:
     """Return whole images squeezed into squares.
 
     That loses nothing: a random crop is stretched to the network's square input anyway, and its shape is drawn by the image's own proportions.
@@ -174,17 +174,17 @@ def squeezed(store: Store, root: Path, side: int) -> Decoded:
         image = dataset.read(root, row, 2 * side)
         return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), dtype=np.uint8)
 
-    return Decoded(store, side, make, f"squeezed|{side}", f"decoded images at {side} pixels")
+    return DecodedCache(store, side, make, f"squeezed|{side}", f"decoded images at {side} pixels")
 
 
-def prepared(store: Store, root: Path, transforms: Transforms) -> Decoded:
+def resized_cache(store: Store, root: Path, transforms: Transforms) -> DecodedCache:
     """Return images as `prepare` makes them."""
 
     def make(row: Row) -> Pixels:
         return prepare(dataset.read(root, row, 2 * transforms.resize), transforms)
 
     key = f"prepared|{transforms.resize}|{transforms.size}|{transforms.interpolation}"
-    return Decoded(store, transforms.size, make, key, f"prepared images at {transforms.size} pixels")
+    return DecodedCache(store, transforms.size, make, key, f"prepared images at {transforms.size} pixels")
 
 
 def _threads() -> int:
@@ -197,6 +197,6 @@ def in_batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def shard(count: int, rank: int, size: int) -> range:
+def rank_slice(count: int, rank: int, size: int) -> range:
     """Return the indices of one worker's share: every size-th from rank on; together each index exactly once."""
     return range(rank, count, size)

@@ -22,7 +22,7 @@ MINIMUM_PER_CLASS = 3
 _LOOK_INTO_BELOW = 50  # images of a class below which a broken one could be the only one of its side
 
 
-def side_of(md5: str, carve_val: bool = False) -> str:
+def split_of(md5: str, carve_val: bool = False) -> str:
     """Return the side that an image's content gives it.
 
     Args:
@@ -43,7 +43,7 @@ def selects(md5: str) -> bool:
     return md5[-1] in "02468ace"
 
 
-def given_sides(images: Path) -> str:
+def given_splits(images: Path) -> str:
     """Say which layout this is: "" (by content), "all" (train, val and test are given) or "no val".
 
     Raises:
@@ -132,7 +132,7 @@ def needed_exceptions(
     Returns:
         The new lines for splits.csv, and remarks.
     """
-    if not images.is_dir() or given_sides(images):
+    if not images.is_dir() or given_splits(images):
         return [], []
     by_label: dict[str, dict[str, str]] = defaultdict(dict)
     labels: dict[str, set[str]] = defaultdict(set)
@@ -147,7 +147,7 @@ def needed_exceptions(
         usable = {md5: path for md5, path in paths.items() if len(labels[md5]) == 1}
         if len(usable) < _LOOK_INTO_BELOW:
             usable = {md5: path for md5, path in usable.items() if not isinstance(inspect(content_of(images / path)), str)}
-        sides = {md5: known.get(md5) or side_of(md5) for md5 in usable}
+        sides = {md5: known.get(md5) or split_of(md5) for md5 in usable}
         if len(sides) >= MINIMUM_PER_CLASS and set(sides.values()) != set(SIDES):
             lines, remark = _filled(label, sides, trained_on(), frozenset(known))
             new += lines

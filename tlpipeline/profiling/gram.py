@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from tlpipeline.backbones.features import Scaling, scaling
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.profiling.probes import PENALTIES, Fit, Matrix, guesses, leave_one_out, one_hot
 from tlpipeline.profiling.profile import Head, Profile, Tangent
 from tlpipeline.progress import Event, Progress
@@ -25,7 +25,7 @@ CONFIRMED_ON = 1024  # images of the sample that a head is solved on to confirm 
 
 
 @dataclass(frozen=True)
-class Kernels:
+class GramMatrices:
     """Scaled features of the sample at each tap, and their inner products.
 
     Args:
@@ -134,9 +134,9 @@ def _mean(kernels: Sequence[Matrix]) -> Matrix:
     return np.asarray(sum(kernels) / len(kernels))
 
 
-def kernels_of(
-    readings: Sequence[Reading], features: Sequence[Tensor], labels: npt.NDArray[np.int64], before: Mapping[tuple[int, ...], float]
-) -> Kernels:
+def gram_matrices(
+    readings: Sequence[TapPooling], features: Sequence[Tensor], labels: npt.NDArray[np.int64], before: Mapping[tuple[int, ...], float]
+) -> GramMatrices:
     """Scale features (images, features of a tap) at each tap and multiply them."""
     scaled, own, scales = [], [], []
     for read, x in zip(readings, features, strict=False):
@@ -148,4 +148,4 @@ def kernels_of(
         scaled.append(a)
         own.append((a @ a.T).astype(np.float64))
         scales.append((scale, norm))
-    return Kernels(scaled, own, scales, labels, before, {})
+    return GramMatrices(scaled, own, scales, labels, before, {})

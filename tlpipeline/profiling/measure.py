@@ -20,8 +20,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tlpipeline.backbones import taps as cutting
-from tlpipeline.backbones.features import Reader, extract, numerics, reading
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.features import FeatureExtractor, extract, numerics, pooling_at
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data import splits
 from tlpipeline.data.cache import Store
@@ -30,7 +30,7 @@ from tlpipeline.data.loader import FORMAT, Images, in_batches, normalize
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import DataError
 from tlpipeline.params import ProfileParams
-from tlpipeline.profiling.gram import CONFIRMED_ON, Kernels, kernels_of
+from tlpipeline.profiling.gram import CONFIRMED_ON, GramMatrices, gram_matrices
 from tlpipeline.profiling.ntk import BUCKETS, Sketcher, tangent_kernel
 from tlpipeline.profiling.probes import head_similarity
 from tlpipeline.profiling.profile import Head, Probe, Profile, Tangent, slice_point
@@ -105,7 +105,7 @@ def _large_enough(
     judges: int,
     params: ProfileParams,
     undecided: Callable[[Profile], bool],
-) -> tuple[list[Row], list[Tensor], Kernels, Profile]:
+) -> tuple[list[Row], list[Tensor], GramMatrices, Profile]:
     """Probe a sample, and double it while the choice is open and the solvers stay cheap beside the passes.
 
     Args:
@@ -119,7 +119,7 @@ def _large_enough(
     drawn = sample(rows, wanted, params.seed)
     while True:
         read = sight.features(drawn)
-        kernels = kernels_of(sight.readings, read, np.array([labels[r.label] for r in drawn]), penalties)
+        kernels = gram_matrices(sight.readings, read, np.array([labels[r.label] for r in drawn]), penalties)
         sight.progress(Event("profile", len(drawn), len(drawn), f"probes of {len(drawn)} images at {len(sight.taps)} taps"))
         profile = _of_sample(sight, rows, judges, read, kernels, params.seed)
         wanted, penalties = 2 * len(drawn), kernels.penalties
@@ -138,7 +138,7 @@ def _of_sample(
     rows: Sequence[Row],
     judges: int,
     read: Sequence[Tensor],
-    kernels: Kernels,
+    kernels: GramMatrices,
     seed: int,
 ) -> Profile:
     """Return what a sample's features at all taps say, nothing held against other images yet.
@@ -179,13 +179,13 @@ class _Sight:
         self.backbone, self.root, self.device, self.progress, self.store = backbone, root, device, progress, store
         self.half, self.transforms = half, backbone.transforms.at(size)
         self.taps = cutting.describe(backbone, size)
-        self.readings = [reading(tap) for tap in self.taps]
+        self.readings = [pooling_at(tap) for tap in self.taps]
         logits = backbone.source_classes > 0
         self.trunk = self._cut(backbone, [t.name for t in self.taps], logits)
         self.watcher = Watcher(self.trunk)
         self.watched = shift and self.watcher.channels > 0
         beside = self.watcher.taken if self.watched else None
-        self.reader = Reader(
+        self.reader = FeatureExtractor(
             store,
             backbone,
             self.trunk,
@@ -216,7 +216,7 @@ class _Sight:
         batches = Images(self.root, rows, self.transforms).batches(in_batches(len(rows), BATCH))
         return (normalize(pixels, self.transforms) for _, pixels in batches)
 
-    def tangent(self, kernels: Kernels, drawn: Sequence[Row], taps: Sequence[str], seed: int) -> Tangent:
+    def tangent(self, kernels: GramMatrices, drawn: Sequence[Row], taps: Sequence[str], seed: int) -> Tangent:
         """Return what the gradients of at most TANGENT_IMAGES of the drawn images say, beside a head on these taps."""
         few = {r.md5 for r in sample(drawn, TANGENT_IMAGES, seed)}
         at = [i for i, r in enumerate(drawn) if r.md5 in few]
@@ -257,7 +257,7 @@ class _Sight:
             images = Images(self.root, drawn, self.transforms)
             told = self._told("random features", len(drawn))
             read = extract(trunk, [r.grids for r in self.readings], images, self.device, told, half=self.half)
-            kernels = kernels_of(self.readings, read, labels, {})
+            kernels = gram_matrices(self.readings, read, labels, {})
             reached.append(max(float(kernels.fit([i])[1].mean()) for i in range(len(self.readings))))
         return (profile.best.accuracy - float(np.mean(reached))) / (1 - min(profile.majority, 0.99))
 
@@ -296,7 +296,7 @@ def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
     return sorted((r for label, g in groups.items() for r in g[: quota[label]]), key=lambda r: r.md5)
 
 
-def solving(readings: Sequence[Reading], images: int, classes: int) -> float:
+def solving(readings: Sequence[TapPooling], images: int, classes: int) -> float:
     """Return what the solvers cost for a sample of so many images: inner products, probes, and the two heads that confirm a slice.
 
     In operations of a convolution, counted and not timed: where it decides, no run may differ from another.
@@ -311,7 +311,7 @@ def solving(readings: Sequence[Reading], images: int, classes: int) -> float:
     return SLOWER * float(products + probes + heads)
 
 
-def _probe(taps: Sequence[cutting.Tap], readings: Sequence[Reading], kernels: Kernels, seed: int) -> dict[str, Any]:
+def _probe(taps: Sequence[cutting.Tap], readings: Sequence[TapPooling], kernels: GramMatrices, seed: int) -> dict[str, Any]:
     """Return the parts of the profile that follow from the kernels: probes, heads, learning curve."""
     labels, names = kernels.labels, [t.name for t in taps]
     classes = np.unique(labels)

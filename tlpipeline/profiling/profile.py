@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.profiling.shift import BatchNormShift, TapShift
 from tlpipeline.stats import Bits, unpack
 
@@ -48,9 +48,9 @@ class Probe:
     head: tuple[str, ...]
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TapPooling:
         """Return what a head reads at this tap."""
-        return Reading(self.name, self.channels, self.grids)
+        return TapPooling(self.name, self.channels, self.grids)
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,11 @@ class Profile:
         return self.hunger[-1][1] - self.hunger[-2][1] if len(self.hunger) > 1 else 0.0
 
     @property
-    def last_head(self) -> tuple[Reading, ...]:
+    def last_head(self) -> tuple[TapPooling, ...]:
         """Return what the head of the uncut network reads: the last tap."""
         return (self.taps[-1].reading,)
 
-    def head_at(self, tap: str) -> tuple[Reading, ...]:
+    def head_at(self, tap: str) -> tuple[TapPooling, ...]:
         """Return what the head reads when the network is cut at this tap, deepest first."""
         by_name = {t.name: t for t in self.taps}
         return tuple(by_name[name].reading for name in by_name[tap].head)

@@ -207,7 +207,7 @@ def publish(
     return version, promoted
 
 
-def go_on(root: Path, promoting: bool) -> tuple[Version, str] | None:
+def resume_publication(root: Path, promoting: bool) -> tuple[Version, str] | None:
     """Publish what an earlier run registered and was killed before it had published, and promote it if that run was to and none was since.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tlpipeline.files import write_json, write_tensors
 from tlpipeline.stats import paired
-from tlpipeline.training.distributed import World, from_first
+from tlpipeline.training.distributed import DistributedContext, broadcast
 from tlpipeline.training.optim import Average, flat
 
 SHARE = 0.1  # of the time that checkpoints between epochs may take: on a GPU a small epoch is shorter than its checkpoint
@@ -141,7 +141,7 @@ class State:
 class Checkpoints:
     """Keeps State, current, averaged and best weights, and the optimizer, and writes and restores them as safetensors and JSON."""
 
-    def __init__(self, world: World, folder: Path, model: nn.Module) -> None:
+    def __init__(self, world: DistributedContext, folder: Path, model: nn.Module) -> None:
         self.world, self.folder, self.model = world, folder, model
         self.current: dict[str, Tensor] = {}
         self.best: dict[str, Tensor] = {}
@@ -179,7 +179,7 @@ class Checkpoints:
         When a checkpoint is written changes nothing but how much a run repeats that was interrupted: nine times what a write takes.
         """
         answer = torch.tensor([float(time.monotonic() - self._ended >= self._took * (1 / SHARE - 1))])
-        from_first([answer], self.world)
+        broadcast([answer], self.world)
         return bool(answer.item())
 
     def write(self, state: State) -> None:

@@ -11,7 +11,7 @@ from tlpipeline.progress import Event, Progress
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingConfig:
     """All that a worker needs, as plain values; paths are absolute.
 
     Attributes:
@@ -48,7 +48,7 @@ class Job:
     race: Mapping[str, Any] | None = None
 
 
-class Tell(Protocol):
+class OnProgress(Protocol):
     """Passes on progress; what is not important may be dropped where it comes too often."""
 
     def __call__(self, done: int, total: int, text: str, important: bool = False) -> None: ...
@@ -57,7 +57,7 @@ class Tell(Protocol):
         """Say whether what is not important would be passed on now: making the text may cost a wait for the device."""
 
 
-class Teller:
+class ProgressWriter:
     """Appends what happens to the history file, what is not important at most five times a second; only the first worker speaks."""
 
     def __init__(self, path: Path, rank: int) -> None:
@@ -78,8 +78,8 @@ class Teller:
             file.write(json.dumps({"done": done, "total": total, "text": text}) + "\n")
 
 
-class Tail:
-    """Reads what a `Teller` appends and passes it on as events."""
+class ProgressReader:
+    """Reads what a `ProgressWriter` appends and passes it on as events."""
 
     def __init__(self, path: Path, stage: str, progress: Progress) -> None:
         self.path, self.stage, self.progress = path, stage, progress

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tlpipeline.data.loader import shard
-from tlpipeline.files import whole
+from tlpipeline.data.loader import rank_slice
+from tlpipeline.files import atomic_write
 
 
-class World(Protocol):
+class DistributedContext(Protocol):
     """Who trains together, and where checkpoints go. `report` and `restore` must be called by all workers alike."""
 
     rank: int
@@ -28,7 +28,7 @@ class World(Protocol):
         """Return a context manager that gives the folder of the newest checkpoint, or None."""
 
 
-class Alone:
+class LocalContext:
     """A world on plain torch: one process, or the members of an initialized process group that share a folder.
 
     Args:
@@ -70,11 +70,11 @@ class Alone:
 
 def _copied(source: str, target: str) -> None:
     """Copy a file, safely on the disk when this returns."""
-    with whole(Path(target)) as draft:
+    with atomic_write(Path(target)) as draft:
         shutil.copyfile(source, draft)
 
 
-def gather(part: Tensor, total: int, world: World) -> Tensor:
+def all_gather(part: Tensor, total: int, world: DistributedContext) -> Tensor:
     """Put together what each worker computed for its `shard`: (total, ...), on every worker, each row exactly once."""
     if world.size == 1:
         return part
@@ -85,12 +85,12 @@ def gather(part: Tensor, total: int, world: World) -> Tensor:
     torch.distributed.all_gather(parts, padded)
     whole = torch.zeros(total, *part.shape[1:], dtype=part.dtype)
     for rank, got in enumerate(parts):
-        indices = shard(total, rank, world.size)
+        indices = rank_slice(total, rank, world.size)
         whole[list(indices)] = got[: len(indices)].cpu()
     return whole
 
 
-def reduced(values: Tensor, world: World, how: Any) -> Tensor:
+def all_reduce(values: Tensor, world: DistributedContext, how: Any) -> Tensor:
     """Return the sum, minimum or maximum of the workers' values, on the CPU."""
     if world.size == 1:
         return values
@@ -99,7 +99,7 @@ def reduced(values: Tensor, world: World, how: Any) -> Tensor:
     return moved.cpu()
 
 
-def from_first(tensors: Sequence[Tensor], world: World) -> None:
+def broadcast(tensors: Sequence[Tensor], world: DistributedContext) -> None:
     """Overwrite these tensors with the first worker's."""
     if world.size > 1:
         for tensor in tensors:

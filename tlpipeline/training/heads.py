@@ -41,7 +41,7 @@ LEAST_STEPS = 20  # of a solver whose time is up: fewer give no head that is wor
 
 Labels = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float64]
-Late = Callable[[], bool]
+IsExpired = Callable[[], bool]
 
 
 def never() -> bool:
@@ -150,7 +150,7 @@ class Problem:
         loss += penalty / 2 * float(weight.square().sum())
         return loss, torch.cat([gradient, residues[:, None]], 1).reshape(-1).numpy()
 
-    def minimize(self, start: Matrix, penalty: float, steps: int, tolerance: float, late: Late = never) -> Matrix:
+    def minimize(self, start: Matrix, penalty: float, steps: int, tolerance: float, late: IsExpired = never) -> Matrix:
         """Return the parameters at the optimum by L-BFGS, from a start; at the weakest penalties separable data have none, and steps end it."""
         from scipy.optimize import minimize
 
@@ -184,7 +184,7 @@ def solve_head(
     start: tuple[Tensor, Tensor] | None = None,
     views: int = 0,
     tolerance: float | None = None,
-    late: Late = never,
+    late: IsExpired = never,
 ) -> tuple[Tensor, Tensor, float]:
     """Solve multinomial logistic regression by L-BFGS, its L2 penalty found on held-out images, standardization folded into the result.
 
@@ -254,7 +254,7 @@ def _solve(
     penalty: float | None,
     start: tuple[Tensor, Tensor] | None,
     tolerance: float,
-    late: Late,
+    late: IsExpired,
 ) -> tuple[Tensor, Tensor, float]:
     """Return weight (K, d) and bias (K,) on scaled features, and the penalty, found on the first `plain` images where it is not known."""
     present, own = np.unique(labels, return_inverse=True)
@@ -325,7 +325,7 @@ def image_weights(labels: Labels, imbalance: float) -> Matrix:
 
 
 def _held_out_penalty(
-    features: Features, labels: Labels, shares: Matrix, scale: Scaling | None, seed: int, late: Late
+    features: Features, labels: Labels, shares: Matrix, scale: Scaling | None, seed: int, late: IsExpired
 ) -> tuple[float, Matrix]:
     """Return the penalty with the smallest log loss on held-out images, by walking downhill from the middle of the grid.
 
@@ -389,7 +389,7 @@ def judged_penalty(
     classes: int,
     imbalance: float,
     seed: int,
-    late: Late = never,
+    late: IsExpired = never,
 ) -> tuple[float, tuple[Tensor, Tensor]]:
     """Return the penalty with which a head on some images has the smallest log loss on others, and that head: weight (K, d), bias (K,).
 
@@ -417,7 +417,7 @@ def judged_penalty(
     return PENALTIES[best], heads[best]
 
 
-def _downhill(loss: Callable[[int], float], late: Late) -> int:
+def _downhill(loss: Callable[[int], float], late: IsExpired) -> int:
     """Return the index of the penalty with the smallest loss, from the middle of the grid on: it has one valley along it."""
     best = START
     for direction in (-1, 1):

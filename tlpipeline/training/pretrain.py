@@ -27,11 +27,11 @@ from tlpipeline.files import write_json, write_tensors
 from tlpipeline.progress import Event, Progress
 from tlpipeline.stats import wilson
 from tlpipeline.training.checkpoint import Checkpoints, State
-from tlpipeline.training.config import Job, Tail, Teller
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import ProgressReader, ProgressWriter, TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import score
 from tlpipeline.training.recipe import Recipe
-from tlpipeline.training.trainer import Deadline, Fit, Sides
+from tlpipeline.training.trainer import Datasets, TimeBudget, Trainer
 
 RECIPE = Recipe(crop=0.4, patience=1000, label_smoothing=0.05, layer_decay_norm=1.0)
 BATCH_SIZE = 128
@@ -64,14 +64,16 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     module, transforms = _network(name, len(manifest.classes), seed)
     sides = _sides(images, manifest, transforms)
     history = Path(tempfile.mkdtemp(prefix="pretrain-"))
-    job = Job(str(images), str(images), "", name, catalogue.NONE, catalogue.NONE, {}, seed, epochs, BATCH_SIZE, flip, "float32", "")
-    world = Alone(history / "kept", on_tensor_cores(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    job = TrainingConfig(
+        str(images), str(images), "", name, catalogue.NONE, catalogue.NONE, {}, seed, epochs, BATCH_SIZE, flip, "float32", ""
+    )
+    world = LocalContext(history / "kept", on_tensor_cores(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     module.to(world.device)
     checkpoint = Checkpoints(world, history, module)
-    tail = Tail(history / "history.jsonl", "pretrain", progress)
+    tail = ProgressReader(history / "history.jsonl", "pretrain", progress)
     state = State(arm="start")
     tell = _Passed(history / "history.jsonl", tail)
-    fit = Fit(module, sides, RECIPE, job, world, checkpoint, tell, normalization(module), Store(), Deadline(0, world, 0))
+    fit = Trainer(module, sides, RECIPE, job, world, checkpoint, tell, normalization(module), Store(), TimeBudget(0, world, 0))
     fit.arm("scratch", epochs, rate, state)
     checkpoint.load_best()
     test = manifest.used(TEST)
@@ -108,10 +110,10 @@ def _card(name: str, folder: str, classes: Sequence[str], counts: dict[str, int]
     }
 
 
-class _Passed(Teller):
+class _Passed(ProgressWriter):
     """Passes on what is told at once: there is one process."""
 
-    def __init__(self, path: Path, tail: Tail) -> None:
+    def __init__(self, path: Path, tail: ProgressReader) -> None:
         super().__init__(path, 0)
         self.tail = tail
 
@@ -147,6 +149,6 @@ def _indices(manifest: Manifest, rows: list[Row]) -> Any:
     return np.array([index[r.label] for r in rows])
 
 
-def _sides(images: Path, manifest: Manifest, transforms: Transforms) -> Sides:
+def _sides(images: Path, manifest: Manifest, transforms: Transforms) -> Datasets:
     train, val = manifest.used(TRAIN), manifest.used(VAL)
-    return Sides(images, train, val, _indices(manifest, train), _indices(manifest, val), transforms)
+    return Datasets(images, train, val, _indices(manifest, train), _indices(manifest, val), transforms)

@@ -25,14 +25,14 @@ import torch
 from tlpipeline import errors
 from tlpipeline.backbones.precision import on_tensor_cores
 from tlpipeline.data.decoding import cpus
-from tlpipeline.errors import ClusterError, MemoryFull, PipelineError
-from tlpipeline.files import NO_ROOM, torn, write_json
+from tlpipeline.errors import ClusterError, OutOfMemory, PipelineError
+from tlpipeline.files import NO_ROOM, is_truncated_json, write_json
 from tlpipeline.params import AUTO, ClusterParams
 from tlpipeline.progress import Event, Progress
 from tlpipeline.training import train
 from tlpipeline.training.checkpoint import MODEL
-from tlpipeline.training.config import Job, Tail
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import ProgressReader, TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 
 # Others wait for the first worker while it solves a head, which may take it longer than Ray's half hour. Who died is noticed by Ray itself.
 _PATIENCE = 24 * 3600
@@ -73,7 +73,7 @@ def preflight(cluster: ClusterParams) -> bool:
     return use_gpu
 
 
-def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Progress, stage: str = "train") -> Path:
+def run(job: TrainingConfig, cluster: ClusterParams, name: str, folder: Path, progress: Progress, stage: str = "train") -> Path:
     """Train, and return the folder of the finished run: `model/` and `history.json`; of a race the checkpoint at which it ended.
 
     Args:
@@ -89,7 +89,7 @@ def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Pro
     """
     use_gpu = preflight(cluster)
     folder.mkdir(parents=True, exist_ok=True)
-    tail = Tail(Path(job.history), stage, progress)
+    tail = ProgressReader(Path(job.history), stage, progress)
     stop = threading.Event()
 
     def follow() -> None:
@@ -106,7 +106,7 @@ def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Pro
         while True:
             try:
                 return _on_workers(job, cluster, use_gpu, name, folder)
-            except MemoryFull as full:
+            except OutOfMemory as full:
                 # All workers must take equally many parts, so all begin again, at the last checkpoint.
                 job = replace(job, parts=full.parts)
     finally:
@@ -115,12 +115,12 @@ def run(job: Job, cluster: ClusterParams, name: str, folder: Path, progress: Pro
         tail()
 
 
-def _in_process(job: Job, use_gpu: bool, folder: Path) -> Path:
+def _in_process(job: TrainingConfig, use_gpu: bool, folder: Path) -> Path:
     device = on_tensor_cores(torch.device("cuda" if use_gpu else "cpu"))
     scratch = folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    finished = train.run(job, Alone(folder, device), scratch)
+    finished = train.run(job, LocalContext(folder, device), scratch)
     assert finished is not None
     return finished
 
@@ -129,7 +129,7 @@ def _in_process(job: Job, use_gpu: bool, folder: Path) -> Path:
 
 
 class _RayWorld:
-    """A Ray Train worker as a World."""
+    """A Ray Train worker as a DistributedContext."""
 
     def __init__(self) -> None:
         import ray.train
@@ -157,20 +157,20 @@ class _RayWorld:
 
 
 def _loop(config: dict[str, Any]) -> None:
-    job = Job(**config)
-    if _gave_up(job).exists():
+    job = TrainingConfig(**config)
+    if _error_file(job).exists():
         return  # started again after an error that only the user can mend: it would come back
     world = _RayWorld()
     with _scratch(job, world.rank) as scratch:
         try:
             train.run(job, world, scratch)
         except PipelineError as error:
-            write_json({"kind": type(error).__name__, "values": list(error.args)}, _gave_up(job))
+            write_json({"kind": type(error).__name__, "values": list(error.args)}, _error_file(job))
             raise
 
 
 @contextmanager
-def _scratch(job: Job, rank: int) -> Iterator[Path]:
+def _scratch(job: TrainingConfig, rank: int) -> Iterator[Path]:
     """Give a worker a temporary folder on its machine; what an earlier worker of this rank and run left when it was killed is removed first."""
     run = hashlib.md5(job.history.encode(), usedforsecurity=False).hexdigest()[:12]
     prefix = f"tlpipeline-{run}-{rank}-"
@@ -180,20 +180,20 @@ def _scratch(job: Job, rank: int) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _gave_up(job: Job) -> Path:
+def _error_file(job: TrainingConfig) -> Path:
     """Return where a worker writes down an error that it would meet again: Ray starts workers anew after any error, and hands on its text alone."""
     return Path(job.history).with_suffix(".error.json")
 
 
-def _raise_what_gave_up(job: Job) -> None:
-    path = _gave_up(job)
+def _raise_what_gave_up(job: TrainingConfig) -> None:
+    path = _error_file(job)
     if path.exists():
         told = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
         raise getattr(errors, told["kind"])(*told["values"])
 
 
-def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, folder: Path) -> Path:
+def _on_workers(job: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name: str, folder: Path) -> Path:
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     import ray
@@ -204,7 +204,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
         runtime(cluster.workers)
         use_gpu = _enough(cluster, use_gpu)
         storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
-        _mend(Path(storage) / name)
+        _repair(Path(storage) / name)
         threads = max(1, cpus() // cluster.workers)
         waiting = {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ}
         trainer = TorchTrainer(
@@ -220,7 +220,7 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"} | waiting},
             ),
         )
-        _gave_up(job).unlink(missing_ok=True)
+        _error_file(job).unlink(missing_ok=True)
         try:
             result = trainer.fit()
         except SystemExit as stopped:
@@ -243,12 +243,12 @@ def _on_workers(job: Job, cluster: ClusterParams, use_gpu: bool, name: str, fold
     return finished
 
 
-def _mend(folder: Path) -> None:
+def _repair(folder: Path) -> None:
     """Remove what an earlier run left if Ray's list of its checkpoints is torn: the run begins again, and ends the same.
 
     Ray writes the list in place. Killed or out of room just then it leaves a part, and every further run of this name would fail to read it.
     """
-    if torn(folder / "checkpoint_manager_snapshot.json"):
+    if is_truncated_json(folder / "checkpoint_manager_snapshot.json"):
         shutil.rmtree(folder)
 
 
@@ -262,7 +262,7 @@ def runtime(workers: int) -> None:
         return
     if address := os.environ.get("RAY_ADDRESS"):
         try:
-            _knock(address)
+            _check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (OSError, ValueError, RuntimeError, OverflowError) as error:
             raise ClusterError(
@@ -282,7 +282,7 @@ def runtime(workers: int) -> None:
     )
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Ask whether anybody is there at a host and port: Ray would go on asking for minutes.
 
     Raises:

@@ -1,6 +1,6 @@
 """Training as one plain torch job: solve the new head on frozen features, then, where the case says so, train everything.
 
-The job knows neither Ray nor Prefect. A `World` tells it who the other workers are and keeps its checkpoints; one process, plain gloo
+The job knows neither Ray nor Prefect. A `DistributedContext` tells it who the other workers are and keeps its checkpoints; one process, plain gloo
 processes and Ray workers each bring their own.
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.backbones.classifier import Classifier, Description, reader_of, save
-from tlpipeline.backbones.features import Reader
-from tlpipeline.backbones.pooling import Reading
-from tlpipeline.backbones.precision import reads_in_bfloat16
+from tlpipeline.backbones.features import FeatureExtractor
+from tlpipeline.backbones.pooling import TapPooling
+from tlpipeline.backbones.precision import extracts_in_bfloat16
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data.augment import augmentation
 from tlpipeline.data.cache import Store, Table
@@ -31,17 +31,17 @@ from tlpipeline.errors import ClusterError
 from tlpipeline.files import write_json
 from tlpipeline.stats import paired
 from tlpipeline.training.checkpoint import MODEL, STATE, Checkpoints, State
-from tlpipeline.training.config import Job, Tell, Teller, clock, in_validation
-from tlpipeline.training.distributed import World, from_first, reduced
+from tlpipeline.training.config import OnProgress, ProgressWriter, TrainingConfig, clock, in_validation
+from tlpipeline.training.distributed import DistributedContext, all_reduce, broadcast
 from tlpipeline.training.heads import Labels, inverse_temperature, judged_penalty, solve_head, validated
 from tlpipeline.training.recipe import BUDGET, Recipe
-from tlpipeline.training.trainer import AT_ONCE, Deadline, Fit, Sides, batch_size
+from tlpipeline.training.trainer import AT_ONCE, Datasets, TimeBudget, Trainer, batch_size
 
 CHUNK = 1024
 NO_TIME = f"{BUDGET} left no time to solve the head on what was trained"
 
 
-def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
+def run(job: TrainingConfig, world: DistributedContext, scratch_folder: Path) -> Path | None:
     """Train the decided case.
 
     Args:
@@ -63,22 +63,22 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     frozen, recipe = decision.freeze == "kept", decision.recipe
     if not frozen:
         batch_size(job, recipe, len(train), world)  # what cannot be is said before anything is computed
-    tell = Teller(Path(job.history), world.rank)
+    tell = ProgressWriter(Path(job.history), world.rank)
     store = Store(Path(job.cache) if job.cache else None, job.cache_bytes)
     backbone = catalogue.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=decision.size, seed=job.seed)
     transforms = backbone.transforms.at(decision.size)
-    half = reads_in_bfloat16(world.device, job.precision)
+    half = extracts_in_bfloat16(world.device, job.precision)
     model = Classifier(backbone, decision.under, len(classes), frozen, half).to(world.device)
-    sides = Sides(
+    sides = Datasets(
         Path(job.images), train, val, np.array([index[r.label] for r in train]), np.array([index[r.label] for r in val]), transforms
     )
     checkpoint = Checkpoints(world, scratch_folder, model)
     state = checkpoint.restore(Path(job.start) if job.start else None)
-    deadline = Deadline(job.budget_minutes, world, state.seconds if state else 0.0)
+    deadline = TimeBudget(job.budget_minutes, world, state.seconds if state else 0.0)
     if state is None:
         state = State(arm="head")
         if decision.init not in ("random", "plain"):
-            _solve(model, sides, recipe, job, world, tell, state, store, deadline)
+            _solve_head(model, sides, recipe, job, world, tell, state, store, deadline)
         state.seconds = deadline.spent if deadline.seconds else 0.0
         checkpoint.write(state)
     if state.finished:
@@ -87,14 +87,14 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
         blocks: list[list[str]] = []
         if recipe.layer_decay(backbone.normalization) != 1:
             blocks = [[f"trunk.{name}" for name in block] for block in taps.blocks(backbone, decision.slice)]
-        fit = Fit(model, sides, recipe, job, world, checkpoint, tell, backbone.normalization, store, deadline, blocks)
+        fit = Trainer(model, sides, recipe, job, world, checkpoint, tell, backbone.normalization, store, deadline, blocks)
         _train_all(fit, model, decision, state)
         if job.race is not None:
             checkpoint.write(state)
             return checkpoint.written if world.rank == 0 else None
         checkpoint.load_best()
         if recipe.solve_again:
-            model = _solve_again(fit, model, decision.readings, state, scratch_folder)
+            model = _refit_head(fit, model, decision.readings, state, scratch_folder)
     # Where fine-tuning was undone the backbone is as it came, and reads as it did when the head was solved.
     kept = frozen or state.best_arm == "head"
     if world.rank:
@@ -104,7 +104,7 @@ def run(job: Job, world: World, scratch_folder: Path) -> Path | None:
     return _finish(model, description, state, world, scratch_folder / "finished")
 
 
-def _train_all(fit: Fit, model: Classifier, decision: Decision, state: State) -> None:
+def _train_all(fit: Trainer, model: Classifier, decision: Decision, state: State) -> None:
     """Fine-tune, or go on where the state stands; then, outside of a race and where the case asks for it, train from random weights."""
     job, recipe, sides = fit.job, decision.recipe, fit.sides
     rate = recipe.rate(fit.normalization, decision.size)
@@ -135,7 +135,7 @@ def _as_finished(model: Classifier, decision: Decision, checkpoint: Checkpoints)
     return model
 
 
-def _finish(model: Classifier, description: Description, state: State, world: World, finished: Path) -> Path:
+def _finish(model: Classifier, description: Description, state: State, world: DistributedContext, finished: Path) -> Path:
     """Write the finished model and what became of it, and report it."""
     save(model, replace(description, remarks=tuple(state.remarks)), finished / MODEL)
     speed = {"images_per_second": state.speed, "waited_for_data": state.waited}
@@ -149,14 +149,22 @@ def _finish(model: Classifier, description: Description, state: State, world: Wo
 # --- the frozen head ------------------------------------------------------------------------------------------------------------------
 
 
-def _solve(
-    model: Classifier, sides: Sides, recipe: Recipe, job: Job, world: World, tell: Tell, state: State, store: Store, deadline: Deadline
+def _solve_head(
+    model: Classifier,
+    sides: Datasets,
+    recipe: Recipe,
+    job: TrainingConfig,
+    world: DistributedContext,
+    tell: OnProgress,
+    state: State,
+    store: Store,
+    deadline: TimeBudget,
 ) -> None:
     """Compute the frozen features that are not kept yet, each by one worker; solve the head on the first; validate it."""
     blocks, classes = model.blocks, model.head.out_features
     imbalance = recipe.head_imbalance
     found: tuple[Tensor, Tensor, float] | None = None
-    reader = reader_of(model, store, sides.transforms, world.device, reads_in_bfloat16(world.device, job.precision))
+    reader = reader_of(model, store, sides.transforms, world.device, extracts_in_bfloat16(world.device, job.precision))
     # Where the time is up, some of the images are missing, which come in the order of their hashes: at random.
     passes = Passes(world, tell, deadline)
     seen = passes.of(reader, Images(sides.root, sides.val, sides.transforms))
@@ -178,7 +186,7 @@ def _solve(
             x = x.below(Table(other.rows(train)))
         y = np.tile(labels, views + 1)
         found = solve_head(x, y, blocks, classes, imbalance, job.seed, views=views, tolerance=1e-4, late=deadline.late)
-        chances = answers(found, val)
+        chances = head_probabilities(found, val)
         if deadline.late():
             more = ", and it was not solved once more with the validation images" if model.frozen else ""
             state.remark(f"{BUDGET} ended while the head was solved: it may lie short of its optimum{more}")
@@ -187,7 +195,7 @@ def _solve(
             both = np.concatenate([y, held_labels])
             found = solve_head(x.below(val), both, blocks, classes, imbalance, job.seed, found[2], found[:2], late=deadline.late)
             found = calibrated(found, chances, held_labels)
-    from_first([chances], world)
+    broadcast([chances], world)
     accuracy, loss, correct = validated(chances, held_labels)
     state.history.append({"arm": "head", "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct})
     state.better(accuracy, loss)
@@ -195,12 +203,12 @@ def _solve(
         model.head.weight.data.copy_(found[0])
         model.head.bias.data.copy_(found[1])
         state.head_penalty = found[2]
-    from_first([model.head.weight, model.head.bias], world)
+    broadcast([model.head.weight, model.head.bias], world)
     count = len(train) + len(held)
     tell(count, count, f"head solved, {in_validation(accuracy, len(held))}", important=True)
 
 
-def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state: State, scratch_folder: Path) -> Classifier:
+def _refit_head(fit: Trainer, model: Classifier, readings: Sequence[TapPooling], state: State, scratch_folder: Path) -> Classifier:
     """Return the trained network with a head on all of its readings, solved on the images as they are.
 
     The one that was trained knows random views, is a step behind the features, and reads one tap. It stays where it is clearly better on
@@ -212,7 +220,7 @@ def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state
     chances = torch.zeros(len(sides.val), model.head.out_features)
     # Where fine-tuning was undone the backbone is the one that profile and training have read images with, and will again.
     undone = state.best_arm == "head"
-    half = undone and reads_in_bfloat16(world.device, fit.job.precision)
+    half = undone and extracts_in_bfloat16(world.device, fit.job.precision)
     wide = Classifier(model.backbone[0], readings, model.head.out_features, undone, half).to(world.device)
     with tempfile.TemporaryDirectory(prefix="features-", dir=scratch_folder) as place:
         store = fit.store if undone else Store(Path(place))
@@ -229,7 +237,7 @@ def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state
         state.remark(NO_TIME)  # it may lie short of its optimum, and the one that was trained is there
         return model
     if len(sides.val):
-        from_first([chances], world)
+        broadcast([chances], world)
         accuracy, loss, correct = validated(chances, sides.val_labels)
         kept = state.kept
         line = {"arm": "last head", "epoch": kept["epoch"], "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct}
@@ -241,12 +249,12 @@ def _solve_again(fit: Fit, model: Classifier, readings: Sequence[Reading], state
         state.best_accuracy, state.best_loss = accuracy, loss
     if found is not None:
         state.head_penalty = found[2]
-    from_first([wide.head.weight, wide.head.bias], world)
+    broadcast([wide.head.weight, wide.head.bias], world)
     fit.tell(len(images), len(images), f"head solved once more, on {' + '.join(r.tap for r in readings)}", important=True)
     return wide
 
 
-def _solved_last(fit: Fit, wide: Classifier, reader: Reader) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
+def _solved_last(fit: Trainer, wide: Classifier, reader: FeatureExtractor) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
     """Return the head (weight, bias, penalty) of all labeled images, and what one of the training images says of validation: (n, K).
 
     The validation images say which penalty is best: features that were trained on images are no measure of themselves. Then nothing is left to
@@ -260,7 +268,10 @@ def _solved_last(fit: Fit, wide: Classifier, reader: Reader) -> tuple[tuple[Tens
     near = judged_penalty(x, sides.train_labels, judges, sides.val_labels, *kind, late)
     first = solve_head(x, sides.train_labels, *kind, *near, tolerance=1e-4, late=late)
     both = np.concatenate([sides.train_labels, sides.val_labels])
-    found, said = solve_head(x.below(judges), both, *kind, first[2], first[:2], tolerance=1e-4, late=late), answers(first, judges)
+    found, said = (
+        solve_head(x.below(judges), both, *kind, first[2], first[:2], tolerance=1e-4, late=late),
+        head_probabilities(first, judges),
+    )
     return calibrated(found, said, sides.val_labels), said
 
 
@@ -274,7 +285,7 @@ def calibrated(head: tuple[Tensor, Tensor, float], chances: Tensor, labels: Labe
     return head[0] * by, head[1] * by, head[2]
 
 
-def answers(head: tuple[Tensor, Tensor, float], features: Table) -> Tensor:
+def head_probabilities(head: tuple[Tensor, Tensor, float], features: Table) -> Tensor:
     """Return a solved head's probabilities (n, K) of rows of features."""
     chances = torch.empty(len(features), len(head[1]))
     for part in in_batches(len(features), CHUNK):
@@ -286,11 +297,11 @@ def answers(head: tuple[Tensor, Tensor, float], features: Table) -> Tensor:
 class Passes:
     """Reads frozen features, and counts the images that had to pass through the network for them, and the time."""
 
-    def __init__(self, world: World, tell: Tell, deadline: Deadline) -> None:
+    def __init__(self, world: DistributedContext, tell: OnProgress, deadline: TimeBudget) -> None:
         self.world, self.tell, self.deadline = world, tell, deadline
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
 
-    def of(self, reader: Reader, images: Images) -> Labels:
+    def of(self, reader: FeatureExtractor, images: Images) -> Labels:
         """Have these features computed (see `frozen_features`); return the indices of the images that are there."""
         lacking, started = int(reader.missing(images.rows).sum()), time.monotonic()
         there = frozen_features(reader, images, self.world, self.tell, self.deadline)
@@ -306,9 +317,11 @@ class Passes:
         return round(self.images / took, 1), round(self.waited / took, 4)
 
 
-def _random_views(reader: Reader, sides: Sides, recipe: Recipe, job: Job, state: State, passes: Passes) -> list[Reader]:
+def _random_views(
+    reader: FeatureExtractor, sides: Datasets, recipe: Recipe, job: TrainingConfig, state: State, passes: Passes
+) -> list[FeatureExtractor]:
     """Compute the features of random views of all training images; return the readers of those views that are all there."""
-    whole: list[Reader] = []
+    whole: list[FeatureExtractor] = []
     for view in range(1, job.views + 1):
         augment = augmentation(recipe.crop, job.flip, job.seed, view)
         of_view = reader.of_view(f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})")
@@ -320,14 +333,16 @@ def _random_views(reader: Reader, sides: Sides, recipe: Recipe, job: Job, state:
     return whole
 
 
-def frozen_features(reader: Reader, images: Images, world: World, tell: Tell, deadline: Deadline | None = None) -> Labels:
+def frozen_features(
+    reader: FeatureExtractor, images: Images, world: DistributedContext, tell: OnProgress, deadline: TimeBudget | None = None
+) -> Labels:
     """Have the features of these images computed where no worker has them yet, each by one worker, and brought to the first one.
 
     Returns:
         The indices of the images that are there: all of them, unless the deadline passed.
     """
     kinds = torch.distributed.ReduceOp
-    nobody = reduced(torch.from_numpy(reader.missing(images.rows)).int(), world, kinds.MIN).numpy().astype(bool)
+    nobody = all_reduce(torch.from_numpy(reader.missing(images.rows)).int(), world, kinds.MIN).numpy().astype(bool)
     mine = [int(i) for i in np.flatnonzero(nobody)[world.rank :: world.size]]
     all_of_it, started = int(nobody.sum()), time.monotonic()
 
@@ -351,20 +366,20 @@ def frozen_features(reader: Reader, images: Images, world: World, tell: Tell, de
         torch.distributed.barrier()
         _bring_to_first(reader, images.rows, world)
     missing = torch.from_numpy(reader.missing(images.rows)).int()
-    from_first([missing], world)
+    broadcast([missing], world)
     return np.flatnonzero(missing.numpy() == 0)
 
 
-def _bring_to_first(reader: Reader, rows: Sequence[Row], world: World) -> None:
+def _bring_to_first(reader: FeatureExtractor, rows: Sequence[Row], world: DistributedContext) -> None:
     """Give the first worker the features that it cannot see on its own disk: other machines' that share none with it."""
     for column in reader.columns:
         column.refresh()
     lacking = torch.from_numpy(reader.missing(rows)).int()
-    from_first([lacking], world)
+    broadcast([lacking], world)
     if not int(lacking.sum()):
         return
     own = np.where(reader.missing(rows), world.size, world.rank)
-    owner = reduced(torch.from_numpy(own).int(), world, torch.distributed.ReduceOp.MIN).numpy()
+    owner = all_reduce(torch.from_numpy(own).int(), world, torch.distributed.ReduceOp.MIN).numpy()
     for rank in range(1, world.size):
         indices = np.flatnonzero((lacking.numpy() == 1) & (owner == rank))
         for part in in_batches(len(indices), CHUNK):

@@ -23,19 +23,19 @@ from torch.nn import functional
 from tlpipeline.backbones.classifier import probabilities
 from tlpipeline.backbones.precision import autocast, computes_in_bfloat16
 from tlpipeline.choice import policy
-from tlpipeline.choice.predictor import Evidence, fitted
+from tlpipeline.choice.predictor import Evidence, load_predictor
 from tlpipeline.data import splits
 from tlpipeline.data.augment import augmentation, mix, seed_of
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Augment, Decoded, Images, normalize, prepared, shard, squeezed
+from tlpipeline.data.loader import Augment, DecodedCache, Images, normalize, rank_slice, resized_cache, square_cache
 from tlpipeline.data.transforms import Transforms
-from tlpipeline.errors import ClusterError, MemoryFull, TrainingError
+from tlpipeline.errors import ClusterError, OutOfMemory, TrainingError
 from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.stats import unpack
 from tlpipeline.training.checkpoint import Checkpoints, State
-from tlpipeline.training.config import Job, Tell, clock, in_validation
-from tlpipeline.training.distributed import World, from_first, gather, reduced
+from tlpipeline.training.config import OnProgress, TrainingConfig, clock, in_validation
+from tlpipeline.training.distributed import DistributedContext, all_gather, all_reduce, broadcast
 from tlpipeline.training.heads import image_weights, validated
 from tlpipeline.training.optim import Average, optimizer, schedule, unflat
 from tlpipeline.training.recipe import BUDGET, LOSS, SAMPLER, Recipe
@@ -49,7 +49,7 @@ AT_ONCE = 256  # images that a worker reads between two looks at the clock
 
 
 @dataclass(frozen=True)
-class Sides:
+class Datasets:
     """Training and validation images with their class indices."""
 
     root: Path
@@ -64,10 +64,10 @@ class Diverged(Exception):
     """The gradient is no number any more; never leaves this file."""
 
 
-class Deadline:
+class TimeBudget:
     """A bound on the seconds of a run, those before an interruption included. All workers ask together, and the first one's clock counts."""
 
-    def __init__(self, minutes: float, world: World, before: float) -> None:
+    def __init__(self, minutes: float, world: DistributedContext, before: float) -> None:
         self.seconds, self.world, self.before, self.started = minutes * 60, world, before, time.monotonic()
 
     @property
@@ -84,11 +84,11 @@ class Deadline:
         if not self.seconds:
             return False
         answer = torch.tensor([float(self.late())])
-        from_first([answer], self.world)
+        broadcast([answer], self.world)
         return bool(answer.item())
 
 
-class Fit:
+class Trainer:
     """Trains a model by a recipe, and keeps the epoch that counts.
 
     Args:
@@ -99,15 +99,15 @@ class Fit:
     def __init__(
         self,
         model: nn.Module,
-        sides: Sides,
+        sides: Datasets,
         recipe: Recipe,
-        job: Job,
-        world: World,
+        job: TrainingConfig,
+        world: DistributedContext,
         checkpoint: Checkpoints,
-        tell: Tell,
+        tell: OnProgress,
         normalization: str,
         store: Store,
-        deadline: Deadline,
+        deadline: TimeBudget,
         blocks: Sequence[Sequence[str]] = (),
     ) -> None:
         self.model, self.sides, self.recipe, self.job, self.world = model, sides, recipe, job, world
@@ -193,7 +193,7 @@ class Fit:
         Args:
             loss: mean training loss of the epoch; whole: whether it came to its end.
         """
-        chances = gather(probabilities(self.model, val, self.world.device, lambda _: None), len(self.sides.val), self.world)
+        chances = all_gather(probabilities(self.model, val, self.world.device, lambda _: None), len(self.sides.val), self.world)
         accuracy, log_loss, correct = validated(chances, self.sides.val_labels)
         line: dict[str, float | str] = {"arm": state.arm, "epoch": state.epoch, "loss": loss, "accuracy": accuracy, "log_loss": log_loss}
         state.history.append(line | {"correct": correct})
@@ -247,7 +247,7 @@ class Fit:
 
         What is validated by all of them must be the one model that is kept and exported, which is the first worker's.
         """
-        from_first([*self.model.buffers(), *average.buffers()], self.world)
+        broadcast([*self.model.buffers(), *average.buffers()], self.world)
 
     def _images(self, epochs: int) -> tuple[Images, Images]:
         """Return training images and this worker's validation images; decoded ones are kept where they come back and there is room.
@@ -255,13 +255,13 @@ class Fit:
         Where there is none they are decoded each time, to the same pixels.
         """
         sides, world = self.sides, self.world
-        mine = [sides.val[i] for i in shard(len(sides.val), world.rank, world.size)]
+        mine = [sides.val[i] for i in rank_slice(len(sides.val), world.rank, world.size)]
         size, short = sides.transforms.resize, statistics.median(min(row.width, row.height) for row in sides.train)
         # Twice as large as crops of the training size need, so that what is seen in training is as sharp as in validation (docs/log.md), but no
         # larger than the images are.
         side = max(size, min(math.ceil(2 * size / math.sqrt(self.recipe.crop)), 32 * math.ceil(short / 32)))
         room = self.job.cache_bytes if self.store.folder else IN_MEMORY_BYTES
-        train, val = squeezed(self.store, sides.root, side), prepared(self.store, sides.root, sides.transforms)
+        train, val = square_cache(self.store, sides.root, side), resized_cache(self.store, sides.root, sides.transforms)
         if epochs > 1 and 3 * (len(sides.train) * side**2 + len(sides.val) * sides.transforms.size**2) <= room:
             for decoded, rows, needed in ((train, list(sides.train), list(sides.train)), (val, list(sides.val), mine)):
                 if not self._fill(decoded, rows):
@@ -272,9 +272,9 @@ class Fit:
                 decoded.open(needed)
         return Images(sides.root, sides.train, sides.transforms, None, train), Images(sides.root, mine, sides.transforms, None, val)
 
-    def _fill(self, decoded: Decoded, rows: Sequence[Row]) -> bool:
+    def _fill(self, decoded: DecodedCache, rows: Sequence[Row]) -> bool:
         """Decode this worker's share of these images; say whether it came to its end before the time was up."""
-        mine = [rows[i] for i in shard(len(rows), self.world.rank, self.world.size)]
+        mine = [rows[i] for i in rank_slice(len(rows), self.world.rank, self.world.size)]
 
         def told(before: int, part: int) -> None:
             self.tell(before + part, len(mine), f"{before + part} of {len(mine)} images decoded")
@@ -352,7 +352,7 @@ class Fit:
         race, at = self.job.race, policy.look_epochs(epochs)
         if race is None or state.epoch not in at:
             return
-        weighed = policy.Weighed(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), fitted())
+        weighed = policy.DecisionPolicy(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), load_predictor())
         judges = np.array([not splits.selects(row.md5) for row in self.sides.val])
         frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (str(race["frozen"]), correct))
         part = policy.LOOKS - len(at) + at.index(state.epoch)
@@ -429,7 +429,7 @@ class Fit:
                 break
             if (step + 1) % each == 0:
                 self._sound(finite)
-                state.step, state.loss = step + 1, state.loss + float(reduced(total.cpu(), world, torch.distributed.ReduceOp.SUM))
+                state.step, state.loss = step + 1, state.loss + float(all_reduce(total.cpu(), world, torch.distributed.ReduceOp.SUM))
                 total.zero_()
                 self._one_model(average)
                 state.seconds = self.deadline.spent if self.deadline.seconds else 0.0
@@ -437,7 +437,7 @@ class Fit:
                 if self.checkpoint.due():
                     self.checkpoint.write(state)
         self._sound(finite)
-        summed = state.loss + float(reduced(total.cpu(), world, torch.distributed.ReduceOp.SUM))
+        summed = state.loss + float(all_reduce(total.cpu(), world, torch.distributed.ReduceOp.SUM))
         seconds = max(time.monotonic() - started, 1e-6)
         return summed / max(trained, 1), seen / seconds, images.waited / seconds, whole
 
@@ -471,7 +471,7 @@ class Fit:
                 self._put_back(before)
                 if self.world.size > 1:
                     # Other workers wait in the middle of this step: only a new start brings all to the same number of parts.
-                    raise MemoryFull(
+                    raise OutOfMemory(
                         found
                         + f"Set train.override.accumulate to {parts} (the batch stays as large), or data.size or train.batch_size lower.",
                         parts,
@@ -527,7 +527,7 @@ def summed_loss(logits: Tensor, wanted: Tensor, weights: Tensor | None, smoothin
     return (1 - smoothing) * plain - smoothing * (own * logits.log_softmax(1).mean(1)).sum()
 
 
-def batch_size(job: Job, recipe: Recipe, images: int, world: World) -> int:
+def batch_size(job: TrainingConfig, recipe: Recipe, images: int, world: DistributedContext) -> int:
     """Return the images per step over all workers, at least two for each.
 
     Raises:

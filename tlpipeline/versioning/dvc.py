@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipeline.errors import Unreachable, WorkspaceError
-from tlpipeline.files import torn
+from tlpipeline.files import is_truncated_json
 from tlpipeline.versioning import git, lock
 
 
@@ -363,8 +363,8 @@ def _repo(root: Path) -> Iterator[Any]:
     # DVC reads some paths (its run cache's, a remote's) from the working directory, whatever repository it was opened on.
     root = root.resolve()
     try:
-        with lock.room(root), chdir(root), Repo(str(root)) as repo:
-            _mend(repo)
+        with lock.disk_errors(root), chdir(root), Repo(str(root)) as repo:
+            _repair(repo)
             yield repo
     except ImportError as error:  # what a remote needs is loaded when it is first spoken to
         raise _not_installed(error) from error
@@ -374,18 +374,18 @@ def _repo(root: Path) -> Iterator[Any]:
         ) from error
 
 
-def _mend(repo: Any) -> None:
+def _repair(repo: Any) -> None:
     """Remove DVC's list of who reads and writes what if a kill tore it: DVC writes it in place, and does nothing more with half of it."""
     from dvc.lock import make_lock
     from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 
     path = Path(repo.tmp_dir) / RWLOCK_FILE
-    if torn(path):
+    if is_truncated_json(path):
         # Under DVC's own guard, and asked again there: another DVC command may just be writing it.
         with make_lock(
             str(path.with_name(RWLOCK_LOCK)), tmp_dir=repo.tmp_dir, hardlink_lock=repo.config["core"].get("hardlink_lock", False)
         ):
-            if torn(path):
+            if is_truncated_json(path):
                 path.unlink()
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tlpipeline.errors import WorkspaceError
-from tlpipeline.files import full
+from tlpipeline.files import is_disk_full
 
 LOCK = Path(".tlpipeline/lock")
 _HOLDER = "TLPIPELINE_LOCK_HOLDER"
@@ -93,7 +93,7 @@ def require_writable(root: Path) -> None:
         )
 
 
-def free(root: Path) -> None:
+def require_unlocked(root: Path) -> None:
     """Check that no other run is in the workspace.
 
     Raises:
@@ -104,7 +104,7 @@ def free(root: Path) -> None:
 
 
 @contextmanager
-def room(root: Path) -> Iterator[None]:
+def disk_errors(root: Path) -> Iterator[None]:
     """Tell a full disk as what it is.
 
     Raises:
@@ -113,7 +113,7 @@ def room(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not full(error):
+        if not is_disk_full(error):
             raise
         raise WorkspaceError(
             f"expected room on the disk of {root}, found none ({error.strerror or os.strerror(errno.ENOSPC)}). What was recorded before is unchanged; free some space "

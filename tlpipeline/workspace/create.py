@@ -193,7 +193,7 @@ def _trained_on(root: Path, name: str) -> frozenset[str]:
     return frozenset().union(*(versions.trained_on(root, v) for v in versions.versions(root, name)))
 
 
-def take_over(root: Path, images: Path) -> None:
+def replace_images(root: Path, images: Path) -> None:
     """Replace the workspace's images by a copy of another folder.
 
     Raises:
@@ -239,7 +239,7 @@ def count_images(root: Path) -> int:
 # --- before and while something runs in it --------------------------------------------------------------------------------------------
 
 
-def checked(root: Path, images: Path | None = None) -> None:
+def check(root: Path, images: Path | None = None) -> None:
     """Check what can be checked before anything runs: the repository, params.yaml, the workers, the images' folder.
 
     Args:
@@ -273,7 +273,7 @@ def checked(root: Path, images: Path | None = None) -> None:
 
 
 @contextmanager
-def alone(root: Path, wait_minutes: float, images: Path | None = None) -> Iterator[None]:
+def exclusive(root: Path, wait_minutes: float, images: Path | None = None) -> Iterator[None]:
     """Hold the workspace for a whole run, and stop the Ray runtime that the run may have started.
 
     Args:
@@ -284,7 +284,7 @@ def alone(root: Path, wait_minutes: float, images: Path | None = None) -> Iterat
     """
     from tlpipeline.training import ray_train
 
-    checked(root, images)
+    check(root, images)
     with lock.hold(root, wait_minutes * 60):
         try:
             yield
@@ -297,7 +297,7 @@ def name_of(root: Path) -> str:
     return stages.params_of(root).data.name
 
 
-def unheard(root: Path) -> str:
+def missing_trigger(root: Path) -> str:
     """Say that no deployment of prefect.yaml waits for the event of these data, as where data.name was changed; "" where one does."""
     name, path = name_of(root), root / "prefect.yaml"
     if not path.is_file() or re.search(rf"tlpipeline\.data\.({re.escape(name)}(?![\w-])|\*)", path.read_text(encoding="utf-8")):
@@ -322,7 +322,7 @@ def refstats(root: Path, images: Path, progress: Progress = silent) -> Path:
             f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
             "Give images like those that the weights were trained on; 500 are enough, and they need no labels."
         )
-    checked(root)
+    check(root)
     with lock.hold(root):
         path = stages.reference(root, images, progress)
         where = path.relative_to(root).as_posix()

@@ -41,7 +41,7 @@ class Registration:
     reason: str
 
 
-def judge(root: Path, progress: Progress) -> gate.Verdict | None:
+def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
     """Compare the workspace's model with the champion on the same test images; None where this very model is registered already.
 
     What a killed run registered is published first: it may be the champion.
@@ -50,7 +50,7 @@ def judge(root: Path, progress: Progress) -> gate.Verdict | None:
     from tlpipeline.evaluation import metrics as evaluate
 
     params = stages.params_of(root)
-    if begun := versions.go_on(root, params.gate.promote == "auto"):
+    if begun := versions.resume_publication(root, params.gate.promote == "auto"):
         progress(
             Event("gate", 1, 1, f"{begun[0]} is published, which an interrupted run had registered{' and promoted' if begun[1] else ''}")
         )

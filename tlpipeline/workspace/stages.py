@@ -20,7 +20,7 @@ from typing import Any
 
 from tlpipeline.choice.decision import Decision, idle, override
 from tlpipeline.errors import DataError, ParamsError, WorkspaceError
-from tlpipeline.files import torn, unlink, write_json
+from tlpipeline.files import is_truncated_json, unlink, write_json
 from tlpipeline.params import Params, load
 from tlpipeline.progress import Event, Progress
 from tlpipeline.versioning import dvc, lock
@@ -56,7 +56,7 @@ def _output(root: Path, *names: str) -> Iterator[list[Path]]:
     (drafts / "old").mkdir(parents=True)
     places = [drafts / name.replace("/", "_") for name in names]
     try:
-        with lock.room(root):
+        with lock.disk_errors(root):
             yield places
             _exchange([(place, root / name, drafts / "old" / place.name) for place, name in zip(places, names, strict=True)])
     finally:
@@ -99,7 +99,7 @@ def ingest(root: Path, progress: Progress) -> None:
 
 def profile(root: Path, progress: Progress) -> None:
     """Measure the data set on a bounded sample: profile.json."""
-    from tlpipeline.backbones.precision import reads_in_bfloat16
+    from tlpipeline.backbones.precision import extracts_in_bfloat16
     from tlpipeline.choice import decide
     from tlpipeline.data import dataset
     from tlpipeline.profiling import measure, shift
@@ -121,7 +121,7 @@ def profile(root: Path, progress: Progress) -> None:
     with store(root) as kept:
         found = measure.measure(
             backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, reference, kept,
-            reads_in_bfloat16(device, params.train.precision),
+            extracts_in_bfloat16(device, params.train.precision),
         )  # fmt: skip
     with _output(root, PROFILE) as (written,):
         written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -202,9 +202,9 @@ def _without_effect(root: Path, params: Params, decision: Any) -> list[str]:
 
 
 def _job(root: Path, params: Params, decision: Any, history: Path) -> Any:
-    from tlpipeline.training.config import Job
+    from tlpipeline.training.config import TrainingConfig
 
-    return Job(
+    return TrainingConfig(
         workspace=str(root.resolve()),
         images=str((root / params.data.images).resolve()),
         manifest=str((root / MANIFEST).resolve()),
@@ -267,7 +267,7 @@ def run(root: Path, name: str, progress: Progress) -> None:
         WorkspaceError: it is no workspace, or what the stage reads is not there. PipelineError: as the stage finds.
     """
     lock.require_workspace(root)
-    with lock.hold(root), lock.room(root), timed(root, name):
+    with lock.hold(root), lock.disk_errors(root), timed(root, name):
         dvc.require_inputs(root, name)
         STAGES[name](root, progress)
 
@@ -279,7 +279,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
         with timed(root, name):
             STAGES[name](root, progress)
 
-    with lock.room(root):
+    with lock.disk_errors(root):
         ran = dvc.run_stage(root, name, run_timed)
     if name in ("choose", "train") and ran:
         shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed, and train nothing
@@ -342,7 +342,7 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
 
 def read_run(root: Path) -> dict[str, Any]:
     """Return what run.json holds of the last run; it is no input of anything, so one that is only partly there holds nothing."""
-    return {} if torn(root / RUN) else read_json(root, RUN)
+    return {} if is_truncated_json(root / RUN) else read_json(root, RUN)
 
 
 @contextmanager

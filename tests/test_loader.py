@@ -19,7 +19,7 @@ from torchvision.models import ConvNeXt_Tiny_Weights, EfficientNet_B0_Weights, S
 from tlpipeline.data import dataset, decoding, loader, splits
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Images, in_batches, normalize, prepare, prepared, shard, squeezed
+from tlpipeline.data.loader import Images, in_batches, normalize, prepare, rank_slice, resized_cache, square_cache
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import DataChanged
 
@@ -107,7 +107,7 @@ def test_training_changes_each_image_by_its_index_and_keeps_what_it_decoded(list
         assert turn == 0
         return image.resize((side, side)).transpose(Image.Transpose.ROTATE_90)
 
-    decoded = squeezed(Store(), folder, 32)
+    decoded = square_cache(Store(), folder, 32)
     decoded.fill(rows, lambda done: None)
     decoded.open(rows)
     images = Images(folder, rows, PLAIN, turned, decoded)
@@ -157,14 +157,14 @@ def test_an_image_that_comes_back_is_asked_for_by_its_turn(listed: tuple[Path, l
 def test_a_squeezed_image_is_averaged_and_not_sampled(listed: tuple[Path, list[Row]]) -> None:
     folder, rows = listed
     wanted = dataset.read(folder, rows[0]).resize((10, 10), Image.Resampling.BILINEAR)
-    assert (squeezed(Store(), folder, 10).pixels(rows[0]) == np.asarray(wanted)).all()
+    assert (square_cache(Store(), folder, 10).pixels(rows[0]) == np.asarray(wanted)).all()
 
 
 def test_what_another_run_decoded_meanwhile_is_not_decoded_again(
     listed: tuple[Path, list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, rows = listed
-    mine, other = (squeezed(Store(tmp_path / "cache"), folder, 32) for _ in range(2))
+    mine, other = (square_cache(Store(tmp_path / "cache"), folder, 32) for _ in range(2))
     assert not mine.column.has([row.md5 for row in rows]).any()
     other.fill(rows[:9], lambda done: None)
     monkeypatch.setattr(loader, "SHARD_ROWS", 8)
@@ -177,7 +177,7 @@ def test_what_another_run_decoded_meanwhile_is_not_decoded_again(
 def test_an_image_that_is_not_kept_is_made_to_the_same_pixels(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=2, each=4, size=100)
     rows = dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)
-    for make in (lambda store: squeezed(store, folder, 46), lambda store: prepared(store, folder, PLAIN)):
+    for make in (lambda store: square_cache(store, folder, 46), lambda store: resized_cache(store, folder, PLAIN)):
         kept, made = make(Store()), make(Store())
         kept.fill(rows[:5], lambda done: None)
         kept.open(rows[:5])
@@ -201,7 +201,7 @@ def test_as_many_threads_decode_as_this_process_may_use_cpus_and_two_at_least(
     monkeypatch.setattr(loader, "ThreadPoolExecutor", Pool)
     folder, rows = listed
     list(Images(folder, rows, PLAIN).batches([[0, 1]]))
-    squeezed(Store(), folder, 32).fill(rows[:2], lambda done: None)
+    square_cache(Store(), folder, 32).fill(rows[:2], lambda done: None)
     assert started == [1, threads, threads]  # one puts batches together
 
 
@@ -217,16 +217,17 @@ def test_an_image_that_changed_since_it_was_listed_stops_the_batches(listed: tup
 def test_images_that_are_kept_decoded_are_known_by_all_that_makes_their_pixels(listed: tuple[Path, list[Row]]) -> None:
     folder, rows = listed
     store = Store()
-    made = [squeezed(store, folder, side) for side in (32, 33)]
+    made = [square_cache(store, folder, side) for side in (32, 33)]
     made += [
-        prepared(store, folder, replace(PLAIN, **change)) for change in ({}, {"resize": 40}, {"size": 24}, {"interpolation": "bicubic"})
+        resized_cache(store, folder, replace(PLAIN, **change))
+        for change in ({}, {"resize": 40}, {"size": 24}, {"interpolation": "bicubic"})
     ]
     for decoded in made:
         assert not decoded.column.has([rows[0].md5])[0]
         decoded.fill(rows[:1], lambda done: None)
         decoded.open(rows[:1])
         assert decoded.pixels(rows[0]).shape == (decoded.side, decoded.side, 3)
-    again = prepared(store, folder, replace(PLAIN, mean=(0.0, 0.0, 0.0)))  # what comes after the pixels plays no part
+    again = resized_cache(store, folder, replace(PLAIN, mean=(0.0, 0.0, 0.0)))  # what comes after the pixels plays no part
     assert again.column.has([rows[0].md5])[0]
 
 
@@ -243,8 +244,8 @@ def test_files_are_decoded_no_larger_than_they_are_needed(make_images: Callable[
     monkeypatch.setattr(dataset, "decode", noted)
     next(iter(Images(folder, [row], PLAIN).batches([[0]])))
     next(iter(Images(folder, [row], PLAIN, lambda image, *_: image.resize((32, 32))).batches([[0]])))
-    prepared(Store(), folder, PLAIN).pixels(row)
-    squeezed(Store(), folder, 96).pixels(row)
+    resized_cache(Store(), folder, PLAIN).pixels(row)
+    square_cache(Store(), folder, 96).pixels(row)
     assert asked == [64, 128, 64, 192]
 
 
@@ -270,6 +271,6 @@ def test_workers_of_one_machine_share_its_cpus_for_decoding(monkeypatch: pytest.
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("count", [0, 1, 4, 17])
 def test_the_shares_of_all_workers_hold_each_index_once(workers: int, count: int) -> None:
-    shares = [shard(count, rank, workers) for rank in range(workers)]
+    shares = [rank_slice(count, rank, workers) for rank in range(workers)]
     assert sorted(i for share in shares for i in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

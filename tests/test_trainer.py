@@ -21,27 +21,27 @@ from torch.nn import functional
 
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.backbones.classifier import Classifier
-from tlpipeline.backbones.features import Reader
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.features import FeatureExtractor
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import CASES
 from tlpipeline.choice.decision import Decision, override
 from tlpipeline.data import cache, dataset
 from tlpipeline.data.augment import ENHANCED, OPERATIONS, SHIFTS, augmentation, mix, rand_augment
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Decoded, Images
+from tlpipeline.data.loader import DecodedCache, Images
 from tlpipeline.data.transforms import Transforms
-from tlpipeline.errors import MemoryFull, ParamsError, TrainingError
+from tlpipeline.errors import OutOfMemory, ParamsError, TrainingError
 from tlpipeline.stats import pack
 from tlpipeline.training import checkpoint, train, trainer
 from tlpipeline.training.checkpoint import Checkpoints, State
-from tlpipeline.training.config import Job, Teller
-from tlpipeline.training.distributed import Alone
+from tlpipeline.training.config import ProgressWriter, TrainingConfig
+from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.optim import Average, decays, flat, optimizer, schedule, shares, unflat
 from tlpipeline.training.recipe import Recipe
-from tlpipeline.training.trainer import Deadline, Fit, Sides, summed_loss
+from tlpipeline.training.trainer import Datasets, TimeBudget, Trainer, summed_loss
 
-Make = Callable[..., Job]
+Make = Callable[..., TrainingConfig]
 TUNED = CASES[2]
 
 
@@ -314,21 +314,21 @@ def test_only_matrices_and_kernels_decay() -> None:
     assert decays("head.weight", torch.zeros(10, 64))
 
 
-def a_fit(net: nn.Module, made: Job, labels: list[int], place: Path, workers: int = 1, rank: int = 0) -> Fit:
+def a_fit(net: nn.Module, made: TrainingConfig, labels: list[int], place: Path, workers: int = 1, rank: int = 0) -> Trainer:
     """A fit of this network on images that have these labels; none of them is looked at."""
     rows = [Row(str(i), f"{i:032x}", "", "", 8, 8, "RGB", "") for i in range(len(labels))]
-    world, transforms = Alone(place), Transforms(8, 8, (0.5,) * 3, (0.2,) * 3, "bilinear")
+    world, transforms = LocalContext(place), Transforms(8, 8, (0.5,) * 3, (0.2,) * 3, "bilinear")
     world.size, world.rank = workers, rank
-    sides = Sides(place, rows, rows[:2], np.array(labels), np.array(labels[:2]), transforms)
+    sides = Datasets(place, rows, rows[:2], np.array(labels), np.array(labels[:2]), transforms)
     recipe = Decision.from_json(made.decision).recipe
-    tell = Teller(place / "told", 0)
-    return Fit(net, sides, recipe, made, world, Checkpoints(world, place, net), tell, "none", Store(), Deadline(0, world, 0))
+    tell = ProgressWriter(place / "told", 0)
+    return Trainer(net, sides, recipe, made, world, Checkpoints(world, place, net), tell, "none", Store(), TimeBudget(0, world, 0))
 
 
 class ListedImages(Images):
     """Batches that are there already."""
 
-    def __init__(self, fit: Fit, batches: Any) -> None:
+    def __init__(self, fit: Trainer, batches: Any) -> None:
         super().__init__(fit.sides.root, fit.sides.train, fit.sides.transforms)
         self.listed = batches
 
@@ -446,7 +446,7 @@ def test_the_room_for_decoded_images_changes_no_bit_of_what_is_trained(make_imag
 
 def test_the_balanced_sampler_draws_classes_alike(job: Make) -> None:
     labels = np.array([0] * 90 + [1] * 10)
-    fit = Fit.__new__(Fit)
+    fit = Trainer.__new__(Trainer)
     fit.job, fit.drawn = job(decided(TUNED)), True
     fit.sides = type("Sides", (), {"train": labels})()
     fit.shares = trainer.image_weights(labels, imbalance=2)
@@ -475,7 +475,7 @@ def test_a_last_batch_of_few_images_is_left_for_another_epoch_unless_it_is_the_o
     images: int, batch: int, workers: int, taken: list[int], job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A quarter of a batch is enough, if each worker has two images of it."""
-    monkeypatch.setattr(trainer, "reduced", lambda values, *_: values)
+    monkeypatch.setattr(trainer, "all_reduce", lambda values, *_: values)
     fit = a_fit(linear(), job(decided(TUNED), batch_size=batch), [i % 3 for i in range(images)], tmp_path, workers=workers)
     asked: list[int] = []
 
@@ -492,9 +492,9 @@ def test_a_last_batch_of_few_images_is_left_for_another_epoch_unless_it_is_the_o
 def test_dropout_and_mixing_are_drawn_anew_for_each_epoch_step_and_worker(
     job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "reduced", lambda values, *_: values)
+    monkeypatch.setattr(trainer, "all_reduce", lambda values, *_: values)
     drawn: list[int] = []
-    monkeypatch.setattr(Fit, "_step", lambda *_: drawn.append(torch.initial_seed()) or torch.zeros(()))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Trainer, "_step", lambda *_: drawn.append(torch.initial_seed()) or torch.zeros(()))  # type: ignore[func-returns-value]
 
     def epochs(rank: int, seed: int) -> None:
         fit = a_fit(linear(), job(decided(TUNED), seed=seed), [0, 1, 2] * 16, tmp_path, workers=2, rank=rank)
@@ -536,8 +536,8 @@ def test_decoded_images_are_kept_where_they_come_back_and_all_three_colors_have_
     fit = a_fit(linear(), job(decided(TUNED), cache_bytes=room if on_disk else 0), [0, 1, 2] * 4, tmp_path)
     fit.store = Store(tmp_path / "cache" if on_disk else None)
     filled: list[int] = []
-    monkeypatch.setattr(Decoded, "fill", lambda self, rows, _: filled.append(len(rows)))
-    monkeypatch.setattr(Decoded, "open", lambda *_: None)
+    monkeypatch.setattr(DecodedCache, "fill", lambda self, rows, _: filled.append(len(rows)))
+    monkeypatch.setattr(DecodedCache, "open", lambda *_: None)
     fit._images(epochs)
     assert filled == ([12, 2] if kept else [])
 
@@ -635,7 +635,7 @@ def test_steps_are_taken_in_bfloat16_where_the_processor_has_it(
 
 def test_weights_and_images_have_their_channels_last() -> None:
     net = catalogue.load("demonstration", "DEFAULT")
-    classifier = Classifier(net, [Reading("conv3", 128, (1,))], 3, frozen=False)
+    classifier = Classifier(net, [TapPooling("conv3", 128, (1,))], 3, frozen=False)
     kernels = [p for p in classifier.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert kernels
     assert all(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
@@ -649,7 +649,7 @@ def test_where_few_images_are_passed_batch_normalization_is_made_one_over_all_wo
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     fit = a_fit(net, job(decided(TUNED), batch_size=batch), [0, 1] * 64, tmp_path, workers=2)
     fit.world.device, fit.normalization = torch.device("cuda"), "batch"
-    monkeypatch.setattr(Fit, "_parallel", lambda self: self.model)
+    monkeypatch.setattr(Trainer, "_parallel", lambda self: self.model)
     before = set(net.state_dict())
     fit.arm("scratch", 0, 0.1, State(arm="head"))
     assert any(isinstance(m, nn.SyncBatchNorm) for m in fit.model.modules()) is shared
@@ -698,9 +698,9 @@ def test_going_back_restores_weights_and_optimizer_and_halves_the_rate_from_ther
     images = len(dataset.read_manifest(Path(job(decided(TUNED)).manifest)).used("train"))
     each = math.ceil(images / 16)
     exploding(monkeypatch, {each + 3})  # the third step of the second epoch
-    rates, moved, plain = rates_of(monkeypatch), [], Fit._go_back
+    rates, moved, plain = rates_of(monkeypatch), [], Trainer._go_back
 
-    def go_back(self: Fit, *given: Any) -> Any:
+    def go_back(self: Trainer, *given: Any) -> Any:
         moved.append(not same(self.model.state_dict(), self.checkpoint.current))
         moving, average = plain(self, *given)
         assert same(self.model.state_dict(), self.checkpoint.current)
@@ -709,7 +709,7 @@ def test_going_back_restores_weights_and_optimizer_and_halves_the_rate_from_ther
         assert flat(moving)
         return moving, average
 
-    monkeypatch.setattr(Fit, "_go_back", go_back)
+    monkeypatch.setattr(Trainer, "_go_back", go_back)
     trained(job(decided(TUNED, average=0.9), epochs=3), tmp_path / "run")
     assert moved == [True]
     peak = TUNED.recipe.rate("none", 32) * 16 / 64
@@ -832,7 +832,7 @@ def test_workers_whose_memory_runs_out_all_begin_again_in_more_parts(job: Make, 
 
     net.register_forward_pre_hook(full)
     for known, asked in ((0, 2), (2, 4)):
-        with pytest.raises(MemoryFull, match=r"memory for [24] images at a time") as error:
+        with pytest.raises(OutOfMemory, match=r"memory for [24] images at a time") as error:
             fit._step(net, [0, 1, 2, 3], PIXELS[:4], images, 8, State(arm="fine-tune", accumulate=known))
         assert error.value.parts == asked
     fit._step(net, [0, 1, 2, 3], PIXELS[:4], images, 8, State(arm="fine-tune", accumulate=4))
@@ -908,12 +908,12 @@ def test_a_time_budget_gives_back_the_best_finished_epoch(
     monkeypatch.setattr(Checkpoints, "keep", keep)
     asked: list[int] = []
 
-    def passed(_: Deadline) -> bool:
+    def passed(_: TimeBudget) -> bool:
         asked.append(len(left))
         # After the third epoch, or after the first step of it.
         return len(left) == 1 or (broken_off and asked.count(2) == 2)
 
-    monkeypatch.setattr(Deadline, "passed", passed)
+    monkeypatch.setattr(TimeBudget, "passed", passed)
     weights = trained(job(replace(decided(TUNED), init="plain"), epochs=9, budget_minutes=1000), tmp_path / "run")
     state = finished(tmp_path / "run")
     assert [h["accuracy"] for h in state["history"]] == told[:3]
@@ -930,11 +930,11 @@ def test_a_gpu_that_looks_at_the_clock_seldom_looks_at_it_after_each_epoch_but_t
     epochs: int, looks: int, remarks: list[str], job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []
-    monkeypatch.setattr(Deadline, "passed", lambda _: bool(looked.append(0)) or len(looked) > 4)
+    monkeypatch.setattr(TimeBudget, "passed", lambda _: bool(looked.append(0)) or len(looked) > 4)
     monkeypatch.setattr(trainer, "LOOK_STEPS", {"cpu": 1000})
     fit = a_fit(linear(), job(decided(TUNED), budget_minutes=1000, epochs=9), [0, 1, 2] * 16, tmp_path)
     batches = [([0, 1, 2, 3], PIXELS[:4])] * 3
-    monkeypatch.setattr(Fit, "_images", lambda self, epochs: (ListedImages(self, batches), ListedImages(self, [])))
+    monkeypatch.setattr(Trainer, "_images", lambda self, epochs: (ListedImages(self, batches), ListedImages(self, [])))
     monkeypatch.setattr(trainer, "probabilities", lambda *_: torch.full((2, 3), 1 / 3))
     state = State(arm="head")
     fit.arm("fine-tune", epochs, 0.1, state)
@@ -977,26 +977,26 @@ def test_a_time_budget_that_is_not_reached_keeps_what_a_free_run_keeps(
 
 
 def test_time_that_was_spent_before_an_interruption_counts(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not Deadline(1, Alone(tmp_path), 50.0).late()
-    assert Deadline(1, Alone(tmp_path), 60.0).passed()
+    assert not TimeBudget(1, LocalContext(tmp_path), 50.0).late()
+    assert TimeBudget(1, LocalContext(tmp_path), 60.0).passed()
     begun: list[float] = []
 
-    class Noted(Deadline):
+    class Noted(TimeBudget):
         def __init__(self, minutes: float, world: Any, before: float) -> None:
             super().__init__(minutes, world, before)
             begun.append(before)
 
-    plain, written = Alone.report, [0]
+    plain, written = LocalContext.report, [0]
 
-    def stop(self: Alone, metrics: Any, folder: Path | None) -> None:
+    def stop(self: LocalContext, metrics: Any, folder: Path | None) -> None:
         plain(self, metrics, folder)
         written[0] += 1
         if written[0] == 2:
             raise Stopped
 
-    monkeypatch.setattr(train, "Deadline", Noted)
+    monkeypatch.setattr(train, "TimeBudget", Noted)
     with monkeypatch.context() as patched:
-        patched.setattr(Alone, "report", stop)
+        patched.setattr(LocalContext, "report", stop)
         with pytest.raises(Stopped):
             trained(job(decided(TUNED), budget_minutes=1000), tmp_path / "run")
     trained(job(decided(TUNED), budget_minutes=1000), tmp_path / "run")
@@ -1008,20 +1008,20 @@ def test_time_that_was_spent_before_an_interruption_counts(job: Make, tmp_path: 
 def test_of_several_workers_the_first_one_s_clock_counts(first: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that ends alone, or writes alone, leaves the others waiting for ever."""
 
-    def broadcast(tensors: Any, world: Alone) -> None:
+    def broadcast(tensors: Any, world: LocalContext) -> None:
         for tensor in tensors:
             tensor.fill_(first)
 
-    monkeypatch.setattr(trainer, "from_first", broadcast)
-    monkeypatch.setattr(checkpoint, "from_first", broadcast)
-    world = Alone(tmp_path)
+    monkeypatch.setattr(trainer, "broadcast", broadcast)
+    monkeypatch.setattr(checkpoint, "broadcast", broadcast)
+    world = LocalContext(tmp_path)
     world.size, world.rank = 2, 1
     for spent in (0.0, 1e9):
-        assert Deadline(1, world, spent).passed() is bool(first)
+        assert TimeBudget(1, world, spent).passed() is bool(first)
         kept = Checkpoints(world, tmp_path, linear())
         kept._took, kept._ended = 1.0, -spent
         assert kept.due() is bool(first)
-    assert not Deadline(0, world, 1e9).passed()
+    assert not TimeBudget(0, world, 1e9).passed()
 
 
 def test_each_checkpoint_says_how_long_the_run_has_taken(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1072,9 +1072,11 @@ def test_a_time_budget_ends_the_random_views_of_a_frozen_case(job: Make, tmp_pat
 
 def test_where_the_time_is_up_no_random_view_is_begun(job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[int] = []
-    compute = Reader.compute
+    compute = FeatureExtractor.compute
     monkeypatch.setattr(
-        Reader, "compute", lambda self, images, indices, told: (passed.append(len(indices)), compute(self, images, indices, told))[1]
+        FeatureExtractor,
+        "compute",
+        lambda self, images, indices, told: (passed.append(len(indices)), compute(self, images, indices, told))[1],
     )
     trained(job(decided(CASES[0]), views=6, budget_minutes=1e-9), tmp_path / "run")
     assert sum(passed) == len(dataset.read_manifest(tmp_path / "manifest.parquet").used("train", "val"))
@@ -1105,8 +1107,8 @@ def test_without_validation_images_a_time_budget_keeps_what_was_trained(job: Mak
     none = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != "val"))
     dataset.write_manifest(none, tmp_path / "manifest.parquet", tmp_path / "quarantine.csv")
     monkeypatch.setattr(trainer, "LOOK_STEPS", {"cpu": 1000})
-    plain = Fit._epoch
-    monkeypatch.setattr(Fit, "_epoch", lambda self, *given: (setattr(self.deadline, "before", 1e9), plain(self, *given))[1])
+    plain = Trainer._epoch
+    monkeypatch.setattr(Trainer, "_epoch", lambda self, *given: (setattr(self.deadline, "before", 1e9), plain(self, *given))[1])
     weights = trained(made, tmp_path / "run")
     state = finished(tmp_path / "run")
     assert state["remarks"] == ["train.budget_minutes ended fine-tune after epoch 1 of 9"]
@@ -1155,9 +1157,9 @@ def test_a_time_budget_ends_the_decoding(job: Make, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(trainer, "AT_ONCE", 16)
     fit = a_fit(linear(), job(decided(TUNED), budget_minutes=1000), [0, 1, 2] * 16, tmp_path)
     made: list[int] = []
-    monkeypatch.setattr(Decoded, "fill", lambda _, rows, told: made.append(len(rows)))
-    monkeypatch.setattr(Decoded, "open", lambda *_: made.append(0))
-    monkeypatch.setattr(Deadline, "passed", lambda _: len(made) == 2)
+    monkeypatch.setattr(DecodedCache, "fill", lambda _, rows, told: made.append(len(rows)))
+    monkeypatch.setattr(DecodedCache, "open", lambda *_: made.append(0))
+    monkeypatch.setattr(TimeBudget, "passed", lambda _: len(made) == 2)
     fit._images(epochs=2)
     assert made == [16, 16]
 
@@ -1180,17 +1182,17 @@ def test_a_long_epoch_is_kept_in_parts_and_gone_on_with(
     monkeypatch.setattr(trainer, "CHECKPOINT_IMAGES", 32)
     decision = decided(TUNED, average=0.8, mixup=0.2, balance="sampler", imbalance=1.0, optimizer="adamw", rate_none=1e-3)
     wanted = trained(job(decision, epochs=2), tmp_path / "calm")
-    world = Alone(tmp_path / "run")
-    written, plain = [0], Alone.report
+    world = LocalContext(tmp_path / "run")
+    written, plain = [0], LocalContext.report
 
-    def stop(self: Alone, metrics: Any, folder: Path | None) -> None:
+    def stop(self: LocalContext, metrics: Any, folder: Path | None) -> None:
         plain(self, metrics, folder)
         written[0] += 1
         if written[0] == number:
             raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(Alone, "report", stop)
+        patched.setattr(LocalContext, "report", stop)
         with pytest.raises(Stopped):
             trained(job(decision, epochs=2), tmp_path / "run")
     with world.restore() as folder:
@@ -1217,18 +1219,18 @@ def test_checkpoints_between_epochs_wait_until_they_take_a_small_share_of_the_ti
 ) -> None:
     """A write takes 2 s by this clock, an epoch 5 s: one tenth is 18 s between two writes."""
     now = [0.0]
-    plain, report = trainer.probabilities, Alone.report
+    plain, report = trainer.probabilities, LocalContext.report
 
     def validated(*given: Any) -> torch.Tensor:
         now[0] += 5
         return plain(*given)
 
-    def slow(self: Alone, *given: Any) -> None:
+    def slow(self: LocalContext, *given: Any) -> None:
         now[0] += 2
         report(self, *given)
 
     monkeypatch.setattr(trainer, "probabilities", validated)
-    monkeypatch.setattr(Alone, "report", slow)
+    monkeypatch.setattr(LocalContext, "report", slow)
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(checkpoint, "SHARE", 0.1)
     written = written_at(monkeypatch)
@@ -1272,7 +1274,7 @@ def test_a_run_between_two_checkpoints_is_lost_and_repeated_to_the_same_end(
     assert written == [0, 1]
     with pytest.raises(Stopped):
         run("cut", stop=3)
-    with Alone(tmp_path / "cut").restore() as folder:
+    with LocalContext(tmp_path / "cut").restore() as folder:
         assert json.loads((folder / "state.json").read_text())["epoch"] == 1
     assert same(run("gone on"), often)
     assert finished(tmp_path / "cut")["slower"] == diverges
@@ -1304,13 +1306,13 @@ def test_what_is_remembered_for_a_checkpoint_stays_what_it_was_while_training_go
 
 def test_a_checkpoint_gives_back_all_that_was_remembered(job: Make, tmp_path: Path) -> None:
     net = linear()
-    written = Checkpoints(Alone(tmp_path / "world"), tmp_path, net)
+    written = Checkpoints(LocalContext(tmp_path / "world"), tmp_path, net)
     names = ("current", "best", "spare", "optimizer", "average")
     for number, name in enumerate(names):
         setattr(written, name, {key: torch.full_like(value, number) for key, value in net.state_dict().items()})
     state = State("fine-tune", epoch=3, step=2, spare_epoch=1, averaged=5, slower=1, seconds=7.5, remarks=["one"])
     written.write(state)
-    read = Checkpoints(Alone(tmp_path / "world"), tmp_path, net)
+    read = Checkpoints(LocalContext(tmp_path / "world"), tmp_path, net)
     assert read.restore(None) == state
     assert all(same(getattr(read, name), getattr(written, name)) for name in names)
     assert same(net.state_dict(), written.current)
@@ -1319,7 +1321,7 @@ def test_a_checkpoint_gives_back_all_that_was_remembered(job: Make, tmp_path: Pa
 def test_what_a_run_has_kept_itself_comes_before_what_it_was_started_from(tmp_path: Path) -> None:
     """A train stage that goes on where a race ended, and is interrupted, does not begin at the race's end once more."""
     net = linear()
-    race, own = (Checkpoints(Alone(tmp_path / name), tmp_path / name, net) for name in ("race", "own"))
+    race, own = (Checkpoints(LocalContext(tmp_path / name), tmp_path / name, net) for name in ("race", "own"))
     race.write(State("fine-tune", epoch=1))
     assert own.restore(race.written) == State("fine-tune", epoch=1)
     own.write(State("fine-tune", epoch=2))
@@ -1362,7 +1364,7 @@ def test_a_compiled_network_takes_the_same_steps_and_is_kept_as_the_plain_one(
         return plain(network, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", traced)
-    quiet = replace(decided(TUNED), slice="conv1", readings=(Reading("conv1", 32, (1, 2)),))
+    quiet = replace(decided(TUNED), slice="conv1", readings=(TapPooling("conv1", 32, (1, 2)),))
     weights = [
         trained(job(replace(quiet, recipe=replace(quiet.recipe, compile=on)), epochs=1, batch_size=100), tmp_path / str(on))
         for on in (False, True)
@@ -1389,7 +1391,7 @@ def test_without_a_compiler_the_way_out_is_told(job: Make, tmp_path: Path, monke
 
 @pytest.mark.skipif("TLPIPELINE_SLOW" not in os.environ, reason="a minute of g++: set TLPIPELINE_SLOW=1")
 def test_a_network_that_the_compiler_has_translated_trains(job: Make, tmp_path: Path) -> None:
-    quiet = replace(decided(TUNED), slice="conv1", readings=(Reading("conv1", 32, (1, 2)),))
+    quiet = replace(decided(TUNED), slice="conv1", readings=(TapPooling("conv1", 32, (1, 2)),))
     weights = [
         trained(job(replace(quiet, recipe=replace(quiet.recipe, compile=on)), epochs=1, batch_size=100), tmp_path / str(on))
         for on in (False, True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.classifier import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, reader_of, save
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.cache import Store
 from tlpipeline.data.loader import Images
@@ -24,12 +24,12 @@ from tlpipeline.files import write_json, write_tensors
 CLASSES = ("ant", "bee", 'näh, "quoted"')
 # Architecture, input side, readings with the deepest first, and the start of a name behind the cut.
 NETWORKS = {
-    "demonstration": (32, (Reading("conv2", 64, (1, 2, 4)), Reading("conv1", 32, (1,))), "conv3"),
-    "nets:resnet20": (32, (Reading("layer2.2", 32, (1, 2)),), "layer3"),
-    "resnet18": (32, (Reading("layer2.1", 128, (1, 2)), Reading("layer1.1", 64, (1,))), "layer3"),
-    "densenet121": (32, (Reading("features.denseblock1", 256, (1,)),), "features.transition1"),
-    "convnext_tiny": (32, (Reading("features.1.1", 96, (1,)),), "features.3"),
-    "vit_b_16": (64, (Reading("encoder.layers.encoder_layer_1", 1536, (1,)),), "encoder.layers.encoder_layer_2"),
+    "demonstration": (32, (TapPooling("conv2", 64, (1, 2, 4)), TapPooling("conv1", 32, (1,))), "conv3"),
+    "nets:resnet20": (32, (TapPooling("layer2.2", 32, (1, 2)),), "layer3"),
+    "resnet18": (32, (TapPooling("layer2.1", 128, (1, 2)), TapPooling("layer1.1", 64, (1,))), "layer3"),
+    "densenet121": (32, (TapPooling("features.denseblock1", 256, (1,)),), "features.transition1"),
+    "convnext_tiny": (32, (TapPooling("features.1.1", 96, (1,)),), "features.3"),
+    "vit_b_16": (64, (TapPooling("encoder.layers.encoder_layer_1", 1536, (1,)),), "encoder.layers.encoder_layer_2"),
 }
 
 
@@ -191,9 +191,9 @@ def test_a_tap_that_the_network_does_not_have_is_refused(folder: Path) -> None:
 # --- frozen ---------------------------------------------------------------------------------------------------------------------------
 
 LAST = {
-    "demonstration": (Reading("fc2", 128, (1,)),),  # Dropout
-    "resnet18": (Reading("layer4.1", 512, (1,)), Reading("layer2.1", 128, (1, 2))),  # BatchNorm
-    "convnext_tiny": (Reading("features.7.2", 768, (1,)),),  # StochasticDepth
+    "demonstration": (TapPooling("fc2", 128, (1,)),),  # Dropout
+    "resnet18": (TapPooling("layer4.1", 512, (1,)), TapPooling("layer2.1", 128, (1, 2))),  # BatchNorm
+    "convnext_tiny": (TapPooling("features.7.2", 768, (1,)),),  # StochasticDepth
 }
 
 
@@ -236,7 +236,7 @@ def test_a_frozen_backbone_gets_no_gradients_and_another_does() -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_is_trained_is_computed_as_its_trainer_says_and_only_what_is_frozen_in_bfloat16(frozen: bool) -> None:
-    model = Classifier(catalogue.load("demonstration", "DEFAULT"), [Reading("conv2", 64, (1, 2))], 3, frozen, in_bfloat16=True)
+    model = Classifier(catalogue.load("demonstration", "DEFAULT"), [TapPooling("conv2", 64, (1, 2))], 3, frozen, in_bfloat16=True)
     assert model.in_bfloat16 is frozen
     inputs, seen = torch.zeros(2, 3, 32, 32), list[torch.dtype]()
     next(iter(m for m in model.trunk.modules() if isinstance(m, torch.nn.Conv2d))).register_forward_hook(

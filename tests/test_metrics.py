@@ -19,7 +19,7 @@ from sklearn.metrics import (
 
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.classifier import Classifier, probabilities
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.data import dataset
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.loader import Images
@@ -176,7 +176,7 @@ def test_each_image_is_counted_once(make_images: Callable[..., Path]) -> None:
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
     rows = manifest.used(*SIDES)
     net = catalogue.load("demonstration", "none")
-    model = Classifier(net, [Reading("conv1", 32, (1,))], 3, frozen=True)
+    model = Classifier(net, [TapPooling("conv1", 32, (1,))], 3, frozen=True)
     chances = probabilities(model, Images(folder, rows, net.transforms), torch.device("cpu"), lambda _: None)
     found = predictions(rows, manifest.classes, chances.numpy())
     assert len(manifest.rows) == 24 + 12

@@ -15,7 +15,7 @@ from test_backbones import take
 from test_profile import planted
 
 from tlpipeline.backbones import catalogue
-from tlpipeline.backbones.pooling import Reading
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.decide import choose
 from tlpipeline.choice.reasons import weaknesses
 from tlpipeline.data import dataset, splits
@@ -500,7 +500,7 @@ def test_gradients_are_held_against_features_that_are_centered_over_the_same_ima
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(80, 6, generator=draw)
     labels = (x[:, 1] + 0.5 * torch.randn(80, generator=draw) > 0).long().numpy()
-    sample = gram.kernels_of([Reading("tap", 6, (1,))], [x], labels, {})
+    sample = gram.gram_matrices([TapPooling("tap", 6, (1,))], [x], labels, {})
     first = [i for i in range(80) if x[i, 0] > 0]  # far from the middle of the sample
     own = sample.read[0][first].astype(float)
     own -= own.mean(0)

@@ -8,7 +8,7 @@ import pytest
 
 from tlpipeline.progress import Event
 from tlpipeline.training import config
-from tlpipeline.training.config import Tail, Teller, clock
+from tlpipeline.training.config import ProgressReader, ProgressWriter, clock
 
 
 def texts(path: Path) -> list[str]:
@@ -18,7 +18,7 @@ def texts(path: Path) -> list[str]:
 def test_what_is_not_important_is_told_five_times_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(config, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    tell = Teller(tmp_path / "new" / "told.jsonl", rank=0)
+    tell = ProgressWriter(tmp_path / "new" / "told.jsonl", rank=0)
     for number in range(10):
         tell(number, 10, f"{number}", important=number == 5)
         now[0] += 0.125
@@ -26,7 +26,7 @@ def test_what_is_not_important_is_told_five_times_a_second_at_most(tmp_path: Pat
 
 
 def test_only_the_first_worker_speaks(tmp_path: Path) -> None:
-    tell = Teller(tmp_path / "told.jsonl", rank=1)
+    tell = ProgressWriter(tmp_path / "told.jsonl", rank=1)
     tell(1, 1, "nothing", important=True)
     assert not tell.due()
     assert not (tmp_path / "told.jsonl").exists()
@@ -34,12 +34,12 @@ def test_only_the_first_worker_speaks(tmp_path: Path) -> None:
 
 def test_what_was_told_is_passed_on_once_and_whole_and_nothing_from_an_earlier_attempt(tmp_path: Path) -> None:
     path, heard = tmp_path / "told.jsonl", list[Event]()
-    Tail(path, "train", heard.append)()  # nobody has spoken yet
-    Teller(path, 0)(1, 3, "before", important=True)
-    tail = Tail(path, "train", heard.append)
+    ProgressReader(path, "train", heard.append)()  # nobody has spoken yet
+    ProgressWriter(path, 0)(1, 3, "before", important=True)
+    tail = ProgressReader(path, "train", heard.append)
     tail()
     assert heard == []
-    Teller(path, 0)(2, 3, "one", important=True)
+    ProgressWriter(path, 0)(2, 3, "one", important=True)
     half = json.dumps({"done": 3, "total": 3, "text": "two"}) + "\n"
     with path.open("a") as file:
         file.write(half[:10])

@@ -11,7 +11,7 @@ from test_profile import planted
 
 from tlpipeline.choice import policy
 from tlpipeline.choice.decision import Look
-from tlpipeline.choice.policy import SPENT, Weighed, look, look_epochs, turning_point, verdict, weigh
+from tlpipeline.choice.policy import SPENT, DecisionPolicy, look, look_epochs, turning_point, verdict, weigh
 
 
 @pytest.mark.parametrize("accuracies", [SIMILAR_SMALL, SIMILAR_LARGE])
@@ -55,18 +55,18 @@ def test_a_frozen_head_that_still_learns_goes_on_learning_with_more_images() -> 
     profile = planted([0.5, 0.6, 0.8])
     weighed = weigh(profile, RULE, MODEL)
     steep = replace(weighed, evidence=replace(weighed.evidence, slope=0.05))
-    assert policy.grown(steep, weighed.evidence.images)[1] == pytest.approx(weighed.frozen)
-    seen, frozen = policy.grown(steep, 2 * weighed.evidence.images)
+    assert policy.extrapolate(steep, weighed.evidence.images)[1] == pytest.approx(weighed.frozen)
+    seen, frozen = policy.extrapolate(steep, 2 * weighed.evidence.images)
     error = 1 - weighed.frozen
     assert 1 - frozen == pytest.approx(error**2 / (error + 0.05))  # the next doubling lowers the error by the same share
     assert seen.slope == pytest.approx(error - error**2 / (error + 0.05))
-    assert policy.grown(replace(weighed, evidence=replace(weighed.evidence, slope=0.0)), 10**6)[1] == pytest.approx(weighed.frozen)
+    assert policy.extrapolate(replace(weighed, evidence=replace(weighed.evidence, slope=0.0)), 10**6)[1] == pytest.approx(weighed.frozen)
 
 
 LAG = ((0.5, 0.1), (0.2, 0.05), (0.0, 0.02))
 
 
-RACED = Weighed(weigh(planted([0.5, 0.6, 0.8]), RULE, MODEL).evidence, RULE, replace(model(intercept=0.05, deviation=0.4), lag=LAG))
+RACED = DecisionPolicy(weigh(planted([0.5, 0.6, 0.8]), RULE, MODEL).evidence, RULE, replace(model(intercept=0.05, deviation=0.4), lag=LAG))
 
 
 def judged(frozen_only: int, tuned_only: int, images: int = 400, both: float = 0.7) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import pytest
 from test_profile import planted
 
 from tlpipeline.choice import predictor
-from tlpipeline.choice.predictor import GROWING, NEUTRAL, Evidence, Outlook, evidence, figures, fitted, log_odds
+from tlpipeline.choice.predictor import GROWING, NEUTRAL, Evidence, GainPredictor, evidence, figures, load_predictor, log_odds
 from tlpipeline.profiling.profile import Tangent, slice_test
 from tlpipeline.stats import paired
 
@@ -42,7 +42,7 @@ SEEN = Evidence(
 NAMES = tuple(figures(SEEN, 0.9))
 
 
-def model(intercept: float = 0.0, deviation: float = 0.3, slant: float = 1.0, offset: float = 0.0, **coefficients: float) -> Outlook:
+def model(intercept: float = 0.0, deviation: float = 0.3, slant: float = 1.0, offset: float = 0.0, **coefficients: float) -> GainPredictor:
     """An outlook of one's own. Keywords are figures with underscores: their effect on the log odds, from the figures of SEEN at 90 %."""
     by_name = {name.replace(" ", "_"): name for name in NAMES}
     wide = {name: 10.0 for name in NAMES}
@@ -164,10 +164,10 @@ def test_who_knows_nothing_expects_nothing_either_way() -> None:
 
 
 def test_the_chance_of_large_does_not_fall_with_images_in_the_shipped_model() -> None:
-    rising(fitted())
+    rising(load_predictor())
 
 
-def rising(found: Outlook) -> None:
+def rising(found: GainPredictor) -> None:
     """Hold a model to it on a grid: P(large) and the expected gain never fall as images are added and nothing else changes."""
     grid = product((2, 30, 400), (0.4, 0.8, 0.97, 1.0), (None, 0.9), (-0.05, 0.2), (100_000, 50_000_000), (0.0, 0.005, 0.02))
     for classes, frozen, similarity, gain, parameters, tolerance in grid:
@@ -194,7 +194,7 @@ def test_a_head_is_expected_between_what_is_usual_and_what_was_measured(name: st
 
 
 def test_the_shipped_model_knows_the_figures_and_nothing_else() -> None:
-    found = fitted()
+    found = load_predictor()
     for part in (found.center, found.spread, found.coefficients, found.lowest, found.highest):
         assert [name for name in part if name != "log10 classes"] == list(NAMES)
         assert all(math.isfinite(v) for v in part.values())
@@ -217,13 +217,13 @@ def test_the_shipped_model_is_of_the_format_that_is_read() -> None:
 
 
 def test_classes_beyond_those_of_the_fit_are_said() -> None:
-    found = fitted()
+    found = load_predictor()
     many = replace(SEEN, classes=400, images=40_000, parameters=500_000)
     assert any(words.startswith("classes 400 lies outside") for words in found.outside(many, 0.8))
 
 
 def test_an_unknown_head_similarity_is_outside_of_what_was_fitted() -> None:
-    assert any("without a source head" in words for words in fitted().outside(replace(SEEN, head_similarity=None), 0.8))
+    assert any("without a source head" in words for words in load_predictor().outside(replace(SEEN, head_similarity=None), 0.8))
 
 
 def test_the_middle_half_of_the_draws_is_that_of_a_normal_distribution_and_the_tails_are_heavier() -> None:
