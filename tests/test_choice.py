@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_outlook import model
+from test_measure import known  # noqa: F401  (known is a fixture)
+from test_predictor import model
 from test_profile import exact, from_bits, planted, right
-from test_profiling import known  # noqa: F401  (known is a fixture)
 
 from tlpipeline.choice import decide as choice
 from tlpipeline.choice import predictor

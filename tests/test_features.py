@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_inputs import PLAIN
+from test_loader import PLAIN
 
 from tlpipeline.backbones import catalogue, features
 from tlpipeline.backbones import taps as cutting

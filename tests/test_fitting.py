@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from test_outlook import NAMES, SEEN, rising
+from test_predictor import NAMES, SEEN, rising
 
 from research import fitting
 from research.fitting import Observed, fit

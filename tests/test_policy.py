@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_choice import MODEL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
-from test_outlook import model
+from test_predictor import model
 from test_profile import planted
 
 from tlpipeline.choice import policy

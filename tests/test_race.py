@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_profiling import scene
+from test_measure import scene
 
 from tlpipeline.backbones import catalogue
 from tlpipeline.choice import policy, predictor, race
