@@ -6,15 +6,20 @@ STAMP := .venv/.installed
 # Bytecode is cached even where the shell says not to: else each of the many processes compiles torch, Ray and Prefect again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check fix bench chaos clean
+.PHONY: demo test test-all check fix bench chaos clean
 
 demo: $(STAMP)
 	rm -rf demo
 	$(ACTIVATE) tlpipeline init demo
 	$(ACTIVATE) tlpipeline run --workspace demo
 
+# Two processes, a file each at a time: most tests wait for processes that they start.
 test: $(STAMP)
-	$(ACTIVATE) python -m pytest
+	$(ACTIVATE) python -m pytest -n 2 --dist loadfile -m "not slow and not chaos"
+
+# The rest: what takes long, or needs the wheel, servers or a browser.
+test-all: $(STAMP)
+	$(ACTIVATE) python -m pytest -n 2 --dist loadfile -m "slow and not chaos"
 
 check: $(STAMP)
 	$(ACTIVATE) ruff format --check .
