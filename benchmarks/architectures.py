@@ -5,9 +5,9 @@ row says (behind the last tap, or behind a middle one with a head that reads the
 `train.run` on two workers of a gloo group, exported, and reloaded. Frozen tensors must be those of the start, the others must have moved,
 and the reloaded model must say what the uncut network with its tensors says. Few images, at the smallest size that the network takes.
 
-    python benchmarks/architectures.py run [NETWORK ...] [--again] [--memory-gb 12] [--work DIR] [--case CASE ...]
-    python benchmarks/architectures.py taps
-    python benchmarks/architectures.py table
+    python -m benchmarks.architectures run [NETWORK ...] [--again] [--memory-gb 12] [--work DIR] [--case CASE ...]
+    python -m benchmarks.architectures taps
+    python -m benchmarks.architectures table
 
 `run` appends a row to benchmarks/results/architectures.csv for each network and case that has none yet, smallest networks first, so it can
 be interrupted at any moment; what failed is tried again, and with --again everything that is asked for. It fails if a row says so. Where two workers, each with its gradients and its
@@ -23,7 +23,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,13 +35,24 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-TESTS = HERE.parent / "tests"
-sys.path[:0] = [str(TESTS), str(HERE)]
-
-from architectures import BATCH, CLASSES, Trained, check, decide, described, inputs, only_read, outline, paint_images, smallest, undrawn
-from grid import append, rewrite, rows_of
 from safetensors.torch import load_file
 
+from research.grid import append, rewrite, rows_of
+from tests.helpers.architectures import (
+    BATCH,
+    CLASSES,
+    Trained,
+    check,
+    decide,
+    described,
+    inputs,
+    only_read,
+    outline,
+    paint_images,
+    smallest,
+    undrawn,
+)
+from tests.helpers.processes import start_member
 from tlpipeline.backbones import catalogue, classifier
 from tlpipeline.backbones.taps import Backbone, Tap
 from tlpipeline.choice.cases import CASES, Case
@@ -249,13 +259,12 @@ def in_group(size: int, jobs: Sequence[tuple[TrainingConfig, Path]], spec: Path)
     spec.write_text(json.dumps([{"job": asdict(job), "folder": str(folder)} for job, folder in jobs]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, str(TESTS / "group.py")]
+        port = free.getsockname()[1]
     said = [spec.with_name(f"stderr{rank}") for rank in range(size)]
     members = []
     for rank in range(size):
         with said[rank].open("w") as stderr:
-            members.append(subprocess.Popen([*command, str(rank), str(size), port, str(spec)], stderr=stderr))
+            members.append(start_member(rank, size, port, spec, stderr=stderr))
     deadline, wrong = time.monotonic() + TIMEOUT, -1
     # A member that fails leaves the others waiting for it.
     while wrong < 0 and any(member.poll() is None for member in members):
@@ -364,7 +373,7 @@ def note_missing(path: Path) -> None:
 
 HEAD = """# Architectures
 
-<!-- Written by `python benchmarks/architectures.py table` from the rows that `python benchmarks/architectures.py run` measured. -->
+<!-- Written by `python -m benchmarks.architectures table` from the rows that `python -m benchmarks.architectures run` measured. -->
 
 {networks} classifiers of torchvision {torchvision} under each of the four cases, with random weights: taps described, cut, one real training step by
 two workers, frozen tensors bit for bit those of the start, exported, reloaded, the same predictions as the uncut network with these tensors

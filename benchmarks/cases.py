@@ -4,8 +4,8 @@ Runs `tlpipeline init` and `tlpipeline run` as a user would on each data set of 
 the README. A finished row is kept in benchmarks/results/ and not run again: delete it after a change of the product. With --force NAME all
 four cases are forced on one data set in one workspace, one after the other, and each gate's verdict is printed.
 
-    python benchmarks/cases.py [--data DIR] [--work DIR] [NAME ...]
-    python benchmarks/cases.py --force NAME
+    python -m benchmarks.cases [--data DIR] [--work DIR] [NAME ...]
+    python -m benchmarks.cases --force NAME
 """
 
 import argparse
@@ -52,7 +52,10 @@ def unpack(archive: Path, target: Path, most: int | None) -> Path:
 
 
 def tlpipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent / "tests"), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent / "examples" / "own_backbone"), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run([sys.executable, "-m", "tlpipeline", *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"tlpipeline {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")

@@ -1,8 +1,8 @@
 """How close to the hardware is training on a GPU? Images/s of the product beside two bounds that nobody can pass, in turns in one run.
 
-    python benchmarks/gpu.py                    fine-tuning and feature extraction of ResNet-50, ConvNeXt-Tiny and ViT-B/16 at 224 pixels
-    python benchmarks/gpu.py --ray              the same, and each job once more as a Ray Train job with one worker
-    python benchmarks/gpu.py --device cpu --networks resnet18 --images 64 --size 64 --times 1      does it run at all?
+    python -m benchmarks.gpu                    fine-tuning and feature extraction of ResNet-50, ConvNeXt-Tiny and ViT-B/16 at 224 pixels
+    python -m benchmarks.gpu --ray              the same, and each job once more as a Ray Train job with one worker
+    python -m benchmarks.gpu --device cpu --networks resnet18 --images 64 --size 64 --times 1      does it run at all?
 
 The bounds: `network`, the same network, batch, number format and optimizer on tensors that are on the device already, and `input`, the same
 batches of images, decoded and augmented, without a network. The product should reach 0.9 of the lower one. Its own figure is the one that a
@@ -32,10 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import regret
-
+from research import regret
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.backbones.classifier import Classifier
 from tlpipeline.backbones.features import pooled, step

@@ -4,9 +4,9 @@ Every method runs in a process of its own, on the CPU, from the same SqueezeNet 
 validation and test images (regret.py's split). Seconds are CPU seconds around the work: start and imports stand apart, the pass over the
 test images and the unpacking are not in it. Who was right is kept for each test image, so that differences are paired.
 
-    python benchmarks/peers.py methods [--images 500] [--seeds 0] [--fastai PYTHON] [--only NAME ...] [--methods NAME ...]
-    python benchmarks/peers.py tutorial [--seeds 0 1 2] [--side 128]
-    python benchmarks/peers.py report
+    python -m benchmarks.peers methods [--images 500] [--seeds 0] [--fastai PYTHON] [--only NAME ...] [--methods NAME ...]
+    python -m benchmarks.peers tutorial [--seeds 0 1 2] [--side 128]
+    python -m benchmarks.peers report
 
 `methods`: five data sets at 96 pixels. The others train the whole network for the usual schedule of so many images (22 epochs with 500), ours as its own recipe says.
 
@@ -54,18 +54,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from cases import change
-from grid import DATA, NETWORKS, NO_FLIP, RESULTS, USUAL, rewrite, rows_of
 from PIL import Image
-from regret import folders, pool, sizes, split
 from torch import Tensor, nn
 
+from benchmarks.cases import change
+from research.grid import DATA, NETWORKS, NO_FLIP, USUAL, rewrite, rows_of
+from research.regret import folders, pool, sizes, split
 from tlpipeline.data.dataset import Manifest
 from tlpipeline.data.splits import TEST, TRAIN, VAL
 from tlpipeline.stats import pack, unpack
 from tlpipeline.training.recipe import Recipe
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 PEERS = "peers.csv"
 COLUMNS = ("part", "data", "n", "seed", "size", "method", "classes", "train", "val", "test", "case", "epochs", "hits", "profile_s",
            "choose_s", "train_s", "cold_s", "cpu_s", "wall_s", "imports_s", "threads", "versions", "bits")  # fmt: skip
@@ -275,7 +276,7 @@ def measure(options: argparse.Namespace, part: str, data: str, job: Job, keys: d
     with tempfile.TemporaryDirectory(prefix="peers-") as place:
         asked, told = Path(place) / "job.json", Path(place) / "answer.json"
         asked.write_text(json.dumps(dataclasses.asdict(job)))
-        program = [options.fastai, HERE / "peers_fastai.py"] if job.method == FASTAI else [sys.executable, HERE / "peers.py", "one"]
+        program = [options.fastai, HERE / "peers_fastai.py"] if job.method == FASTAI else [sys.executable, "-m", "benchmarks.peers", "one"]
         environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
         done = subprocess.run([*map(str, program), str(asked), str(told)], capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -400,7 +401,7 @@ def report(options: argparse.Namespace) -> None:
     """Print the tables of all rows."""
     rows = rows_of(options.results / PEERS)
     if not rows:
-        sys.exit(f"expected rows in {options.results / PEERS}, found none. Run `python benchmarks/peers.py methods` first.")
+        sys.exit(f"expected rows in {options.results / PEERS}, found none. Run `python -m benchmarks.peers methods` first.")
     every = units(rows, METHODS)
     if every:
         report_methods(every)

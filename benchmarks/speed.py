@@ -1,17 +1,17 @@
 """What does training cost, beside the least that it could cost? Every figure stands next to its reference, measured in turns in one run.
 
-    python benchmarks/speed.py cache    a frozen case with a cold and a warm cache, and with 1 % new images, beside one bare pass
-    python benchmarks/speed.py memory   peak memory of a frozen case at 1,000, 10,000 and 100,000 images, beside the bare pass, and what grows
-    python benchmarks/speed.py loop     images/s of fine-tuning, checkpoints and validation in it, beside a bare torch loop over the same loader
-    python benchmarks/speed.py workers  two workers with a thread each beside one with two threads
-    python benchmarks/speed.py ray      where each second of a two-worker Ray fit goes that is not compute
-    python benchmarks/speed.py busy     such a fit beside as many busy processes as there are CPUs, beside one whose workers have Ray's own priority
-    python benchmarks/speed.py solvers  what the profile's solvers cost beside its passes through the network
-    python benchmarks/speed.py views    what random views bring a frozen head, and what they cost
-    python benchmarks/speed.py precision  training steps in float32, in bfloat16 as torch has it, and as it is used here; frozen passes
-    python benchmarks/speed.py half     what half precision, in the cache or in the passes, would change in a head's answers
+    python -m benchmarks.speed cache    a frozen case with a cold and a warm cache, and with 1 % new images, beside one bare pass
+    python -m benchmarks.speed memory   peak memory of a frozen case at 1,000, 10,000 and 100,000 images, beside the bare pass, and what grows
+    python -m benchmarks.speed loop     images/s of fine-tuning, checkpoints and validation in it, beside a bare torch loop over the same loader
+    python -m benchmarks.speed workers  two workers with a thread each beside one with two threads
+    python -m benchmarks.speed ray      where each second of a two-worker Ray fit goes that is not compute
+    python -m benchmarks.speed busy     such a fit beside as many busy processes as there are CPUs, beside one whose workers have Ray's own priority
+    python -m benchmarks.speed solvers  what the profile's solvers cost beside its passes through the network
+    python -m benchmarks.speed views    what random views bring a frozen head, and what they cost
+    python -m benchmarks.speed precision  training steps in float32, in bfloat16 as torch has it, and as it is used here; frozen passes
+    python -m benchmarks.speed half     what half precision, in the cache or in the passes, would change in a head's answers
 
-Real images and weights come from --data (see benchmarks/regret.py); SqueezeNet at 96 pixels, the smallest network that is of any use, so
+Real images and weights come from --data (see research/README.md); SqueezeNet at 96 pixels, the smallest network that is of any use, so
 that everything beside the network weighs most. Printed are medians over --times runs, reference and product in turns.
 """
 
@@ -38,10 +38,9 @@ import torch
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
-import regret
-
+from research import regret
+from tests.helpers.processes import start_member
 from tlpipeline import params
 from tlpipeline.backbones import catalogue, precision, taps
 from tlpipeline.backbones.classifier import Classifier, reader_of
@@ -379,13 +378,7 @@ def workers(options: argparse.Namespace) -> None:
                 ours = job(options, place, folder, manifest, decided, epochs=1)
                 spec = place / "spec.json"
                 spec.write_text(json.dumps([{"job": asdict(ours), "folder": str(place / "run")}]))
-                group = [
-                    subprocess.Popen(
-                        [sys.executable, str(HERE.parent / "tests" / "group.py"), str(rank), str(size), str(29511 + turn), str(spec)],
-                        env=os.environ | {"GROUP_THREADS": str(2 // size)},
-                    )
-                    for rank in range(size)
-                ]
+                group = [start_member(rank, size, 29511 + turn, spec, {"GROUP_THREADS": str(2 // size)}) for rank in range(size)]
                 if any(member.wait() for member in group):
                     sys.exit("a worker failed: see above")
                 lines = [json.loads(line)["text"] for line in (place / "history.jsonl").read_text().splitlines()]

@@ -1,6 +1,6 @@
 """How the outlook is fitted: by ridge regression on what data sets were seen to reach, each counting alike.
 
-`python benchmarks/regret.py fit` does it on its rows and writes outlook.json; the pipeline itself fits nothing.
+`python -m research.regret fit` does it on its rows and writes outlook.json; the pipeline itself fits nothing.
 """
 
 import math

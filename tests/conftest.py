@@ -6,16 +6,15 @@ import tlpipeline  # noqa: F401  (before torch, which reads how threads wait whe
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from tests.helpers.images import paint
+from tests.helpers.scenes import known  # noqa: F401  (a fixture)
+from tests.helpers.workspaces import REPOSITORY, set_param
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.dataset import Row
 
@@ -24,8 +23,6 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -41,15 +38,6 @@ def real_data() -> Path:
 def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are written whenever they could be, however long an epoch and a write take on the machine that runs the tests."""
     monkeypatch.setattr("tlpipeline.training.checkpoint.SHARE", 1.0)
-
-
-def paint(label: int, index: int, size: int = 32) -> Image.Image:
-    """Draw a noisy image of a class: stripes whose direction and color say which."""
-    rng = np.random.default_rng([label, index])
-    ramp = np.arange(size)
-    wave = np.sin((ramp[:, None] * (label % 2) + ramp[None, :] * (1 - label % 2)) * (0.6 + 0.4 * (label // 2)) + rng.uniform(0, 6))
-    pixels = 128 + 70 * wave[..., None] * np.array([1.0, 0.6, 0.3])[np.roll(np.arange(3), label)] + rng.normal(0, 12, (size, size, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture
@@ -82,16 +70,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits") / "images"
     write_digits(folder)
     return folder
-
-
-def set_param(workspace: Path, key: str, value: str) -> None:
-    """Change one value of params.yaml, given as section.key."""
-    section, _, name = key.partition(".")
-    lines = (workspace / "params.yaml").read_text().splitlines()
-    start = lines.index(next(line for line in lines if line.startswith(f"{section}:")))
-    at = next(i for i in range(start, len(lines)) if lines[i].startswith(f"  {name}:"))
-    lines[at] = f"  {name}: {value}"
-    (workspace / "params.yaml").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -167,10 +145,3 @@ def job(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
         return TrainingConfig(**{**plain, **changes})
 
     return make
-
-
-def run_python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in another process that is no child of a lock's holder."""
-    environment = {k: v for k, v in os.environ.items() if k != "TLPIPELINE_LOCK_HOLDER"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,14 +1,12 @@
 """A small network of each torchvision family, under each of the four cases: cut, frozen or trained, exported, reloaded, the same predictions.
 
-All of torchvision's classifiers, trained by two workers: `python benchmarks/architectures.py run`.
+All of torchvision's classifiers, trained by two workers: `python -m benchmarks.architectures run`.
 """
 
 import copy
 import hashlib
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,13 +14,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from architectures import BATCH, CLASSES, Trained, check, decide, inputs, only_read, outline, paint_images, smallest, step, undrawn
 from safetensors.torch import load_file, save_file
-from test_cases import decision_for
-from test_train import in_group
 from torch import Tensor
 from torchvision import models
 
+from benchmarks import architectures as benchmark
+from tests.helpers.architectures import (
+    BATCH,
+    CLASSES,
+    Trained,
+    check,
+    decide,
+    inputs,
+    only_read,
+    outline,
+    paint_images,
+    smallest,
+    step,
+    undrawn,
+)
+from tests.helpers.decisions import decision_for
+from tests.helpers.training import in_group
 from tlpipeline.backbones.catalogue import FAMILIES, load
 from tlpipeline.backbones.classifier import load as load_model
 from tlpipeline.backbones.classifier import probabilities
@@ -265,12 +277,6 @@ def test_by_itself_a_network_that_learnt_positions_keeps_its_size(name: str, med
 
 
 def test_the_page_is_what_the_rows_say() -> None:
-    place = ROOT / "benchmarks" / "architectures.py"
-    spec = importlib.util.spec_from_file_location("benchmark_architectures", place)
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     assert {row["network"] for row in benchmark.rows_of(benchmark.RESULTS / benchmark.TAPS)} == set(models.list_models(module=models))
     assert not [row for row in benchmark.rows_of(benchmark.RESULTS / benchmark.ROWS) if row["step_ok"] == "no"]
     assert benchmark.PAGE.read_text(encoding="utf-8") == benchmark.page(benchmark.RESULTS)

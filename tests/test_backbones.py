@@ -6,7 +6,6 @@ import http.client
 import io
 import json
 import math
-import tarfile
 import urllib.error
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import SqueezeNet1_0_Weights, WeightsEnum
 
+from tests.helpers import odd_networks
+from tests.helpers.archives import take
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.catalogue import Demonstration, check_name, load
 from tlpipeline.backbones.taps import Backbone, cut, describe
-from tlpipeline.data.decoding import decode
 from tlpipeline.data.loader import normalize, prepare
 from tlpipeline.errors import BackboneError
 
@@ -58,7 +58,7 @@ def of_weights(state: Mapping[str, Tensor], path: Path) -> Backbone:
 
 
 def test_an_own_network_with_many_taps_is_cut_at_any_of_them() -> None:
-    net = load("nets:EfficientNetLite0", "none")
+    net = load("research.networks:EfficientNetLite0", "none")
     assert sum(p.numel() for p in net.module.parameters()) == 4_652_008  # as published
     taps = describe(net, 64)
     assert [t.channels for t in taps] == [16, *[24] * 2, *[40] * 2, *[80] * 3, *[112] * 3, *[192] * 4, 320, 1280]
@@ -71,7 +71,7 @@ def test_an_own_network_with_many_taps_is_cut_at_any_of_them() -> None:
 
 
 def test_where_no_taps_are_said_the_blocks_are_found_in_the_order_in_which_they_run() -> None:
-    net = load("nets:Undeclared", "none")
+    net = load("tests.helpers.odd_networks:Undeclared", "none")
     assert net.tap_names == ("stem.0", "body.0", "body.1")  # not the ReLU, not what never runs or runs twice, not the head
     assert net.transforms.size == 224
     together = cut(net, net.tap_names)(images(net))
@@ -80,37 +80,37 @@ def test_where_no_taps_are_said_the_blocks_are_found_in_the_order_in_which_they_
 
 
 def test_a_branch_on_data_between_taps_is_refused_with_a_way_out() -> None:
-    net = load("nets:Branching", "none")
+    net = load("tests.helpers.odd_networks:Branching", "none")
     with pytest.raises(BackboneError, match=r"branches on data.*top-level"):
         cut(net, ["first"])
 
 
 def test_blocks_that_give_no_tensor_are_no_taps() -> None:
     with pytest.raises(BackboneError, match=r"found no top-level block that gives a tensor.*taps ="):
-        load("nets:Paired", "none")
-    with pytest.raises(BackboneError, match=r"tap pair of nets:Tapped.*found tuple"):
-        describe(load("nets:Tapped", "none"), 16)
+        load("tests.helpers.odd_networks:Paired", "none")
+    with pytest.raises(BackboneError, match=r"tap pair of tests.helpers.odd_networks:Tapped.*found tuple"):
+        describe(load("tests.helpers.odd_networks:Tapped", "none"), 16)
 
 
 def test_pooled_features_are_no_logits(tmp_path: Path) -> None:
     """A softmax over features would give a head similarity that means nothing."""
     weights = tmp_path / "w.safetensors"
-    save_file(nets.Headless().state_dict(), weights)
+    save_file(odd_networks.Headless().state_dict(), weights)
     md5 = hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
-    assert load("nets:Headless", str(weights), md5=md5).source_classes == 0
-    save_file(nets.Undeclared().state_dict(), weights)
+    assert load("tests.helpers.odd_networks:Headless", str(weights), md5=md5).source_classes == 0
+    save_file(odd_networks.Undeclared().state_dict(), weights)
     md5 = hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
-    assert load("nets:Undeclared", str(weights), md5=md5).source_classes == 10
+    assert load("tests.helpers.odd_networks:Undeclared", str(weights), md5=md5).source_classes == 10
 
 
 def test_a_network_that_says_it_has_no_taps_is_refused() -> None:
-    with pytest.raises(BackboneError, match=r"expected at least one tap in nets:Tapless.taps, found none"):
-        load("nets:Tapless", "none")
+    with pytest.raises(BackboneError, match=r"expected at least one tap in tests.helpers.odd_networks:Tapless.taps, found none"):
+        load("tests.helpers.odd_networks:Tapless", "none")
 
 
 def test_a_network_that_returns_no_logits_is_refused() -> None:
-    with pytest.raises(BackboneError, match=r"expected nets:Answering to return logits .*found dict"):
-        load("nets:Answering", "none")
+    with pytest.raises(BackboneError, match=r"expected tests.helpers.odd_networks:Answering to return logits .*found dict"):
+        load("tests.helpers.odd_networks:Answering", "none")
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,13 @@ def test_a_network_that_returns_no_logits_is_refused() -> None:
         ("nets:resnet21", "did you mean resnet20"),
         ("nowhere.nets:resnet20", "PYTHONPATH"),
         ("math:sqrt", "without arguments"),
-        ("nets:Wrong", "Module"),
+        ("tests.helpers.odd_networks:Wrong", "Module"),
         ("resnet81", "did you mean resnet18"),
         ("demonstratoin", "did you mean demonstration"),
     ],
 )
 def test_an_unknown_network_is_answered_with_the_nearest(name: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nets.Wrong", list, raising=False)
+    monkeypatch.setattr("tests.helpers.odd_networks.Wrong", list, raising=False)
     with pytest.raises(BackboneError, match=says):
         load(name, "none")
 
@@ -367,25 +367,6 @@ def test_the_demonstration_weights_are_small_and_good() -> None:
     net = load("demonstration", "DEFAULT")
     assert net.source_classes == len(card["data"]["classes"])
     assert sum(p.numel() for p in net.module.parameters()) == card["parameters"]
-
-
-def take(archive: Path, each: int, only: Mapping[str, int] | None = None) -> tuple[list[Image.Image], list[int]]:
-    """The first images of each class of the test side, straight from the archive; labels count classes in their order there."""
-    found: list[Image.Image] = []
-    labels: list[int] = []
-    order: dict[str, int] = dict(only or {})
-    with tarfile.open(archive, "r|gz") as file:
-        for member in file:
-            _, side, label, *name = [*member.name.split("/"), "", ""]
-            if side == "train":
-                break
-            if not member.isfile() or not name or (only and label not in only):
-                continue
-            index = order.setdefault(label, len(order))
-            if labels.count(index) < each:
-                found.append(decode(file.extractfile(member).read()))  # type: ignore[union-attr]
-                labels.append(index)
-    return found, labels
 
 
 def accuracy(net: Backbone, found: list[Image.Image], labels: list[int]) -> float:

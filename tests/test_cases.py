@@ -1,37 +1,19 @@
 """The table of cases: exactly one row for each kind of data, and a decision that says, and keeps, what it was made of."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
-from test_choice import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
-from test_profile import planted
 
-from tlpipeline.backbones.pooling import TapPooling
-from tlpipeline.choice.cases import CASES, Case, find
-from tlpipeline.choice.decide import choose
+from tests.helpers.decisions import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
+from tests.helpers.evidence import planted
+from tlpipeline.choice.cases import CASES, find
 from tlpipeline.choice.decision import Decision, Look, Race, idle, override
 from tlpipeline.errors import ParamsError
 from tlpipeline.params import load
 from tlpipeline.training.recipe import Recipe
-
-
-def decision_for(case: Case, readings: Sequence[TapPooling], size: int) -> Decision:
-    """A decision for this row, whatever the evidence; its head reads here, deepest first."""
-    made = choose(planted([0.6, 0.8, 0.9]), RULE)
-    return replace(
-        made,
-        case=case.name,
-        slice=readings[0].tap,
-        readings=tuple(readings),
-        size=size,
-        freeze=case.freeze,
-        init=case.init,
-        recipe=case.recipe,
-    )
 
 
 def test_each_kind_of_data_has_exactly_one_row() -> None:

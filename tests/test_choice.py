@@ -6,49 +6,24 @@ The fitted model that ships is refitted now and then, so a model of one's own pr
 import re
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_measure import known  # noqa: F401  (known is a fixture)
-from test_predictor import model
-from test_profile import exact, from_bits, planted, right
 
+from tests.helpers.decisions import DIFFERENT_SMALL, MODEL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
+from tests.helpers.evidence import exact, from_bits, model, planted, right
 from tlpipeline.choice import decide as choice
 from tlpipeline.choice import predictor
 from tlpipeline.choice.cases import CASES, find
 from tlpipeline.choice.decide import undecided
-from tlpipeline.choice.decision import Decision, Look, Race
+from tlpipeline.choice.decision import Look, Race
 from tlpipeline.choice.policy import weigh
 from tlpipeline.choice.predictor import GainPredictor, load_predictor
 from tlpipeline.errors import BackboneError, ParamsError
-from tlpipeline.params import ChooseParams, load
 from tlpipeline.profiling.profile import Profile, slice_test
 
-RULE = replace(
-    load(Path(__file__).parent.parent / "params.yaml").choose,
-    case="auto",
-    slice="auto",
-    rule="fitted",
-    tolerance=0.5,
-    prefer="balanced",
-    effort="auto",
-    race_above=0.25,
-    race_below=0.75,
-    race_images=100,
-    gain=1.0,
-    alpha=0.10,
-    draws=500,
-    textbook_images=1000,
-    textbook_similarity=0.5,
-)
-MODEL = model(intercept=0.05, deviation=0.15, log10_images=0.3, log_odds_of_the_frozen_head=-0.35)
 # Expects nothing of fine-tuning, or much, whatever the data.
 FROZEN, TUNED = model(intercept=-0.5), model(intercept=0.5)
-# Probe accuracies from the first tap to the last.
-SIMILAR_SMALL = [0.60, 0.80, 0.95]
-DIFFERENT_SMALL = [0.80, 0.96, 0.85]
-SIMILAR_LARGE = [0.30, 0.45, 0.60]
 DIFFERENT_LARGE = [0.40, 0.70, 0.50]
 PLANTED = {
     "small_similar": SIMILAR_SMALL,
@@ -56,11 +31,6 @@ PLANTED = {
     "large_similar": SIMILAR_LARGE,
     "large_different": DIFFERENT_LARGE,
 }
-
-
-def decide(profile: Profile, rule: ChooseParams = RULE, model: GainPredictor = MODEL) -> Decision:
-    weighed = weigh(profile, rule, model)
-    return choice.decide(profile, weighed, weighed.large)
 
 
 # --- planted evidence -----------------------------------------------------------------------------------------------------------------
@@ -175,7 +145,7 @@ def test_several_taps_that_read_what_the_cut_one_reads_are_no_reason_to_keep_the
 # --- on images --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_sets_with_a_known_truth_decide_as_planted(known: dict[str, Profile]) -> None:  # noqa: F811
+def test_sets_with_a_known_truth_decide_as_planted(known: dict[str, Profile]) -> None:
     for name, small, large in (
         ("noisy", "small_similar", "large_similar"),
         ("rare", "small_similar", "large_similar"),
@@ -188,21 +158,21 @@ def test_sets_with_a_known_truth_decide_as_planted(known: dict[str, Profile]) ->
         assert not any("no signal" in w for w in decide(known[name]).warnings), name
 
 
-def test_what_only_an_early_tap_reads_is_cut_there(known: dict[str, Profile]) -> None:  # noqa: F811
+def test_what_only_an_early_tap_reads_is_cut_there(known: dict[str, Profile]) -> None:
     decision = decide(known["early"])
     assert decision.slice in ("conv1", "conv2")
     assert decision.saved_ops > 0.4
 
 
 @pytest.mark.parametrize(("name", "case"), [("own", "small_similar"), ("rare", "small_similar"), ("early", "small_different")])
-def test_the_shipped_model_decides_known_sets_as_planted(known: dict[str, Profile], name: str, case: str) -> None:  # noqa: F811
+def test_the_shipped_model_decides_known_sets_as_planted(known: dict[str, Profile], name: str, case: str) -> None:
     assert choice.choose(known[name], RULE).case == case
 
 
 @pytest.mark.parametrize("name", ["shuffled", "nothing", "lopsided"])
 @pytest.mark.parametrize("model", [FROZEN, TUNED, None], ids=["frozen", "tuned", "shipped"])
 def test_where_there_is_no_signal_it_is_said_and_the_cheapest_case_taken(
-    known: dict[str, Profile],  # noqa: F811
+    known: dict[str, Profile],
     name: str,
     model: GainPredictor | None,
 ) -> None:
@@ -214,7 +184,7 @@ def test_where_there_is_no_signal_it_is_said_and_the_cheapest_case_taken(
     assert decide(judged, model=model or load_predictor()).race_wanted
 
 
-def test_classes_as_many_as_images_are_said_to_be_too_many(known: dict[str, Profile]) -> None:  # noqa: F811
+def test_classes_as_many_as_images_are_said_to_be_too_many(known: dict[str, Profile]) -> None:
     decision = decide(known["many"])
     assert any(w.startswith("profile too weak: 40 classes in a sample of 60") for w in decision.warnings)
     assert any("training images per class, fewer than 5" in w for w in decision.warnings)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import typer
 
-from tests.conftest import set_param
+from tests.helpers.workspaces import set_param
 from tlpipeline import cli
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.versioning import git, lock

@@ -1,22 +1,21 @@
 """Images on disk: quarantine with a reason, copies once, given layouts, and errors that show the way out."""
 
-import hashlib
 import os
 import random
 import shutil
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import paint
 from PIL import Image
-from test_decoding import encoded
 
+from tests.helpers.datasets import hashes, laid_out, listed, md5, on, put, sides, tiny, with_large_class
+from tests.helpers.images import encoded, paint
 from tlpipeline.data import dataset, decoding
 from tlpipeline.data.dataset import Manifest, Row, ingest, read, read_manifest, write_manifest
 from tlpipeline.data.decoding import decode
@@ -24,20 +23,8 @@ from tlpipeline.data.splits import TEST, TRAIN, VAL, split_of
 from tlpipeline.errors import DataChanged, DataError
 
 
-def md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
-def listed(images: Path, exceptions: Mapping[str, str] | None = None) -> Manifest:
-    return ingest(images, exceptions or {}, lambda done, total: None)
-
-
 def reasons(manifest: Manifest) -> dict[str, str]:
     return {r.path: r.reason for r in manifest.rejected}
-
-
-def sides(manifest: Manifest) -> dict[str, str]:
-    return {r.md5: r.split for r in manifest.rows}
 
 
 def refusal(images: Path) -> str:
@@ -46,40 +33,9 @@ def refusal(images: Path) -> str:
     return str(caught.value)
 
 
-def put(folder: Path, contents: Mapping[str, bytes]) -> Path:
-    for name, content in contents.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def tiny(number: int) -> bytes:
-    """Return a small image that no other number has."""
-    return b"P6 2 2 255\n" + number.to_bytes(8, "big") + b"\0\0\0\0"
-
-
 def tiny_on(side: str, start: int = 0) -> bytes:
     """Return a small image whose content puts it on this side."""
     return next(content for content in map(tiny, range(start, start + 10_000)) if split_of(md5(content)) == side)
-
-
-def hashes(images: Path) -> dict[str, str]:
-    return {p.relative_to(images).as_posix(): md5(p.read_bytes()) for p in sorted(images.rglob("*")) if p.is_file()}
-
-
-def with_large_class(folder: Path, **small: list[bytes]) -> Path:
-    """Write small classes beside a class that needs no exception."""
-    put(folder, {f"large/{i}.ppm": tiny(i) for i in range(60)})
-    for label, contents in small.items():
-        put(folder, {f"{label}/{i}.ppm": content for i, content in enumerate(contents)})
-    return folder
-
-
-def on(side: str, count: int, start: int = 100_000) -> list[bytes]:
-    """Return small images whose content puts them on this side."""
-    found = [content for content in map(tiny, range(start, start + 40 * count + 400)) if split_of(md5(content)) == side]
-    assert len(found) >= count
-    return found[:count]
 
 
 # --- quarantine -----------------------------------------------------------------------------------------------------------------------
@@ -229,16 +185,6 @@ def test_used_images_come_in_an_order_that_file_names_do_not_change(tmp_path: Pa
 
 
 # --- a given layout -------------------------------------------------------------------------------------------------------------------
-
-
-def laid_out(folder: Path, layout: Mapping[str, int]) -> Path:
-    """Write `side: images in each of two classes`; no image twice."""
-    number = 0
-    for side, each in layout.items():
-        for label in ("cat", "dog"):
-            put(folder, {f"{side}/{label}/{number + i}.ppm": tiny(number + i) for i in range(each)})
-            number += each
-    return folder
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])

@@ -9,21 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import paint, run_python
 from PIL import Image
 
+from tests.helpers.images import encoded, paint
+from tests.helpers.processes import run_python
 from tlpipeline.data import decoding
 from tlpipeline.data.decoding import decode
 from tlpipeline.data.loader import prepare
 from tlpipeline.data.transforms import Transforms
 
 WHITE, RED, BLACK = [255, 255, 255], [255, 0, 0], [0, 0, 0]
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def pixels(content: bytes) -> list[Any]:

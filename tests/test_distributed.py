@@ -21,10 +21,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import paint
 from safetensors.torch import load_file
-from test_train import decided
 
+from tests.helpers.images import paint
+from tests.helpers.training import decided
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import CASES
 from tlpipeline.data import dataset

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import REPOSITORY
+from tests.helpers.workspaces import REPOSITORY
 from tlpipeline.choice import explain
 from tlpipeline.choice.cases import CASES, find
 from tlpipeline.choice.decision import Arm, Decision, Look, Race

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_loader import PLAIN
 
+from tests.helpers.images import PLAIN
 from tlpipeline.backbones import catalogue, features
 from tlpipeline.backbones import taps as cutting
 from tlpipeline.backbones.features import MAX_WIDTH, FeatureExtractor, extract, pool, pooling_at, scaling

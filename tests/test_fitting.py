@@ -9,10 +9,10 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from test_predictor import NAMES, SEEN, rising
 
 from research import fitting
 from research.fitting import Observed, fit
+from tests.helpers.evidence import NAMES, SEEN, rising
 from tlpipeline.choice import predictor
 from tlpipeline.choice.predictor import GROWING, NEUTRAL, Evidence, GainPredictor, figures, load_predictor, log_odds
 

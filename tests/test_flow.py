@@ -19,7 +19,7 @@ from uuid import UUID
 
 import pytest
 
-from tests.conftest import set_param
+from tests.helpers.workspaces import set_param
 from tlpipeline.choice import decide
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.errors import DataError, WorkspaceError

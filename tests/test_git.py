@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dataset import put
 
+from tests.helpers.datasets import put
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.versioning import git
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import decided, history
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.helpers.training import decided, history
 from tlpipeline.backbones import catalogue, features, taps
 from tlpipeline.backbones import classifier as model
 from tlpipeline.backbones.classifier import Classifier

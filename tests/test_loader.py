@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.models import ConvNeXt_Tiny_Weights, EfficientNet_B0_Weights, SqueezeNet1_0_Weights, Swin_T_Weights
 
+from tests.helpers.images import PLAIN
 from tlpipeline.data import dataset, decoding, loader, splits
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
@@ -23,7 +24,6 @@ from tlpipeline.data.loader import Images, in_batches, normalize, prepare, rank_
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import DataChanged
 
-PLAIN = Transforms(32, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear")
 CPU = torch.device("cpu")
 
 

@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import run_python
 from filelock import FileLock
 
+from tests.helpers.processes import run_python
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.versioning import lock
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY
 
+from tests.helpers.workspaces import REPOSITORY
 from tlpipeline.errors import ParamsError
 from tlpipeline.params import Params, load
 

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_choice import MODEL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
-from test_predictor import model
-from test_profile import planted
 
+from tests.helpers.decisions import MODEL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
+from tests.helpers.evidence import model, planted
 from tlpipeline.choice import policy
 from tlpipeline.choice.decision import Look
 from tlpipeline.choice.policy import SPENT, DecisionPolicy, look, look_epochs, turning_point, verdict, weigh

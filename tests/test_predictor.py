@@ -3,64 +3,15 @@
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from test_profile import planted
 
+from tests.helpers.evidence import NAMES, SEEN, model, planted, rising
 from tlpipeline.choice import predictor
-from tlpipeline.choice.predictor import GROWING, NEUTRAL, Evidence, GainPredictor, evidence, figures, load_predictor, log_odds
+from tlpipeline.choice.predictor import GROWING, NEUTRAL, evidence, figures, load_predictor, log_odds
 from tlpipeline.profiling.profile import Tangent, slice_test
 from tlpipeline.stats import paired
-
-SEEN = Evidence(
-    images=1000,
-    classes=10,
-    validation=100,
-    majority=0.1,
-    parameters=1_000_000,
-    forward_ops=10_000_000,
-    cut_ops=8_000_000,
-    sampled=512,
-    head_similarity=0.3,
-    last=0.90,
-    cut=0.88,
-    multi=0.91,
-    cut_gain=-0.02,
-    cut_error=0.01,
-    multi_gain=0.01,
-    multi_error=0.01,
-    over_gain=0.0,
-    over_error=0.01,
-    slope=0.02,
-    gain=-0.02,
-    significance=0.9,
-    similar=0.95,
-    confirmed=False,
-)
-NAMES = tuple(figures(SEEN, 0.9))
-
-
-def model(intercept: float = 0.0, deviation: float = 0.3, slant: float = 1.0, offset: float = 0.0, **coefficients: float) -> GainPredictor:
-    """An outlook of one's own. Keywords are figures with underscores: their effect on the log odds, from the figures of SEEN at 90 %."""
-    by_name = {name.replace(" ", "_"): name for name in NAMES}
-    wide = {name: 10.0 for name in NAMES}
-    return replace(
-        NEUTRAL,
-        center=figures(SEEN, 0.9),
-        spread={name: 1.0 for name in NAMES},
-        coefficients={name: 0.0 for name in NAMES} | {by_name[key]: value for key, value in coefficients.items()},
-        intercept=intercept,
-        deviation=deviation,
-        slant=slant,
-        offset=offset,
-        lowest={name: -high for name, high in wide.items()},
-        highest=wide,
-        rows=100,
-        data=("planted",),
-    )
-
 
 # --- the figures ----------------------------------------------------------------------------------------------------------------------
 
@@ -165,17 +116,6 @@ def test_who_knows_nothing_expects_nothing_either_way() -> None:
 
 def test_the_chance_of_large_does_not_fall_with_images_in_the_shipped_model() -> None:
     rising(load_predictor())
-
-
-def rising(found: GainPredictor) -> None:
-    """Hold a model to it on a grid: P(large) and the expected gain never fall as images are added and nothing else changes."""
-    grid = product((2, 30, 400), (0.4, 0.8, 0.97, 1.0), (None, 0.9), (-0.05, 0.2), (100_000, 50_000_000), (0.0, 0.005, 0.02))
-    for classes, frozen, similarity, gain, parameters, tolerance in grid:
-        seen = replace(SEEN, classes=classes, head_similarity=similarity, gain=gain, parameters=parameters)
-        told = [found.predict(replace(seen, images=n), frozen, tolerance) for n in (20, 60, 300, 1000, 5000, 40_000, 300_000)]
-        for fewer, more in pairwise(told):
-            assert 1 - more.within >= 1 - fewer.within - 1e-12
-            assert more.gain >= fewer.gain - 1e-12
 
 
 # --- the heads ------------------------------------------------------------------------------------------------------------------------

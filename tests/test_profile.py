@@ -1,70 +1,9 @@
 """The profile as values: the slice test is honest about taps that are better by chance."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from tlpipeline.profiling.profile import Head, Probe, Profile, slice_point, slice_test
-from tlpipeline.stats import pack, wilson
-
-
-def probe(name: str, correct: np.ndarray, head: tuple[str, ...] = (), ops: int = 1000) -> Probe:
-    accuracy = float(correct.mean())
-    return Probe(name, 8, 4, 4, ops // 10, ops, (1, 2), accuracy, 0.0, 1.0, accuracy, 0.0, 0.0, 0.1, pack(correct), head or (name,))
-
-
-def head_of(taps: Sequence[str], correct: np.ndarray, held_out: float) -> Head:
-    return Head(tuple(taps), float(correct.mean()), *wilson(int(correct.sum()), len(correct)), pack(correct), held_out)
-
-
-def from_bits(correct: np.ndarray, last_held_out: float = 0.8, multi: np.ndarray | None = None) -> Profile:
-    """A profile of 1,000 images in ten classes whose taps were right on these sample images: (images, taps).
-
-    The cut head is as good as its tap and reaches 90 % on held-out images; the multi-tap head is the last tap's unless it is given.
-    """
-    m, count = correct.shape
-    names = [f"tap{i}" for i in range(count)]
-    taps = tuple(probe(name, correct[:, i], ops=1000 * (i + 1)) for i, name in enumerate(names))
-    at = slice_point(correct)
-    return Profile(
-        backbone="net",
-        weights="w",
-        size=32,
-        normalization="batch",
-        images=1000,
-        classes=10,
-        majority=0.1,
-        smallest=90,
-        largest=110,
-        validation=200,
-        sampled=m,
-        held_out=100,
-        probed=10,
-        head_similarity=0.3,
-        hunger=((m, float(correct[:, -1].mean())),),
-        taps=taps,
-        last=head_of(names[-1:], correct[:, -1], last_held_out),
-        multi=head_of(names[-1:], correct[:, -1], last_held_out) if multi is None else head_of(names[:-4:-1], multi, 0.95),
-        cut=None if at is None else head_of([names[at]], correct[:, at], 0.9),
-    )
-
-
-def right(accuracies: Sequence[float], m: int = 512, seed: int = 0) -> np.ndarray:
-    """Who is right at taps of these accuracies, mostly on the same images."""
-    difficulty = np.random.default_rng(seed).uniform(size=m)
-    noise = np.random.default_rng(seed + 1).normal(0, 0.03, (m, len(accuracies)))
-    return (difficulty[:, None] + noise) < np.array(accuracies)
-
-
-def planted(accuracies: Sequence[float], m: int = 512, seed: int = 0, last_held_out: float = 0.8, multi: float | None = None) -> Profile:
-    """A profile whose taps, and multi-tap head, are right with these probabilities."""
-    bits = right([*accuracies, multi or 0.0], m, seed)
-    return from_bits(bits[:, :-1], last_held_out, None if multi is None else bits[:, -1])
-
-
-def exact(counts: Sequence[int], m: int = 512) -> Profile:
-    """A profile whose taps are right on exactly the first so many images."""
-    return from_bits(np.arange(m)[:, None] < np.array(counts))
+from tests.helpers.evidence import from_bits, planted
+from tlpipeline.profiling.profile import slice_point, slice_test
 
 
 def test_an_earlier_tap_that_is_clearly_better_is_found() -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_measure import scene
 
+from tests.helpers.images import paint
+from tests.helpers.scenes import scene
 from tlpipeline.backbones import catalogue
 from tlpipeline.choice import policy, predictor, race
 from tlpipeline.choice.decision import Decision
@@ -68,7 +69,6 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    from conftest import paint
 
     place = tmp_path_factory.mktemp("race")
     folder = place / "pictures"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import set_param
 
+from tests.helpers.workspaces import set_param
 from tlpipeline.errors import RegistryError
 from tlpipeline.progress import silent
 from tlpipeline.registry import versions

@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from research import grid, packages, regret, replay
 from tlpipeline import params
 from tlpipeline.choice import predictor
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.splits import TEST, TRAIN, VAL
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import grid  # noqa: E402
-import packages  # noqa: E402
-import regret  # noqa: E402
-import replay  # noqa: E402
 
 RULE = params.load(ROOT / "params.yaml").choose
 ROWS = [Row(f"{i}.png", f"{i * 7919:032x}", f"class{i % 3 if i % 10 else 3}", "", 8, 8, "RGB", "") for i in range(3000)]
@@ -120,7 +115,7 @@ def test_differences_are_paired_by_data_set() -> None:
 
 @pytest.fixture(scope="module")
 def units() -> list[replay.Measured]:
-    return replay.measured(ROOT / "benchmarks" / "results")
+    return replay.measured(ROOT / "research" / "results")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +139,7 @@ def test_the_core_grid_is_whole(core: list[replay.Measured]) -> None:
 
 
 def test_every_row_stands_once_with_a_test_side_that_can_tell() -> None:
-    rows = regret.rows_of(ROOT / "benchmarks" / "results" / regret.ARMS)
+    rows = regret.rows_of(ROOT / "research" / "results" / regret.ARMS)
     keys = Counter((r["data"], r["backbone"], r["n"], r["seed"], r["arm"], r["slice"] if r["arm"] == "at" else "") for r in rows)
     assert max(keys.values()) == 1
     assert all(int(r["test_a"]) + int(r["test_b"]) >= 490 for r in rows)  # classes without a training image are left out

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.conftest import paint
+from tests.helpers.images import paint
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.backbones.features import extract
 from tlpipeline.backbones.taps import Backbone

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dataset import hashes, laid_out, listed, md5, on, put, sides, tiny, with_large_class
 
+from tests.helpers.datasets import hashes, laid_out, listed, md5, on, put, sides, tiny, with_large_class
 from tlpipeline.data.splits import (
     MINIMUM_PER_CLASS,
     TEST,

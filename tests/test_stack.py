@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from tests.conftest import paint
+from tests.helpers.images import paint
 from tlpipeline.registry import versions
 from tlpipeline.versioning import dvc
 

@@ -6,11 +6,7 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from group import Crashing, Interrupted, attempt
 from safetensors.torch import load_file
-from test_cases import decision_for
 
+from tests.helpers.decisions import decision_for
+from tests.helpers.group import Crashing, Interrupted, attempt
+from tests.helpers.images import paint
+from tests.helpers.training import READ_LAST, decided, history, in_group, trained
+from tests.helpers.workspaces import set_param
 from tlpipeline.backbones import catalogue, features, taps
 from tlpipeline.backbones.classifier import Classifier, load, probabilities
 from tlpipeline.backbones.features import extract, scaling
@@ -48,29 +47,7 @@ from tlpipeline.training.train import run
 from tlpipeline.training.trainer import TimeBudget, Trainer, batch_size
 from tlpipeline.workspace import stages
 
-READ_LAST = (TapPooling("fc2", 128, (1,)),)
-READ_CUT = (TapPooling("conv2", 64, (1, 2, 4)), TapPooling("conv1", 32, (1, 2, 4)))
-
-
 SEVERAL = (TapPooling("fc2", 128, (1,)), TapPooling("conv3", 128, (1, 2)))
-
-
-def decided(case: Case, **recipe: Any) -> Decision:
-    """A decision for this row on the demonstration network. No head is solved last unless it is asked for: what was trained is looked at."""
-    made = decision_for(case, READ_CUT if case.keep == "slice" else READ_LAST, 32)
-    return replace(made, recipe=replace(case.recipe, **{"solve_again": False} | recipe))
-
-
-def trained(job: TrainingConfig, folder: Path) -> dict[str, torch.Tensor]:
-    scratch = folder / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
-    finished = run(job, LocalContext(folder), scratch)
-    assert finished is not None
-    return load_file(finished / "model" / "weights.safetensors")
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "scratch" / "finished" / "history.json").read_text())["history"]
 
 
 def pretrained(decision: Decision) -> dict[str, torch.Tensor]:
@@ -661,7 +638,6 @@ class Worlds:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     """One group of two and one of three for all tests: starting a process costs more than what is trained in it."""
-    from conftest import paint
 
     place = tmp_path_factory.mktemp("worlds")
     made = Worlds(place, place / "pictures")
@@ -723,32 +699,6 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     for size, runs in items.items():
         in_group(size, runs, place / f"spec{size}.json")
     return made
-
-
-def in_group(size: int, items: list[dict[str, Any]], spec: Path) -> None:
-    """Run jobs in a group of so many processes."""
-    spec.write_text(json.dumps(items))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    said = [spec.with_name(f"{spec.stem}-{rank}.txt") for rank in range(size)]
-    members = []
-    for rank in range(size):
-        with said[rank].open("w") as errors:
-            command = [sys.executable, str(Path(__file__).with_name("group.py")), str(rank), str(size), port, str(spec)]
-            members.append(subprocess.Popen(command, stderr=errors))
-    with ThreadPoolExecutor(size) as pool:
-        # A member that fails leaves the others waiting for it: the first failure ends them all.
-        wait([pool.submit(_succeeded, member) for member in members], timeout=400, return_when=FIRST_EXCEPTION)
-        codes = [member.poll() for member in members]
-        for member in members:
-            member.kill()
-    assert codes == [0] * size, "\n".join(path.read_text()[-3000:] for path in said)
-
-
-def _succeeded(member: subprocess.Popen[bytes]) -> None:
-    """Wait for a process, and raise where it failed."""
-    assert member.wait() == 0
 
 
 @pytest.mark.parametrize("run", [ALONE, *TOGETHER, "2 resumed", *BROKEN_OFF])
@@ -1019,7 +969,6 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_one_new_image_in_a_hundred_costs_one_pass_in_a_hundred(
     make_images: Callable[..., Path], job: Callable[..., TrainingConfig], passed: list[str], tmp_path: Path
 ) -> None:
-    from conftest import paint
 
     folder = make_images(classes=2, each=100, name="many")
     listed = tmp_path / "many.parquet"
@@ -1074,7 +1023,6 @@ def test_random_views_are_read_once_each_and_change_the_frozen_head(
 
 
 def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, passed: list[str]) -> None:
-    from conftest import set_param
 
     set_param(workspace, "choose.case", "small_similar")
     stages.ingest(workspace, silent)
@@ -1168,7 +1116,6 @@ def test_the_schedule_warms_up_and_ends_near_zero() -> None:
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone() -> None:
-    from conftest import paint
 
     image = paint(0, 0)
     five, six = row_of("5", *image.size), row_of("6", *image.size)

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import decided, history, trained
 from torch import nn
 from torch.nn import functional
 
+from tests.helpers.training import decided, history, trained
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.backbones.classifier import Classifier
 from tlpipeline.backbones.features import FeatureExtractor

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import paint, run_python, set_param
-from test_dataset import on, put, tiny
 
+from tests.helpers.datasets import on, put, tiny
+from tests.helpers.images import paint
+from tests.helpers.processes import run_python
+from tests.helpers.workspaces import set_param
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.splits import TEST, TRAIN, VAL
 from tlpipeline.errors import BackboneError, DataError, Unreachable, WorkspaceError

@@ -1,4 +1,4 @@
-"""What every rule would have chosen on the units of `regret.py`, replayed on the same rows; and the fit of the prediction.
+"""What every rule would have chosen on the units of `research.regret`, replayed on the same rows; and the fit of the prediction.
 
 Everything that is fitted is fitted on the other data sets. Nothing here trains a network, so it takes seconds.
 """
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from grid import ARMS, GRIDS, LEFT_OUT, MORE, SEED, UNITS, Unit, rank, rows_of
 
 from research import fitting
 from research.fitting import Observed
+from research.grid import ARMS, GRIDS, LEFT_OUT, MORE, SEED, UNITS, Unit, rank, rows_of
 from tlpipeline.choice import policy, predictor
 from tlpipeline.choice.predictor import Evidence, GainPredictor
 from tlpipeline.params import ChooseParams

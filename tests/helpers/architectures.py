@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from conftest import paint
 from safetensors.torch import load_file
-from test_cases import decision_for
 from torch import Tensor, nn
 
+from tests.helpers.decisions import decision_for
+from tests.helpers.images import paint
 from tlpipeline.backbones import catalogue, classifier
 from tlpipeline.backbones import taps as cutting
 from tlpipeline.backbones.classifier import Classifier, Description, probabilities

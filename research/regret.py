@@ -6,12 +6,12 @@ as its last step left it), plain (the same from a head of zeros), scratch. Image
 stratified and nested (100 in 500 in 2,000), a sixth of it is validation, and everything outside the largest subset is the test side.
 brain_mri loses its copies; cifar10 is a draw of 8,000 images, and no target for weights that were trained on it.
 
-    python benchmarks/regret.py profile [--data DIR] [--grid core|full|lite0] [--only TEXT ...]
-    python benchmarks/regret.py collect [--data DIR] [--grid core|full|lite0] [--only TEXT ...] [--arms ARM ...]
-    python benchmarks/regret.py rates [--data DIR] [--only TEXT ...]
-    python benchmarks/regret.py above [--data DIR] [--only TEXT ...]
-    python benchmarks/regret.py fit
-    python benchmarks/regret.py report
+    python -m research.regret profile [--data DIR] [--grid core|full|lite0] [--only TEXT ...]
+    python -m research.regret collect [--data DIR] [--grid core|full|lite0] [--only TEXT ...] [--arms ARM ...]
+    python -m research.regret rates [--data DIR] [--only TEXT ...]
+    python -m research.regret above [--data DIR] [--only TEXT ...]
+    python -m research.regret fit
+    python -m research.regret report
 
 `profile` measures what the product would measure of each unit and trains the frozen heads; `collect` trains everything, arm by arm, small
 subsets first. Both run what has no row yet, so they can be interrupted at any moment, and sort the rows when they are through. `rates` trains
@@ -42,11 +42,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-
-import replay
-from grid import (
+from research import replay
+from research.grid import (
     ABOVE,
     ARMS,
     COLUMNS,
@@ -63,6 +60,7 @@ from grid import (
     NO_FLIP,
     RATES,
     RESULTS,
+    ROOT,
     SCRATCH_FROM,
     SECOND_SEED_UNTIL,
     SEED,
@@ -76,7 +74,6 @@ from grid import (
     rank,
     rows_of,
 )
-
 from tlpipeline import params
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones import classifier as models
@@ -237,7 +234,7 @@ def train_arm(
     init = {"plain": "plain", "scratch": "random"}.get(arm, "pretrained")
     decision = dataclasses.replace(uncut(row, taps[-1], net.size), init=init)
     if row.recipe.solve_again:
-        look = dataclasses.replace(params.load(HERE.parent / "params.yaml").profile, tangent=False, shift=False)
+        look = dataclasses.replace(params.load(ROOT / "params.yaml").profile, tangent=False, shift=False)
         seen = measure.measure(backbone, folder, manifest, net.size, look, lambda profile: False, silent, torch.device("cpu"))
         decision = dataclasses.replace(decision, readings=seen.head_at(taps[-1].name))
     with tempfile.TemporaryDirectory(prefix="regret-") as place:
@@ -281,7 +278,7 @@ def frozen_arms(
     """
     net = unit.network
     backbone = catalogue.load(net.name, str(data / net.weights), md5=net.md5, size=net.size, seed=unit.seed)
-    rule = params.load(HERE.parent / "params.yaml")
+    rule = params.load(ROOT / "params.yaml")
     started = cpu_seconds()
     profile = measure.measure(
         backbone, folder, manifest, net.size, rule.profile, lambda seen: decide.undecided(seen, rule.choose), silent, torch.device("cpu")
@@ -418,7 +415,7 @@ def similarity(results: Path, unit: Unit) -> float:
     for row in rows_of(results / UNITS):
         if (row["data"], row["backbone"], int(row["n"]), int(row["seed"])) == unit.key:
             return float(row["similar"])
-    sys.exit(f"expected a profile of {'/'.join(map(str, unit.key))}, found none. Run `python benchmarks/regret.py profile` first.")
+    sys.exit(f"expected a profile of {'/'.join(map(str, unit.key))}, found none. Run `python -m research.regret profile` first.")
 
 
 def percent(row: dict[str, str]) -> float:
@@ -529,7 +526,7 @@ def main() -> None:
         profiles(options)
         tidy(options.results)
     else:
-        rule = params.load(HERE.parent / "params.yaml").choose
+        rule = params.load(ROOT / "params.yaml").choose
         rule = dataclasses.replace(rule, prefer=options.prefer)
         if options.verb == "fit":
             replay.fit(options.results, rule)

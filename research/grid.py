@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DATA = Path(os.environ.get("TLPIPELINE_DATA", HERE.parent.parent / "shared" / "data"))
+ROOT = HERE.parent
+DATA = Path(os.environ.get("TLPIPELINE_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = HERE / "results"
 ARMS, UNITS, RATES, ABOVE = "regret.csv", "regret-units.csv", "regret-rates.csv", "regret-above.csv"
 FACTORS = (1 / 3, 3.0)
@@ -35,9 +36,15 @@ class Network:
 
 NETWORKS = {
     "squeezenet": Network("squeezenet1_0", "squeezenet1_0-imagenet.safetensors", "d4e17381cc01d25121c9e9422290fa2b", 96),
-    "resnet20": Network("nets:resnet20", "resnet20-cifar10.safetensors", "96d1bb00d7f262f37d91da468c48e421", 32, "cifar10"),
-    "resnet56": Network("nets:resnet56", "resnet56-cifar10.safetensors", "822ac32fba8a8d6ee8b78362d9e9bbd8", 32, "cifar10"),
-    "lite0": Network("nets:EfficientNetLite0", "efficientnet_lite0-imagenet.safetensors", "3e5ce6d2cf9b8dfbf6f7e09f386fe6af", 96),
+    "resnet20": Network(
+        "examples.own_backbone.nets:resnet20", "resnet20-cifar10.safetensors", "96d1bb00d7f262f37d91da468c48e421", 32, "cifar10"
+    ),
+    "resnet56": Network(
+        "examples.own_backbone.nets:resnet56", "resnet56-cifar10.safetensors", "822ac32fba8a8d6ee8b78362d9e9bbd8", 32, "cifar10"
+    ),
+    "lite0": Network(
+        "research.networks:EfficientNetLite0", "efficientnet_lite0-imagenet.safetensors", "3e5ce6d2cf9b8dfbf6f7e09f386fe6af", 96
+    ),
 }
 GRIDS = {
     "core": {"squeezenet": (100, 500, 2000), "resnet20": (100, 500, 2000, 4000)},
