@@ -65,10 +65,10 @@ def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded sample as a folder of images; read only."""
-    from tlpipeline.data.dataset import write_digits
+    from tlpipeline.data import digits
 
     folder = tmp_path_factory.mktemp("digits") / "images"
-    write_digits(folder)
+    digits.write(folder)
     return folder
 
 

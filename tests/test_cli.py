@@ -151,23 +151,23 @@ def test_a_mistake_is_one_message_on_stderr_and_exit_code_2() -> None:
 
 
 def test_a_bug_of_ours_is_no_message_but_a_traceback(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlpipeline.data import dataset
+    from tlpipeline.data import digits
 
     def broken(_: Path) -> int:
         raise AssertionError("a broken promise")
 
-    monkeypatch.setattr(dataset, "write_digits", broken)
+    monkeypatch.setattr(digits, "write", broken)
     with pytest.raises(AssertionError, match="a broken promise"):
         call("sample", "somewhere")
 
 
 def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlpipeline.data import dataset
+    from tlpipeline.data import digits
 
     def forbidden(_: Path) -> int:
         raise shutil.Error([("a", "b", "[Errno 13] Permission denied: 'a'")])
 
-    monkeypatch.setattr(dataset, "write_digits", forbidden)
+    monkeypatch.setattr(digits, "write", forbidden)
     assert "Permission denied: 'a'" in refused(call("sample", "somewhere"))
 
 
@@ -175,12 +175,12 @@ def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], monke
     "error", [MemoryError("of numpy"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 120000000000 bytes")]
 )
 def test_memory_that_is_missing_is_one_message(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    from tlpipeline.data import dataset
+    from tlpipeline.data import digits
 
     def starving(_: Path) -> int:
         raise error
 
-    monkeypatch.setattr(dataset, "write_digits", starving)
+    monkeypatch.setattr(digits, "write", starving)
     assert f"found too little: {error}. Set data.size lower" in refused(call("sample", "somewhere"))
 
 

@@ -182,9 +182,9 @@ def explain(
 @app.command(hidden=True)
 def sample(folder: Annotated[Path, typer.Argument(help="Folder to write to.")]) -> None:
     """Write the embedded sample images; a stage of sample/dvc.yaml."""
-    from tlpipeline.data import dataset
+    from tlpipeline.data import digits
 
-    print(f"{dataset.write_digits(folder)} images written to {folder}")
+    print(f"{digits.write(folder)} images written to {folder}")
 
 
 @app.command()

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from tlpipeline.data.decoding import UNREADABLE, content_of, cpus, decode, inspect, why
@@ -325,22 +324,3 @@ def read_manifest(path: Path, quarantine: Path | None = None) -> Manifest:
     with quarantine.open(newline="", encoding="utf-8") as file:
         lines = [(line["path"], line["reason"]) for line in csv.DictReader(file)]
     return Manifest(tuple(rows), tuple(Rejected(p, r) for p, r in lines if p), tuple(r for p, r in lines if not p))
-
-
-def write_digits(folder: Path) -> int:
-    """Write the embedded sample: the 1,797 real handwritten digits that scikit-learn carries, as 32 x 32 gray PNG files in class folders.
-
-    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (its test part).
-
-    Returns:
-        The number of images written.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        path = folder / str(label) / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        gray = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8), "L")
-        gray.resize((32, 32), Image.Resampling.BICUBIC).save(path)
-    return len(digits.images)

@@ -83,14 +83,14 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
 
 
 def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
-    from tlpipeline.data import dataset, splits
+    from tlpipeline.data import digits, splits
 
     for name in ("dvc.yaml", "params.yaml", "prefect.yaml"):
         shutil.copy(TEMPLATE / name, root / name)
     shutil.copy(TEMPLATE / "gitignore", root / ".gitignore")
     shutil.copy(TEMPLATE / "dvcignore", root / ".dvcignore")
     if images is None:
-        dataset.write_digits(root / "images")
+        digits.write(root / "images")
         _set(root, "train", "flip", False)
     else:
         shutil.copytree(images, root / "images")

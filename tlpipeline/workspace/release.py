@@ -117,7 +117,7 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
         "params": dataclasses.asdict(params),
         "seed": params.train.seed,
         "parent": git.head(root),
-        "environment": _environment(["tlpipeline", "torch", "torchvision", "numpy", "scikit-learn", "pillow", "ray", "dvc"]),
+        "environment": _environment(["tlpipeline", "torch", "torchvision", "numpy", "scipy", "pillow", "ray", "dvc"]),
     }
 
 
