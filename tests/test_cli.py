@@ -346,12 +346,12 @@ def test_init_makes_a_workspace_that_names_its_model_and_its_deployments_after_t
     ("key", "value", "says"),
     [
         ("cluster.workers", "999", "Set cluster.workers to"),
-        ("cluster.workers", "two", "cluster.workers: expected int, found 'two'"),
+        ("cluster.workers", "two", "cluster.workers: expected a whole number of at least 0, found 'two'"),
         ("choose.case", "small_simlar", "found 'small_simlar'; did you mean small_similar"),
         ("choose.slice", "conv9", "found 'conv9'; its taps are conv1"),
         ("backbone.name", "resnet81", "did you mean resnet18"),
         ("train.override", "{patiense: 3}", "unknown recipe value 'patiense'; did you mean patience"),
-        ("train.epochs", "0", "train.epochs: expected auto or at least 1"),
+        ("train.epochs", "0", "train.epochs: expected auto or a whole number of at least 1"),
     ],
 )
 def test_run_refuses_wrong_settings_at_once(call: Callable[..., Said], workspace: Path, key: str, value: str, says: str) -> None:
@@ -365,7 +365,7 @@ def test_run_refuses_wrong_settings_at_once(call: Callable[..., Said], workspace
 def test_run_refuses_an_unknown_key_with_its_path(call: Callable[..., Said], workspace: Path) -> None:
     with (workspace / "params.yaml").open("a") as file:
         file.write("  color: red\n")
-    assert "params.yaml: cluster.color: expected a known key, found an unknown one; known: workers" in refused(call("run", "-w", workspace))
+    assert "params.yaml: cluster.color: there is no such setting; known: workers" in refused(call("run", "-w", workspace))
 
 
 @pytest.mark.parametrize(

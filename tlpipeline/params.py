@@ -1,228 +1,397 @@
-"""params.yaml as frozen values: one dataclass a section, every key in the file, no default in code.
+"""The settings of a workspace: params.yaml as frozen, typed values. Each setting has its default here, so a file holds only what differs.
 
-A key that is missing, unknown, of the wrong type or out of range is refused with its path. Only `stages.py` and `cli.py` call `load`.
+A setting that is unknown, of the wrong type or out of range is refused with its path. Loads no torch.
 """
 
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, ScalarEvent
 
 from tlpipeline.errors import ParamsError, nearest
 
 AUTO = "auto"
-_MAPPING = typing.get_origin(Mapping[str, Any])
-_SEEDS = 2**63 - 1  # what torch takes
-_DRAWS = 100_000  # each takes a number for each image of the profile: gigabytes from here on
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+_SHOWN_CHARACTERS = 80
+# Settings of earlier versions, and what to do instead. An old file may still hold them.
+RETIRED: dict[str, str] = {}
+
+Auto = Literal["auto"]
+Name = Annotated[StrictStr, Field(min_length=1)]
+Seed = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]  # what torch takes
+Share = Annotated[StrictFloat, Field(ge=0, le=1)]
+Points = Annotated[StrictFloat, Field(ge=0, le=100)]
 
 
-def _at_least(low: float) -> dict[str, Any]:
-    return {"check": lambda value: value >= low, "allowed": f"at least {low}"}
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    """What a reader is told about a setting.
+
+    Attributes:
+        text: what it does, with its unit.
+        shown: whether the params.yaml of a new workspace lists it.
+        allowed: which values it takes, where its type alone does not say it in plain words.
+    """
+
+    text: str
+    shown: bool = False
+    allowed: str = ""
 
 
-def _between(low: float, high: float) -> dict[str, Any]:
-    return {"check": lambda value: low <= value <= high, "allowed": f"{low} to {high}"}
-
-
-def _one_of(*words: str) -> dict[str, Any]:
-    return {"check": lambda value: value in words, "allowed": " or ".join(words)}
-
-
-def _auto_or_at_least(low: int) -> dict[str, Any]:
-    return {"check": lambda value: value == AUTO or (not isinstance(value, str) and value >= low), "allowed": f"{AUTO} or at least {low}"}
-
-
-def _not_empty() -> dict[str, Any]:
-    return {"check": bool, "allowed": "not empty"}
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Data:
     """Where the images are and how large they enter the network."""
 
-    name: str = field(
-        metadata={
-            "check": lambda v: re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", v) is not None,
-            "allowed": "lower-case letters, digits and dashes, a letter first and no dash last",
-        }
-    )
-    images: str = field(metadata=_not_empty())
-    size: int | str = field(metadata=_auto_or_at_least(8))
+    name: Annotated[
+        StrictStr,
+        Field(pattern="^[a-z]([a-z0-9-]*[a-z0-9])?$"),
+        Setting(
+            "name of the model in the registry, as in NAME@v0.1.0",
+            shown=True,
+            allowed="lower-case letters, digits and dashes, a letter first and no dash last",
+        ),
+    ] = "digits"
+    images: Annotated[Name, Setting("folder of CLASS/IMAGE or of {train,val,test}/CLASS/IMAGE; DVC versions it", shown=True)] = "images"
+    size: Annotated[
+        Auto | Annotated[StrictInt, Field(ge=8)],
+        Setting(
+            "side in pixels at which images enter the network; auto: the size of the weights, or the median image if that is smaller",
+            shown=True,
+        ),
+    ] = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class BackboneParams:
     """Which pretrained network, and which weights."""
 
-    name: str = field(metadata=_not_empty())
-    weights: str = field(metadata=_not_empty())
-    weights_md5: str = field(
-        metadata={
-            "check": lambda v: v == "none" or (len(v) == 32 and all(c in "0123456789abcdef" for c in v)),
-            "allowed": "none or 32 hexadecimal digits",
-        }
-    )
+    name: Annotated[
+        Name, Setting("demonstration, a torchvision classifier such as resnet18, or your own: my_package.nets:resnet20", shown=True)
+    ] = "demonstration"
+    weights: Annotated[
+        Name, Setting("DEFAULT, a torchvision weights name, a path to a .safetensors or weights-only file, or none (random)", shown=True)
+    ] = "DEFAULT"
+    weights_md5: Annotated[
+        StrictStr,
+        Field(pattern="^(none|[0-9a-f]{32})$"),
+        Setting(
+            "MD5 of the weights file where `weights` is a path; a file with another MD5 is refused", allowed="none or 32 hexadecimal digits"
+        ),
+    ] = "none"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class ProfileParams:
-    """How many images the profile may look at."""
+    """How the data are measured before a case is chosen."""
 
-    images: int = field(metadata=_at_least(16))
-    images_max: int = field(metadata=_at_least(16))
-    tangent: bool
-    shift: bool
-    affinity: bool
-    reference: str = field(metadata=_not_empty())
-    seed: int = field(metadata=_between(0, _SEEDS))
+    images: Annotated[StrictInt, Field(ge=16), Setting("training images that the profile measures, each class in proportion")] = 512
+    images_max: Annotated[
+        StrictInt, Field(ge=16), Setting("most training images that the profile measures; the sample doubles while the choice is open")
+    ] = 2048
+    tangent: Annotated[
+        StrictBool, Setting("also measure what gradients say, on at most 512 images; it costs a backward pass for each image")
+    ] = True
+    shift: Annotated[StrictBool, Setting("measure how far the batch-normalization statistics are from those of the weights")] = True
+    affinity: Annotated[StrictBool, Setting("probe the same network with random weights, too; it costs twice the passes")] = False
+    reference: Annotated[Name, Setting("file of source statistics, made by `tlpipeline refstats IMAGES`; none: no file")] = "none"
+    seed: Annotated[Seed, Setting("seed of the sample")] = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class ChooseParams:
-    """The rule that turns a profile into a case; points are percentage points of accuracy."""
+    """How a case follows from the measurements; points are percentage points of accuracy."""
 
-    case: str = field(metadata=_not_empty())
-    slice: str = field(metadata=_not_empty())
-    rule: str = field(metadata=_one_of("fitted", "textbook"))
-    prefer: str = field(metadata=_one_of("accuracy", "balanced", "cost"))
-    tolerance: float = field(metadata=_between(0, 100))
-    effort: str = field(metadata=_one_of("quick", "auto", "full"))
-    race_above: float = field(metadata=_between(0, 1))
-    race_below: float = field(metadata=_between(0, 1))
-    race_images: int = field(metadata=_at_least(1))
-    gain: float = field(metadata=_between(0, 100))
-    alpha: float = field(metadata=_between(0.001, 0.5))
-    draws: int = field(metadata=_between(100, _DRAWS))
-    textbook_images: int = field(metadata=_at_least(1))
-    textbook_similarity: float = field(metadata=_between(0, 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainParams:
-    """What a user may turn of the training; the method's own values are rows of cases.py."""
-
-    seed: int = field(metadata=_between(0, _SEEDS))
-    epochs: int | str = field(metadata=_auto_or_at_least(1))
-    batch_size: int | str = field(metadata=_auto_or_at_least(2))
-    flip: bool
-    precision: str = field(metadata=_one_of("auto", "float32"))
-    views: int = field(metadata=_between(0, 64))
-    budget_minutes: float = field(metadata=_at_least(0))
-    override: Mapping[str, Any] = field(
-        metadata={"check": lambda v: all(isinstance(key, str) for key in v), "allowed": "names of recipe values"}
+    case: Annotated[Name, Setting("auto, or force one: small_similar, small_different, large_similar, large_different", shown=True)] = (
+        "auto"
     )
+    slice: Annotated[
+        Name,
+        Setting(
+            "where a slicing case cuts: auto, textbook (keep the first third of the blocks), or a tap such as conv2 or layer3", shown=True
+        ),
+    ] = "auto"
+    rule: Annotated[
+        Literal["fitted", "textbook"], Setting("fitted: probes, a fitted prediction and a race; textbook: two fixed bounds")
+    ] = "fitted"
+    prefer: Annotated[
+        Literal["accuracy", "balanced", "cost"], Setting("multiplies the tolerance: accuracy by 0, balanced by 1, cost by 5")
+    ] = "balanced"
+    tolerance: Annotated[Points, Setting("percentage points of accuracy that the cheaper case may lose", shown=True)] = 0.5
+    effort: Annotated[
+        Literal["quick", "auto", "full"],
+        Setting("quick: choose without training; auto: train both ways and compare where the evidence is open; full: always compare"),
+    ] = "auto"
+    race_above: Annotated[Share, Setting("the evidence is open if P(fine-tuning wins more than the tolerance) is above this ...")] = 0.25
+    race_below: Annotated[Share, Setting("the evidence is open if P(fine-tuning wins more than the tolerance) is below this")] = 0.75
+    race_images: Annotated[
+        StrictInt, Field(ge=1), Setting("validation images that a comparison by training needs; with fewer the prediction decides")
+    ] = 100
+    gain: Annotated[Points, Setting("an earlier tap must beat the last one by this many percentage points before the network is cut")] = 1.0
+    alpha: Annotated[
+        StrictFloat,
+        Field(ge=0.001, le=0.5),
+        Setting("error probability of the test for a cut (over all taps), and of the comparison by training (over all its looks)"),
+    ] = 0.10
+    draws: Annotated[
+        StrictInt,
+        Field(ge=100, le=100_000),  # each takes a number for each image of the profile: gigabytes from here on
+        Setting("bootstrap draws of the test for a cut"),
+    ] = 1000
+    textbook_images: Annotated[StrictInt, Field(ge=1), Setting("rule textbook: large means at least this many training images")] = 1000
+    textbook_similarity: Annotated[
+        Share, Setting("rule textbook: similar means that the source classes explain this share of the labels' entropy")
+    ] = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class TrainParams:
+    """What a user may change in training; the method's own values are in `training/recipe.py`."""
+
+    seed: Annotated[Seed, Setting("seed of the image order, the augmentation and random weights", shown=True)] = 0
+    epochs: Annotated[
+        Auto | Annotated[StrictInt, Field(ge=1)],
+        Setting("epochs of fine-tuning; auto: by the number of images", shown=True),
+    ] = "auto"
+    batch_size: Annotated[
+        Auto | Annotated[StrictInt, Field(ge=2)],
+        Setting("images a step, over all workers; auto: 32 below 5,000 training images, else 64", shown=True),
+    ] = "auto"
+    flip: Annotated[StrictBool, Setting("mirror images at random in fine-tuning; false for text, digits and signs", shown=True)] = True
+    precision: Annotated[
+        Literal["auto", "float32"], Setting("auto: bfloat16 where the processor computes in it; float32: always single precision")
+    ] = "auto"
+    views: Annotated[
+        StrictInt, Field(ge=0, le=64), Setting("random views of each training image for a frozen head, besides the image itself")
+    ] = 0
+    budget_minutes: Annotated[
+        StrictFloat,
+        Field(ge=0),
+        Setting("minutes for the train stage, and for a comparison; the best model so far is kept; 0: no limit", shown=True),
+    ] = 0.0
+    override: Annotated[
+        Mapping[StrictStr, StrictBool | StrictInt | StrictFloat | StrictStr],
+        Setting(
+            "changes values of the case's recipe, such as {clip: 0.5}", shown=True, allowed="names of recipe values, each with one value"
+        ),
+    ] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class EvaluateParams:
     """How the metrics are reported."""
 
-    confidence: float = field(metadata=_between(0.5, 0.999))
+    confidence: Annotated[StrictFloat, Field(ge=0.5, le=0.999), Setting("confidence level of every interval that is reported")] = 0.95
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class GateParams:
-    """When a challenger replaces the champion; margin in percentage points."""
+    """When a new model replaces the champion."""
 
-    rule: str = field(metadata=_one_of("better", "not_worse"))
-    metric: str = field(metadata=_one_of(AUTO, "accuracy", "balanced_accuracy"))
-    test: str = field(metadata=_one_of("mcnemar", "bootstrap"))
-    alpha: float = field(metadata=_between(0.0001, 0.5))
-    margin: float = field(metadata=_between(0, 100))
-    promote: str = field(metadata=_one_of("manual", "auto"))
+    rule: Annotated[
+        Literal["better", "not_worse"],
+        Setting("better: significantly better than the champion; not_worse: not worse by `margin` or more"),
+    ] = "better"
+    metric: Annotated[
+        Literal["auto", "accuracy", "balanced_accuracy"],
+        Setting("what is compared; auto: balanced_accuracy where training weighs uneven classes alike, else accuracy"),
+    ] = "auto"
+    test: Annotated[Literal["mcnemar", "bootstrap"], Setting("mcnemar (exact) or bootstrap (paired), both on the same test images")] = (
+        "mcnemar"
+    )
+    alpha: Annotated[StrictFloat, Field(ge=0.0001, le=0.5), Setting("one-sided error probability of the gate's test")] = 0.05
+    margin: Annotated[Points, Setting("percentage points that a new model may be worse under not_worse")] = 1.0
+    promote: Annotated[
+        Literal["manual", "auto"],
+        Setting("manual: `tlpipeline registry promote`; auto: an accepted version goes to stage prod at once", shown=True),
+    ] = "manual"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class CacheParams:
-    """Features and decoded images by content, in .tlpipeline/cache. Nothing here changes what is trained."""
+    """Features and decoded images, kept by content in .tlpipeline/cache. Nothing here changes what is trained."""
 
-    max_gb: float = field(metadata=_at_least(0))
+    max_gb: Annotated[
+        StrictFloat, Field(ge=0), Setting("size limit in GB; what was not used for longest is deleted first; 0 keeps nothing")
+    ] = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class ClusterParams:
     """Where training runs. Nothing here changes what is trained except the number of workers."""
 
-    workers: int = field(metadata=_at_least(0))
-    gpu: bool | str = field(metadata={"check": lambda v: isinstance(v, bool) or v == AUTO, "allowed": "auto, true or false"})
-    max_failures: int = field(metadata=_at_least(0))
-    storage: str = field(metadata=_not_empty())
+    workers: Annotated[StrictInt, Field(ge=0), Setting("Ray Train workers; 0 trains in this process", shown=True)] = 0
+    gpu: Annotated[StrictBool | Auto, Setting("a GPU for each worker: auto, true or false", shown=True)] = "auto"
+    max_failures: Annotated[StrictInt, Field(ge=0), Setting("times that dead workers are replaced before a run gives up")] = 2
+    storage: Annotated[
+        Name, Setting("shared folder or URL for checkpoints if the workers are on several machines; none: inside the workspace")
+    ] = "none"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Params:
     """The whole of params.yaml."""
 
-    data: Data
-    backbone: BackboneParams
-    profile: ProfileParams
-    choose: ChooseParams
-    train: TrainParams
-    evaluate: EvaluateParams
-    gate: GateParams
-    cache: CacheParams
-    cluster: ClusterParams
+    data: Data = field(default_factory=Data)
+    backbone: BackboneParams = field(default_factory=BackboneParams)
+    profile: ProfileParams = field(default_factory=ProfileParams)
+    choose: ChooseParams = field(default_factory=ChooseParams)
+    train: TrainParams = field(default_factory=TrainParams)
+    evaluate: EvaluateParams = field(default_factory=EvaluateParams)
+    gate: GateParams = field(default_factory=GateParams)
+    cache: CacheParams = field(default_factory=CacheParams)
+    cluster: ClusterParams = field(default_factory=ClusterParams)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------------------------
 
 
 def load(path: Path) -> Params:
-    """Read and check params.yaml.
+    """Read and check params.yaml. A setting or a section that the file does not hold has its default.
 
     Raises:
-        ParamsError: the file is missing or no YAML, or a key is missing, unknown, mistyped or out of range.
+        ParamsError: the file is missing, empty or not YAML, or a setting is unknown, mistyped or out of range.
     """
-    if not path.is_file():
-        raise ParamsError(f"expected the settings in {path}, found no such file. Create a workspace with `tlpipeline init DIR`.")
+    content, _ = _current(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(
-            f"expected YAML in {path}, but it cannot be read: {error}. Mend it, or take `git show HEAD:{path.name}`."
-        ) from error
-    params = typing.cast(Params, _section(Params, content, path.name))
+        params = _PARAMS.validate_python(content)
+    except ValidationError as error:
+        raise ParamsError(f"{path.name}: {_explained(error)}") from None
     # As DVC names it: `images/` is `images`.
     return dataclasses.replace(params, data=dataclasses.replace(params.data, images=PurePosixPath(params.data.images).as_posix()))
 
 
-def _section(cls: type, content: Any, where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+_PARAMS = TypeAdapter(Params)
+_SECTIONS = {f.name: typing.cast(type, f.type) for f in dataclasses.fields(Params)}
+
+
+def ignored(path: Path) -> list[str]:
+    """Return a line for each setting in params.yaml that exists no more: its name, and what to do instead.
+
+    Raises:
+        ParamsError: the file is missing, empty or not YAML.
+    """
+    _, retired = _current(path)
+    return [f"{path.name}: {name} is ignored: {RETIRED[name]}" for name in retired]
+
+
+def _current(path: Path) -> tuple[dict[Any, Any], list[str]]:
+    """Return the sections of the file without the retired settings, and the names of those."""
+    if not path.is_file():
+        raise ParamsError(f"expected the settings in {path}, found no such file. Create a workspace with `tlpipeline init DIR`.")
+    content = _read(path)
     if not isinstance(content, dict):
-        raise ParamsError(f"{where}: expected a section with the keys {', '.join(fields)}, found {content!r}.")
-    hints = typing.get_type_hints(cls)
-    prefix = f"{where}: " if cls is Params else f"{where}."
-    for key in content:
-        if key not in fields:
-            raise ParamsError(f"{prefix}{key}: expected a known key, found an unknown one; {nearest(str(key), fields)}")
-    for name in fields:
-        if name not in content:
-            raise ParamsError(
-                f"{prefix}{name}: expected this key, found none. Every key must be there: compare with `tlpipeline init` in an empty folder."
-            )
-    values = {}
-    for name, value in content.items():
-        path = f"{prefix}{name}"
-        if dataclasses.is_dataclass(hints[name]):
-            values[name] = _section(typing.cast(type, hints[name]), value, path)
-        else:
-            values[name] = _checked(value, hints[name], fields[name].metadata, path)
-    return cls(**values)
+        raise ParamsError(
+            f"{path.name}: expected sections such as {', '.join(list(_SECTIONS)[:4])}, found {_shown(content)}. "
+            f"`git show HEAD:{path.name}` prints the last version that was committed."
+        )
+    # A section whose lines are all commented out is YAML's null.
+    content = {key: {} if value is None and key in _SECTIONS else value for key, value in content.items()}
+    retired = [f"{section}.{key}" for section, keys in content.items() if isinstance(keys, dict) for key in keys]
+    retired = [name for name in retired if name in RETIRED]
+    for name in retired:
+        section, _, key = name.partition(".")
+        content[section] = {k: value for k, value in content[section].items() if k != key}
+    return content, retired
 
 
-def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in options and type(value) is int:
-        value = float(value)
-    wanted = tuple(dict if typing.get_origin(o) is _MAPPING else o for o in options)
-    # bool is an int in Python, but `epochs: yes` is a mistake.
-    if not any(type(value) is w for w in wanted):
-        names = " or ".join(getattr(w, "__name__", str(w)) for w in wanted)
-        raise ParamsError(f"{path}: expected {names}, found {value!r} ({type(value).__name__}).")
-    check = metadata.get("check")
-    if check is not None and not check(value):
-        raise ParamsError(f"{path}: expected {metadata['allowed']}, found {value!r}.")
-    return value
+def _read(path: Path) -> Any:
+    """Read YAML 1.2 by the same library, in the same way, as DVC."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        scalars: set[str] = set()
+        for event in YAML(typ="safe").parse(text):
+            if isinstance(event, ScalarEvent) and event.anchor:
+                scalars.add(event.anchor)
+            elif isinstance(event, AliasEvent) and event.anchor not in scalars:
+                # A few aliases of aliases can stand for gigabytes.
+                raise ParamsError(
+                    f"{path.name}: line {event.start_mark.line + 1}: expected a value, found *{event.anchor}, an alias of a section or list. "
+                    "Write the values out."
+                )
+        return YAML(typ="safe").load(text)
+    except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ParamsError(
+            f"expected YAML in {path}, but it cannot be read: {_where(error)}. Correct it; `git show HEAD:{path.name}` prints the last version "
+            "that was committed."
+        ) from error
+
+
+def _where(error: Exception) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _explained(error: ValidationError) -> str:
+    """Return the first mistake in plain words: the path, what was expected, what was found."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    value, section, *keys = first["input"], *map(str, first["loc"])
+    if section not in _SECTIONS:
+        return f"{section}: there is no such section; {nearest(section, _SECTIONS)}"
+    known = settings(_SECTIONS[section])
+    if not keys:
+        return f"{section}: expected a section with settings such as {', '.join(list(known)[:4])}, found {_shown(value)}."
+    if keys[0] not in known:
+        return f"{section}.{keys[0]}: there is no such setting; {nearest(keys[0], known)}"
+    path, allowed = f"{section}.{keys[0]}", known[keys[0]].allowed
+    if allowed == "true or false" and value in ("yes", "no", "on", "off"):
+        return f"{path}: expected {allowed}, found the word {value}, which is text in YAML 1.2."
+    if keys[0] == "override" and keys[1:] and isinstance(first["loc"][2], str) and first["loc"][3:4] != ("[key]",):
+        return f"{path}.{keys[1]}: expected a number, a word, true or false, found {_shown(value)}."
+    return f"{path}: expected {allowed}, found {_shown(value)}."
+
+
+def _shown(value: Any) -> str:
+    """Return a short picture of a value from the file, with its type where that is the mistake."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict | list):
+        return "a list" if isinstance(value, list) else "a section"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value) if isinstance(value, str | int | float) else f"{value} ({type(value).__name__})"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+# --- what a reader is told ------------------------------------------------------------------------------------------------------------
+
+
+def settings(section: type) -> dict[str, Setting]:
+    """Return the settings of a section of `Params` by name, each with what it allows in plain words."""
+    found = {}
+    for name, hint in typing.get_type_hints(section, include_extras=True).items():
+        inner, *metadata = typing.get_args(hint)
+        setting = next(m for m in metadata if isinstance(m, Setting))
+        found[name] = dataclasses.replace(setting, allowed=setting.allowed or _allowed(inner, metadata))
+    return found
+
+
+def _allowed(hint: Any, metadata: list[Any]) -> str:
+    """Say in plain words which values a type takes."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _allowed(arguments[0], [*arguments[1:], *metadata])
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is types.UnionType or origin is typing.Union:
+        return " or ".join(_allowed(a, []) for a in arguments).replace("true or false or auto", "auto, true or false")
+    if hint is bool:
+        return "true or false"
+    bounds: dict[str, int | float] = {}
+    for constraint in (c for m in metadata for c in getattr(m, "metadata", [m])):
+        bounds |= {side: getattr(constraint, side) for side in ("ge", "le", "min_length") if hasattr(constraint, side)}
+    if hint is str:
+        return "text" + " that is not empty" * ("min_length" in bounds)
+    kind = "a whole number" if hint is int else "a number"
+    if "le" in bounds:
+        return f"{kind} from {bounds['ge']} to {bounds['le']}"
+    return f"{kind} of at least {bounds['ge']}"
