@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Bytecode is cached even where the shell says not to: else each of the many processes compiles torch, Ray and Prefect again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all check fix bench chaos clean
+.PHONY: demo test test-all check fix bench docs chaos clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -44,6 +44,10 @@ bench: $(STAMP)
 	$(ACTIVATE) python -m benchmarks.speed loop
 	$(ACTIVATE) python -m benchmarks.speed workers
 	$(ACTIVATE) python -m benchmarks.speed ray
+
+docs: $(STAMP)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
+	$(ACTIVATE) NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 # Mounts of their own for the test that fills a disk: no root is needed where the system lets users have namespaces.
 chaos: OWN_MOUNTS = unshare --mount $(if $(filter-out 0,$(shell id -u)),--user --map-root-user)
