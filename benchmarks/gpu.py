@@ -35,15 +35,15 @@ from torch import Tensor, nn
 from research import regret
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.backbones.classifier import Classifier
-from tlpipeline.backbones.features import pooled, step
-from tlpipeline.backbones.precision import computes_in_bfloat16, extracts_in_bfloat16, on_tensor_cores
+from tlpipeline.backbones.features import pass_size, with_pooling
+from tlpipeline.backbones.precision import computes_in_bfloat16, enable_tf32, extracts_in_bfloat16
 from tlpipeline.choice import cases
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset, decoding
 from tlpipeline.data.augment import augmentation
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Manifest
-from tlpipeline.data.loader import Images, in_batches, normalize
+from tlpipeline.data.loader import Images, batch_ranges, normalize
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.params import AUTO
@@ -90,7 +90,7 @@ class Bench:
     @cached_property
     def decision(self) -> Decision:
         """Nothing is cut; fine-tuning starts from a head of zeros and keeps it, so that no pass for a solved one is among its own."""
-        decided = regret.uncut(cases.find(self.case), taps.describe(self.backbone, self.size)[-1], self.size)
+        decided = regret.uncut(cases.find(self.case), taps.measure_taps(self.backbone, self.size)[-1], self.size)
         return decided if self.frozen else replace(decided, init="plain", recipe=replace(decided.recipe, solve_again=False))
 
     @cached_property
@@ -143,7 +143,7 @@ def on_device(bench: Bench, batch: int) -> list[Tensor]:
 def bare_training(bench: Bench) -> float:
     """Forward, backward and the optimizer's step; nothing waits for the device before the end."""
     model, recipe, kind = bench.model(), bench.decision.recipe, bench.backbone.normalization
-    blocks = [[f"trunk.{name}" for name in block] for block in taps.blocks(bench.backbone, bench.decision.slice)]
+    blocks = [[f"trunk.{name}" for name in block] for block in taps.parameters_by_tap(bench.backbone, bench.decision.slice)]
     moving = optimizer(model, recipe, kind, 1e-4, blocks if recipe.layer_decay(kind) != 1 else (), fused=bench.device.type == "cuda")
     inputs = on_device(bench, bench.batch)
     labels = torch.arange(bench.batch, device=bench.device) % CLASSES
@@ -168,8 +168,8 @@ def bare_training(bench: Bench) -> float:
 
 def bare_forward(bench: Bench) -> float:
     """Pass images through the layers that a head reads, and pool; in the product's step and number format."""
-    model, size = bench.model().eval(), step(bench.device, bench.size)
-    read, inputs = pooled(model.trunk, model.grids, bench.half), on_device(bench, size)
+    model, size = bench.model().eval(), pass_size(bench.device, bench.size)
+    read, inputs = with_pooling(model.trunk, model.grids, bench.half), on_device(bench, size)
 
     def steps(count: int) -> None:
         with torch.inference_mode():
@@ -185,7 +185,7 @@ def input_alone(bench: Bench, kept: bool) -> float:
     """The training images of one epoch, or of one pass, with nothing done to them; `kept`: as an epoch after the first has them."""
     rows, transforms = bench.manifest.used(TRAIN), bench.transforms
     images = Images(bench.images, rows, transforms)
-    batches: Sequence[Sequence[int]] = in_batches(len(rows), step(bench.device, bench.size))
+    batches: Sequence[Sequence[int]] = batch_ranges(len(rows), pass_size(bench.device, bench.size))
     if not bench.frozen:
         order = np.random.default_rng(0).permutation(len(rows)).tolist()
         batches = [order[start : start + bench.batch] for start in range(0, len(order), bench.batch)]
@@ -299,7 +299,7 @@ def made_up(place: Path, images: int) -> Manifest:
         noisy = np.asarray(smooth, dtype=np.int16) + rng.integers(-12, 13, (SIDE, SIDE, 3), dtype=np.int16)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(place / f"class{i % CLASSES}" / f"{i}.jpg", quality=90)
 
-    with ThreadPoolExecutor(decoding.cpus()) as pool:
+    with ThreadPoolExecutor(decoding.available_cpus()) as pool:
         list(pool.map(write, range(images)))
     whole = dataset.ingest(place, {}, lambda done, total: None)
     return replace(whole, rows=tuple(replace(row, split=VAL if i % 6 == 5 else TRAIN) for i, row in enumerate(whole.rows)))
@@ -311,7 +311,7 @@ def what_it_runs_on(device: torch.device) -> str:
         name = f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB), CUDA {torch.version.cuda}"
     else:
         name = f"NO GPU: the CPU with {torch.get_num_threads()} threads, which says nothing about a GPU"
-    return f"{name}; {decoding.cpus()} CPUs, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}"
+    return f"{name}; {decoding.available_cpus()} CPUs, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}"
 
 
 def main() -> None:
@@ -329,7 +329,7 @@ def main() -> None:
         sys.exit(
             "expected an NVIDIA GPU, found none. To see whether this file runs: --device cpu --networks resnet18 --images 64 --size 64"
         )
-    device = on_tensor_cores(torch.device(options.device))
+    device = enable_tf32(torch.device(options.device))
     print(what_it_runs_on(device), flush=True)
     with tempfile.TemporaryDirectory(prefix="gpu-images-") as made:
         place = Path(made)

@@ -43,15 +43,15 @@ from research import regret
 from tests.helpers.processes import start_member
 from tlpipeline import params
 from tlpipeline.backbones import catalogue, precision, taps
-from tlpipeline.backbones.classifier import Classifier, reader_of
-from tlpipeline.backbones.features import STEP
+from tlpipeline.backbones.classifier import Classifier, feature_extractor
+from tlpipeline.backbones.features import PASS_SIZE
 from tlpipeline.choice import cases
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset
 from tlpipeline.data.augment import augmentation
 from tlpipeline.data.cache import SHARD_ROWS, Store
 from tlpipeline.data.dataset import Manifest, Row
-from tlpipeline.data.loader import Images, in_batches, normalize, prepare
+from tlpipeline.data.loader import Images, batch_ranges, normalize, resize_and_crop
 from tlpipeline.data.splits import TEST, TRAIN, VAL
 from tlpipeline.profiling import measure
 from tlpipeline.profiling.profile import Profile
@@ -79,7 +79,7 @@ def listed(options: argparse.Namespace, name: str, n: int) -> tuple[Path, Manife
 
 
 def decision(backbone: taps.Backbone, case: str, size: int) -> Decision:
-    return regret.uncut(cases.find(case), taps.describe(backbone, size)[-1], size)
+    return regret.uncut(cases.find(case), taps.measure_taps(backbone, size)[-1], size)
 
 
 def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: Decision, **changes: object) -> TrainingConfig:
@@ -100,10 +100,10 @@ def bare_pass(network: Callable[[torch.Tensor], object], images: Images) -> None
     transforms = images.transforms
 
     def one(row: Row) -> np.ndarray:
-        return prepare(Image.open(images.root / row.path).convert("RGB"), transforms)
+        return resize_and_crop(Image.open(images.root / row.path).convert("RGB"), transforms)
 
     with torch.inference_mode(), ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        parts = in_batches(len(images), STEP["cpu"])
+        parts = batch_ranges(len(images), PASS_SIZE["cpu"])
         coming = pool.map(one, images.rows)
         for part in parts:
             network(normalize(torch.from_numpy(np.stack([next(coming) for _ in part])), transforms))
@@ -200,7 +200,7 @@ def one_peak(options: argparse.Namespace) -> None:
             network = taps.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
             rows = manifest.used(TRAIN, VAL)
             # A shard's worth at a time: all at once it would decode all images ahead of the network, and keep them.
-            parts = [Images(folder, [rows[i] for i in part], backbone.transforms) for part in in_batches(len(rows), SHARD_ROWS)]
+            parts = [Images(folder, [rows[i] for i in part], backbone.transforms) for part in batch_ranges(len(rows), SHARD_ROWS)]
             found = peak(lambda: [bare_pass(network, images) for images in parts])
         else:
             few = dataset.read_manifest(folder.parent / f"{least}.parquet")  # what writing many rows needs is no part of training
@@ -311,7 +311,7 @@ def bare_loop(
         model.eval()
         right = 0
         with torch.inference_mode():
-            for indices, pixels in val.batches([list(part) for part in in_batches(len(val), STEP["cpu"])]):
+            for indices, pixels in val.batches([list(part) for part in batch_ranges(len(val), PASS_SIZE["cpu"])]):
                 guessed = model(normalize(pixels, val.transforms)).argmax(1).numpy()
                 right += int((guessed == val_labels[list(indices)]).sum())
     return right / len(val)
@@ -712,8 +712,8 @@ def half(options: argparse.Namespace) -> None:
         transforms = backbone.transforms.at(regret.NETWORKS[options.network].size)
 
         def read(in_bfloat16: bool) -> dict[str, torch.Tensor]:
-            reader = reader_of(model, Store(), transforms, CPU, in_bfloat16)  # noqa: B023
-            return {side: reader.read(Images(folder, rows, transforms), lambda done: None)[0].all() for side, rows in sides.items()}  # noqa: B023
+            reader = feature_extractor(model, Store(), transforms, CPU, in_bfloat16)  # noqa: B023
+            return {side: reader.extract(Images(folder, rows, transforms), lambda done: None)[0].all() for side, rows in sides.items()}  # noqa: B023
 
         features, computed = read(False), read(True)
         labels = {side: np.array([manifest.classes.index(r.label) for r in rows]) for side, rows in sides.items()}

@@ -188,7 +188,7 @@ def uncut(row: cases.Case, last: cutting.Tap, size: int) -> Decision:
 @contextmanager
 def first_blocks_fixed(backbone: cutting.Backbone, last: str, share: float) -> Iterator[None]:
     """Have a share of the blocks, from the first on, stay as they are while all others are trained: their statistics too."""
-    named = cutting.blocks(backbone, last)
+    named = cutting.parameters_by_tap(backbone, last)
     fixed = {name for block in named[: round(share * len(named))] for name in block}
 
     class Above(models.Classifier):
@@ -225,7 +225,7 @@ def train_arm(
     net = unit.network
     weights, md5 = (catalogue.NONE, catalogue.NONE) if arm == "scratch" else (str(data / net.weights), net.md5)
     backbone = catalogue.load(net.name, weights, md5=md5, size=net.size, seed=unit.seed)
-    taps = cutting.describe(backbone, net.size)
+    taps = cutting.measure_taps(backbone, net.size)
     row = row_of(arm, similar)
     kinds = ("rate_batch", "rate_batch_small", "rate_layer", "rate_none")
     changed = {kind: getattr(row.recipe, kind) * factor for kind in kinds}
@@ -289,13 +289,13 @@ def frozen_arms(
     looked = profile.sampled + profile.held_out + (3 * profile.tangent.images if profile.tangent else 0)
     looked += min(FIRST_IMAGES, profile.sampled) if profile.shift else 0
     key = dict(zip(("data", "backbone", "n", "seed"), unit.key, strict=True))
-    judges = pack(np.array([not splits.selects(r.md5) for r in manifest.used(VAL)]))
+    judges = pack(np.array([not splits.in_selection_half(r.md5) for r in manifest.used(VAL)]))
     evidence = (
         key | found | {"looked": looked, "cpu_s": round(profiled, 2), "judges": judges, "taps": " ".join(t.name for t in profile.taps)}
     )
     if not heads_too:
         return evidence, []
-    taps = cutting.describe(backbone, net.size)
+    taps = cutting.measure_taps(backbone, net.size)
     readings = {tap.name: pooling_at(tap) for tap in taps}
     ops = {tap.name: tap.forward_ops / taps[-1].forward_ops for tap in taps}
     trunk = cutting.cut(backbone, list(readings)).to(memory_format=torch.channels_last)

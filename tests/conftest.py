@@ -59,7 +59,7 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
 def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
     """A folder of 21 images in three classes, and their rows."""
     folder = make_images(classes=3, each=7)
-    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)
+    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ from tlpipeline.backbones.catalogue import FAMILIES, load
 from tlpipeline.backbones.classifier import load as load_model
 from tlpipeline.backbones.classifier import probabilities
 from tlpipeline.backbones.features import pooling_at
-from tlpipeline.backbones.taps import Backbone, Tap, cut, describe, input_size
+from tlpipeline.backbones.taps import Backbone, Tap, cut, input_size, measure_taps
 from tlpipeline.choice.cases import CASES, Case
 from tlpipeline.data import dataset
 from tlpipeline.data.loader import Images
@@ -80,7 +80,7 @@ class Net:
 def net(request: pytest.FixtureRequest) -> Net:
     size = smallest(outline(request.param))
     backbone = load(request.param, "none", size=size)
-    return Net(backbone, describe(only_read(backbone), size), size, copy.deepcopy(backbone.module.state_dict()))
+    return Net(backbone, measure_taps(only_read(backbone), size), size, copy.deepcopy(backbone.module.state_dict()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -101,7 +101,7 @@ def test_a_family_is_fine_tuned_as_a_run_does_it(
 ) -> None:
     """At 64 pixels, where BatchNorm keeps its statistics, and in the processor's own number format."""
     backbone = load(name, "none", size=64)
-    last = describe(replace(backbone, tap_names=backbone.tap_names[-1:]), 64)[0]
+    last = measure_taps(replace(backbone, tap_names=backbone.tap_names[-1:]), 64)[0]
     made = TrainingConfig(
         workspace=str(tmp_path), images=str(painted / "images"), manifest=str(painted / "manifest.parquet"), backbone=name, weights="none",
         weights_md5="none", decision=decision_for(CASES[2], [pooling_at(last)], 64).to_json(), seed=0, epochs=2, batch_size=8, flip=True,
@@ -147,7 +147,7 @@ def grouped(painted: Path) -> Path:
         shown = inputs(Images(painted / "images", rows, backbone.transforms.at(size)))
         # Without statistics of their own, hardly anything of an image arrives at the last layer of a random network.
         write_tensors(random_reference(backbone, [shown], seed=0).module.state_dict(), place / "start.safetensors")
-        last = describe(replace(backbone, tap_names=backbone.tap_names[-1:]), size)[0]
+        last = measure_taps(replace(backbone, tap_names=backbone.tap_names[-1:]), size)[0]
         decision = decision_for(CASES[2], [pooling_at(last)], size)
         # No head is solved, neither first nor last: what is exported is what was trained.
         decision = replace(decision, init="plain", recipe=replace(decision.recipe, solve_again=False))

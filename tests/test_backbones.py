@@ -25,8 +25,8 @@ from tests.helpers import odd_networks
 from tests.helpers.archives import take
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.catalogue import Demonstration, check_name, load
-from tlpipeline.backbones.taps import Backbone, cut, describe
-from tlpipeline.data.loader import normalize, prepare
+from tlpipeline.backbones.taps import Backbone, cut, measure_taps
+from tlpipeline.data.loader import normalize, resize_and_crop
 from tlpipeline.errors import BackboneError
 
 
@@ -41,7 +41,7 @@ def test_an_own_network_is_named_by_module_and_callable() -> None:
     net = load("nets:resnet20", "none")
     names = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3))
     assert (net.tap_names, net.transforms.size, net.source_classes) == (names, 32, 0)
-    assert [(t.channels, t.height) for t in describe(net, 32)] == [(c, h) for c, h in ((16, 32), (32, 16), (64, 8)) for _ in range(3)]
+    assert [(t.channels, t.height) for t in measure_taps(net, 32)] == [(c, h) for c, h in ((16, 32), (32, 16), (64, 8)) for _ in range(3)]
 
 
 def test_an_own_network_takes_weights_of_another_number_of_classes_where_it_can(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def of_weights(state: Mapping[str, Tensor], path: Path) -> Backbone:
 def test_an_own_network_with_many_taps_is_cut_at_any_of_them() -> None:
     net = load("research.networks:EfficientNetLite0", "none")
     assert sum(p.numel() for p in net.module.parameters()) == 4_652_008  # as published
-    taps = describe(net, 64)
+    taps = measure_taps(net, 64)
     assert [t.channels for t in taps] == [16, *[24] * 2, *[40] * 2, *[80] * 3, *[112] * 3, *[192] * 4, 320, 1280]
     assert [t.height for t in taps] == [32, *[16] * 2, *[8] * 2, *[4] * 6, *[2] * 6]
     assert [t.parameters for t in taps] == sorted(t.parameters for t in taps)
@@ -89,7 +89,7 @@ def test_blocks_that_give_no_tensor_are_no_taps() -> None:
     with pytest.raises(BackboneError, match=r"found no top-level block that gives a tensor.*taps ="):
         load("tests.helpers.odd_networks:Paired", "none")
     with pytest.raises(BackboneError, match=r"tap pair of tests.helpers.odd_networks:Tapped.*found tuple"):
-        describe(load("tests.helpers.odd_networks:Tapped", "none"), 16)
+        measure_taps(load("tests.helpers.odd_networks:Tapped", "none"), 16)
 
 
 def test_pooled_features_are_no_logits(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_the_demonstration_weights_are_small_and_good() -> None:
 
 
 def accuracy(net: Backbone, found: list[Image.Image], labels: list[int]) -> float:
-    inputs = torch.from_numpy(np.stack([prepare(image, net.transforms) for image in found]))
+    inputs = torch.from_numpy(np.stack([resize_and_crop(image, net.transforms) for image in found]))
     with torch.inference_mode():
         return float((net.module(normalize(inputs, net.transforms)).argmax(1) == torch.tensor(labels)).float().mean())
 

@@ -31,7 +31,7 @@ from tlpipeline.backbones.features import FeatureExtractor, extract
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data import cache, dataset, splits
-from tlpipeline.data.cache import Column, Store, Table
+from tlpipeline.data.cache import Column, FeatureTable, Store
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.loader import Images, resized_cache, square_cache
 from tlpipeline.errors import DataError
@@ -68,14 +68,14 @@ def reader(store: Store, net: Backbone, *readings: TapPooling, size: int | None 
     transforms = net.transforms if size is None else net.transforms.at(size)
     trunk = cutting.cut(net, [r.tap for r in readings]).to(memory_format=torch.channels_last)
     asked = FeatureExtractor(store, net, trunk, readings, transforms, CPU)
-    return asked.of_view(view) if view else asked
+    return asked.for_view(view) if view else asked
 
 
 def steps(store: Store, net: Backbone, folder: Path, rows: list[Row], *readings: TapPooling, view: str = "") -> int:
     """How many steps of the network reading these images takes."""
     asked = reader(store, net, *readings, view=view)
     counting = Counting(asked)
-    found = asked.read(Images(folder, rows, net.transforms), lambda done: None)
+    found = asked.extract(Images(folder, rows, net.transforms), lambda done: None)
     assert [len(rows_) for rows_ in found] == [len(rows)] * len(readings)
     return counting.steps
 
@@ -88,7 +88,7 @@ def net() -> Backbone:
 @pytest.fixture
 def listed(make_images: Callable[..., Path]) -> tuple[Path, list[Row]]:
     folder = make_images(classes=4, each=40)
-    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)
+    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
 
 
 # --- by content -----------------------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_other_weights_taps_pyramids_sizes_and_views_are_computed_anew(
     for size in (32, 48, 32):
         asked = reader(store, square, *taps, size=size)
         counting = Counting(asked)
-        asked.read(Images(folder, rows, square.transforms.at(size)), lambda done: None)
+        asked.extract(Images(folder, rows, square.transforms.at(size)), lambda done: None)
         counts.append(counting.steps)
     assert counts == [1, 1, 0]
     assert steps(store, net, folder, rows, LAST) == 0
@@ -214,10 +214,10 @@ def test_every_column_that_the_profile_keeps_is_known_by_the_decoder(
 
 
 def test_a_weight_behind_the_tap_plays_no_part_and_one_before_it_does(net: Backbone) -> None:
-    before = cutting.identities(net, ["conv2", "fc2"], logits=True)
+    before = cutting.tap_fingerprints(net, ["conv2", "fc2"], logits=True)
     with torch.no_grad():
         net.module.get_parameter("conv3.0.weight")[0, 0, 0, 0] += 1
-    after = cutting.identities(net, ["conv2", "fc2"], logits=True)
+    after = cutting.tap_fingerprints(net, ["conv2", "fc2"], logits=True)
     assert before["conv2"] == after["conv2"]
     assert before["fc2"] != after["fc2"]
     assert before["logits"] != after["logits"]
@@ -254,7 +254,7 @@ def test_the_same_weights_in_a_block_that_is_set_up_otherwise_are_another_networ
 ) -> None:
     def known(**changes: Any) -> dict[str, str]:
         monkeypatch.setattr(sys.modules[__name__], "brought", lambda: Attending(**changes), raising=False)
-        return cutting.identities(catalogue.load(f"{__name__}:brought", "none"), ["stem", "block"])
+        return cutting.tap_fingerprints(catalogue.load(f"{__name__}:brought", "none"), ["stem", "block"])
 
     assert known() == known()
     assert known(**other)["stem"] == known()["stem"]
@@ -278,7 +278,7 @@ def test_what_a_block_calls_in_its_file_and_what_it_inherits_is_part_of_its_code
             monkeypatch.delitem(sys.modules, name, raising=False)
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
         importlib.invalidate_caches()
-        found.append(cutting.identities(catalogue.load("brought_net:Net", "none"), ["block"])["block"])
+        found.append(cutting.tap_fingerprints(catalogue.load("brought_net:Net", "none"), ["block"])["block"])
     assert found[0] == found[1]
     assert len(set(found)) == 3
 
@@ -362,7 +362,7 @@ def test_a_damaged_shard_is_thrown_away_and_built_again(damage: str, listed: tup
 
 def reader_after(tmp_path: Path, net: Backbone, folder: Path, rows: list[Row]) -> FeatureExtractor:
     asked = reader(Store(tmp_path / "cache"), net, LAST)
-    asked.read(Images(folder, rows, net.transforms), lambda done: None)
+    asked.extract(Images(folder, rows, net.transforms), lambda done: None)
     return asked
 
 
@@ -381,7 +381,7 @@ def test_what_was_done_before_a_crash_is_kept(
             raise Stop
 
     with pytest.raises(Stop):
-        asked.read(Images(folder, rows, net.transforms), told)
+        asked.extract(Images(folder, rows, net.transforms), told)
     assert steps(Store(tmp_path / "cache"), net, folder, rows, LAST) == 4  # 96 of 160 images were safe
 
 
@@ -464,14 +464,14 @@ def test_two_readers_at_once_keep_what_one_would(listed: tuple[Path, list[Row]],
     def read(asked: FeatureExtractor, part: list[Row]) -> int:
         counting = Counting(asked)
         begun.wait()
-        asked.read(Images(folder, part, net.transforms), lambda done: None)
+        asked.extract(Images(folder, part, net.transforms), lambda done: None)
         return counting.steps
 
     with ThreadPoolExecutor(2) as pool:
         passed = list(pool.map(read, both, [rows, rows[::-1]]))
     assert len(rows) / 16 <= sum(passed) <= 2 * len(rows) / 16
     assert steps(Store(tmp_path / "cache"), net, folder, rows, FIRST, LAST) == 0
-    alone = reader(Store(), net, FIRST, LAST).read(Images(folder, rows, net.transforms), lambda done: None)
+    alone = reader(Store(), net, FIRST, LAST).extract(Images(folder, rows, net.transforms), lambda done: None)
     kept = reader(Store(tmp_path / "cache"), net, FIRST, LAST).rows(rows)
     assert all(torch.equal(a.all(), b.all()) for a, b in zip(kept, alone, strict=True))
 
@@ -496,7 +496,7 @@ def test_shards_that_are_written_apart_are_the_same_and_their_errors_are_raised(
         asked = reader(Store(tmp_path / str(apart)), net, FIRST, LAST)
         assert not asked.apart
         asked.apart = apart
-        found.append([r.all() for r in asked.read(images, lambda done: None)])
+        found.append([r.all() for r in asked.extract(images, lambda done: None)])
         assert (threads == {threading.current_thread().name}) is not apart
         threads.clear()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -510,7 +510,7 @@ def test_shards_that_are_written_apart_are_the_same_and_their_errors_are_raised(
         asked = reader(Store(tmp_path / "full"), net, FIRST, LAST)
         asked.apart = True
         with pytest.raises(OSError, match="no room"):
-            asked.read(Images(folder, part, net.transforms), lambda done: None)
+            asked.extract(Images(folder, part, net.transforms), lambda done: None)
 
 
 def test_a_reader_sees_what_another_wrote_meanwhile(tmp_path: Path) -> None:
@@ -655,7 +655,7 @@ def test_how_large_the_cache_is_is_not_measured_at_each_shard(limit: float, tmp_
 def test_a_stage_leaves_no_more_than_the_bound_whether_it_fails_or_not(fails: bool, tmp_path: Path) -> None:
     params = (Path(__file__).resolve().parent.parent / "params.yaml").read_text()
     (tmp_path / stages.PARAMS).write_text(params.replace("max_gb: 10 ", "max_gb: 0.00001 "))
-    with pytest.raises(DataError) if fails else nullcontext(), stages.store(tmp_path) as kept:
+    with pytest.raises(DataError) if fails else nullcontext(), stages.open_cache(tmp_path) as kept:
         for number in range(4):
             kept.column("key", "label").add([md5(number)], numbers(1, 1000, number))
         if fails:
@@ -672,7 +672,7 @@ def test_rows_are_mapped_not_read(tmp_path: Path) -> None:
         column.add([md5((part, i)) for i in range(1024)], torch.zeros(1024, 4096) + part)
     again = Column(tmp_path)
     rows = again.rows([md5((part, i)) for part in range(8) for i in range(1024)])
-    table = Table([rows])
+    table = FeatureTable([rows])
     process = psutil.Process()
     table.take(slice(0, 256)).sum()  # what the first time alone needs
     before = process.memory_info()
@@ -693,13 +693,13 @@ def test_tables_put_columns_side_by_side_and_views_below() -> None:
     a.add(names[4:], numbers(2, 2, 2))
     b.add(names, numbers(6, 3, 3))
     wanted = torch.cat([torch.cat([numbers(4, 2, 1), numbers(2, 2, 2)]), numbers(6, 3, 3)], 1)
-    table = Table([a.rows(names), b.rows(names)])
+    table = FeatureTable([a.rows(names), b.rows(names)])
     assert table.width == 5
     assert torch.equal(table.all(), wanted)
     order = [5, 0, 5, 2]
-    picked = Table([a.rows([names[i] for i in order]), b.rows([names[i] for i in order])])
+    picked = FeatureTable([a.rows([names[i] for i in order]), b.rows([names[i] for i in order])])
     assert torch.equal(picked.all(), wanted[order])
-    both = table.below(picked)
+    both = table.concat(picked)
     assert len(both) == 10
     assert torch.equal(both.take(slice(4, 8)), torch.cat([wanted[4:], wanted[order[:2]]]))
     assert torch.equal(both.take(np.array([9, 1])), wanted[[2, 1]])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tlpipeline.backbones import catalogue
-from tlpipeline.backbones.classifier import DESCRIPTION, WEIGHTS, Classifier, Description, load, probabilities, reader_of, save
+from tlpipeline.backbones.classifier import DESCRIPTION, WEIGHTS, Classifier, Description, feature_extractor, load, probabilities, save
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.cache import Store
@@ -261,7 +261,7 @@ def test_a_new_head_knows_nothing() -> None:
 
 def test_probabilities_stand_in_the_order_of_the_images(make_images: Callable[..., Path]) -> None:
     pictures = make_images(classes=3, each=5)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
     model, description = build("nets:resnet20")
     told: list[int] = []
 
@@ -278,7 +278,7 @@ def test_probabilities_stand_in_the_order_of_the_images(make_images: Callable[..
 
 def test_images_whose_features_are_kept_count_as_done(make_images: Callable[..., Path], tmp_path: Path) -> None:
     pictures = make_images(classes=3, each=5)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
     model, description = build("nets:resnet20")
     told: list[int] = []
     for some in (rows[:10], rows, rows):
@@ -304,25 +304,29 @@ def test_a_reader_that_is_alone_takes_fewer_images_at_a_time_where_memory_runs_o
 ) -> None:
     """What others would take over must not depend on the memory that is free; a head that is solved at the end of training must not be lost."""
     pictures = make_images(classes=2, each=10)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
     model, description = build("nets:resnet20", frozen=False)
     images, cpu = Images(pictures, rows, description.transforms), torch.device("cpu")
-    (plain,) = reader_of(model, Store(tmp_path / "plain"), description.transforms, cpu).read(images, lambda done: None)
+    (plain,) = feature_extractor(model, Store(tmp_path / "plain"), description.transforms, cpu).extract(images, lambda done: None)
     asked = full_above(model.trunk, 5)
-    (found,) = reader_of(model, Store(tmp_path / "alone"), description.transforms, cpu, alone=True).read(images, lambda done: None)
+    (found,) = feature_extractor(model, Store(tmp_path / "alone"), description.transforms, cpu, smaller_passes=True).extract(
+        images, lambda done: None
+    )
     assert torch.allclose(found.all(), plain.all(), atol=1e-5)
     assert asked == [16, 8, 4, 4, 4, 4, 4]
     with pytest.raises(PassTooLarge, match="a forward pass of 16 images"):
-        reader_of(model, Store(tmp_path / "shared"), description.transforms, cpu).read(images, lambda done: None)
+        feature_extractor(model, Store(tmp_path / "shared"), description.transforms, cpu).extract(images, lambda done: None)
     full_above(model.trunk, 0)
     with pytest.raises(PassTooLarge, match="a forward pass of 1 images"):
-        reader_of(model, Store(tmp_path / "none"), description.transforms, cpu, alone=True).read(images, lambda done: None)
+        feature_extractor(model, Store(tmp_path / "none"), description.transforms, cpu, smaller_passes=True).extract(
+            images, lambda done: None
+        )
 
 
 def test_what_was_kept_before_memory_ran_out_is_not_passed_again(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlpipeline.backbones.features.SHARD_ROWS", 1)  # a step is a shard
     pictures = make_images(classes=2, each=20)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
     model, description = build("nets:resnet20", frozen=False)
     asked: list[int] = []
 
@@ -332,8 +336,8 @@ def test_what_was_kept_before_memory_ran_out_is_not_passed_again(make_images: Ca
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     model.trunk.register_forward_pre_hook(full)
-    reader = reader_of(model, Store(), description.transforms, torch.device("cpu"), alone=True)
-    (found,) = reader.read(Images(pictures, rows, description.transforms), lambda done: None)
+    reader = feature_extractor(model, Store(), description.transforms, torch.device("cpu"), smaller_passes=True)
+    (found,) = reader.extract(Images(pictures, rows, description.transforms), lambda done: None)
     assert len(found) == 40
     assert asked == [16, 16, 16, 8, *[4] * 6]  # 24 were missing
 
@@ -341,7 +345,7 @@ def test_what_was_kept_before_memory_ran_out_is_not_passed_again(make_images: Ca
 def test_a_trained_network_answers_for_fewer_images_at_a_time_where_memory_runs_out(make_images: Callable[..., Path]) -> None:
     """So that a fine-tuning whose batches fitted in parts is not lost in its validation."""
     pictures = make_images(classes=2, each=5)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
     model, description = build("nets:resnet20", frozen=False)
     images, cpu = Images(pictures, rows, description.transforms), torch.device("cpu")
     plain = probabilities(model, images, cpu, lambda done: None)
@@ -358,7 +362,7 @@ def test_a_trained_network_answers_for_fewer_images_at_a_time_where_memory_runs_
 def test_a_frozen_network_never_answers_for_fewer(make_images: Callable[..., Path]) -> None:
     """What is kept of it would depend on how much memory was free."""
     pictures = make_images(classes=2, each=5)
-    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SIDES)
+    rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
     model, description = build("nets:resnet20", frozen=True)
     asked = full_above(model, 5)
     with pytest.raises(PassTooLarge, match="a forward pass of 16 images"):

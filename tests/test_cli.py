@@ -882,7 +882,7 @@ def test_dvc_draws_no_bars_of_its_own_between_ours() -> None:
         def isatty(self) -> bool:
             return True
 
-    dvc.quiet()
+    dvc.silence()
     for bars in (Tqdm, OfData):
         with bars(total=3, file=Terminal()) as bar:
             assert bar.disable

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.helpers.datasets import hashes, laid_out, listed, md5, on, put, sides, tiny, with_large_class
 from tests.helpers.images import encoded, paint
 from tlpipeline.data import dataset, decoding
-from tlpipeline.data.dataset import Manifest, Row, ingest, read, read_manifest, write_manifest
+from tlpipeline.data.dataset import Manifest, Row, ingest, read_image, read_manifest, write_manifest
 from tlpipeline.data.decoding import decode
 from tlpipeline.data.splits import TEST, TRAIN, VAL, split_of
 from tlpipeline.errors import DataChanged, DataError
@@ -319,7 +319,7 @@ def test_the_same_images_give_the_same_bytes(make_images: Callable[..., Path], t
 def test_an_image_is_read_as_it_was_listed(make_images: Callable[..., Path]) -> None:
     images = make_images(classes=2, each=12)
     row = listed(images).rows[0]
-    assert np.array_equal(np.asarray(read(images, row)), np.asarray(paint(0, 0)))
+    assert np.array_equal(np.asarray(read_image(images, row)), np.asarray(paint(0, 0)))
 
 
 def test_an_image_that_changed_after_it_was_listed_is_refused_with_the_way_back(make_images: Callable[..., Path]) -> None:
@@ -327,7 +327,7 @@ def test_an_image_that_changed_after_it_was_listed_is_refused_with_the_way_back(
     row = listed(images).rows[0]
     paint(1, 99).save(images / row.path)
     with pytest.raises(DataChanged, match=rf"expected the image {row.path} as it was listed .* found other content .*dvc checkout"):
-        read(images, row)
+        read_image(images, row)
 
 
 def test_an_image_that_is_gone_after_it_was_listed_is_refused_with_the_way_back(make_images: Callable[..., Path]) -> None:
@@ -335,7 +335,7 @@ def test_an_image_that_is_gone_after_it_was_listed_is_refused_with_the_way_back(
     row = listed(images).rows[0]
     (images / row.path).unlink()
     with pytest.raises(DataChanged, match=rf"expected the image {row.path}, .* gone.*dvc checkout"):
-        read(images, row)
+        read_image(images, row)
 
 
 def test_a_listed_image_that_cannot_be_read_is_refused_with_the_way_out(make_images: Callable[..., Path]) -> None:
@@ -346,7 +346,7 @@ def test_a_listed_image_that_cannot_be_read_is_refused_with_the_way_out(make_ima
     with pytest.raises(
         DataError, match=rf"expected an image at {images / row.path}, but it cannot be read: Is a directory\. Make it readable"
     ):
-        read(images, row)
+        read_image(images, row)
 
 
 @pytest.mark.parametrize("at_least", [None, 8])
@@ -361,7 +361,7 @@ def test_a_listed_image_that_this_decoder_refuses_is_named_with_the_way_out(cont
         DataError,
         match=r"expected an image at .*picture\.jpg, but it cannot be read: (broken: .+|not an image)\. Replace it or leave it out",
     ):
-        read(tmp_path, row, at_least)
+        read_image(tmp_path, row, at_least)
 
 
 # --- folders that cannot be used ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tests.helpers.images import encoded, paint
 from tests.helpers.processes import run_python
 from tlpipeline.data import decoding
 from tlpipeline.data.decoding import decode
-from tlpipeline.data.loader import prepare
+from tlpipeline.data.loader import resize_and_crop
 from tlpipeline.data.transforms import Transforms
 
 WHITE, RED, BLACK = [255, 255, 255], [255, 0, 0], [0, 0, 0]
@@ -177,7 +177,7 @@ def test_a_jpeg_is_decoded_no_larger_than_it_is_needed_and_to_the_same_picture(s
     assert min(scaled.size) >= 2 * side
     assert scaled.width * scaled.height == pytest.approx(full.width * full.height * share, rel=0.02)
     transforms = Transforms(side, side, (0.5,) * 3, (0.5,) * 3, "bilinear")
-    one, other = (prepare(image, transforms).astype(int) for image in (full, scaled))
+    one, other = (resize_and_crop(image, transforms).astype(int) for image in (full, scaled))
     assert np.abs(one - other).mean() < 1.5
     assert np.abs(one - other).max() < 24
 
@@ -190,5 +190,5 @@ def test_a_jpeg_is_never_decoded_smaller_than_it_is_needed(short: int) -> None:
 
 
 def test_an_error_without_a_text_is_told_by_its_kind() -> None:
-    assert decoding.why(EOFError()) == "broken: EOFError"
-    assert decoding.why(OSError("cut off")) == "broken: cut off"
+    assert decoding.describe_error(EOFError()) == "broken: EOFError"
+    assert decoding.describe_error(OSError("cut off")) == "broken: cut off"

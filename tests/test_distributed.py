@@ -408,7 +408,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", made.start)
-    monkeypatch.setattr(ray_train, "cpus", lambda: 8)
+    monkeypatch.setattr(ray_train, "available_cpus", lambda: 8)
     return made
 
 
@@ -462,7 +462,7 @@ def test_workers_of_one_machine_share_its_cpus_for_computing(
 def test_workers_on_a_cluster_with_more_cpus_than_this_machine_compute_with_a_thread_each(
     joined: Asked, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_train, "cpus", lambda: 2)
+    monkeypatch.setattr(ray_train, "available_cpus", lambda: 2)
     with pytest.raises(ClusterError, match="they kept no checkpoint"):
         ray_train.run(job(decided(CASES[0])), replace(TWO, workers=8), "name", tmp_path / "runs", silent)
     assert joined.named["run_config"].worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == "1"

@@ -472,7 +472,7 @@ def test_what_is_said_to_be_trained_is_what_train_override_makes_of_it(tmp_path:
     assert "solve_again" in changed
     (tmp_path / "params.yaml").write_text(changed)
     assert "When that is done" not in release.decision_markdown(tmp_path)
-    assert [row["use"] for row in explain.probe_rows(*reversed(release.decided(tmp_path)))].count("read") == 1
+    assert [row["use"] for row in explain.probe_rows(*reversed(release.load_decision(tmp_path)))].count("read") == 1
 
 
 def test_mistakes_of_the_command_are_one_sentence_with_a_way_out(

@@ -69,7 +69,7 @@ def test_pooling_leaves_vectors_alone() -> None:
 def test_what_is_read_is_float32_at_least() -> None:
     trunk, maps = torch.nn.Identity(), randn(2, 3, 4, 4)
     for half in (False, True):
-        read = features.pooled(lambda inputs: [trunk(inputs), inputs.flatten(1)], [(1, 2)], half)  # type: ignore[arg-type]
+        read = features.with_pooling(lambda inputs: [trunk(inputs), inputs.flatten(1)], [(1, 2)], half)  # type: ignore[arg-type]
         assert {out.dtype for out in read(maps.bfloat16())} == {torch.float32}
         assert {out.dtype for out in read(maps.double())} == {torch.float64}
 
@@ -92,10 +92,10 @@ def test_memory_that_runs_out_in_a_pass_is_a_clear_error(make_images: Callable[.
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(ClusterError, match=r"expected room in the GPU's memory for a forward pass of 16 images of 32 pixels"):
-        list(features.passes(full, images, range(3), CPU))
+        list(features.forward_passes(full, images, range(3), CPU))
     monkeypatch.setattr(features, "normalize", full)
     with pytest.raises(ClusterError, match=r"Set data\.size lower"):
-        list(features.passes(lambda inputs: [inputs], images, range(3), CPU))
+        list(features.forward_passes(lambda inputs: [inputs], images, range(3), CPU))
 
 
 def test_features_of_an_image_are_the_same_bits_whatever_else_is_asked_about(listed: tuple[Path, list[Row]]) -> None:
@@ -111,14 +111,14 @@ def test_features_of_an_image_are_the_same_bits_whatever_else_is_asked_about(lis
 def test_a_frozen_network_reads_the_same_whatever_mode_it_was_left_in(listed: tuple[Path, list[Row]]) -> None:
     """BatchNorm would read by the statistics of a batch, and move its own."""
     net = catalogue.load("nets:resnet20", "none")
-    images, tap = Images(*listed, net.transforms), next(t for t in cutting.describe(net, 32) if t.name == "layer1.2")
+    images, tap = Images(*listed, net.transforms), next(t for t in cutting.measure_taps(net, 32) if t.name == "layer1.2")
     trunk = cutting.cut(net, ["layer1.2"])
     before = {key: value.clone() for key, value in trunk.state_dict().items()}
     (wanted,) = extract(trunk.eval(), [(1, 2)], images, CPU, lambda _: None)
     (found,) = extract(trunk.train(), [(1, 2)], images, CPU, lambda _: None)
     asked = FeatureExtractor(Store(), net, trunk, [TapPooling(tap.name, tap.channels, (1, 2))], net.transforms, CPU)
     trunk.train()
-    (kept,) = asked.read(images, lambda _: None)
+    (kept,) = asked.extract(images, lambda _: None)
     assert torch.equal(found, wanted)
     assert torch.equal(kept.all(), wanted)
     assert all(torch.equal(value, before[key]) for key, value in trunk.state_dict().items())
@@ -184,7 +184,7 @@ def test_what_is_no_number_is_told_with_the_image_and_the_tap_and_not_kept(make_
     folder = make_images(classes=2, each=6)
     rows = dataset.ingest(folder, {}, lambda done, total: None).rows
     backbone = catalogue.load("demonstration", "DEFAULT")
-    tap = next(t for t in cutting.describe(backbone, 32) if t.name == "conv2")
+    tap = next(t for t in cutting.measure_taps(backbone, 32) if t.name == "conv2")
     for value in (float("nan"), float("inf")):
         with torch.no_grad():
             next(backbone.module.parameters()).view(-1)[0] = value
@@ -193,7 +193,7 @@ def test_what_is_no_number_is_told_with_the_image_and_the_tap_and_not_kept(make_
         with pytest.raises(
             BackboneError, match=r"expected numbers at tap conv2, found infinities or NaN in .*\.png\. Are the network's weights"
         ):
-            reader.read(Images(folder, rows, backbone.transforms), lambda done: None)
+            reader.extract(Images(folder, rows, backbone.transforms), lambda done: None)
         assert reader.missing(rows).all()
 
 
@@ -201,7 +201,7 @@ def test_what_is_no_number_is_told_with_the_image_and_the_tap_and_not_kept(make_
 def test_of_all_taps_and_images_the_one_that_gives_no_number_is_named(tap: int, listed: tuple[Path, list[Row]]) -> None:
     folder, rows = listed
     net = catalogue.load("demonstration", "DEFAULT")
-    taps = [next(t for t in cutting.describe(net, 32) if t.name == name) for name in ("conv1", "conv2")]
+    taps = [next(t for t in cutting.measure_taps(net, 32) if t.name == name) for name in ("conv1", "conv2")]
     reader = FeatureExtractor(Store(), net, cutting.cut(net, ["conv1", "conv2"]), [pooling_at(t) for t in taps], net.transforms, CPU)
     plain = reader.network
 
@@ -212,4 +212,4 @@ def test_of_all_taps_and_images_the_one_that_gives_no_number_is_named(tap: int, 
 
     reader.network = spoilt
     with pytest.raises(BackboneError, match=rf"at tap {taps[tap].name}, found infinities or NaN in {rows[3].path}\."):
-        reader.read(Images(folder, rows, net.transforms), lambda done: None)
+        reader.extract(Images(folder, rows, net.transforms), lambda done: None)

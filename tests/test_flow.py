@@ -278,14 +278,14 @@ def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_
     assert versions.resolve(workspace, "workspace#prod").number == old.number
     assert git(workspace, "tag", "--list", "*#prod#*").splitlines() == [f"workspace#prod#{n}" for n in (1, 2, 3)], "history only grows"
 
-    rows = release.registered(workspace)
+    rows = release.version_rows(workspace)
     assert [row[:3] for row in rows] == [("workspace@v0.2.0", "", "large_similar"), ("workspace@v0.1.0", "prod", "small_similar")]
-    assert release.card_of(workspace, "workspace#prod").startswith("# workspace@v0.1.0")
-    assert "large_similar" in release.card_of(workspace, "workspace@v0.2")
-    taps = stages.taps_read(workspace)
+    assert release.model_card(workspace, "workspace#prod").startswith("# workspace@v0.1.0")
+    assert "large_similar" in release.model_card(workspace, "workspace@v0.2")
+    taps = stages.head_taps(workspace)
     assert len(taps) > 1, "the head that is solved last reads several"
-    assert f"the head reads {', '.join(taps)} |" in release.card_of(workspace, "workspace@v0.2")
-    assert (versions.folder(workspace, old) / "weights.safetensors").read_bytes() != (
+    assert f"the head reads {', '.join(taps)} |" in release.model_card(workspace, "workspace@v0.2")
+    assert (versions.model_folder(workspace, old) / "weights.safetensors").read_bytes() != (
         workspace / "model" / "weights.safetensors"
     ).read_bytes()
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest, norm
 
-from tlpipeline.evaluation.gate import MAJORITY, Verdict, against_champion, against_majority
+from tlpipeline.evaluation.gate import MAJORITY, Verdict, compare_with_champion, compare_with_majority
 from tlpipeline.evaluation.metrics import Predictions
 from tlpipeline.params import GateParams
 
@@ -37,7 +37,7 @@ def counted(wins: int, losses: int, both: int, neither: int = 0) -> tuple[np.nda
 
 
 def judged(challenger: np.ndarray, champion: np.ndarray, rule: GateParams, trained_on: frozenset[str] = frozenset()) -> Verdict:
-    return against_champion(answers(challenger), answers(champion), "net@v1", trained_on, rule)
+    return compare_with_champion(answers(challenger), answers(champion), "net@v1", trained_on, rule)
 
 
 # --- the p-values ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_images_that_the_champion_was_trained_on_are_left_out(rule: GateParams) 
 def test_where_nothing_can_be_compared_the_way_out_is_named() -> None:
     challenger = answers(np.ones(6, dtype=bool))
     champion = replace(challenger, labels=np.full(6, -1))
-    verdict = against_champion(challenger, champion, "net@v1", frozenset(), BETTER)
+    verdict = compare_with_champion(challenger, champion, "net@v1", frozenset(), BETTER)
     assert not verdict.accepted
     assert verdict.reason.startswith("rejected: no test image can be compared with net@v1; register it as a model of its own (data.name")
     assert "new since net@v1" in verdict.reason
@@ -174,7 +174,7 @@ def test_classes_that_the_champion_does_not_know_are_named_and_not_compared() ->
     labels = np.array([0, 1] * 50 + [2] * 30)
     challenger = answers(np.array([True] * 130), labels)
     champion = answers(np.array([True] * 80 + [False] * 50), np.where(labels == 2, -1, labels))
-    verdict = against_champion(challenger, champion, "net@v1", frozenset(), BETTER)
+    verdict = compare_with_champion(challenger, champion, "net@v1", frozenset(), BETTER)
     assert (verdict.images, verdict.wins, verdict.losses) == (100, 20, 0)
     assert verdict.new_classes == ("c",)
     assert "not compared: c, new since net@v1" in verdict.reason
@@ -190,7 +190,7 @@ def test_where_no_fair_image_is_left_nothing_is_accepted() -> None:
 
 def test_other_images_cannot_be_compared() -> None:
     with pytest.raises(AssertionError, match="same images"):
-        against_champion(answers(np.ones(5)), answers(np.ones(6)), "net@v1", frozenset(), BETTER)
+        compare_with_champion(answers(np.ones(5)), answers(np.ones(6)), "net@v1", frozenset(), BETTER)
 
 
 # --- classes that count alike ---------------------------------------------------------------------------------------------------------
@@ -210,13 +210,13 @@ def over(wins: tuple[int, int], losses: tuple[int, int], labels: np.ndarray = RA
 
 
 def judged_over(pair: tuple[np.ndarray, np.ndarray], rule: GateParams, uneven: bool = False, labels: np.ndarray = RARE) -> Verdict:
-    return against_champion(answers(pair[0], labels), answers(pair[1], labels), "net@v1", frozenset(), rule, uneven)
+    return compare_with_champion(answers(pair[0], labels), answers(pair[1], labels), "net@v1", frozenset(), rule, uneven)
 
 
 def test_a_model_that_finds_the_rare_class_is_better_than_one_that_never_does() -> None:
     """It finds eight of ten, and takes six of 190 others for them: no better by accuracy, and 38 points better where classes count alike."""
     found = answers(np.r_[np.ones(184), np.zeros(6), np.ones(8), np.zeros(2)] > 0, RARE)
-    by_accuracy, alike = (against_majority(found, "a", BETTER, uneven) for uneven in (False, True))
+    by_accuracy, alike = (compare_with_majority(found, "a", BETTER, uneven) for uneven in (False, True))
     assert (by_accuracy.accepted, by_accuracy.metric, by_accuracy.champion_score) == (False, "accuracy", 0.95)
     assert (alike.accepted, alike.metric, alike.champion_score) == (True, "balanced_accuracy", 0.5)
     assert alike.challenger_score == pytest.approx((184 / 190 + 8 / 10) / 2)
@@ -224,8 +224,8 @@ def test_a_model_that_finds_the_rare_class_is_better_than_one_that_never_does() 
         "accepted: balanced accuracy 88.4% against 50.0% of the majority class on the same 200 test images (8 won, 6 "
     )
     assert "paired permutation test" in alike.reason
-    assert not against_majority(found, "a", replace(BETTER, metric="accuracy"), uneven=True).accepted
-    assert against_majority(found, "a", ALIKE, uneven=False).accepted
+    assert not compare_with_majority(found, "a", replace(BETTER, metric="accuracy"), uneven=True).accepted
+    assert compare_with_majority(found, "a", ALIKE, uneven=False).accepted
 
 
 @pytest.mark.parametrize(("wins", "losses"), [((3, 2), (1, 0)), ((0, 5), (6, 1)), ((2, 0), (0, 1)), ((0, 0), (0, 0))])
@@ -289,18 +289,18 @@ def test_what_is_no_better_where_classes_count_alike_is_accepted_no_more_often_t
 def test_the_first_model_must_be_better_than_its_largest_class() -> None:
     rng = np.random.default_rng(0)
     labels = rng.choice(3, 200, p=[0.6, 0.2, 0.2])
-    good = against_majority(answers(rng.random(200) < 0.9, labels), "a", BETTER)
+    good = compare_with_majority(answers(rng.random(200) < 0.9, labels), "a", BETTER)
     assert good.accepted
     assert good.champion == MAJORITY
     assert good.champion_score == pytest.approx((labels == 0).mean())
-    assert not against_majority(answers(labels == 0, labels), "a", BETTER).accepted
-    assert not against_majority(answers(rng.random(200) < 0.6, labels), "a", BETTER).accepted
+    assert not compare_with_majority(answers(labels == 0, labels), "a", BETTER).accepted
+    assert not compare_with_majority(answers(rng.random(200) < 0.6, labels), "a", BETTER).accepted
 
 
 def test_the_first_model_is_held_to_better_whatever_the_rule() -> None:
     labels = np.array([0] * 300 + [1] * 300)
     constant = answers(labels == 0, labels)
-    assert not against_majority(constant, "a", NOT_WORSE).accepted
+    assert not compare_with_majority(constant, "a", NOT_WORSE).accepted
 
 
 # --- what it says ---------------------------------------------------------------------------------------------------------------------

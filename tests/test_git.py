@@ -36,8 +36,8 @@ def test_a_commit_takes_the_named_paths_only(workspace: Path) -> None:
     put(workspace, {"card.md": b"a", "other.md": b"b"})
     git.commit(workspace, "a card", ["card.md"])
     assert git.run(workspace, "show", "--name-only", "--format=%s") == "a card\n\ncard.md"
-    assert git.show(workspace, "HEAD", "card.md") == "a"
-    assert git.show(workspace, "HEAD", "other.md") is None
+    assert git.read_at(workspace, "HEAD", "card.md") == "a"
+    assert git.read_at(workspace, "HEAD", "other.md") is None
 
 
 def test_tags_are_given_with_the_commit_they_stand_on(workspace: Path) -> None:

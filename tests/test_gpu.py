@@ -16,9 +16,9 @@ from tests.helpers.training import decided, history
 from tlpipeline.backbones import catalogue, features, taps
 from tlpipeline.backbones import classifier as model
 from tlpipeline.backbones.classifier import Classifier
-from tlpipeline.backbones.features import FeatureExtractor, numerics, passes, pooled, pooling_at, step
+from tlpipeline.backbones.features import FeatureExtractor, forward_passes, numerics_key, pass_size, pooling_at, with_pooling
 from tlpipeline.backbones.pooling import TapPooling
-from tlpipeline.backbones.precision import extracts_in_bfloat16, on_tensor_cores
+from tlpipeline.backbones.precision import enable_tf32, extracts_in_bfloat16
 from tlpipeline.choice.cases import CASES
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset
@@ -122,21 +122,21 @@ def test_a_frozen_pass_lies_on_the_gpu_and_its_last_step_is_filled_up(job: Make,
     classifier.trunk.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     with pretended:
         moved(classifier)
-        ((batch, (out,)),) = passes(pooled(classifier.trunk, classifier.grids, half=True), images, range(5), GPU)
+        ((batch, (out,)),) = forward_passes(with_pooling(classifier.trunk, classifier.grids, half=True), images, range(5), GPU)
     assert (batch, out.shape, out.device, out.dtype) == ([0, 1, 2, 3, 4], (5, 320), GPU, torch.float32)
     assert seen == [(128, 3, 32, 32)]
 
 
 def test_a_gpu_takes_fewer_images_at_a_time_as_they_get_larger() -> None:
-    assert [step(GPU, side) for side in (32, 224, 225, 299, 384, 600)] == [128, 128, 64, 64, 32, 16]
-    assert {step(CPU, side) for side in (32, 224, 600)} == {16}
+    assert [pass_size(GPU, side) for side in (32, 224, 225, 299, 384, 600)] == [128, 128, 64, 64, 32, 16]
+    assert {pass_size(CPU, side) for side in (32, 224, 600)} == {16}
 
 
 def test_what_gpus_compute_is_kept_apart_by_their_model_and_number_format(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["T4", "T4", "A100", "A100"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names.pop())
-    assert len({numerics(GPU, 224, half) for half in (True, False, True, False)}) == 4
-    assert numerics(CPU, 224, False) == "cpu"
+    assert len({numerics_key(GPU, 224, half) for half in (True, False, True, False)}) == 4
+    assert numerics_key(CPU, 224, False) == "cpu"
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -173,8 +173,8 @@ def test_frozen_networks_read_in_bfloat16_on_gpus_that_have_it_unless_told_not_t
 def test_only_a_gpu_changes_how_float32_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
-    assert (on_tensor_cores(CPU), asked) == (CPU, [])
-    assert (on_tensor_cores(GPU), asked) == (GPU, ["high"])
+    assert (enable_tf32(CPU), asked) == (CPU, [])
+    assert (enable_tf32(GPU), asked) == (GPU, ["high"])
 
 
 def test_a_model_that_reads_in_bfloat16_says_so_and_is_read_again_as_such(
@@ -206,14 +206,14 @@ def test_features_of_an_image_in_bfloat16_are_the_same_bits_whatever_else_is_ask
     net = catalogue.load("demonstration", "DEFAULT")
     rows = dataset.read_manifest(Path(made.manifest)).used(TRAIN)[:20]
     trunk = taps.cut(net, ["conv3"])
-    tap = next(t for t in taps.describe(net, 32) if t.name == "conv3")
+    tap = next(t for t in taps.measure_taps(net, 32) if t.name == "conv3")
 
     def read(some: list[Any], threads: int) -> torch.Tensor:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             asked = FeatureExtractor(features.Store(), net, trunk, [pooling_at(tap)], net.transforms, CPU, half=True)
-            return asked.read(Images(Path(made.images), some, net.transforms), lambda done: None)[0].all()
+            return asked.extract(Images(Path(made.images), some, net.transforms), lambda done: None)[0].all()
         finally:
             torch.set_num_threads(before)
 

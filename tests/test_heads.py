@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tlpipeline.backbones.features import scaling
-from tlpipeline.data.cache import Column, Table
+from tlpipeline.data.cache import Column, FeatureTable
 from tlpipeline.training import heads
 from tlpipeline.training.heads import (
     PENALTIES,
@@ -35,13 +35,13 @@ def drawn(n: int, classes: int, separation: float = 1.0, seed: int = 0, width: i
     return torch.from_numpy(x).float(), labels
 
 
-def mapped(x: torch.Tensor, folder: Path) -> Table:
+def mapped(x: torch.Tensor, folder: Path) -> FeatureTable:
     names = [hashlib.md5(str(i).encode()).hexdigest() for i in range(len(x))]
     columns = [Column(folder / "a"), Column(folder / "b")]
     for column, part in zip(columns, x.split(BLOCKS, 1), strict=True):
         for start in range(0, len(x), 100):
             column.add(names[start : start + 100], part[start : start + 100])
-    return Table([column.rows(names) for column in columns])
+    return FeatureTable([column.rows(names) for column in columns])
 
 
 @pytest.mark.parametrize("classes", [2, 5])

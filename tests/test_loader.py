@@ -20,7 +20,7 @@ from tests.helpers.images import PLAIN
 from tlpipeline.data import dataset, decoding, loader, splits
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Images, in_batches, normalize, prepare, rank_slice, resized_cache, square_cache
+from tlpipeline.data.loader import Images, batch_ranges, normalize, rank_slice, resize_and_crop, resized_cache, square_cache
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import DataChanged
 
@@ -44,7 +44,7 @@ def test_an_input_is_what_the_weights_own_transforms_give(weights: Any, side: in
         preset = weights.DEFAULT.transforms(crop_size=side, resize_size=mine.resize)
     for size in ((300, 200), (200, 300), (256, 256), (mine.size, mine.size), (99, 31), (31, 100), (257, 256), (7, 300)):
         image = noise(*size)
-        pixels = prepare(image, mine)
+        pixels = resize_and_crop(image, mine)
         assert pixels.shape == (mine.size, mine.size, 3)
         assert pixels.dtype == np.uint8
         assert torch.allclose(normalize(torch.from_numpy(np.stack([pixels])), mine)[0], preset(image), atol=1e-6), size
@@ -61,15 +61,15 @@ def test_a_line_of_pixels_is_not_enlarged_as_a_whole(size: tuple[int, int], monk
         return plain(self, to, *rest)
 
     monkeypatch.setattr(Image.Image, "resize", resize)
-    found = prepare(image, PLAIN)
+    found = resize_and_crop(image, PLAIN)
     assert max(sides) == 128 * 32
     monkeypatch.setattr(loader, "ELONGATED", 10_000)
-    assert (found == prepare(image, PLAIN)).all()
+    assert (found == resize_and_crop(image, PLAIN)).all()
 
 
 def test_an_image_of_the_right_size_is_not_touched() -> None:
     image = noise(32, 32)
-    assert (prepare(image, PLAIN) == np.asarray(image)).all()
+    assert (resize_and_crop(image, PLAIN) == np.asarray(image)).all()
 
 
 def test_normalizing_is_per_channel() -> None:
@@ -90,12 +90,12 @@ def test_batches_come_in_order_with_each_image_as_it_is(listed: tuple[Path, list
     assert [list(indices) for indices, _ in given] == batches
     for indices, pixels in given:
         for index, found in zip(indices, pixels, strict=True):
-            assert (found.numpy() == prepare(dataset.read(folder, rows[index]), PLAIN)).all()
+            assert (found.numpy() == resize_and_crop(dataset.read_image(folder, rows[index]), PLAIN)).all()
 
 
 def test_consecutive_batches_hold_each_index_once() -> None:
-    assert [list(batch) for batch in in_batches(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert in_batches(0, 3) == []
+    assert [list(batch) for batch in batch_ranges(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert batch_ranges(0, 3) == []
 
 
 def test_training_changes_each_image_by_its_index_and_keeps_what_it_decoded(listed: tuple[Path, list[Row]]) -> None:
@@ -113,7 +113,7 @@ def test_training_changes_each_image_by_its_index_and_keeps_what_it_decoded(list
     images = Images(folder, rows, PLAIN, turned, decoded)
     (_, first), *_ = images.batches([range(len(rows))])
     assert sorted(seen) == list(range(len(rows)))
-    assert (first[3].numpy() == np.rot90(prepare(dataset.read(folder, rows[3]), PLAIN))).all()
+    assert (first[3].numpy() == np.rot90(resize_and_crop(dataset.read_image(folder, rows[3]), PLAIN))).all()
     for row in rows:
         (folder / row.path).unlink()
     (_, again), *_ = images.batches([range(len(rows))])  # the second epoch reads no file
@@ -134,7 +134,7 @@ def test_who_stops_early_does_not_wait_for_what_was_to_be_decoded_ahead(
             stopped.wait(60)
         return image
 
-    batches = Images(folder, rows, PLAIN, slow).batches(in_batches(len(rows), 1), ahead=100)
+    batches = Images(folder, rows, PLAIN, slow).batches(batch_ranges(len(rows), 1), ahead=100)
     next(batches)
     threading.Timer(0.2, stopped.set).start()
     batches.close()
@@ -156,7 +156,7 @@ def test_an_image_that_comes_back_is_asked_for_by_its_turn(listed: tuple[Path, l
 
 def test_a_squeezed_image_is_averaged_and_not_sampled(listed: tuple[Path, list[Row]]) -> None:
     folder, rows = listed
-    wanted = dataset.read(folder, rows[0]).resize((10, 10), Image.Resampling.BILINEAR)
+    wanted = dataset.read_image(folder, rows[0]).resize((10, 10), Image.Resampling.BILINEAR)
     assert (square_cache(Store(), folder, 10).pixels(rows[0]) == np.asarray(wanted)).all()
 
 
@@ -176,7 +176,7 @@ def test_what_another_run_decoded_meanwhile_is_not_decoded_again(
 
 def test_an_image_that_is_not_kept_is_made_to_the_same_pixels(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=2, each=4, size=100)
-    rows = dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)
+    rows = dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
     for make in (lambda store: square_cache(store, folder, 46), lambda store: resized_cache(store, folder, PLAIN)):
         kept, made = make(Store()), make(Store())
         kept.fill(rows[:5], lambda done: None)
@@ -208,7 +208,7 @@ def test_as_many_threads_decode_as_this_process_may_use_cpus_and_two_at_least(
 def test_an_image_that_changed_since_it_was_listed_stops_the_batches(listed: tuple[Path, list[Row]]) -> None:
     folder, rows = listed
     (folder / rows[5].path).write_bytes((folder / rows[6].path).read_bytes())
-    batches = Images(folder, rows, PLAIN).batches(in_batches(len(rows), 2))
+    batches = Images(folder, rows, PLAIN).batches(batch_ranges(len(rows), 2))
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(DataChanged, match=rows[5].path):
         next(batches)
@@ -255,12 +255,12 @@ def test_the_seconds_that_a_batch_is_waited_for_are_counted(make_images: Callabl
     monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     folder = make_images(classes=2, each=6)
     images = Images(folder, list(dataset.ingest(folder, {}, lambda done, total: None).rows), PLAIN)
-    assert len(list(images.batches(in_batches(12, 3)))) == 4
+    assert len(list(images.batches(batch_ranges(12, 3)))) == 4
     assert images.waited == 4.0
 
 
 def test_workers_of_one_machine_share_its_cpus_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "cpus", lambda: 16)
+    monkeypatch.setattr(decoding, "available_cpus", lambda: 16)
     assert loader._threads() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert loader._threads() == 4

@@ -21,7 +21,7 @@ from tlpipeline.choice.decide import choose
 from tlpipeline.choice.reasons import weaknesses
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.dataset import Row, ingest
-from tlpipeline.data.loader import normalize, prepare
+from tlpipeline.data.loader import normalize, resize_and_crop
 from tlpipeline.errors import DataError
 from tlpipeline.params import load
 from tlpipeline.profiling import gram, measure, shift
@@ -63,8 +63,8 @@ def test_with_very_many_classes_as_many_are_probed_as_have_eight_images() -> Non
 def test_the_profile_reads_only_training_and_validation_images(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_images(classes=3, each=30)
     seen: list[Row] = []
-    real = dataset.read
-    monkeypatch.setattr(dataset, "read", lambda root, row, *rest: (seen.append(row), real(root, row, *rest))[1])
+    real = dataset.read_image
+    monkeypatch.setattr(dataset, "read_image", lambda root, row, *rest: (seen.append(row), real(root, row, *rest))[1])
     measured(folder, images=64)
     assert seen
     assert {row.split for row in seen} <= {"train", "val"}
@@ -73,10 +73,10 @@ def test_the_profile_reads_only_training_and_validation_images(make_images: Call
 def test_the_half_of_validation_that_judges_is_never_looked_at(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_images(classes=3, each=60)
     manifest = ingest(folder, {}, lambda done, total: None)
-    judging = {row.md5 for row in manifest.used("val") if not splits.selects(row.md5)}
+    judging = {row.md5 for row in manifest.used("val") if not splits.in_selection_half(row.md5)}
     seen: list[Row] = []
-    real = dataset.read
-    monkeypatch.setattr(dataset, "read", lambda root, row, *rest: (seen.append(row), real(root, row, *rest))[1])
+    real = dataset.read_image
+    monkeypatch.setattr(dataset, "read_image", lambda root, row, *rest: (seen.append(row), real(root, row, *rest))[1])
     found = measured(folder, manifest)
     assert judging
     assert not judging & {row.md5 for row in seen}
@@ -354,7 +354,7 @@ def test_head_similarity_is_higher_for_the_source_than_for_other_real_sets(real_
     similarity = {}
     for name in ("cifar10", "neu_steel", "sign_digits"):
         pictures, labels = take(real_data / f"{name}.tar.gz", 20)
-        inputs = torch.from_numpy(np.stack([prepare(picture, net.transforms) for picture in pictures]))
+        inputs = torch.from_numpy(np.stack([resize_and_crop(picture, net.transforms) for picture in pictures]))
         with torch.inference_mode():
             chances = net.module(normalize(inputs, net.transforms)).softmax(1).double().numpy()
         similarity[name] = head_similarity(chances, np.array(labels))
@@ -372,7 +372,7 @@ def test_heads_are_held_against_images_of_classes_that_they_know(tmp_path: Path)
     manifest = ingest(folder, {}, lambda done, total: None)
     found = measured(folder, manifest, images=64)
     known = {r.label for r in measure.sample(manifest.used("train"), 256, 0)}
-    aside = [r for r in manifest.used("val") if splits.selects(r.md5)]
+    aside = [r for r in manifest.used("val") if splits.in_selection_half(r.md5)]
     assert found.probed == len(known) == 37
     assert 0 < found.held_out == sum(r.label in known for r in aside) < len(aside)
 

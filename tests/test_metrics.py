@@ -23,16 +23,16 @@ from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.data import dataset
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.loader import Images
-from tlpipeline.data.splits import SIDES
+from tlpipeline.data.splits import SPLIT_NAMES
 from tlpipeline.evaluation.metrics import (
     Predictions,
     calibration_error,
+    class_counts,
+    compute_metrics,
     confusion,
-    counts,
-    metrics,
-    predictions,
+    make_predictions,
     read_predictions,
-    worst,
+    worst_mistakes,
     write_confusion,
     write_predictions,
 )
@@ -54,7 +54,7 @@ def of(labels: list[int], chances: list[list[float]]) -> Predictions:
 
 
 def plain(found: Predictions, confidence: float = 0.95) -> dict[str, float]:
-    return metrics(found, confidence, {label: 1 for label in found.classes})
+    return compute_metrics(found, confidence, {label: 1 for label in found.classes})
 
 
 # --- the figures ----------------------------------------------------------------------------------------------------------------------
@@ -66,13 +66,13 @@ def test_the_figures_are_those_of_the_reference_implementation(n: int, classes: 
     if absent is not None and absent >= classes:
         absent = 1
     found = drawn(n, classes, seed=n, absent=absent)
-    said = metrics(found, 0.95, {label: i for i, label in enumerate(found.classes)})
+    said = compute_metrics(found, 0.95, {label: i for i, label in enumerate(found.classes)})
     y, guess = found.labels, found.predicted
     present = sorted(set(y.tolist()))
     assert said["accuracy"] == pytest.approx(accuracy_score(y, guess), abs=1e-6)
     assert said["macro_f1"] == pytest.approx(f1_score(y, guess, labels=present, average="macro", zero_division=0), abs=1e-6)
     assert said["log_loss"] == pytest.approx(
-        log_loss(y, found.chances / found.chances.sum(1, keepdims=True, dtype=float), labels=range(classes)), abs=1e-5
+        log_loss(y, found.probabilities / found.probabilities.sum(1, keepdims=True, dtype=float), labels=range(classes)), abs=1e-5
     )
     assert (confusion(found) == confusion_matrix(y, guess, labels=range(classes))).all()
     # Balanced accuracy as the mean recall of the classes that are there.
@@ -97,7 +97,7 @@ def test_a_class_without_test_images_is_named_and_lowers_nothing() -> None:
 
 def test_the_majority_class_is_that_of_the_training_images() -> None:
     found = drawn(100, 3)
-    said = metrics(found, 0.95, {"class 0": 5, "class 1": 90, "class 2": 90})
+    said = compute_metrics(found, 0.95, {"class 0": 5, "class 1": 90, "class 2": 90})
     assert said["majority_class"] == "class 1"  # of two equal ones the first
     assert said["majority_accuracy"] == pytest.approx((found.labels == 1).mean())
 
@@ -144,9 +144,9 @@ def test_metrics_are_json_without_a_negative_zero() -> None:
 
 def test_the_worst_mistakes_are_the_most_confident_ones() -> None:
     found = of([0, 0, 1, 1, 0], [[0.2, 0.8], [0.9, 0.1], [0.99, 0.01], [0.4, 0.6], [0.4, 0.6]])
-    assert worst(found, 10) == [2, 0, 4]
-    assert worst(found, 1) == [2]
-    assert worst(of([0], [[1.0, 0.0]]), 5) == []
+    assert worst_mistakes(found, 10) == [2, 0, 4]
+    assert worst_mistakes(found, 1) == [2]
+    assert worst_mistakes(of([0], [[1.0, 0.0]]), 5) == []
 
 
 # --- rows and predictions -------------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def row(label: str, md5: str) -> Row:
 
 def test_rows_and_probabilities_are_put_together_by_the_names_of_the_classes() -> None:
     rows = [row("cat", "1"), row("ant", "2"), row("new", "3")]
-    found = predictions(rows, ["ant", "bee", "cat"], np.eye(3, dtype=np.float32)[[2, 1, 0]])
+    found = make_predictions(rows, ["ant", "bee", "cat"], np.eye(3, dtype=np.float32)[[2, 1, 0]])
     assert found.md5 == ("1", "2", "3")
     assert found.labels.tolist() == [2, 0, -1]
     assert found.correct.tolist() == [True, False, False]  # what the model does not know it cannot get right
@@ -166,7 +166,7 @@ def test_rows_and_probabilities_are_put_together_by_the_names_of_the_classes() -
 
 
 def test_images_are_counted_by_class() -> None:
-    assert counts([row("b", "1"), row("a", "2"), row("b", "3")]) == {"a": 1, "b": 2}
+    assert class_counts([row("b", "1"), row("a", "2"), row("b", "3")]) == {"a": 1, "b": 2}
 
 
 def test_each_image_is_counted_once(make_images: Callable[..., Path]) -> None:
@@ -174,11 +174,11 @@ def test_each_image_is_counted_once(make_images: Callable[..., Path]) -> None:
     for original in list(folder.rglob("00[0-3].png")):
         (original.parent / f"copy of {original.name}").write_bytes(original.read_bytes())
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
-    rows = manifest.used(*SIDES)
+    rows = manifest.used(*SPLIT_NAMES)
     net = catalogue.load("demonstration", "none")
     model = Classifier(net, [TapPooling("conv1", 32, (1,))], 3, frozen=True)
     chances = probabilities(model, Images(folder, rows, net.transforms), torch.device("cpu"), lambda _: None)
-    found = predictions(rows, manifest.classes, chances.numpy())
+    found = make_predictions(rows, manifest.classes, chances.numpy())
     assert len(manifest.rows) == 24 + 12
     assert len(set(found.md5)) == len(found.md5) == plain(found)["images"] == confusion(found).sum() == 24
 
@@ -188,20 +188,20 @@ def test_each_image_is_counted_once(make_images: Callable[..., Path]) -> None:
 
 def test_predictions_survive_the_way_to_disk_and_back(tmp_path: Path) -> None:
     found = drawn(50, 4)
-    found = Predictions(found.md5, ("plain", "p:odd", 'with "quotes", commas', "größe"), found.labels, found.chances)
+    found = Predictions(found.md5, ("plain", "p:odd", 'with "quotes", commas', "größe"), found.labels, found.probabilities)
     write_predictions(found, tmp_path / "predictions.parquet")
     back = read_predictions(tmp_path / "predictions.parquet")
     assert (back.md5, back.classes) == (found.md5, found.classes)
     assert (back.labels == found.labels).all()
-    assert (back.chances == found.chances).all()
-    assert back.chances.dtype == np.float32
+    assert (back.probabilities == found.probabilities).all()
+    assert back.probabilities.dtype == np.float32
     write_predictions(back, tmp_path / "again.parquet")
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "predictions.parquet").read_bytes()
 
 
 def test_the_confusion_matrix_is_written_as_one_line_an_image(tmp_path: Path) -> None:
     found = of([0, 1, 1], [[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
-    found = Predictions(found.md5, ('a "b", c', "d"), found.labels, found.chances)
+    found = Predictions(found.md5, ('a "b", c', "d"), found.labels, found.probabilities)
     write_confusion(found, tmp_path / "plots" / "confusion.csv")
     with (tmp_path / "plots" / "confusion.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))
@@ -209,4 +209,4 @@ def test_the_confusion_matrix_is_written_as_one_line_an_image(tmp_path: Path) ->
 
 
 def test_of_equal_majorities_the_first_by_name_is_taken_in_whatever_order_they_come() -> None:
-    assert metrics(drawn(100, 3), 0.95, {"class 2": 90, "class 1": 90, "class 0": 5})["majority_class"] == "class 1"
+    assert compute_metrics(drawn(100, 3), 0.95, {"class 2": 90, "class 1": 90, "class 0": 5})["majority_class"] == "class 1"

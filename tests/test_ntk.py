@@ -110,7 +110,7 @@ def test_gradients_read_what_the_last_layer_threw_away() -> None:
 def test_every_kind_of_network_has_a_tangent_kernel(name: str) -> None:
     size = 64 if name == "vit_b_16" else 32
     net = catalogue.load(name, "none", size=size)
-    trunk = taps.cut(net, [taps.describe(net, size)[-1].name])
+    trunk = taps.cut(net, [taps.measure_taps(net, size)[-1].name])
     found = kernel(trunk, images(3, size))
     assert found.shape == (3, 3)
     assert np.isfinite(found).all()

@@ -153,7 +153,7 @@ def test_a_race_that_stops_early_is_not_won_by_fine_tuning(setting: Setting, mon
 def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     decision, _ = setting.run(OPEN, monkeypatch, "judges")
     assert decision.race is not None
-    judges = [row for row in setting.manifest.used(splits.VAL) if not splits.selects(row.md5)]
+    judges = [row for row in setting.manifest.used(splits.VAL) if not splits.in_selection_half(row.md5)]
     assert {look.images for look in decision.race.looks} == {len(judges)}
     assert setting.profile.held_out == len(setting.manifest.used(splits.VAL)) - len(judges)
 

@@ -35,7 +35,7 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     git.run(other, "tag", "--annotate", "-m", "elsewhere", "workspace#prod#1", version.commit)
     git.run(other, "push", "--quiet", "--tags", "origin")
     # The gate asks who is in production before it judges.
-    monkeypatch.setattr(versions, "registered_as", lambda *_: None)
+    monkeypatch.setattr(versions, "find_registered", lambda *_: None)
     verdict = release.evaluate_gate(registered, silent)
     assert verdict is not None
     assert verdict.champion == str(version)

@@ -23,7 +23,7 @@ from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.decoding import decode
-from tlpipeline.data.loader import Images, normalize, prepare
+from tlpipeline.data.loader import Images, normalize, resize_and_crop
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError, DataError
 from tlpipeline.profiling import shift
@@ -176,7 +176,7 @@ class Smoothing(nn.Module):
 def painted(count: int, change: Callable[[Image.Image], Image.Image] = lambda image: image, start: int = 0) -> list[Tensor]:
     """Inputs of the painted images, after a change, in batches of 32."""
     plain = Transforms(32, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear")
-    pixels = [prepare(change(paint(i % 3, start + i)), plain) for i in range(count)]
+    pixels = [resize_and_crop(change(paint(i % 3, start + i)), plain) for i in range(count)]
     return list(normalize(torch.from_numpy(np.stack(pixels)), plain).split(32))
 
 
@@ -338,7 +338,7 @@ def listed(tmp_path: Path) -> tuple[Path, list[Row]]:
         (folder / f"class{label}").mkdir(parents=True)
         for index in range(100):
             dimmed(paint(label, index)).save(folder / f"class{label}" / f"{index}.png")
-    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SIDES)
+    return folder, dataset.ingest(folder, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
 
 
 def reference_of(net: Backbone, root: Path, rows: Sequence[Row]) -> Reference:
@@ -356,7 +356,7 @@ def pooled(net: Backbone, root: Path, rows: Sequence[Row], invert: bool = False)
 def test_other_images_of_the_source_lie_near_the_reference_and_inverted_ones_far(name: str, listed: tuple[Path, list[Row]]) -> None:
     root, rows = listed
     net = catalogue.load(name, "none")
-    pixels = np.stack([prepare(dataset.read(root, row), net.transforms) for row in rows[:128]])
+    pixels = np.stack([resize_and_crop(dataset.read_image(root, row), net.transforms) for row in rows[:128]])
     net = shift.random_reference(net, [normalize(torch.from_numpy(pixels), net.transforms)], 0)
     told: list[int] = []
     net.module.train()
@@ -440,7 +440,7 @@ def archived(archive: Path, each: int, net: Backbone) -> Iterator[Tensor]:
                 break
             if member.isfile() and taken.setdefault(label, 0) < each:
                 taken[label] += 1
-                pixels.append(prepare(decode(file.extractfile(member).read()), net.transforms))  # type: ignore[union-attr]
+                pixels.append(resize_and_crop(decode(file.extractfile(member).read()), net.transforms))  # type: ignore[union-attr]
     yield from normalize(torch.from_numpy(np.stack(pixels)), net.transforms).split(64)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.catalogue import load
-from tlpipeline.backbones.taps import Backbone, cut, describe, input_size, resolve_tap
+from tlpipeline.backbones.taps import Backbone, cut, input_size, measure_taps, resolve_tap
 from tlpipeline.errors import BackboneError
 
 # A representative of each family: input side, kind of normalization, taps.
@@ -123,7 +123,7 @@ def test_what_lies_behind_the_cut_is_neither_kept_nor_run(net: Backbone) -> None
 
 
 def test_a_deeper_tap_costs_more_and_keeps_more(net: Backbone) -> None:
-    taps = describe(net, images(net).shape[2])
+    taps = measure_taps(net, images(net).shape[2])
     assert tuple(t.name for t in taps) == net.tap_names
     for shallow, deep in itertools.pairwise(taps):
         assert shallow.forward_ops <= deep.forward_ops
@@ -141,7 +141,7 @@ def test_the_kind_of_normalization_is_known(net: Backbone) -> None:
 
 
 def test_a_tap_has_the_shape_and_the_cost_that_hand_calculation_gives() -> None:
-    taps = describe(load("demonstration", "none"), 32)
+    taps = measure_taps(load("demonstration", "none"), 32)
     assert [(t.channels, t.height, t.width) for t in taps] == [(32, 16, 16), (64, 8, 8), (128, 4, 4), (256, 1, 1), (128, 1, 1)]
     assert taps[0].parameters == 3 * 32 * 9 + 32
     assert taps[1].forward_ops - taps[0].forward_ops == 2 * 32 * 64 * 9 * 16 * 16
@@ -150,7 +150,7 @@ def test_a_tap_has_the_shape_and_the_cost_that_hand_calculation_gives() -> None:
 
 def test_attention_counts_as_work() -> None:
     net = load("vit_b_16", "none", size=64)
-    first, second = describe(replace(net, tap_names=net.tap_names[:2]), 64)
+    first, second = measure_taps(replace(net, tap_names=net.tap_names[:2]), 64)
     tokens, width = 4 * 4 + 1, 768
     block = 2 * tokens * width * (3 * width + width + 2 * 4 * width) + 2 * 2 * tokens * tokens * width
     assert second.forward_ops - first.forward_ops == block

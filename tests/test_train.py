@@ -954,14 +954,14 @@ def test_a_batch_grows_until_each_worker_has_two_images_of_it(worlds: Worlds) ->
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The images that are passed through a network while it is not trained, in order."""
     seen: list[str] = []
-    plain = features.passes
+    plain = features.forward_passes
 
     def passes(network: Any, images: Images, indices: Any, *rest: Any, **named: Any) -> Iterator[Any]:
         for batch, outputs in plain(network, images, indices, *rest, **named):
             seen.extend(images.rows[i].md5 for i in batch)
             yield batch, outputs
 
-    monkeypatch.setattr("tlpipeline.backbones.features.passes", passes)
+    monkeypatch.setattr("tlpipeline.backbones.features.forward_passes", passes)
     monkeypatch.setattr("tlpipeline.backbones.classifier.passes", passes)
     return seen
 
@@ -1027,8 +1027,8 @@ def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, p
     set_param(workspace, "choose.case", "small_similar")
     stages.ingest(workspace, silent)
     manifest = dataset.read_manifest(workspace / stages.MANIFEST)
-    train, val, test = ({row.md5 for row in manifest.used(side)} for side in splits.SIDES)
-    profiled = train | {row.md5 for row in manifest.used("val") if splits.selects(row.md5)}
+    train, val, test = ({row.md5 for row in manifest.used(side)} for side in splits.SPLIT_NAMES)
+    profiled = train | {row.md5 for row in manifest.used("val") if splits.in_selection_half(row.md5)}
     wanted = {"profile": profiled, "choose": set(), "train": val - profiled, "evaluate": test}
     for name, images in wanted.items():
         stages.STAGES[name](workspace, silent)

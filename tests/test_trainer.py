@@ -58,7 +58,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0
 
 def test_blocks_nearer_to_the_images_get_smaller_rates() -> None:
     net = catalogue.load("demonstration", "DEFAULT")
-    blocks = taps.blocks(net, "fc2")
+    blocks = taps.parameters_by_tap(net, "fc2")
     assert [len(block) for block in blocks] == [2] * 5
     found = shares(blocks, 0.5)
     assert found["conv1.0.weight"] == 0.5**5

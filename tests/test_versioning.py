@@ -93,8 +93,8 @@ def test_init_makes_a_workspace_with_everything_committed(workspace: Path) -> No
 
 
 def test_init_versions_and_publishes_every_image(workspace: Path) -> None:
-    assert len(versioning.files(workspace, "images")) == 72
-    assert not versioning.changed(workspace, "images")
+    assert len(versioning.tracked_files(workspace, "images")) == 72
+    assert not versioning.has_changed(workspace, "images")
     assert len([p for p in (workspace / ".dvc-remote").rglob("*") if p.is_file()]) == 73  # and the list of them
 
 
@@ -164,7 +164,7 @@ def test_a_remote_is_written_as_it_was_meant(tmp_path: Path, monkeypatch: Any) -
     }
     for name, (remote, written) in zip("abcd", meant.items(), strict=True):
         (tmp_path / name).mkdir()
-        versioning.create(tmp_path / name, remote)
+        versioning.init(tmp_path / name, remote)
         assert f"url = {written}\n" in (tmp_path / name / ".dvc" / "config").read_text()
 
 
@@ -210,17 +210,17 @@ def test_a_small_class_gets_its_sides_once_and_lines_are_only_appended(workspace
     create.commit_data(workspace)
     assert splits.read_text().startswith(first)
     assert [line.split(",")[1:] for line in splits.read_text()[len(first) :].splitlines()] == [[VAL, "tiny"], [TRAIN, "tiny"]]
-    assert git.show(workspace, "HEAD", stages.SPLITS) == splits.read_text().strip()
+    assert git.read_at(workspace, "HEAD", stages.SPLITS) == splits.read_text().strip()
 
 
 def test_new_images_are_versioned_committed_and_published(workspace: Path) -> None:
     before = versioning.data_hash(workspace, "images")
     paint(0, 500).save(workspace / "images" / "class0" / "new.png")
-    assert versioning.changed(workspace, "images")
+    assert versioning.has_changed(workspace, "images")
     digest, _ = create.commit_data(workspace, "one more")
     assert digest == versioning.data_hash(workspace, "images") != before
-    assert not versioning.changed(workspace, "images")
-    assert "class0/new.png" in versioning.files(workspace, "images")
+    assert not versioning.has_changed(workspace, "images")
+    assert "class0/new.png" in versioning.tracked_files(workspace, "images")
     assert git.run(workspace, "show", "--name-only", "--format=%s") == "one more\n\nimages.dvc"
     assert versioning.push(workspace) == 0
 
@@ -230,7 +230,7 @@ def test_images_come_back_as_they_were_at_a_commit_even_without_the_cache(worksp
     paint(0, 500).save(workspace / "images" / "class0" / "000.png")
     create.commit_data(workspace)
     shutil.rmtree(workspace / ".dvc" / "cache")
-    versioning.get(workspace, commit, "images", tmp_path / "images")
+    versioning.download(workspace, commit, "images", tmp_path / "images")
     assert contents(tmp_path, "images") == before
 
 
@@ -238,7 +238,7 @@ def test_what_is_neither_in_the_cache_nor_in_the_remote_is_refused(workspace: Pa
     shutil.rmtree(workspace / ".dvc" / "cache")
     shutil.rmtree(workspace / ".dvc-remote")
     with pytest.raises(WorkspaceError, match="expected images of HEAD in the DVC cache or its remote, but"):
-        versioning.get(workspace, "HEAD", "images", tmp_path / "images")
+        versioning.download(workspace, "HEAD", "images", tmp_path / "images")
 
 
 def test_a_push_without_a_remote_is_refused_with_the_command_that_adds_one(workspace: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_remote_whose_package_is_not_installed_is_told_with_what_to_install(wo
     assert not isinstance(caught.value, Unreachable)  # a second try does not help
     shutil.rmtree(workspace / ".dvc" / "cache")
     with pytest.raises(WorkspaceError, match="requires 'dvc-s3' to be installed"):
-        versioning.get(workspace, "HEAD", "images", workspace / "again")
+        versioning.download(workspace, "HEAD", "images", workspace / "again")
 
 
 def test_what_dvc_cannot_version_is_refused_and_named_when_the_data_are_committed(workspace: Path) -> None:
@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_read_is_told_and_not_left_out(workspace: Path, 
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match=r"expected to read the folder .*class0, but: Permission denied\. Make it readable"):
-        dataset.files(workspace / "images")
+        dataset.list_files(workspace / "images")
 
 
 def test_images_that_were_not_versioned_are_before_others_take_their_place(workspace: Path, make_images: Callable[..., Path]) -> None:
@@ -316,7 +316,7 @@ def test_images_that_were_not_versioned_are_before_others_take_their_place(works
     create.replace_images(workspace, make_images(2, 5))
     assert not (workspace / "images" / "class0" / "only here.png").exists()
     assert git.run(workspace, "show", "--name-only", "--format=%s") == "Images before others took their place\n\nimages.dvc"
-    versioning.get(workspace, "HEAD", "images", workspace / "before")
+    versioning.download(workspace, "HEAD", "images", workspace / "before")
     assert (workspace / "before" / "class0" / "only here.png").is_file()
 
 

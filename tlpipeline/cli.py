@@ -161,7 +161,7 @@ def explain(
 
     if markdown and json:
         raise PipelineError("expected one of --markdown and --json, found both. Leave one out.")
-    decision, profile = release.decided(workspace)
+    decision, profile = release.load_decision(workspace)
     if json:
         from json import dumps
 
@@ -228,7 +228,7 @@ def predict(
     """Print class and probability of images; of files that cannot be read it is said why, and the exit code is 2."""
     from tlpipeline.workspace import release
 
-    found, left = release.predicted(workspace, model, images)
+    found, left = release.predict_images(workspace, model, images)
     if json:
         import dataclasses
         from json import dumps
@@ -269,7 +269,7 @@ def data_commit(
     if os.environ.get("PREFECT_API_URL"):
         from tlpipeline.flows.retrain import announce
 
-        announce(create.name_of(workspace), digest, images)
+        announce(create.model_name(workspace), digest, images)
         print("event tlpipeline.data.updated emitted")
         if unheard := create.missing_trigger(workspace):
             print(unheard)
@@ -285,7 +285,7 @@ def registry_list(workspace: Workspace = Path()) -> None:
     """List the registered versions, newest first."""
     from tlpipeline.workspace import release
 
-    rows = release.registered(workspace)
+    rows = release.version_rows(workspace)
     if not rows:
         print("nothing is registered yet")
         return
@@ -299,7 +299,7 @@ def registry_show(
     """Print the model card of a version."""
     from tlpipeline.workspace import release
 
-    print(release.card_of(workspace, version))
+    print(release.model_card(workspace, version))
 
 
 @registry.command("promote")
@@ -340,7 +340,7 @@ def cache_info(workspace: Workspace = Path()) -> None:
     """Say what is kept, what was used last first, and how much of cache.max_gb it takes."""
     from tlpipeline.workspace import create
 
-    rows, summary = create.cached(workspace)
+    rows, summary = create.cache_rows(workspace)
     if rows:
         _table(("what", "files", "MB", "last used"), rows)
     print(summary)

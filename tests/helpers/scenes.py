@@ -12,7 +12,7 @@ from PIL import Image
 from tests.helpers.workspaces import REPOSITORY
 from tlpipeline.backbones import catalogue
 from tlpipeline.data.dataset import Manifest, ingest
-from tlpipeline.data.loader import normalize, prepare
+from tlpipeline.data.loader import normalize, resize_and_crop
 from tlpipeline.params import load
 from tlpipeline.profiling import measure
 from tlpipeline.profiling.profile import Profile
@@ -72,7 +72,7 @@ def own_pairs(each: int = 80, pool: int = 3000) -> list[tuple[str, np.ndarray]]:
     """
     net = catalogue.load("demonstration", "DEFAULT")
     pixels = [scene(i, seed=11).clip(0, 255).astype(np.uint8) for i in range(pool)]
-    inputs = torch.from_numpy(np.stack([prepare(Image.fromarray(p), net.transforms) for p in pixels]))
+    inputs = torch.from_numpy(np.stack([resize_and_crop(Image.fromarray(p), net.transforms) for p in pixels]))
     with torch.inference_mode():
         chances, taken = (values.numpy() for values in net.module(normalize(inputs, net.transforms)).softmax(1).max(1))
     pairs: list[tuple[str, np.ndarray]] = []

@@ -177,7 +177,7 @@ def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
     return _assemble("demonstration", weights, fingerprint, _seeded(partial(Demonstration, classes), seed), state, fixed=True)
 
 
-def own_factory(name: str) -> Callable[..., Any]:
+def custom_factory(name: str) -> Callable[..., Any]:
     """Return what makes an own network, named package.module:callable.
 
     Raises:
@@ -203,7 +203,7 @@ def own_factory(name: str) -> Callable[..., Any]:
 
 
 def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
-    factory = own_factory(name)
+    factory = custom_factory(name)
     if weights == DEFAULT:
         raise BackboneError(
             f"expected a weights file for the own network {name}, found DEFAULT. Set backbone.weights to its path, or to none."

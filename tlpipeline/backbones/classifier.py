@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tlpipeline.backbones import catalogue, taps
-from tlpipeline.backbones.features import FeatureExtractor, passes, pooled, step
+from tlpipeline.backbones.features import FeatureExtractor, forward_passes, pass_size, with_pooling
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data.cache import Store
-from tlpipeline.data.loader import Images, in_batches
+from tlpipeline.data.loader import Images, batch_ranges
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError, PassTooLarge, RegistryError
 from tlpipeline.files import write_json, write_tensors
@@ -91,7 +91,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled readings (batch, features)."""
-        return torch.cat(pooled(self.trunk, self.grids, self.in_bfloat16)(images), dim=1)
+        return torch.cat(with_pooling(self.trunk, self.grids, self.in_bfloat16)(images), dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (batch, classes)."""
@@ -168,19 +168,19 @@ def probabilities(
     """
     model.eval()
     if store is not None and isinstance(model, Classifier) and model.frozen:
-        reader = reader_of(model, store, images.transforms, device, model.in_bfloat16)
+        reader = feature_extractor(model, store, images.transforms, device, model.in_bfloat16)
         known = len(images) - int(reader.missing(images.rows).sum())
         progress(known)
-        features = reader.read(images, lambda done: progress(known + done))
+        features = reader.extract(images, lambda done: progress(known + done))
         parts = []
-        size = step(device, images.transforms.size)
-        for part in in_batches(len(images), size):
+        size = pass_size(device, images.transforms.size)
+        for part in batch_ranges(len(images), size):
             x = torch.cat([rows.take(slice(part.start, part.stop)) for rows in features], dim=1).to(device)
             with torch.inference_mode():
                 parts.append(model.head(_filled(x, size))[: len(x)].float().softmax(1).cpu())
         if parts:
             return torch.cat(parts)
-    size = step(device, images.transforms.size)
+    size = pass_size(device, images.transforms.size)
     while True:
         try:
             return _passed(model, images, device, progress, size)
@@ -194,7 +194,7 @@ def probabilities(
 def _passed(model: nn.Module, images: Images, device: torch.device, progress: Callable[[int], None], size: int) -> Tensor:
     """Return what `probabilities` does, by passes of so many images."""
     done, parts = 0, []
-    for batch, (logits,) in passes(lambda inputs: [model(inputs)], images, range(len(images)), device, size=size):
+    for batch, (logits,) in forward_passes(lambda inputs: [model(inputs)], images, range(len(images)), device, size=size):
         parts.append(logits.float().softmax(1).cpu())
         done += len(batch)
         progress(done)
@@ -206,11 +206,13 @@ def _passed(model: nn.Module, images: Images, device: torch.device, progress: Ca
     return torch.cat(parts)
 
 
-def reader_of(
-    model: Classifier, store: Store, transforms: Transforms, device: torch.device, half: bool = False, alone: bool = False
+def feature_extractor(
+    model: Classifier, store: Store, transforms: Transforms, device: torch.device, half: bool = False, smaller_passes: bool = False
 ) -> FeatureExtractor:
     """Return what reads images with the classifier's backbone as it is now; `half`: in bfloat16; `alone`: nobody else will with these weights."""
-    return FeatureExtractor(store, model.backbone[0], model.trunk, model.readings, transforms, device, half=half, alone=alone)
+    return FeatureExtractor(
+        store, model.backbone[0], model.trunk, model.readings, transforms, device, half=half, smaller_passes=smaller_passes
+    )
 
 
 def _filled(x: Tensor, size: int) -> Tensor:

@@ -17,9 +17,9 @@ from tlpipeline.backbones import taps
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.precision import autocast
 from tlpipeline.backbones.taps import Backbone, Tap
-from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
+from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, MappedRows, Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import FORMAT, Images, in_batches, normalize
+from tlpipeline.data.loader import FORMAT, Images, batch_ranges, normalize
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError, PassTooLarge
 
@@ -29,7 +29,7 @@ LEVEL_ROUNDING = 1e-5  # of what a feature is on average: less than that of chan
 MAX_WIDTH = 3072
 # A network's answer for an image depends in its last digits on how many images are asked about together. Always the same number makes it a
 # function of the image alone, so that what was kept and what is computed anew are the same bits. 16 is as fast as any on CPUs.
-STEP = {"cpu": 16, "cuda": 128}
+PASS_SIZE = {"cpu": 16, "cuda": 128}
 
 
 def pooling_at(tap: Tap) -> TapPooling:
@@ -48,33 +48,33 @@ def pool(maps: Tensor, grids: Sequence[int]) -> Tensor:
     return torch.cat([functional.adaptive_avg_pool2d(maps, grid).flatten(1) for grid in grids], dim=1)
 
 
-def step(device: torch.device, side: int) -> int:
+def pass_size(device: torch.device, side: int) -> int:
     """Return how many images a network is asked about together on this device, whatever their number in all.
 
     Args:
         side: of an input, pixels. Above 224 a GPU takes fewer as they get larger, so that the maps fit; never by the memory that is free,
             on which what is kept must not depend.
     """
-    most = STEP.get(device.type, 64)
+    most = PASS_SIZE.get(device.type, 64)
     if device.type == "cpu" or side <= NORMAL_SIDE:
         return most
     return max(1, 1 << int(math.log2(most * (NORMAL_SIDE / side) ** 2)))
 
 
-def numerics(device: torch.device, side: int, half: bool) -> str:
+def numerics_key(device: torch.device, side: int, half: bool) -> str:
     """Return what the last digits of a frozen pass depend on, besides network and image: CPUs agree on them here, GPUs of two models do not."""
     if device.type == "cpu":
         return device.type + (" bfloat16" if half else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, {step(device, side)} at a time, {'bfloat16' if half else 'float32'}"
+    return f"{name}, {pass_size(device, side)} at a time, {'bfloat16' if half else 'float32'}"
 
 
-def passes(
+def forward_passes(
     network: Callable[[Tensor], Sequence[Tensor]],
     images: Images,
     indices: Sequence[int],
     device: torch.device,
-    beside: Callable[[], Tensor] | None = None,
+    extra_output: Callable[[], Tensor] | None = None,
     size: int | None = None,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Pass images through a network in steps of one size, the last one filled up with zeros: yield (indices, outputs without the filling).
@@ -87,9 +87,9 @@ def passes(
     Raises:
         PassTooLarge: a GPU has no room for a step.
     """
-    size = size or step(device, images.transforms.size)
+    size = size or pass_size(device, images.transforms.size)
     with torch.inference_mode():
-        parts = [[indices[i] for i in part] for part in in_batches(len(indices), size)]
+        parts = [[indices[i] for i in part] for part in batch_ranges(len(indices), size)]
         for batch, pixels in images.batches(parts, pinned=device.type == "cuda"):
             try:
                 inputs = normalize(pixels.to(device, non_blocking=True), images.transforms)
@@ -97,7 +97,7 @@ def passes(
                     inputs = torch.cat([inputs, inputs.new_zeros(size - len(batch), *inputs.shape[1:])]).to(
                         memory_format=torch.channels_last
                     )
-                outputs = [*network(inputs), *([beside()] if beside else [])]
+                outputs = [*network(inputs), *([extra_output()] if extra_output else [])]
             except torch.cuda.OutOfMemoryError as error:
                 # Not in smaller steps: a network may answer in other last digits then, and what is kept of it would depend on free memory.
                 raise PassTooLarge(
@@ -107,7 +107,7 @@ def passes(
             yield list(batch), [out[: len(batch)] for out in outputs]
 
 
-def pooled(trunk: nn.Module, grids: Sequence[Sequence[int]], half: bool = False) -> Callable[[Tensor], list[Tensor]]:
+def with_pooling(trunk: nn.Module, grids: Sequence[Sequence[int]], half: bool = False) -> Callable[[Tensor], list[Tensor]]:
     """Return the trunk with its outputs pooled, float32 at least; outputs behind the last entry of grids, such as logits, stay as they are.
 
     Args:
@@ -128,7 +128,7 @@ def extract(
     images: Images,
     device: torch.device,
     progress: Callable[[int], None],
-    beside: Callable[[], Tensor] | None = None,
+    extra_output: Callable[[], Tensor] | None = None,
     half: bool = False,
 ) -> list[Tensor]:
     """Pass each image once through a frozen network and return what each output gives, pooled, without keeping anything.
@@ -145,9 +145,9 @@ def extract(
         One float32 tensor (n, features) an output, on the CPU, in the order of the images.
     """
     trunk.eval()
-    network = pooled(trunk, grids, half)
+    network = with_pooling(trunk, grids, half)
     done, parts = 0, []
-    for batch, outputs in passes(network, images, range(len(images)), device, beside):
+    for batch, outputs in forward_passes(network, images, range(len(images)), device, extra_output):
         parts.append([out.cpu() for out in outputs])
         done += len(batch)
         progress(done)
@@ -165,7 +165,7 @@ class FeatureExtractor:
     Args:
         backbone: that the trunk was cut from; its tensors say which columns of the store are meant.
         trunk: gives one tensor for each reading, and the source head's logits behind them where `logits` is true.
-        beside: gives one more row an image after each step, kept under `beside_key`.
+        beside: gives one more row an image after each step, kept under `extra_key`.
         half: the network is passed in bfloat16.
         alone: nobody else will read with these weights, so where a GPU is full a pass may take fewer images, whatever that does to last digits.
     """
@@ -180,31 +180,31 @@ class FeatureExtractor:
         device: torch.device,
         *,
         logits: bool = False,
-        beside: Callable[[], Tensor] | None = None,
-        beside_key: str = "",
+        extra_output: Callable[[], Tensor] | None = None,
+        extra_key: str = "",
         half: bool = False,
-        alone: bool = False,
+        smaller_passes: bool = False,
     ) -> None:
-        self.trunk, self.device, self.beside, self.alone = trunk, device, beside, alone
-        self.step = step(device, transforms.size)  # images in a pass
+        self.trunk, self.device, self.extra_output, self.smaller_passes = trunk, device, extra_output, smaller_passes
+        self.step = pass_size(device, transforms.size)  # images in a pass
         self.apart = device.type != "cpu"  # on a CPU a second shard in memory would win nothing
-        self.network = pooled(trunk, [r.grids for r in readings], half)
-        known = taps.identities(backbone, [r.tap for r in readings], logits=logits or beside is not None)
+        self.network = with_pooling(trunk, [r.grids for r in readings], half)
+        known = taps.tap_fingerprints(backbone, [r.tap for r in readings], logits=logits or extra_output is not None)
         outputs = [(known[r.tap], r.tap, str(r.grids)) for r in readings]
         outputs += [(known[taps.LOGITS], "logits", "")] if logits else []
-        outputs += [(known[taps.LOGITS], beside_key, "")] if beside else []
+        outputs += [(known[taps.LOGITS], extra_key, "")] if extra_output else []
         self.widths, self.taps = [sum(r.blocks) for r in readings], [r.tap for r in readings]
         self._columns = [
             (
                 store,
-                "|".join((*out, f"{transforms}|{numerics(device, transforms.size, half)}|{FORMAT}")),
+                "|".join((*out, f"{transforms}|{numerics_key(device, transforms.size, half)}|{FORMAT}")),
                 f"{backbone.name} {out[1]} at {transforms.size} pixels",
             )
             for out in outputs
         ]
         self.columns: list[Column] = [store.column(key, label) for store, key, label in self._columns]
 
-    def of_view(self, view: str) -> "FeatureExtractor":
+    def for_view(self, view: str) -> "FeatureExtractor":
         """Return the same for random views of the images, which the `augment` of the images makes; `view` tells which from every other."""
         other = copy.copy(self)
         other.columns = [store.column(f"{key}|{view}", f"{label}, {view}") for store, key, label in self._columns]
@@ -227,7 +227,7 @@ class FeatureExtractor:
                 self._compute(images, indices, progress)
                 return
             except PassTooLarge:
-                if not self.alone or self.step == 1:
+                if not self.smaller_passes or self.step == 1:
                     raise
                 self.step //= 2
                 missing = self.missing(images.rows)
@@ -238,7 +238,7 @@ class FeatureExtractor:
         names: list[str] = []
         done = 0
         with _Writer(self._keep, apart=self.apart) as write:
-            for batch, outputs in _behind(passes(self.network, images, indices, self.device, self.beside, self.step)):
+            for batch, outputs in _behind(forward_passes(self.network, images, indices, self.device, self.extra_output, self.step)):
                 kept.append([out.cpu() for out in outputs])
                 self._numbers(kept[-1], [images.rows[i] for i in batch])
                 names += [images.rows[i].md5 for i in batch]
@@ -269,12 +269,12 @@ class FeatureExtractor:
             for column, parts in zip(self.columns, zip(*kept, strict=True), strict=True):
                 column.add(names, torch.cat(parts))
 
-    def read(self, images: Images, progress: Callable[[int], None]) -> list[Rows]:
+    def extract(self, images: Images, progress: Callable[[int], None]) -> list[MappedRows]:
         """Return the features of all images at each output, mapped; those that are not kept yet are computed."""
         self.compute(images, [int(i) for i in np.flatnonzero(self.missing(images.rows))], progress)
         return self.rows(images.rows)
 
-    def rows(self, rows: Sequence[Row]) -> list[Rows]:
+    def rows(self, rows: Sequence[Row]) -> list[MappedRows]:
         """Return the features of these images, all of which must be kept."""
         md5s = [row.md5 for row in rows]
         return [column.rows(md5s) for column in self.columns]

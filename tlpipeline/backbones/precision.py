@@ -30,7 +30,7 @@ def extracts_in_bfloat16(device: torch.device, precision: str) -> bool:
     return precision == AUTO and device.type == "cuda" and computes_in_bfloat16(device)
 
 
-def on_tensor_cores(device: torch.device) -> torch.device:
+def enable_tf32(device: torch.device) -> torch.device:
     """Return the device, a GPU set to multiply float32 matrices as it convolves them anyway: in TF32, on tensor cores."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")

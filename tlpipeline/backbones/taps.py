@@ -180,7 +180,7 @@ def _said(value: Any, digest: Callable[[Tensor], str]) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def identities(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> dict[str, str]:
+def tap_fingerprints(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> dict[str, str]:
     """Return what tells the computation of each tap from every other: a hash of its tensors, its graph, its modules' settings and own code.
 
     Two networks that are the same up to a tap have the same identity there, whatever comes behind it: a sliced and exported model is known
@@ -211,7 +211,7 @@ def identities(backbone: Backbone, taps: Sequence[str], *, logits: bool = False)
     return found | ({LOGITS: identity(cut(backbone, [], logits=True))} if logits else {})
 
 
-def blocks(backbone: Backbone, last: str) -> list[list[str]]:
+def parameters_by_tap(backbone: Backbone, last: str) -> list[list[str]]:
     """Return the names of the parameters that each tap adds to the one before, up to the tap `last`: the blocks that a network is made of."""
     found: list[list[str]] = []
     seen: set[str] = set()
@@ -233,7 +233,7 @@ def _class_and_mean_token(tokens: Tensor) -> Tensor:
 _CANONICAL = {"nhwc": _channels_first, "tokens": _class_and_mean_token}
 
 
-def describe(backbone: Backbone, size: int) -> tuple[Tap, ...]:
+def measure_taps(backbone: Backbone, size: int) -> tuple[Tap, ...]:
     """Return every tap with the shape of its output at this input size, and what a cut there keeps."""
     from torch.utils.flop_counter import FlopCounterMode
 

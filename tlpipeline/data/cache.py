@@ -43,7 +43,7 @@ class Shard:
     rows: Tensor
 
 
-class Rows:
+class MappedRows:
     """Some rows of a column, in an order of one's own, mapped where the column is on disk."""
 
     def __init__(self, shards: Sequence[Tensor], shard: npt.NDArray[np.int64], position: npt.NDArray[np.int64]) -> None:
@@ -77,16 +77,16 @@ class Rows:
         """Copy all rows into memory."""
         return self.take(slice(None))
 
-    def below(self, other: "Rows") -> "Rows":
+    def concat(self, other: "MappedRows") -> "MappedRows":
         """Return these rows with those of another column below them, still mapped."""
         shard = np.concatenate([self._shard, other._shard + len(self._shards)])
-        return Rows([*self._shards, *other._shards], shard, np.concatenate([self._position, other._position]))
+        return MappedRows([*self._shards, *other._shards], shard, np.concatenate([self._position, other._position]))
 
 
-class Table:
+class FeatureTable:
     """Rows of several columns side by side: (n, width of all), still mapped."""
 
-    def __init__(self, columns: Sequence[Rows]) -> None:
+    def __init__(self, columns: Sequence[MappedRows]) -> None:
         self.columns = columns
 
     def __len__(self) -> int:
@@ -106,9 +106,9 @@ class Table:
         """Copy all rows into memory."""
         return self.take(slice(None))
 
-    def below(self, other: "Table") -> "Table":
+    def concat(self, other: "FeatureTable") -> "FeatureTable":
         """Return this table with another one below it."""
-        return Table([a.below(b) for a, b in zip(self.columns, other.columns, strict=True)])
+        return FeatureTable([a.concat(b) for a, b in zip(self.columns, other.columns, strict=True)])
 
 
 class Column:
@@ -166,7 +166,7 @@ class Column:
         """Say of each image whether its row is here."""
         return self._find(md5s)[1]
 
-    def rows(self, md5s: Sequence[str]) -> Rows:
+    def rows(self, md5s: Sequence[str]) -> MappedRows:
         """Return the rows of these images, which must be here."""
         at, there = self._find(md5s)
         assert there.all(), f"{(~there).sum()} of {len(there)} rows are not kept"
@@ -177,7 +177,7 @@ class Column:
                 self._touched.add(int(number))
                 with suppress(FileNotFoundError):  # pruned by another run; what is mapped stays readable
                     os.utime(path)
-        return Rows([shard.rows for shard in self._shards], places[:, 0], places[:, 1])
+        return MappedRows([shard.rows for shard in self._shards], places[:, 0], places[:, 1])
 
     def add(self, md5s: Sequence[str], rows: Tensor) -> None:
         """Keep these rows, safely on the disk when this returns.
@@ -263,7 +263,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Kept:
+class ColumnInfo:
     """One column as people see it: what it holds, how many files and bytes, and when it was used last (seconds since 1970)."""
 
     label: str
@@ -272,13 +272,13 @@ class Kept:
     used: float
 
 
-def info(folder: Path) -> list[Kept]:
+def info(folder: Path) -> list[ColumnInfo]:
     """Return what a cache folder holds, what was used last first."""
     found = []
     for place in _columns(folder):
         shards = list(_shards(place))
         if shards:
-            found.append(Kept(_label(place), len(shards), sum(s for _, _, s in shards), max(t for t, _, _ in shards)))
+            found.append(ColumnInfo(_label(place), len(shards), sum(s for _, _, s in shards), max(t for t, _, _ in shards)))
     return sorted(found, key=lambda kept: -kept.used)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tlpipeline.data.decoding import UNREADABLE, content_of, cpus, decode, inspect, why
-from tlpipeline.data.splits import GIVEN_SIDES, MINIMUM_PER_CLASS, TEST, TRAIN, VAL, given_splits, split_of
+from tlpipeline.data.decoding import UNREADABLE, available_cpus, decode, describe_error, inspect, read_content
+from tlpipeline.data.splits import MINIMUM_PER_CLASS, SPLIT_FOLDERS, TEST, TRAIN, VAL, folder_layout, split_of
 from tlpipeline.errors import DataChanged, DataError
 
 
@@ -59,7 +59,7 @@ class Manifest:
         return sorted((r for r in self.rows if r.split in sides and not r.duplicate_of), key=lambda r: r.md5)
 
 
-def read(root: Path, row: Row, at_least: int | None = None) -> Image.Image:
+def read_image(root: Path, row: Row, at_least: int | None = None) -> Image.Image:
     """Read the image of a manifest row, checking that it is still the one that was listed; `at_least` as for `decode`.
 
     Raises:
@@ -83,7 +83,7 @@ def read(root: Path, row: Row, at_least: int | None = None) -> Image.Image:
     except UNREADABLE as error:
         # It was decoded when it was listed, by another Pillow perhaps, or with more memory.
         raise DataError(
-            f"expected an image at {path}, but it cannot be read: {why(error)}. Replace it or leave it out, and run again."
+            f"expected an image at {path}, but it cannot be read: {describe_error(error)}. Replace it or leave it out, and run again."
         ) from error
 
 
@@ -109,12 +109,12 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
         DataError: the folder is missing or empty, has no class folders, half a layout of sides or files that cannot be opened; it has one
             class only, a class has fewer than 3 distinct images, or no file is an image.
     """
-    paths = files(images)
-    given = given_splits(images)
+    paths = list_files(images)
+    given = folder_layout(images)
     done = 0
     rows: list[Row] = []
     rejected: list[Rejected] = []
-    with ThreadPoolExecutor(threads or max(4, cpus())) as pool:
+    with ThreadPoolExecutor(threads or max(4, available_cpus())) as pool:
         for result in pool.map(lambda path: _inspect(images, path, given), paths):
             done += 1
             progress(done, len(paths))
@@ -149,7 +149,7 @@ def readable(images: Path) -> list[Row]:
     return sorted(found.values(), key=lambda row: row.md5)
 
 
-def files(images: Path) -> list[Path]:
+def list_files(images: Path) -> list[Path]:
     """Return all files below a folder but the system's own, sorted.
 
     Raises:
@@ -204,10 +204,10 @@ def _inspect(images: Path, path: Path, given: str) -> Row | Rejected:
     parts = where.parts
     if len(parts) < (3 if given else 2):
         return Rejected(where.as_posix(), "outside any class folder")
-    side = GIVEN_SIDES[parts[0].casefold()] if given else ""
+    side = SPLIT_FOLDERS[parts[0].casefold()] if given else ""
     if given == "no val" and side == TRAIN:
         side = ""  # decided by content: val is carved out of train
-    content = content_of(path)
+    content = read_content(path)
     found = inspect(content)
     if isinstance(found, str):
         return Rejected(where.as_posix(), found)

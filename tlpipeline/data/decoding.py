@@ -82,16 +82,16 @@ def inspect(content: bytes) -> tuple[int, int, str] | str:
         with Image.open(io.BytesIO(content)) as original:
             mode = original.mode
     except UNREADABLE as error:
-        return why(error)
+        return describe_error(error)
     return "zero size" if 0 in image.size else (image.width, image.height, mode)
 
 
-def why(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return in words why a file could not be decoded."""
     return "not an image" if isinstance(error, UnidentifiedImageError) else f"broken: {str(error) or type(error).__name__}"
 
 
-def content_of(path: Path) -> bytes:
+def read_content(path: Path) -> bytes:
     """Return the bytes of a file of the data set.
 
     Raises:
@@ -105,6 +105,6 @@ def content_of(path: Path) -> bytes:
         ) from error
 
 
-def cpus() -> int:
+def available_cpus() -> int:
     """Return how many CPUs this process may use, which on a shared machine are fewer than it has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tlpipeline.data import dataset, decoding
-from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, Rows, Store
+from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, MappedRows, Store
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.decoding import Pixels
 from tlpipeline.data.transforms import Transforms
@@ -29,7 +29,7 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 Augment = Callable[[Image.Image, Row, int, int], Image.Image]
 
 
-def prepare(image: Image.Image, transforms: Transforms) -> Pixels:
+def resize_and_crop(image: Image.Image, transforms: Transforms) -> Pixels:
     """Resize the short side, crop the center: 8-bit RGB (size, size, 3). The same for profile, training, evaluation and prediction."""
     short = min(image.size)
     if max(image.size) > ELONGATED * short:
@@ -85,9 +85,13 @@ class Images:
         pixels = None if self.decoded is None else self.decoded.pixels(row)
         if self.augment is None:
             # Twice the side, so that what is thrown away while decoding cannot be told from a full decoding.
-            return prepare(dataset.read(self.root, row, 2 * self.transforms.resize), self.transforms) if pixels is None else pixels
-        image = dataset.read(self.root, row, 4 * self.transforms.resize) if pixels is None else Image.fromarray(pixels)
-        return prepare(self.augment(image, row, self.transforms.resize, turn), self.transforms)
+            return (
+                resize_and_crop(dataset.read_image(self.root, row, 2 * self.transforms.resize), self.transforms)
+                if pixels is None
+                else pixels
+            )
+        image = dataset.read_image(self.root, row, 4 * self.transforms.resize) if pixels is None else Image.fromarray(pixels)
+        return resize_and_crop(self.augment(image, row, self.transforms.resize, turn), self.transforms)
 
     def batches(self, batches: Sequence[Sequence[int]], ahead: int = 3, pinned: bool = False) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Yield (indices, 8-bit tensor (batch, size, size, 3)) for each batch of indices, in order; `waited` counts the seconds idle.
@@ -133,7 +137,7 @@ class DecodedCache:
         self.side, self.make = side, make
         self._store, self._key, self._label = store, f"{key}|{FORMAT}", label
         self._place: dict[str, int] = {}
-        self._rows: Rows | None = None
+        self._rows: MappedRows | None = None
 
     @property
     def column(self) -> Column:
@@ -146,7 +150,7 @@ class DecodedCache:
         wanted = [row for row, there in zip(rows, self.column.has([r.md5 for r in rows]), strict=True) if not there]
         done = 0
         with ThreadPoolExecutor(_threads()) as pool:
-            for part in in_batches(len(wanted), min(SHARD_ROWS, max(1, SHARD_BYTES // (3 * self.side**2)))):
+            for part in batch_ranges(len(wanted), min(SHARD_ROWS, max(1, SHARD_BYTES // (3 * self.side**2)))):
                 made = list(pool.map(self.make, [wanted[i] for i in part]))
                 self.column.add([wanted[i].md5 for i in part], torch.from_numpy(np.stack(made)))
                 done += len(part)
@@ -171,7 +175,7 @@ def square_cache(store: Store, root: Path, side: int) -> DecodedCache:
     """
 
     def make(row: Row) -> Pixels:
-        image = dataset.read(root, row, 2 * side)
+        image = dataset.read_image(root, row, 2 * side)
         return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), dtype=np.uint8)
 
     return DecodedCache(store, side, make, f"squeezed|{side}", f"decoded images at {side} pixels")
@@ -181,7 +185,7 @@ def resized_cache(store: Store, root: Path, transforms: Transforms) -> DecodedCa
     """Return images as `prepare` makes them."""
 
     def make(row: Row) -> Pixels:
-        return prepare(dataset.read(root, row, 2 * transforms.resize), transforms)
+        return resize_and_crop(dataset.read_image(root, row, 2 * transforms.resize), transforms)
 
     key = f"prepared|{transforms.resize}|{transforms.size}|{transforms.interpolation}"
     return DecodedCache(store, transforms.size, make, key, f"prepared images at {transforms.size} pixels")
@@ -189,10 +193,10 @@ def resized_cache(store: Store, root: Path, transforms: Transforms) -> DecodedCa
 
 def _threads() -> int:
     """Return how many threads decode: a worker's share of the CPUs of its machine, at least two, because one of them may wait for the disk."""
-    return max(2, decoding.cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(2, decoding.available_cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def in_batches(count: int, size: int) -> list[range]:
+def batch_ranges(count: int, size: int) -> list[range]:
     """Cut 0..count-1 into consecutive batches."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tlpipeline.data.decoding import content_of, inspect
+from tlpipeline.data.decoding import inspect, read_content
 from tlpipeline.errors import DataError
 
 TRAIN, VAL, TEST = "train", "val", "test"
-SIDES = (TRAIN, VAL, TEST)
-GIVEN_SIDES = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+SPLIT_NAMES = (TRAIN, VAL, TEST)
+SPLIT_FOLDERS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
 TRAIN_BELOW, VAL_BELOW = 0.70, 0.85
 MINIMUM_PER_CLASS = 3
 _LOOK_INTO_BELOW = 50  # images of a class below which a broken one could be the only one of its side
@@ -35,7 +35,7 @@ def split_of(md5: str, carve_val: bool = False) -> str:
     return TRAIN if u < TRAIN_BELOW else VAL if u < VAL_BELOW else TEST
 
 
-def selects(md5: str) -> bool:
+def in_selection_half(md5: str) -> bool:
     """Say whether the validation image with this content belongs to the half that may select (a slice point, an epoch); the other half only judges.
 
     By content, so that it never changes halves. The last digit of the md5 is used, because the first ones give the side.
@@ -43,7 +43,7 @@ def selects(md5: str) -> bool:
     return md5[-1] in "02468ace"
 
 
-def given_splits(images: Path) -> str:
+def folder_layout(images: Path) -> str:
     """Say which layout this is: "" (by content), "all" (train, val and test are given) or "no val".
 
     Raises:
@@ -51,10 +51,10 @@ def given_splits(images: Path) -> str:
             "train" and "val" would silently become two classes.
     """
     names = {p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    sides = {n for n in names if n.casefold() in GIVEN_SIDES}
+    sides = {n for n in names if n.casefold() in SPLIT_FOLDERS}
     if len(sides) < 2:
         return ""
-    given = {GIVEN_SIDES[n.casefold()] for n in sides}
+    given = {SPLIT_FOLDERS[n.casefold()] for n in sides}
     if names != sides or not {TRAIN, TEST} <= given:
         raise DataError(
             f"expected the folders train, test and perhaps val in {images}, or else one folder per class, found {', '.join(sorted(names))}. "
@@ -91,14 +91,14 @@ def read_exceptions(path: Path) -> dict[str, str]:
         raise _no_exceptions(path, str(error)) from error
     if header != ["md5", "split", "label"]:
         raise _no_exceptions(path, ",".join(header) if header else "an empty file")
-    if others := [line["split"] for line in lines if line["split"] not in SIDES]:
+    if others := [line["split"] for line in lines if line["split"] not in SPLIT_NAMES]:
         raise _no_exceptions(path, f"the side {others[0]}")
     return {line["md5"]: line["split"] for line in lines}
 
 
 def _no_exceptions(path: Path, found: str) -> DataError:
     return DataError(
-        f"expected the columns md5,split,label and the sides {', '.join(SIDES)} in {path}, found {found}. "
+        f"expected the columns md5,split,label and the sides {', '.join(SPLIT_NAMES)} in {path}, found {found}. "
         f"`git checkout {path.name}` brings back what was recorded."
     )
 
@@ -132,7 +132,7 @@ def needed_exceptions(
     Returns:
         The new lines for splits.csv, and remarks.
     """
-    if not images.is_dir() or given_splits(images):
+    if not images.is_dir() or folder_layout(images):
         return [], []
     by_label: dict[str, dict[str, str]] = defaultdict(dict)
     labels: dict[str, set[str]] = defaultdict(set)
@@ -146,9 +146,9 @@ def needed_exceptions(
     for label, paths in sorted(by_label.items()):
         usable = {md5: path for md5, path in paths.items() if len(labels[md5]) == 1}
         if len(usable) < _LOOK_INTO_BELOW:
-            usable = {md5: path for md5, path in usable.items() if not isinstance(inspect(content_of(images / path)), str)}
+            usable = {md5: path for md5, path in usable.items() if not isinstance(inspect(read_content(images / path)), str)}
         sides = {md5: known.get(md5) or split_of(md5) for md5 in usable}
-        if len(sides) >= MINIMUM_PER_CLASS and set(sides.values()) != set(SIDES):
+        if len(sides) >= MINIMUM_PER_CLASS and set(sides.values()) != set(SPLIT_NAMES):
             lines, remark = _filled(label, sides, trained_on(), frozenset(known))
             new += lines
             remarks += remark

@@ -76,7 +76,7 @@ class Verdict:
         return asdict(self)
 
 
-def against_majority(challenger: Predictions, majority: str, rule: GateParams, uneven: bool = False) -> Verdict:
+def compare_with_majority(challenger: Predictions, majority: str, rule: GateParams, uneven: bool = False) -> Verdict:
     """Judge the first model: it must be significantly better than always saying the largest training class.
 
     Args:
@@ -86,7 +86,7 @@ def against_majority(challenger: Predictions, majority: str, rule: GateParams, u
     return _judge(challenger.correct, constant, challenger.labels, MAJORITY, 0, (), rule, "better", uneven)
 
 
-def against_champion(
+def compare_with_champion(
     challenger: Predictions, champion: Predictions, name: str, trained_on: frozenset[str], rule: GateParams, uneven: bool = False
 ) -> Verdict:
     """Judge a challenger against the champion on the same test images.

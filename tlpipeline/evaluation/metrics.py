@@ -14,7 +14,7 @@ from tlpipeline.stats import wilson
 
 ECE_BINS = 15
 
-Chances = npt.NDArray[np.float32]
+Probabilities = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 
@@ -25,18 +25,18 @@ class Predictions:
     Attributes:
         md5: of each image; classes: names in the order of the columns.
         labels: true class index (n,); -1 where the model does not know the class.
-        chances: probabilities (n, classes).
+        probabilities: (n, classes).
     """
 
     md5: tuple[str, ...]
     classes: tuple[str, ...]
     labels: Labels
-    chances: Chances
+    probabilities: Probabilities
 
     @property
     def predicted(self) -> Labels:
         """Class index with the highest probability (n,)."""
-        return np.asarray(self.chances.argmax(1), dtype=np.int64)
+        return np.asarray(self.probabilities.argmax(1), dtype=np.int64)
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
@@ -44,7 +44,7 @@ class Predictions:
         return np.asarray(self.predicted == self.labels)
 
 
-def predictions(rows: Sequence[Row], classes: Sequence[str], chances: Chances) -> Predictions:
+def make_predictions(rows: Sequence[Row], classes: Sequence[str], chances: Probabilities) -> Predictions:
     """Put rows and probabilities together."""
     index = {label: i for i, label in enumerate(classes)}
     return Predictions(
@@ -52,7 +52,7 @@ def predictions(rows: Sequence[Row], classes: Sequence[str], chances: Chances) -
     )
 
 
-def metrics(found: Predictions, confidence: float, trained_on: Mapping[str, int]) -> dict[str, Any]:
+def compute_metrics(found: Predictions, confidence: float, trained_on: Mapping[str, int]) -> dict[str, Any]:
     """Return the content of metrics.json.
 
     Args:
@@ -73,7 +73,7 @@ def metrics(found: Predictions, confidence: float, trained_on: Mapping[str, int]
     precision = right / guessed.clip(min=1)
     f1 = 2 * right / (support + guessed).clip(min=1)
     evaluated = support > 0
-    chance = found.chances[np.arange(n), found.labels].clip(min=1e-12) if n else np.ones(1)
+    chance = found.probabilities[np.arange(n), found.labels].clip(min=1e-12) if n else np.ones(1)
     majority = max(sorted(trained_on), key=lambda label: trained_on[label])
     return {
         "accuracy": _rounded(hits / max(n, 1)),
@@ -116,7 +116,7 @@ def calibration_error(found: Predictions, bins: int = ECE_BINS) -> float:
     """Expected calibration error: the mean distance between confidence and accuracy over equal-width bins, weighted by their images."""
     if not len(found.labels):
         return 0.0
-    confidence = found.chances.max(1)
+    confidence = found.probabilities.max(1)
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     error = 0.0
     for b in range(bins):
@@ -126,14 +126,14 @@ def calibration_error(found: Predictions, bins: int = ECE_BINS) -> float:
     return float(error)
 
 
-def worst(found: Predictions, most: int) -> list[int]:
+def worst_mistakes(found: Predictions, most: int) -> list[int]:
     """Return the indices of the most confident mistakes, the worst first."""
     wrong = np.flatnonzero(~found.correct)
-    order = np.argsort(-found.chances[wrong].max(1), kind="stable") if len(wrong) else wrong
+    order = np.argsort(-found.probabilities[wrong].max(1), kind="stable") if len(wrong) else wrong
     return [int(i) for i in wrong[order][:most]]
 
 
-def counts(rows: Sequence[Row]) -> dict[str, int]:
+def class_counts(rows: Sequence[Row]) -> dict[str, int]:
     """Return images by class."""
     return dict(sorted(Counter(r.label for r in rows).items()))
 
@@ -151,7 +151,7 @@ def write_predictions(found: Predictions, path: Path) -> None:
         "label": [found.classes[i] for i in found.labels],
         "predicted": [found.classes[i] for i in found.predicted],
     }
-    columns |= {f"p:{label}": found.chances[:, i].astype(np.float32) for i, label in enumerate(found.classes)}
+    columns |= {f"p:{label}": found.probabilities[:, i].astype(np.float32) for i, label in enumerate(found.classes)}
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 

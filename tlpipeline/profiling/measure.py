@@ -20,13 +20,13 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tlpipeline.backbones import taps as cutting
-from tlpipeline.backbones.features import FeatureExtractor, extract, numerics, pooling_at
+from tlpipeline.backbones.features import FeatureExtractor, extract, numerics_key, pooling_at
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data import splits
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Manifest, Row
-from tlpipeline.data.loader import FORMAT, Images, in_batches, normalize
+from tlpipeline.data.loader import FORMAT, Images, batch_ranges, normalize
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import DataError
 from tlpipeline.params import ProfileParams
@@ -78,7 +78,10 @@ def measure(
     labels = {label: i for i, label in enumerate(manifest.classes)}
     sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift, half)
     val = manifest.used(VAL)
-    aside, judges = sample([r for r in val if splits.selects(r.md5)], HELD_OUT, params.seed), sum(not splits.selects(r.md5) for r in val)
+    aside, judges = (
+        sample([r for r in val if splits.in_selection_half(r.md5)], HELD_OUT, params.seed),
+        sum(not splits.in_selection_half(r.md5) for r in val),
+    )
     drawn, read, kernels, profile = _large_enough(sight, rows, labels, judges, params, undecided)
     there = {r.label for r in drawn}
     held = [r for r in aside if r.label in there]
@@ -178,7 +181,7 @@ class _Sight:
     ) -> None:
         self.backbone, self.root, self.device, self.progress, self.store = backbone, root, device, progress, store
         self.half, self.transforms = half, backbone.transforms.at(size)
-        self.taps = cutting.describe(backbone, size)
+        self.taps = cutting.measure_taps(backbone, size)
         self.readings = [pooling_at(tap) for tap in self.taps]
         logits = backbone.source_classes > 0
         self.trunk = self._cut(backbone, [t.name for t in self.taps], logits)
@@ -193,8 +196,8 @@ class _Sight:
             self.transforms,
             device,
             logits=logits,
-            beside=beside,
-            beside_key="batchnorm",
+            extra_output=beside,
+            extra_key="batchnorm",
             half=half,
         )
 
@@ -209,11 +212,11 @@ class _Sight:
         images = Images(self.root, wanted, self.transforms)
         told = self._told("features", int(self.reader.missing(wanted).sum()))
         with self.watcher if self.watched else nullcontext():
-            return [rows.all() for rows in self.reader.read(images, told)]
+            return [rows.all() for rows in self.reader.extract(images, told)]
 
     def inputs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """Yield inputs (batch, 3, size, size) on the CPU."""
-        batches = Images(self.root, rows, self.transforms).batches(in_batches(len(rows), BATCH))
+        batches = Images(self.root, rows, self.transforms).batches(batch_ranges(len(rows), BATCH))
         return (normalize(pixels, self.transforms) for _, pixels in batches)
 
     def tangent(self, kernels: GramMatrices, drawn: Sequence[Row], taps: Sequence[str], seed: int) -> Tangent:
@@ -222,9 +225,9 @@ class _Sight:
         at = [i for i, r in enumerate(drawn) if r.md5 in few]
         chosen = [drawn[i] for i in at]
         name = self.taps[-1].name
-        known = cutting.identities(self.backbone, [name])[name]
+        known = cutting.tap_fingerprints(self.backbone, [name])[name]
         column = self.store.column(
-            f"{known}|gradients|{seed}|{BUCKETS}|{self.transforms}|{numerics(self.device, self.transforms.size, False)}|{FORMAT}",
+            f"{known}|gradients|{seed}|{BUCKETS}|{self.transforms}|{numerics_key(self.device, self.transforms.size, False)}|{FORMAT}",
             f"{self.backbone.name} gradients at {name}",
         )
         new = [row for row, there in zip(chosen, column.has([r.md5 for r in chosen]), strict=True) if not there]

@@ -28,7 +28,7 @@ from tlpipeline.backbones import taps as cutting
 from tlpipeline.backbones.features import extract
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Images, in_batches, normalize
+from tlpipeline.data.loader import Images, batch_ranges, normalize
 from tlpipeline.errors import BackboneError, DataError
 from tlpipeline.files import write_bytes
 
@@ -136,7 +136,7 @@ class Watcher:
 
         watcher = Watcher(trunk)
         with watcher:
-            *_, seen = extract(trunk, ..., beside=watcher.taken)
+            *_, seen = extract(trunk, ..., extra_output=watcher.taken)
         curve = watcher.curve(seen)
 
     The network must be in eval mode and take (batch, ...) as its first argument. A row for each image holds mean and variance of each channel
@@ -390,7 +390,7 @@ def measure_reference(
         images, first = (Images(root, part, backbone.transforms.at(size)) for part in (rows, rows[:FIRST_IMAGES]))
         with Watcher(trunk) as watcher:
             *features, seen = extract(trunk, [(1,)] * len(backbone.tap_names), images, device, progress, watcher.taken)
-        batches = (normalize(pixels.to(device), first.transforms) for _, pixels in first.batches(in_batches(len(first), BATCH)))
+        batches = (normalize(pixels.to(device), first.transforms) for _, pixels in first.batches(batch_ranges(len(first), BATCH)))
         curve = watcher.curve(seen, sequential(trunk, batches))
     pooled = [(name, x.double()) for name, x in zip(backbone.tap_names, features, strict=True)]
     taps = tuple(TapStatistics(name, _rounded(x.mean(0)), _rounded(x.var(0))) for name, x in pooled)

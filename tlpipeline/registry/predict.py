@@ -26,7 +26,7 @@ class Prediction:
     probabilities: dict[str, float]
 
 
-def find(text: str, root: Path, place: Path | None = None) -> Path:
+def find_model(text: str, root: Path, place: Path | None = None) -> Path:
     """Return the model folder that a text means: a folder, or a version of the workspace's registry (name@v1, name#prod).
 
     Args:
@@ -34,10 +34,10 @@ def find(text: str, root: Path, place: Path | None = None) -> Path:
     """
     if Path(text).is_dir():
         return Path(text)
-    return versions.folder(root, versions.resolve(root, text), place)
+    return versions.model_folder(root, versions.resolve(root, text), place)
 
 
-def pictures(paths: Sequence[Path]) -> list[Path]:
+def list_images(paths: Sequence[Path]) -> list[Path]:
     """Return these files, each folder replaced by all files below it, sorted, but the system's own (dot-files).
 
     Raises:

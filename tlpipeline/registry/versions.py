@@ -128,7 +128,7 @@ def resolve(root: Path, text: str) -> Version:
     raise RegistryError(f"expected a version of {name}, found {wanted!r}; registered: {', '.join(str(v) for v in known)}.")
 
 
-def folder(root: Path, version: Version, place: Path | None = None) -> Path:
+def model_folder(root: Path, version: Version, place: Path | None = None) -> Path:
     """Return the model folder of a version, fetched from DVC's cache or remote where it is not here yet.
 
     Args:
@@ -140,7 +140,7 @@ def folder(root: Path, version: Version, place: Path | None = None) -> Path:
         draft = target.with_name(f".{target.name}.draft")
         unlink(draft)
         draft.parent.mkdir(parents=True, exist_ok=True)
-        dvc.get(root, version.commit, "model", draft)
+        dvc.download(root, version.commit, "model", draft)
         draft.rename(target)
     return target
 
@@ -150,11 +150,11 @@ def trained_on(root: Path, version: Version) -> frozenset[str]:
     path = root / ".tlpipeline" / "models" / f"{version}.manifest.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        dvc.get(root, version.commit, "manifest.parquet", path)
+        dvc.download(root, version.commit, "manifest.parquet", path)
     return frozenset(row.md5 for row in read_manifest(path).used(TRAIN, VAL))
 
 
-def registered_as(root: Path, name: str, model_hash: str) -> Version | None:
+def find_registered(root: Path, name: str, model_hash: str) -> Version | None:
     """Return the version that already holds this very model, if any, withdrawn or not."""
     for version in reversed(versions(root, name, withdrawn=True)):
         if model_hash and dvc.stage_output(root, "train", "model", version.commit) == model_hash:
@@ -171,8 +171,8 @@ def next_number(root: Path, name: str, classes: Sequence[str], case: str) -> tup
     if not known:
         return (0, 1, 0)
     major, minor, patch = known[-1].number
-    before = json.loads(git.show(root, known[-1].commit, "case.json") or "{}").get("case")
-    tested = json.loads(git.show(root, known[-1].commit, "classes.json") or "{}")
+    before = json.loads(git.read_at(root, known[-1].commit, "case.json") or "{}").get("case")
+    tested = json.loads(git.read_at(root, known[-1].commit, "classes.json") or "{}")
     if before != case or sorted(tested) != sorted(classes):
         return (major, minor + 1, 0)
     return (major, minor, patch + 1)

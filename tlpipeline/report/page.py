@@ -14,7 +14,7 @@ from PIL import Image
 from tlpipeline.choice import explain
 from tlpipeline.choice.cases import CASES, LARGE, SIMILAR
 from tlpipeline.data.dataset import Manifest
-from tlpipeline.data.splits import SIDES, TRAIN
+from tlpipeline.data.splits import SPLIT_NAMES, TRAIN
 from tlpipeline.profiling.profile import Profile
 
 TEMPLATE = Path(__file__).with_name("template")
@@ -61,7 +61,7 @@ def page(
 ) -> str:
     """Return the report as HTML: verdict, the decision explained, probe curve with the cut, metrics, confusion matrix, classes, errors, seconds."""
     used = [r for r in manifest.rows if not r.duplicate_of]
-    sides = {side: sum(r.split == side for r in used) for side in SIDES}
+    sides = {side: sum(r.split == side for r in used) for side in SPLIT_NAMES}
     text: str = (
         _environment()
         .get_template("report.html")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tlpipeline.backbones.features import Scaling, scaling
-from tlpipeline.data.cache import Table
+from tlpipeline.data.cache import FeatureTable
 from tlpipeline.stats import pack
 
 PENALTIES = tuple(10.0**e for e in (-1, -2, -3, -4, -5, -6, -7))
@@ -52,9 +52,9 @@ def never() -> bool:
 class Features:
     """Features (n, d) as the solver walks through them: in memory where they are few, mapped and taken in parts where they are many."""
 
-    def __init__(self, source: Tensor | Table) -> None:
+    def __init__(self, source: Tensor | FeatureTable) -> None:
         self.source = source
-        if isinstance(source, Table) and len(source) * source.width * 4 <= IN_MEMORY_BYTES:
+        if isinstance(source, FeatureTable) and len(source) * source.width * 4 <= IN_MEMORY_BYTES:
             self.source = source.all()
 
     def __len__(self) -> int:
@@ -174,7 +174,7 @@ class Problem:
 
 
 def solve_head(
-    features: Tensor | Table,
+    features: Tensor | FeatureTable,
     labels: Labels,
     blocks: Sequence[int],
     classes: int,
@@ -381,9 +381,9 @@ def _held_out_penalty(
 
 
 def judged_penalty(
-    features: Tensor | Table,
+    features: Tensor | FeatureTable,
     labels: Labels,
-    judges: Tensor | Table,
+    judges: Tensor | FeatureTable,
     truth: Labels,
     blocks: Sequence[int],
     classes: int,

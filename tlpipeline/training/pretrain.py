@@ -14,7 +14,7 @@ from torch import nn
 
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.classifier import probabilities
-from tlpipeline.backbones.precision import on_tensor_cores
+from tlpipeline.backbones.precision import enable_tf32
 from tlpipeline.backbones.taps import normalization
 from tlpipeline.data import dataset
 from tlpipeline.data.cache import Store
@@ -67,7 +67,7 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     job = TrainingConfig(
         str(images), str(images), "", name, catalogue.NONE, catalogue.NONE, {}, seed, epochs, BATCH_SIZE, flip, "float32", ""
     )
-    world = LocalContext(history / "kept", on_tensor_cores(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    world = LocalContext(history / "kept", enable_tf32(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     module.to(world.device)
     checkpoint = Checkpoints(world, history, module)
     tail = ProgressReader(history / "history.jsonl", "pretrain", progress)
@@ -126,7 +126,7 @@ def _network(name: str, classes: int, seed: int) -> tuple[nn.Module, Transforms]
     if name == "demonstration":
         factory: Callable[..., Any] = catalogue.Demonstration
     elif ":" in name:
-        factory = catalogue.own_factory(name)
+        factory = catalogue.custom_factory(name)
         if "num_classes" not in inspect.signature(factory).parameters:
             raise BackboneError(
                 f"expected {name} to take num_classes, so that it fits the images; its parameters are {inspect.signature(factory)}."

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from tlpipeline import errors
-from tlpipeline.backbones.precision import on_tensor_cores
-from tlpipeline.data.decoding import cpus
+from tlpipeline.backbones.precision import enable_tf32
+from tlpipeline.data.decoding import available_cpus
 from tlpipeline.errors import ClusterError, OutOfMemory, PipelineError
 from tlpipeline.files import NO_ROOM, is_truncated_json, write_json
 from tlpipeline.params import AUTO, ClusterParams
@@ -64,7 +64,7 @@ def preflight(cluster: ClusterParams) -> bool:
         raise ClusterError(
             f"expected a GPU for each of {max(cluster.workers, 1)} workers, found {gpus}. Set cluster.workers to {gpus}, or cluster.gpu to false."
         )
-    there = cpus()
+    there = available_cpus()
     if cluster.workers > there:
         raise ClusterError(
             f"expected a CPU for each of {cluster.workers} workers, found {there}. Set cluster.workers to {there} or less, "
@@ -116,7 +116,7 @@ def run(job: TrainingConfig, cluster: ClusterParams, name: str, folder: Path, pr
 
 
 def _in_process(job: TrainingConfig, use_gpu: bool, folder: Path) -> Path:
-    device = on_tensor_cores(torch.device("cuda" if use_gpu else "cpu"))
+    device = enable_tf32(torch.device("cuda" if use_gpu else "cpu"))
     scratch = folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -137,7 +137,7 @@ class _RayWorld:
 
         context = ray.train.get_context()
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
-        self.device = on_tensor_cores(ray.train.torch.get_device())
+        self.device = enable_tf32(ray.train.torch.get_device())
 
     def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
         import ray.train
@@ -205,7 +205,7 @@ def _on_workers(job: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name
         use_gpu = _enough(cluster, use_gpu)
         storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
         _repair(Path(storage) / name)
-        threads = max(1, cpus() // cluster.workers)
+        threads = max(1, available_cpus() // cluster.workers)
         waiting = {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ}
         trainer = TorchTrainer(
             _loop,

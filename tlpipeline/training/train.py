@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from tlpipeline.backbones import catalogue, taps
-from tlpipeline.backbones.classifier import Classifier, Description, reader_of, save
+from tlpipeline.backbones.classifier import Classifier, Description, feature_extractor, save
 from tlpipeline.backbones.features import FeatureExtractor
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.precision import extracts_in_bfloat16
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data.augment import augmentation
-from tlpipeline.data.cache import Store, Table
+from tlpipeline.data.cache import FeatureTable, Store
 from tlpipeline.data.dataset import Row, read_manifest
-from tlpipeline.data.loader import Images, in_batches
+from tlpipeline.data.loader import Images, batch_ranges
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import ClusterError
 from tlpipeline.files import write_json
@@ -86,7 +86,7 @@ def run(job: TrainingConfig, world: DistributedContext, scratch_folder: Path) ->
     elif not frozen:
         blocks: list[list[str]] = []
         if recipe.layer_decay(backbone.normalization) != 1:
-            blocks = [[f"trunk.{name}" for name in block] for block in taps.blocks(backbone, decision.slice)]
+            blocks = [[f"trunk.{name}" for name in block] for block in taps.parameters_by_tap(backbone, decision.slice)]
         fit = Trainer(model, sides, recipe, job, world, checkpoint, tell, backbone.normalization, store, deadline, blocks)
         _train_all(fit, model, decision, state)
         if job.race is not None:
@@ -164,7 +164,7 @@ def _solve_head(
     blocks, classes = model.blocks, model.head.out_features
     imbalance = recipe.head_imbalance
     found: tuple[Tensor, Tensor, float] | None = None
-    reader = reader_of(model, store, sides.transforms, world.device, extracts_in_bfloat16(world.device, job.precision))
+    reader = feature_extractor(model, store, sides.transforms, world.device, extracts_in_bfloat16(world.device, job.precision))
     # Where the time is up, some of the images are missing, which come in the order of their hashes: at random.
     passes = Passes(world, tell, deadline)
     seen = passes.of(reader, Images(sides.root, sides.val, sides.transforms))
@@ -181,9 +181,9 @@ def _solve_head(
     state.speed, state.waited = passes.pace
     views, chances = len(readers) - 1, torch.zeros(len(held), classes)
     if world.rank == 0:
-        x, val = Table(reader.rows(train)), Table(reader.rows(held))
+        x, val = FeatureTable(reader.rows(train)), FeatureTable(reader.rows(held))
         for other in readers[1:]:
-            x = x.below(Table(other.rows(train)))
+            x = x.concat(FeatureTable(other.rows(train)))
         y = np.tile(labels, views + 1)
         found = solve_head(x, y, blocks, classes, imbalance, job.seed, views=views, tolerance=1e-4, late=deadline.late)
         chances = head_probabilities(found, val)
@@ -193,7 +193,7 @@ def _solve_head(
         elif model.frozen and len(val):
             # Nothing is left to select: the head is solved once more, on the validation images as well. Fine-tuning must start without them.
             both = np.concatenate([y, held_labels])
-            found = solve_head(x.below(val), both, blocks, classes, imbalance, job.seed, found[2], found[:2], late=deadline.late)
+            found = solve_head(x.concat(val), both, blocks, classes, imbalance, job.seed, found[2], found[:2], late=deadline.late)
             found = calibrated(found, chances, held_labels)
     broadcast([chances], world)
     accuracy, loss, correct = validated(chances, held_labels)
@@ -224,7 +224,7 @@ def _refit_head(fit: Trainer, model: Classifier, readings: Sequence[TapPooling],
     wide = Classifier(model.backbone[0], readings, model.head.out_features, undone, half).to(world.device)
     with tempfile.TemporaryDirectory(prefix="features-", dir=scratch_folder) as place:
         store = fit.store if undone else Store(Path(place))
-        reader = reader_of(wide, store, sides.transforms, world.device, half, alone=not undone)
+        reader = feature_extractor(wide, store, sides.transforms, world.device, half, smaller_passes=not undone)
         late = deadline.passed()
         if late or len(frozen_features(reader, Images(sides.root, images, sides.transforms), world, fit.tell, deadline)) < len(images):
             state.remark(NO_TIME)
@@ -262,14 +262,14 @@ def _solved_last(fit: Trainer, wide: Classifier, reader: FeatureExtractor) -> tu
     """
     sides, late = fit.sides, fit.deadline.late
     kind = wide.blocks, wide.head.out_features, fit.recipe.head_imbalance, fit.job.seed
-    x, judges = Table(reader.rows(sides.train)), Table(reader.rows(sides.val))
+    x, judges = FeatureTable(reader.rows(sides.train)), FeatureTable(reader.rows(sides.val))
     if not len(sides.val):
         return solve_head(x, sides.train_labels, *kind, tolerance=1e-4, late=late), torch.zeros(0, wide.head.out_features)
     near = judged_penalty(x, sides.train_labels, judges, sides.val_labels, *kind, late)
     first = solve_head(x, sides.train_labels, *kind, *near, tolerance=1e-4, late=late)
     both = np.concatenate([sides.train_labels, sides.val_labels])
     found, said = (
-        solve_head(x.below(judges), both, *kind, first[2], first[:2], tolerance=1e-4, late=late),
+        solve_head(x.concat(judges), both, *kind, first[2], first[:2], tolerance=1e-4, late=late),
         head_probabilities(first, judges),
     )
     return calibrated(found, said, sides.val_labels), said
@@ -285,10 +285,10 @@ def calibrated(head: tuple[Tensor, Tensor, float], chances: Tensor, labels: Labe
     return head[0] * by, head[1] * by, head[2]
 
 
-def head_probabilities(head: tuple[Tensor, Tensor, float], features: Table) -> Tensor:
+def head_probabilities(head: tuple[Tensor, Tensor, float], features: FeatureTable) -> Tensor:
     """Return a solved head's probabilities (n, K) of rows of features."""
     chances = torch.empty(len(features), len(head[1]))
-    for part in in_batches(len(features), CHUNK):
+    for part in batch_ranges(len(features), CHUNK):
         rows = slice(part.start, part.stop)
         chances[rows] = (features.take(rows) @ head[0].T + head[1]).softmax(1)
     return chances
@@ -324,7 +324,7 @@ def _random_views(
     whole: list[FeatureExtractor] = []
     for view in range(1, job.views + 1):
         augment = augmentation(recipe.crop, job.flip, job.seed, view)
-        of_view = reader.of_view(f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})")
+        of_view = reader.for_view(f"view {view} (crop {recipe.crop:g}, flip {job.flip}, seed {job.seed})")
         images = Images(sides.root, sides.train, sides.transforms, augment)
         if passes.deadline.passed() or len(passes.of(of_view, images)) < len(sides.train):
             state.remark(f"{BUDGET} ended the features after {view - 1} of {job.views} random views")
@@ -382,7 +382,7 @@ def _bring_to_first(reader: FeatureExtractor, rows: Sequence[Row], world: Distri
     owner = all_reduce(torch.from_numpy(own).int(), world, torch.distributed.ReduceOp.MIN).numpy()
     for rank in range(1, world.size):
         indices = np.flatnonzero((lacking.numpy() == 1) & (owner == rank))
-        for part in in_batches(len(indices), CHUNK):
+        for part in batch_ranges(len(indices), CHUNK):
             some = [rows[i] for i in indices[part.start : part.stop]]
             for column, width in zip(reader.columns, reader.widths, strict=True):
                 if world.rank == rank:

@@ -353,7 +353,7 @@ class Trainer:
         if race is None or state.epoch not in at:
             return
         weighed = policy.DecisionPolicy(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), load_predictor())
-        judges = np.array([not splits.selects(row.md5) for row in self.sides.val])
+        judges = np.array([not splits.in_selection_half(row.md5) for row in self.sides.val])
         frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (str(race["frozen"]), correct))
         part = policy.LOOKS - len(at) + at.index(state.epoch)
         seen = policy.look(weighed, part, state.epoch, epochs, frozen, tuned)

@@ -19,7 +19,7 @@ from tlpipeline.files import is_truncated_json
 from tlpipeline.versioning import git, lock
 
 
-def quiet() -> None:
+def silence() -> None:
     """Turn off DVC's analytics, messages and bars; a user's own settings win."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
@@ -31,13 +31,13 @@ def quiet() -> None:
 # --- creating -------------------------------------------------------------------------------------------------------------------------
 
 
-def create(root: Path, remote: str) -> None:
+def init(root: Path, remote: str) -> None:
     """Make a git and a DVC repository of a folder, with a default remote; what is there already stays.
 
     Raises:
         WorkspaceError: the remote is of a kind that DVC does not know.
     """
-    quiet()
+    silence()
     from dvc.repo import Repo
 
     if not (root / ".git").exists():
@@ -63,7 +63,7 @@ def check_remote(remote: str) -> None:
     Raises:
         WorkspaceError: it is not.
     """
-    quiet()
+    silence()
     from dvc.fs import get_fs_cls
 
     try:
@@ -118,7 +118,7 @@ def add(root: Path, path: str) -> str:
     return data_hash(root, path)
 
 
-def hidden(root: Path, path: str, found: Iterable[Path]) -> list[Path]:
+def ignored_files(root: Path, path: str, found: Iterable[Path]) -> list[Path]:
     """Return which of the files found below a folder DVC does not see, because of a .dvcignore; and those in the folder, which it refuses."""
     with _repo(root) as repo:
         folder = Path(repo.root_dir) / path
@@ -136,14 +136,14 @@ def data_hash(root: Path, path: str) -> str:
         return str(outs[0].hash_info.value or "") if outs else ""
 
 
-def files(root: Path, path: str) -> dict[str, str]:
+def tracked_files(root: Path, path: str) -> dict[str, str]:
     """Return the recorded md5 of each file below a DVC-tracked folder."""
     with _repo(root) as repo:
         obj = repo.find_outs_by_path(str(Path(repo.root_dir) / path))[0].get_obj()
         return {"/".join(key): info.value for key, _, info in obj} if obj else {}
 
 
-def changed(root: Path, path: str) -> bool:
+def has_changed(root: Path, path: str) -> bool:
     """Say whether a path added to DVC differs from what is recorded (or is not recorded yet)."""
     with _repo(root) as repo:
         try:
@@ -190,7 +190,7 @@ def push(root: Path) -> int:
             ) from error
 
 
-def pulled(root: Path) -> str:
+def pull_hint(root: Path) -> str:
     """Say how what is versioned comes back: by `dvc pull`, which a clone of a workspace that keeps its remote inside must be told where from."""
     with _repo(root) as repo:
         name = repo.config["core"].get("remote")
@@ -203,7 +203,7 @@ def pulled(root: Path) -> str:
         )
 
 
-def get(root: Path, revision: str, path: str, target: Path) -> None:
+def download(root: Path, revision: str, path: str, target: Path) -> None:
     """Copy a DVC-tracked file or folder as it was at a revision; from the cache, else from the remote.
 
     Raises:
@@ -212,7 +212,7 @@ def get(root: Path, revision: str, path: str, target: Path) -> None:
     from dvc.api import DVCFileSystem
     from dvc_data.index import DataIndexDirError
 
-    quiet()
+    silence()
     try:
         fs = DVCFileSystem(str(root), rev=revision)
         fs.get(path, str(target), recursive=True)
@@ -220,7 +220,7 @@ def get(root: Path, revision: str, path: str, target: Path) -> None:
         raise _not_installed(error) from error
     except _dvc_error(DataIndexDirError, OSError) as error:
         raise WorkspaceError(
-            f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc fetch --all-tags`; {pulled(root)}."
+            f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc fetch --all-tags`; {pull_hint(root)}."
         ) from error
 
 
@@ -339,7 +339,7 @@ def _locked(root: Path, name: str, kind: str, path: str, revision: str | None) -
 
     text = (root / "dvc.lock").read_text(encoding="utf-8") if revision is None and (root / "dvc.lock").exists() else None
     if revision is not None:
-        text = git.show(root, revision, "dvc.lock")
+        text = git.read_at(root, revision, "dvc.lock")
     if not text:
         return ""
     entries = ((yaml.safe_load(text).get("stages") or {}).get(name) or {}).get(kind) or []
@@ -357,7 +357,7 @@ def clean(root: Path) -> bool:
 
 @contextmanager
 def _repo(root: Path) -> Iterator[Any]:
-    quiet()
+    silence()
     from dvc.repo import Repo
 
     # DVC reads some paths (its run cache's, a remote's) from the working directory, whatever repository it was opened on.

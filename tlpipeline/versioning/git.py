@@ -112,7 +112,7 @@ def delete_tag(root: Path, tag: str) -> None:
     run(root, "tag", "--delete", tag)
 
 
-def show(root: Path, revision: str, path: str) -> str | None:
+def read_at(root: Path, revision: str, path: str) -> str | None:
     """Return the text of a git file at a revision, or None where it is not there."""
     if run(root, "cat-file", "-t", f"{revision}:./{path}", check=False) != "blob":
         return None

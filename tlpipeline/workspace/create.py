@@ -105,7 +105,7 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
         _set(root, "backbone", "weights_md5", md5)
     else:
         _set(root, "backbone", "weights", weights)
-    dvc.create(root, remote or str(root / ".dvc-remote"))
+    dvc.init(root, remote or str(root / ".dvc-remote"))
     (root / ".dvc" / "plots").mkdir(exist_ok=True)
     for name in PLOTS:
         shutil.copy(TEMPLATE / name, root / ".dvc" / "plots" / name)
@@ -164,20 +164,22 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     if dvc.is_stage_output(root, images):
         dvc.reproduce_upstream(root, images)  # a stage writes them; there is nothing to add
         return dvc.data_hash(root, images), []
-    found = dataset.files(root / images)
+    found = dataset.list_files(root / images)
     if linked := dataset.linked_folders(root / images):
         raise DataError(
             f"expected folders in {root / images}, found {len(linked)} links to folders, such as {linked[0]}: DVC does not follow them, so what "
             "is behind them would be trained on but not versioned. Put the folder itself there, or name the images with `tlpipeline run --images`."
         )
-    if hidden := dvc.hidden(root, images, found):
+    if hidden := dvc.ignored_files(root, images, found):
         raise DataError(
             f"expected that DVC versions all of {root / images}, but a .dvcignore keeps it from {len(hidden)} files, such as {hidden[0]}, which would "
             "be trained on all the same. Take that line out of the .dvcignore, or move these files out of the folder."
         )
     digest = dvc.add(root, images)
     known = splits.read_exceptions(root / stages.SPLITS)
-    new, remarks = splits.needed_exceptions(root / images, dvc.files(root, images), known, lambda: _trained_on(root, params.data.name))
+    new, remarks = splits.needed_exceptions(
+        root / images, dvc.tracked_files(root, images), known, lambda: _trained_on(root, params.data.name)
+    )
     splits.write_exceptions(root / stages.SPLITS, new)
     git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), stages.SPLITS])
     dvc.push(root)
@@ -206,7 +208,7 @@ def replace_images(root: Path, images: Path) -> None:
     if images.resolve() == target.resolve():
         return
     dataset.ingest(images, _preview(images), lambda done, total: None)
-    if target.is_dir() and not dvc.is_stage_output(root, name) and dvc.changed(root, name):
+    if target.is_dir() and not dvc.is_stage_output(root, name) and dvc.has_changed(root, name):
         # What was added since the last time is nowhere else.
         dvc.add(root, name)
         git.commit(root, "Images before others took their place", _recorded(name))
@@ -225,15 +227,15 @@ def _preview(images: Path) -> dict[str, str]:
     """Return the sides that splits.csv would give small classes, so that a folder can be checked before it is taken over."""
     from tlpipeline.data import dataset, decoding, splits
 
-    paths = [p for p in dataset.files(images) if p.stat().st_size]
-    hashes = {p.relative_to(images).as_posix(): hashlib.md5(decoding.content_of(p), usedforsecurity=False).hexdigest() for p in paths}
+    paths = [p for p in dataset.list_files(images) if p.stat().st_size]
+    hashes = {p.relative_to(images).as_posix(): hashlib.md5(decoding.read_content(p), usedforsecurity=False).hexdigest() for p in paths}
     new, _ = splits.needed_exceptions(images, hashes, {}, frozenset)
     return {line.md5: line.split for line in new}
 
 
 def count_images(root: Path) -> int:
     """Return the number of versioned files of the data set."""
-    return len(dvc.files(root, stages.params_of(root).data.images))
+    return len(dvc.tracked_files(root, stages.params_of(root).data.images))
 
 
 # --- before and while something runs in it --------------------------------------------------------------------------------------------
@@ -267,9 +269,9 @@ def check(root: Path, images: Path | None = None) -> None:
     ray_train.preflight(params.cluster)
     own = root / params.data.images
     if images is not None:
-        dataset.files(images)
+        dataset.list_files(images)
     elif not own.is_dir() and not dvc.is_stage_output(root, params.data.images):
-        raise DataError(f"expected the images in {own}, found no such folder; {dvc.pulled(root)}. Or name others with --images.")
+        raise DataError(f"expected the images in {own}, found no such folder; {dvc.pull_hint(root)}. Or name others with --images.")
 
 
 @contextmanager
@@ -292,14 +294,14 @@ def exclusive(root: Path, wait_minutes: float, images: Path | None = None) -> It
             ray_train.shutdown()
 
 
-def name_of(root: Path) -> str:
+def model_name(root: Path) -> str:
     """Return the name under which the workspace's models are registered."""
     return stages.params_of(root).data.name
 
 
 def missing_trigger(root: Path) -> str:
     """Say that no deployment of prefect.yaml waits for the event of these data, as where data.name was changed; "" where one does."""
-    name, path = name_of(root), root / "prefect.yaml"
+    name, path = model_name(root), root / "prefect.yaml"
     if not path.is_file() or re.search(rf"tlpipeline\.data\.({re.escape(name)}(?![\w-])|\*)", path.read_text(encoding="utf-8")):
         return ""
     return (
@@ -331,7 +333,7 @@ def refstats(root: Path, images: Path, progress: Progress = silent) -> Path:
     return path
 
 
-def cached(root: Path) -> tuple[list[tuple[str, str, str, str]], str]:
+def cache_rows(root: Path) -> tuple[list[tuple[str, str, str, str]], str]:
     """Return what the cache of a workspace holds, a row each (what, files, MB, last used), and a sentence about all of it."""
     from datetime import datetime
 

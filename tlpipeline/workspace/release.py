@@ -22,7 +22,7 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import versions
 from tlpipeline.versioning import dvc, git, lock
 from tlpipeline.workspace import stages
-from tlpipeline.workspace.create import TRACKED, name_of
+from tlpipeline.workspace.create import TRACKED, model_name
 
 REPORT = "report.html"
 
@@ -54,7 +54,7 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
         progress(
             Event("gate", 1, 1, f"{begun[0]} is published, which an interrupted run had registered{' and promoted' if begun[1] else ''}")
         )
-    if versions.registered_as(root, params.data.name, dvc.stage_output(root, "train", stages.MODEL)):
+    if versions.find_registered(root, params.data.name, dvc.stage_output(root, "train", stages.MODEL)):
         return None
     challenger = evaluate.read_predictions(root / stages.PREDICTIONS)
     manifest = dataset.read_manifest(root / stages.MANIFEST)
@@ -64,11 +64,11 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
     git.fetch_tags(root)  # the champion may have been promoted elsewhere
     best = versions.champion(root, params.data.name)
     if best is None:
-        return gate.against_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate, uneven)
+        return gate.compare_with_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate, uneven)
     rows = manifest.used(splits.TEST)
     told = lambda done: progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))  # noqa: E731
-    champion = stages.predict_rows(root, versions.folder(root, best), rows, told)
-    return gate.against_champion(challenger, champion, str(best), versions.trained_on(root, best), params.gate, uneven)
+    champion = stages.predict_rows(root, versions.model_folder(root, best), rows, told)
+    return gate.compare_with_champion(challenger, champion, str(best), versions.trained_on(root, best), params.gate, uneven)
 
 
 def register(root: Path, verdict: gate.Verdict | None) -> Registration:
@@ -76,7 +76,7 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
     params = stages.params_of(root)
     name = params.data.name
     tracked = [*TRACKED, f"{params.data.images}.dvc"]
-    already = versions.registered_as(root, name, dvc.stage_output(root, "train", stages.MODEL))
+    already = versions.find_registered(root, name, dvc.stage_output(root, "train", stages.MODEL))
     if verdict is None and already is not None:
         git.commit(root, "Record the run", tracked)
         if already.number not in [version.number for version in versions.versions(root, name)]:
@@ -107,8 +107,8 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
     return {
         "name": params.data.name,
         "case": stages.read_case(root),
-        "read": stages.taps_read(root),
-        "bounded": bounded(root),
+        "read": stages.head_taps(root),
+        "bounded": training_limits(root),
         "metrics": stages.read_metrics(root),
         "verdict": verdict,
         "data": dvc.data_hash(root, params.data.images),
@@ -132,7 +132,7 @@ def _environment(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def bounded(root: Path) -> tuple[str, ...]:
+def training_limits(root: Path) -> tuple[str, ...]:
     """Return what bounded the training of the workspace's model: time or memory that ran out."""
     from tlpipeline.training.recipe import BUDGET
 
@@ -141,13 +141,13 @@ def bounded(root: Path) -> tuple[str, ...]:
     return remarks + ((f"the race: {raced}",) if raced.startswith(BUDGET) else ())
 
 
-def registered(root: Path) -> list[tuple[str, ...]]:
+def version_rows(root: Path) -> list[tuple[str, ...]]:
     """Return a row for each registered version, newest first: version, stages, case, accuracy, interval, data, commit."""
     lock.require_workspace(root)
     rows: list[tuple[str, ...]] = []
-    for version in reversed(versions.versions(root, name_of(root))):
-        case = json.loads(git.show(root, version.commit, stages.CASE) or "{}")
-        m = json.loads(git.show(root, version.commit, stages.METRICS) or "{}")
+    for version in reversed(versions.versions(root, model_name(root))):
+        case = json.loads(git.read_at(root, version.commit, stages.CASE) or "{}")
+        m = json.loads(git.read_at(root, version.commit, stages.METRICS) or "{}")
         data = dvc.stage_input(root, "ingest", stages.params_of(root).data.images, version.commit)
         rows.append(
             (
@@ -163,11 +163,11 @@ def registered(root: Path) -> list[tuple[str, ...]]:
     return rows
 
 
-def card_of(root: Path, text: str) -> str:
+def model_card(root: Path, text: str) -> str:
     """Return the model card of a version (name@v1, name#prod)."""
     lock.require_workspace(root)
     version = versions.resolve(root, text)
-    return git.show(root, version.commit, versions.CARD) or f"{version} has no {versions.CARD}"
+    return git.read_at(root, version.commit, versions.CARD) or f"{version} has no {versions.CARD}"
 
 
 # --- report ---------------------------------------------------------------------------------------------------------------------------
@@ -189,23 +189,23 @@ def write_report(root: Path, registration: Registration) -> Path:
             rows[found.md5[i]].path,
             found.classes[found.labels[i]],
             found.classes[found.predicted[i]],
-            float(found.chances[i].max()),
-            report.thumbnail(dataset.read(root / params.data.images, rows[found.md5[i]])),
+            float(found.probabilities[i].max()),
+            report.thumbnail(dataset.read_image(root / params.data.images, rows[found.md5[i]])),
         )
-        for i in evaluate.worst(found, 24)
+        for i in evaluate.worst_mistakes(found, 24)
     ]
     page = report.page(
         name=params.data.name,
         registration=registration,
         case=stages.with_recipe(stages.read_case(root), params),
-        read=stages.taps_read(root),
+        read=stages.head_taps(root),
         profile=Profile.from_json(stages.read_json(root, stages.PROFILE)),
         metrics=stages.read_metrics(root),
         matrix=evaluate.confusion(found).tolist(),
         manifest=manifest,
         history=(root / stages.HISTORY).read_text(encoding="utf-8"),
         mistakes=errors,
-        remarks=manifest.remarks + shift(root) + bounded(root),
+        remarks=manifest.remarks + distribution_shift(root) + training_limits(root),
         seconds=stages.read_run(root).get("seconds", {}),
         training=stages.read_run(root).get("training", {}),
         data_hash=dvc.data_hash(root, params.data.images),
@@ -238,7 +238,7 @@ class Summary:
     seconds: dict[str, float | None]
 
 
-def shift(root: Path) -> tuple[str, ...]:
+def distribution_shift(root: Path) -> tuple[str, ...]:
     """Say so where the model does significantly worse on the test side than on the validation side: the two are then not of one kind.
 
     The best of several validations is a little optimistic, so five points are allowed beyond the test interval.
@@ -273,7 +273,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         classes=len(manifest.classes),
         copies=len([r for r in manifest.rows if r.duplicate_of]),
         rejected=len(manifest.rejected),
-        remarks=manifest.remarks + shift(root) + bounded(root),
+        remarks=manifest.remarks + distribution_shift(root) + training_limits(root),
         case=case.case,
         reason=case.reason,
         accuracy=metrics["accuracy"],
@@ -288,7 +288,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     )
 
 
-def decided(root: Path) -> tuple[Any, Any]:
+def load_decision(root: Path) -> tuple[Any, Any]:
     """Return the decision and the profile that it rests on.
 
     Raises:
@@ -321,7 +321,7 @@ def decision_markdown(root: Path) -> str:
     """Return the decision for people, as markdown."""
     from tlpipeline.choice import explain
 
-    return explain.markdown(*decided(root))
+    return explain.markdown(*load_decision(root))
 
 
 def evaluation_markdown(root: Path) -> str:
@@ -345,7 +345,7 @@ def evaluation_markdown(root: Path) -> str:
 # --- predicting -----------------------------------------------------------------------------------------------------------------------
 
 
-def predicted(root: Path, model: str, images: Sequence[Path]) -> tuple[list[Any], dict[Path, str]]:
+def predict_images(root: Path, model: str, images: Sequence[Path]) -> tuple[list[Any], dict[Path, str]]:
     """Return what a model (a folder, name@v1, name#prod) says of image files and of all files below folders, and why of which it says nothing.
 
     In a workspace that can be written its cache is used.
@@ -355,10 +355,10 @@ def predicted(root: Path, model: str, images: Sequence[Path]) -> tuple[list[Any]
     """
     from tlpipeline.registry import predict
 
-    images = predict.pictures(images)
+    images = predict.list_images(images)
     writable = lock.read_only(root) is None
     cached = writable and (root / stages.PARAMS).is_file()
     with TemporaryDirectory() as elsewhere:
-        folder = predict.find(model, root, None if writable else Path(elsewhere))
-        with stages.store(root) if cached else nullcontext() as kept:
+        folder = predict.find_model(model, root, None if writable else Path(elsewhere))
+        with stages.open_cache(root) if cached else nullcontext() as kept:
             return predict.predict_readable(folder, images, kept)

@@ -118,7 +118,7 @@ def profile(root: Path, progress: Progress) -> None:
             f"expected profile.reference to be measured at {size} pixels, found {reference.size}. Run `tlpipeline refstats IMAGES` again."
         )
     device = _device(params)
-    with store(root) as kept:
+    with open_cache(root) as kept:
         found = measure.measure(
             backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, reference, kept,
             extracts_in_bfloat16(device, params.train.precision),
@@ -148,7 +148,7 @@ def choose(root: Path, progress: Progress) -> None:
             def start(arm: Decision) -> Any:
                 return _job(root, params, override(arm, params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
 
-            with store(root):
+            with open_cache(root):
                 decision = race.run(found, policy.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
         progress(Event("choose", 1, 1, decision.reason))
         written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -171,7 +171,7 @@ def train(root: Path, progress: Progress) -> None:
     name = f"{decision.case}-{_code_key(dvc.stage_key(root, 'train'), params)}"
     start = str((root / RACE).resolve()) if decision.race is not None else ""
     job = dataclasses.replace(_job(root, params, decision, runs / f"{name}.jsonl"), start=start)
-    with store(root):
+    with open_cache(root):
         finished = ray_train.run(job, params.cluster, name, runs, progress)
     lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
     with _output(root, MODEL, HISTORY) as (model, curve):
@@ -238,7 +238,7 @@ def evaluate(root: Path, progress: Progress) -> None:
     found = predict_rows(
         root, root / MODEL, rows, lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images"))
     )
-    content = measuring.metrics(found, params.evaluate.confidence, measuring.counts(manifest.used(splits.TRAIN)))
+    content = measuring.compute_metrics(found, params.evaluate.confidence, measuring.class_counts(manifest.used(splits.TRAIN)))
     # Apart from the others, so that `dvc metrics show` stays readable with many classes.
     classes = content.pop("classes")
     with _output(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (written, by_class, table, matrix):
@@ -324,7 +324,7 @@ def with_recipe(decision: Any, params: Params) -> Any:
     return override(decision, {name: value for name, value in params.train.override.items() if name != "init"})
 
 
-def taps_read(root: Path) -> tuple[str, ...]:
+def head_taps(root: Path) -> tuple[str, ...]:
     """Return the taps that the model's head reads, deepest first."""
     return tuple(reading["tap"] for reading in read_json(root, f"{MODEL}/model.json")["readings"])
 
@@ -346,7 +346,7 @@ def read_run(root: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def store(root: Path) -> Iterator[Any]:
+def open_cache(root: Path) -> Iterator[Any]:
     """Give the workspace's cache of features and decoded images; afterwards, errors included, it is cut down to cache.max_gb."""
     import torch
 
@@ -372,9 +372,9 @@ def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callab
     device = _device(params)
     classifier, description = models.load(folder)
     images = Images(root / params.data.images, rows, description.transforms)
-    with store(root) as kept:
+    with open_cache(root) as kept:
         chances = models.probabilities(classifier.to(device), images, device, progress, kept)
-    return measuring.predictions(rows, description.classes, chances.numpy())
+    return measuring.make_predictions(rows, description.classes, chances.numpy())
 
 
 def _backbone(root: Path, params: Params, size: int | None = None) -> Any:
@@ -423,9 +423,9 @@ def reference(root: Path, images: Path, progress: Progress) -> Path:
 def _device(params: Params) -> Any:
     import torch
 
-    from tlpipeline.backbones.precision import on_tensor_cores
+    from tlpipeline.backbones.precision import enable_tf32
 
-    return on_tensor_cores(torch.device("cuda" if torch.cuda.is_available() and params.cluster.gpu is not False else "cpu"))
+    return enable_tf32(torch.device("cuda" if torch.cuda.is_available() and params.cluster.gpu is not False else "cpu"))
 
 
 def _code_key(key: str, params: Params) -> str:
