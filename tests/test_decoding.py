@@ -149,7 +149,7 @@ def test_a_damaged_exif_block_does_not_cost_the_image() -> None:
 
 def test_a_damaged_exif_block_says_nothing_on_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(encoded(paint(0, 0), exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff broken"))
-    code = "from pathlib import Path\nfrom tlpipeline.decoding import decode\nprint(decode(Path('image.png').read_bytes()).size)"
+    code = "from pathlib import Path\nfrom tlpipeline.data.decoding import decode\nprint(decode(Path('image.png').read_bytes()).size)"
     done = run_python(tmp_path, "-c", code)
     assert (done.stdout, done.stderr) == ("(32, 32)\n", "")
 

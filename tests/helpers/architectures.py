@@ -163,8 +163,8 @@ def check(backbone: Backbone, decision: Decision, trained: Trained, images: Imag
     assert (description.cut, description.readings) == (decision.slice, decision.readings), "the description is of another cut"
     chances = probabilities(loaded, images, torch.device("cpu"), lambda done: None)
     assert chances.shape == (len(images), len(CLASSES)), f"predictions have the shape {tuple(chances.shape)}"
-    if trained.probabilities is not None:
-        assert torch.equal(chances, trained.probabilities), "the reloaded model predicts otherwise"
+    if trained.chances is not None:
+        assert torch.equal(chances, trained.chances), "the reloaded model predicts otherwise"
     expected = by_the_whole_network(backbone, decision, stored, inputs(images))
     furthest = float((chances - expected).abs().max())
     if furthest >= 1e-4:
