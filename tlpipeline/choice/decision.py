@@ -1,14 +1,12 @@
 """What was decided, as values: the content of case.json. Loads no torch."""
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tlpipeline.backbones.pooling import TapPooling
-from tlpipeline.errors import ParamsError, nearest
-from tlpipeline.training.recipe import ADAMW, AUTO, BALANCES, INITS, OPTIMISERS, SMALL_PIXELS, STATISTICS, Recipe
+from tlpipeline.training.config import TrainingPlan
+from tlpipeline.training.recipe import Recipe, override
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,20 @@ class Decision:
         """What the head reads that is trained with everything else: the last tap, so that all layers are under it; or that is solved on frozen features."""
         return self.readings if self.freeze == "kept" else self.readings[:1]
 
+    @property
+    def plan(self) -> TrainingPlan:
+        """What training needs of this decision."""
+        return TrainingPlan(self.slice, self.size, self.freeze == "kept", self.init, self.recipe, self.under, self.read)
+
+    def overridden(self, changes: Mapping[str, Any]) -> "Decision":
+        """Return the decision with the values that `train.override` changes.
+
+        Raises:
+            ParamsError: as `recipe.override` does.
+        """
+        recipe, init = override(self.recipe, self.init, changes, freeze=self.freeze == "kept")
+        return replace(self, recipe=recipe, init=init)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for case.json."""
         return asdict(self)
@@ -137,84 +149,3 @@ class Decision:
         }
         plain = {key: tuple(content[key]) for key in ("changes", "warnings", "forced")}
         return cls(**{**content, **structured, **plain})
-
-
-def override(case: Decision, changes: Mapping[str, Any]) -> Decision:
-    """Return the decision with some recipe values (or `init`) changed by train.override.
-
-    Raises:
-        ParamsError: a name that the recipe does not have, or a value of another type.
-    """
-    known = {f.name: f.type for f in dataclasses.fields(Recipe)}
-    recipe: dict[str, Any] = {}
-    init = case.init
-    for name, value in changes.items():
-        where = f"params.yaml: train.override.{name}"
-        if name == "init":
-            if value not in INITS:
-                raise ParamsError(f"{where}: expected {' or '.join(INITS)}, found {value!r}.")
-            if case.freeze == "kept" and value != "pretrained":
-                raise ParamsError(
-                    f"{where}: expected pretrained for {case.case}, whose backbone is frozen, found {value!r}. "
-                    "Set choose.case to a case that trains everything, or remove init."
-                )
-            init = value
-        elif name not in known:
-            raise ParamsError(f"params.yaml: train.override: unknown recipe value {name!r}; {nearest(name, [*known, 'init'])}")
-        elif name in _CHOICES:
-            if value not in _CHOICES[name]:
-                raise ParamsError(f"{where}: expected {' or '.join(_CHOICES[name])}, found {value!r}.")
-            recipe[name] = value
-        elif isinstance(value, bool) != (known[name] is bool) or not isinstance(value, int if known[name] in (int, bool) else (int, float)):
-            raise ParamsError(f"{where}: expected {getattr(known[name], '__name__', known[name])}, found {value!r}.")
-        elif not isinstance(value, bool) and not _RANGES.get(name, (0.0, math.inf))[0] <= value <= _RANGES.get(name, (0.0, math.inf))[1]:
-            low, high = _RANGES.get(name, (0.0, math.inf))
-            raise ParamsError(f"{where}: expected {f'at least {low:g}' if high == math.inf else f'{low:g} to {high:g}'}, found {value!r}.")
-        else:
-            recipe[name] = value
-    return dataclasses.replace(case, init=init, recipe=dataclasses.replace(case.recipe, **recipe))
-
-
-def idle(case: Decision, changes: Mapping[str, Any], normalization: str, views: int = 0) -> tuple[str, ...]:
-    """Return the names in train.override that change nothing in this case.
-
-    Args:
-        case: with the changes made.
-        normalization: of the network: batch, layer or none.
-        views: random views of a frozen head.
-    """
-    if case.freeze == "kept":  # its head is solved, without epochs
-        return tuple(name for name in changes if name not in _OF_A_HEAD and not (name == "crop" and views))
-    recipe = case.recipe
-    small, adamw = case.size < SMALL_PIXELS, recipe.optimizer_for(normalization) == ADAMW
-    used = {
-        "rate_batch": normalization == "batch" and not small,
-        "rate_batch_small": normalization == "batch" and small,
-        "rate_layer": normalization == "layer",
-        "rate_none": normalization == "none",
-        "layer_decay_norm": normalization == "layer",
-        "layer_decay_other": normalization != "layer",
-        "weight_decay": not adamw,
-        "weight_decay_adam": adamw,
-        "statistics": normalization == "batch",
-        "sync_below": normalization == "batch",
-        "randaugment_magnitude": recipe.randaugment > 0,
-        "scratch_from": case.init == AUTO,
-        "scratch_times": case.init in (AUTO, "random"),
-        "scratch_epochs_at_500": case.init in (AUTO, "random"),
-    }
-    return tuple(name for name in changes if not used.get(name, True))
-
-
-_OF_A_HEAD = ("init", "balance", "imbalance")
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {"optimizer": OPTIMISERS, "balance": BALANCES, "statistics": STATISTICS}
-
-
-_RANGES = {
-    "batch": (2, math.inf), "batch_large": (2, math.inf), "least_epochs": (1, math.inf), "most_epochs": (1, math.inf),
-    "epochs_at_500": (1, math.inf), "accumulate": (1, math.inf), "crop": (0.01, 1), "label_smoothing": (0, 0.99), "average": (0, 0.99999),
-    "warm_up": (0, 1), "layer_decay_norm": (0.01, 1), "layer_decay_other": (0.01, 1), "randaugment_magnitude": (0, 30), "clip": (1e-6, math.inf),
-    "scratch_epochs_at_500": (1, math.inf), "scratch_times": (0.01, math.inf), "imbalance": (1, math.inf),
-}  # fmt: skip

@@ -5,24 +5,59 @@ looks both are compared on the half of validation that selected nothing, and the
 What the winner trained is kept for the train stage, which goes on where the race ended. `train.budget_minutes` bounds both arms together.
 """
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tlpipeline.choice import decide
+import numpy as np
+
+from tlpipeline.choice import decide, policy
 from tlpipeline.choice.decision import Decision, Look, Race
 from tlpipeline.choice.policy import DecisionPolicy
+from tlpipeline.data import splits
 from tlpipeline.params import ClusterParams
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, Progress
+from tlpipeline.stats import unpack
 from tlpipeline.training import ray_train
+from tlpipeline.training.callbacks import EpochEnd
 from tlpipeline.training.checkpoint import STATE
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.recipe import BUDGET
 
 NO_TIME = 1e-9  # minutes: 0 would be no bound
+RACE = "race"  # under which the looks, the winner and the reason are kept in the state of the run
+
+
+@dataclass(frozen=True)
+class InterimAnalysis:
+    """Compares fine-tuning with the frozen head at planned epochs, on validation images that selected nothing; stops at a decision.
+
+    Attributes:
+        policy: the evidence, the rule and the prediction.
+        frozen_correct: which validation images the frozen head classified correctly, packed.
+    """
+
+    policy: DecisionPolicy
+    frozen_correct: str
+
+    def on_epoch_end(self, epoch: EpochEnd) -> bool:
+        """Record a look where one is planned; stop if it decides the race."""
+        state, planned = epoch.state, policy.look_epochs(epoch.epochs)
+        if state.epoch not in planned:
+            return False
+        judges = np.array([not splits.in_selection_half(row.md5) for row in epoch.validation])
+        frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (self.frozen_correct, epoch.correct))
+        part = policy.LOOKS - len(planned) + planned.index(state.epoch)
+        look = policy.look(self.policy, part, state.epoch, epoch.epochs, frozen, tuned)
+        winner, ended = policy.verdict(self.policy, part, look)
+        looks = [*state.records.get(RACE, {"looks": []})["looks"], asdict(look)]
+        state.records[RACE] = {"looks": looks, "winner": winner, "ended": ended}
+        text = f"look {part + 1}: fine-tuned {look.tuned:.1%}, frozen {look.frozen:.1%}, {ended or 'still open'}"
+        epoch.on_progress(state.epoch, epoch.epochs, text, important=True)
+        return bool(winner)
 
 
 def run(
@@ -51,16 +86,16 @@ def run(
     frozen = ray_train.run(job(arms["frozen"]), cluster, f"race-frozen-{name}", runs, progress, "choose")
     history = json.loads((frozen / "history.json").read_text(encoding="utf-8"))["history"]
     spent = json.loads((frozen / STATE).read_text(encoding="utf-8"))["seconds"] / 60
-    terms = {"evidence": dataclasses.asdict(weighed.evidence), "rule": dataclasses.asdict(weighed.rule), "frozen": history[0]["correct"]}
-    other = dataclasses.replace(job(arms["tuned"]), race=terms)
+    other = replace(job(arms["tuned"]), callbacks=(InterimAnalysis(weighed, history[0]["correct"]),), checkpoint_only=True)
     if other.budget_minutes:
-        other = dataclasses.replace(other, budget_minutes=max(other.budget_minutes - spent, NO_TIME))
+        other = replace(other, budget_minutes=max(other.budget_minutes - spent, NO_TIME))
     tuned = ray_train.run(other, cluster, f"race-tuned-{name}", runs, progress, "choose")
     state = json.loads((tuned / STATE).read_text(encoding="utf-8"))
-    looks = tuple(Look(**look) for look in state["looks"])
+    record = state["records"].get(RACE, {"looks": [], "winner": "", "ended": ""})
+    looks = tuple(Look(**look) for look in record["looks"])
     images, others = profile.images, 2 * profile.validation
     cost = cost_of(arms["frozen"], images, others) + images + others + state["epoch"] * (3 * images + others)
-    winner, ended = state["winner"], state["ended"]
+    winner, ended = record["winner"], record["ended"]
     if not winner:  # what had no time to be raced has none to be trained; and what stops early was not ahead
         by = BUDGET if any(said.startswith(BUDGET) for said in state["remarks"]) else "early stopping"
         winner, ended = "frozen", f"{by} ended it undecided"

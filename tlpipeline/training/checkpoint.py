@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class State:
         best_*: the best validation so far, and which arm reached it in which epoch.
         spare_*: the best epoch of the arm that runs, which counts only if time ends the arm before its schedule does.
         history: a line for each epoch.
-        looks, winner, ended: of a race (see cases.Look and cases.Race).
+        stopped: a callback ended the phase.
+        records: JSON values that callbacks keep, each under a name of its own.
         slower: times that the rate was halved because training diverged; accumulate: parts of a batch, 0 for the recipe's.
         averaged: steps in the moving average of weights.
         speed, waited: of the first worker lately: images/s, and the share of time that it waited for data.
@@ -53,9 +54,8 @@ class State:
     spare_loss: float = math.inf
     head_penalty: float = 0.0
     history: list[dict[str, float | str]] = field(default_factory=list)
-    looks: list[dict[str, Any]] = field(default_factory=list)
-    winner: str = ""
-    ended: str = ""
+    stopped: bool = False
+    records: dict[str, Any] = field(default_factory=dict)
     slower: int = 0
     accumulate: int = 0
     averaged: int = 0
@@ -99,7 +99,7 @@ class State:
 
     def begin(self, arm: str) -> None:
         """Start an arm."""
-        self.arm, self.epoch, self.step, self.slower = arm, 0, 0, 0
+        self.arm, self.epoch, self.step, self.slower, self.stopped = arm, 0, 0, 0, False
         self.spare_epoch, self.spare_accuracy, self.spare_loss = 0, -1.0, math.inf
 
     def replaced(self, accuracy: float, loss: float, correct: str, images: int) -> bool:
@@ -203,21 +203,27 @@ class Checkpoints:
         self._took = self._ended - started
 
     def restore(self, start: Path | None) -> State | None:
-        """Load the newest checkpoint into the model, or the one to start from; None where there is none. A finished one is `best`."""
+        """Load the newest checkpoint into the model, or that of another run to start from; None if there is none. A finished one is `best`.
+
+        A checkpoint of another run counts only if this version wrote it. A callback that stopped the other run does not stop this one.
+        """
         from safetensors.torch import load_file
 
         with self.world.restore() as kept:
             folder = kept or start
             if folder is None:
                 return None
-            state = State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+            content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if kept is None:
+                if set(content) != {f.name for f in fields(State)}:
+                    return None
+                content["stopped"] = False
+            state = State(**content)
             if state.finished:
                 self.best = load_file(folder / MODEL / "weights.safetensors")
                 return state
-            # What a race of an older version left has no spare.
             self.current, self.best, self.spare, self.optimizer, self.average = (
-                load_file(folder / name) if name != SPARE or (folder / name).exists() else {}
-                for name in (CURRENT, BEST, SPARE, OPTIMISER, AVERAGE)
+                load_file(folder / name) for name in (CURRENT, BEST, SPARE, OPTIMISER, AVERAGE)
             )
             self.model.load_state_dict(self.current)
             return state

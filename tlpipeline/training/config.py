@@ -1,13 +1,37 @@
-"""What a training job is given, as plain values, and how it tells what it does."""
+"""What a training job is given, as plain values, and how it reports its progress. Loads no torch."""
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.progress import Event, Progress
+from tlpipeline.training.callbacks import Callback
+from tlpipeline.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How the network is cut and trained.
+
+    Attributes:
+        slice: the tap behind which the network is cut.
+        size: side of the input in pixels.
+        freeze: whether the backbone stays as it is, and only a head is trained.
+        init: how weights start: pretrained, plain, random or auto (see `cases.Case`).
+        recipe: the values of the training run, with `train.override` applied.
+        head_taps: what the head reads while it is trained; final_head_taps: what the finished head reads.
+    """
+
+    slice: str
+    size: int
+    freeze: bool
+    init: str
+    recipe: Recipe
+    head_taps: tuple[TapPooling, ...]
+    final_head_taps: tuple[TapPooling, ...]
 
 
 @dataclass(frozen=True)
@@ -17,13 +41,14 @@ class TrainingConfig:
     Attributes:
         workspace, images, manifest: where the workspace, its images and their manifest are.
         backbone, weights, weights_md5: as in params.yaml.
-        decision: case.json, with train.override applied.
+        plan: how the network is cut and trained.
         seed, epochs, batch_size, flip, precision, views, budget_minutes: as in params.yaml.
-        history: file to which the first worker appends its progress, a JSON line each.
-        cache: folder of features and decoded images, "" to keep them in memory; cache_bytes: what decoded images may take of it.
-        start: folder of a checkpoint to go on from where this run has none of its own, "" for none: what a race trained.
-        parts: at least so many parts of a batch are taken one after the other, because a GPU had no room for fewer.
-        race: None, or what the looks of a race need: evidence and rule as JSON, and who was right on validation by the frozen arm (packed).
+        history: file to which the first worker appends its progress, one JSON line for each message.
+        cache: folder of features and decoded images, "" to keep them in memory; cache_bytes: how much of it decoded images may take.
+        start: folder of another run's checkpoint to continue from if this run has none of its own, "" for none.
+        parts: least number of parts that a batch is split into, because a GPU's memory ran out.
+        callbacks: called after each epoch.
+        checkpoint_only: end with the checkpoint after fine-tuning, without a finished model; for a run that another one continues.
     """
 
     workspace: str
@@ -32,7 +57,7 @@ class TrainingConfig:
     backbone: str
     weights: str
     weights_md5: str
-    decision: Mapping[str, Any]
+    plan: TrainingPlan
     seed: int
     epochs: int | str
     batch_size: int | str
@@ -45,7 +70,8 @@ class TrainingConfig:
     cache_bytes: float = 0.0
     start: str = ""
     parts: int = 1
-    race: Mapping[str, Any] | None = None
+    callbacks: tuple[Callback, ...] = ()
+    checkpoint_only: bool = False
 
 
 class OnProgress(Protocol):

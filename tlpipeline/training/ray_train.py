@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def preflight(cluster: ClusterParams) -> bool:
 
 
 def run(job: TrainingConfig, cluster: ClusterParams, name: str, folder: Path, progress: Progress, stage: str = "train") -> Path:
-    """Train, and return the folder of the finished run: `model/` and `history.json`; of a race the checkpoint at which it ended.
+    """Train, and return the folder of the finished run: `model/` and `history.json`; of a job that is `checkpoint_only` its checkpoint.
 
     Args:
         job: what to train.
@@ -156,8 +156,8 @@ class _RayWorld:
                 yield Path(folder)
 
 
-def _loop(config: dict[str, Any]) -> None:
-    job = TrainingConfig(**config)
+def _loop(config: dict[str, TrainingConfig]) -> None:
+    job = config["job"]
     if _error_file(job).exists():
         return  # started again after an error that only the user can mend: it would come back
     world = _RayWorld()
@@ -209,7 +209,7 @@ def _on_workers(job: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name
         waiting = {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ}
         trainer = TorchTrainer(
             _loop,
-            train_loop_config=asdict(job),
+            train_loop_config={"job": job},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_PATIENCE),
             scaling_config=ray.train.ScalingConfig(num_workers=cluster.workers, use_gpu=use_gpu),
             run_config=ray.train.RunConfig(
@@ -236,7 +236,7 @@ def _on_workers(job: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name
     finished = folder / f"{name}-finished"
     shutil.rmtree(finished, ignore_errors=True)
     result.checkpoint.to_directory(str(finished))
-    if job.race is None and not (finished / MODEL).is_dir():
+    if not job.checkpoint_only and not (finished / MODEL).is_dir():
         raise ClusterError(
             "expected a finished model from the workers, but the newest checkpoint is from the middle. Start the run again: it resumes."
         )

@@ -21,7 +21,6 @@ from tlpipeline.backbones.classifier import Classifier, Description, feature_ext
 from tlpipeline.backbones.features import FeatureExtractor
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.precision import extracts_in_bfloat16
-from tlpipeline.choice.decision import Decision
 from tlpipeline.data.augment import augmentation
 from tlpipeline.data.cache import FeatureTable, Store
 from tlpipeline.data.dataset import Row, read_manifest
@@ -31,7 +30,7 @@ from tlpipeline.errors import ClusterError
 from tlpipeline.files import write_json
 from tlpipeline.stats import paired
 from tlpipeline.training.checkpoint import MODEL, STATE, Checkpoints, State
-from tlpipeline.training.config import OnProgress, ProgressWriter, TrainingConfig, clock, in_validation
+from tlpipeline.training.config import OnProgress, ProgressWriter, TrainingConfig, TrainingPlan, clock, in_validation
 from tlpipeline.training.distributed import DistributedContext, all_reduce, broadcast
 from tlpipeline.training.heads import Labels, inverse_temperature, judged_penalty, solve_head, validated
 from tlpipeline.training.recipe import BUDGET, Recipe
@@ -50,7 +49,7 @@ def run(job: TrainingConfig, world: DistributedContext, scratch_folder: Path) ->
     Returns:
         On the first worker the folder with the finished model (weights.safetensors, model.json) and history.json; None on the others.
     """
-    decision = Decision.from_json(job.decision)
+    plan = job.plan
     torch.manual_seed(job.seed)
     manifest = read_manifest(Path(job.manifest))
     classes = manifest.classes
@@ -60,15 +59,15 @@ def run(job: TrainingConfig, world: DistributedContext, scratch_folder: Path) ->
         raise ClusterError(
             f"expected at least two training images for each of {world.size} workers, found {len(train)}. Set cluster.workers lower, or to 0."
         )
-    frozen, recipe = decision.freeze == "kept", decision.recipe
+    frozen, recipe = plan.freeze, plan.recipe
     if not frozen:
         batch_size(job, recipe, len(train), world)  # what cannot be is said before anything is computed
     tell = ProgressWriter(Path(job.history), world.rank)
     store = Store(Path(job.cache) if job.cache else None, job.cache_bytes)
-    backbone = catalogue.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=decision.size, seed=job.seed)
-    transforms = backbone.transforms.at(decision.size)
+    backbone = catalogue.load(job.backbone, job.weights, md5=job.weights_md5, root=Path(job.workspace), size=plan.size, seed=job.seed)
+    transforms = backbone.transforms.at(plan.size)
     half = extracts_in_bfloat16(world.device, job.precision)
-    model = Classifier(backbone, decision.under, len(classes), frozen, half).to(world.device)
+    model = Classifier(backbone, plan.head_taps, len(classes), frozen, half).to(world.device)
     sides = Datasets(
         Path(job.images), train, val, np.array([index[r.label] for r in train]), np.array([index[r.label] for r in val]), transforms
     )
@@ -77,60 +76,60 @@ def run(job: TrainingConfig, world: DistributedContext, scratch_folder: Path) ->
     deadline = TimeBudget(job.budget_minutes, world, state.seconds if state else 0.0)
     if state is None:
         state = State(arm="head")
-        if decision.init not in ("random", "plain"):
+        if plan.init not in ("random", "plain"):
             _solve_head(model, sides, recipe, job, world, tell, state, store, deadline)
         state.seconds = deadline.spent if deadline.seconds else 0.0
         checkpoint.write(state)
     if state.finished:
-        model = _as_finished(model, decision, checkpoint)
+        model = _as_finished(model, plan, checkpoint)
     elif not frozen:
         blocks: list[list[str]] = []
         if recipe.layer_decay(backbone.normalization) != 1:
-            blocks = [[f"trunk.{name}" for name in block] for block in taps.parameters_by_tap(backbone, decision.slice)]
+            blocks = [[f"trunk.{name}" for name in block] for block in taps.parameters_by_tap(backbone, plan.slice)]
         fit = Trainer(model, sides, recipe, job, world, checkpoint, tell, backbone.normalization, store, deadline, blocks)
-        _train_all(fit, model, decision, state)
-        if job.race is not None:
+        _train_all(fit, model, plan, state)
+        if job.checkpoint_only:
             checkpoint.write(state)
             return checkpoint.written if world.rank == 0 else None
         checkpoint.load_best()
         if recipe.solve_again:
-            model = _refit_head(fit, model, decision.readings, state, scratch_folder)
+            model = _refit_head(fit, model, plan.final_head_taps, state, scratch_folder)
     # Where fine-tuning was undone the backbone is as it came, and reads as it did when the head was solved.
     kept = frozen or state.best_arm == "head"
     if world.rank:
         world.report({"accuracy": state.best_accuracy}, None)
         return None
-    description = Description(job.backbone, decision.slice, model.readings, classes, transforms, kept, in_bfloat16=kept and half)
+    description = Description(job.backbone, plan.slice, model.readings, classes, transforms, kept, in_bfloat16=kept and half)
     return _finish(model, description, state, world, scratch_folder / "finished")
 
 
-def _train_all(fit: Trainer, model: Classifier, decision: Decision, state: State) -> None:
-    """Fine-tune, or go on where the state stands; then, outside of a race and where the case asks for it, train from random weights."""
-    job, recipe, sides = fit.job, decision.recipe, fit.sides
-    rate = recipe.rate(fit.normalization, decision.size)
+def _train_all(fit: Trainer, model: Classifier, plan: TrainingPlan, state: State) -> None:
+    """Fine-tune, or continue where the state stands; then train from random weights, if the plan asks for it and a whole model is wanted."""
+    job, recipe, sides = fit.job, plan.recipe, fit.sides
+    rate = recipe.rate(fit.normalization, plan.size)
     epochs = job.epochs if isinstance(job.epochs, int) else recipe.epochs(len(sides.train))
-    if decision.init != "random" and state.arm in ("head", "fine-tune"):
+    if plan.init != "random" and state.arm in ("head", "fine-tune"):
         if state.arm == "head" and state.history and fit.deadline.passed():
             state.remark(f"{BUDGET} ended before fine-tuning began: the head on frozen features is what there is")
             fit.checkpoint.keep_best()
         else:
             fit.arm("fine-tune", epochs, rate, state)
-    if job.race is not None:
+    if job.checkpoint_only:
         return
-    again = decision.init == "auto" and len(sides.train) >= recipe.scratch_from and len(sides.val) > 0 and not state.gained
-    if decision.init == "random" or state.arm == "scratch" or (again and not fit.deadline.passed()):
+    again = plan.init == "auto" and len(sides.train) >= recipe.scratch_from and len(sides.val) > 0 and not state.gained
+    if plan.init == "random" or state.arm == "scratch" or (again and not fit.deadline.passed()):
         if state.arm != "scratch":
-            fresh = catalogue.load(job.backbone, catalogue.NONE, size=decision.size, seed=job.seed)
+            fresh = catalogue.load(job.backbone, catalogue.NONE, size=plan.size, seed=job.seed)
             model.load_state_dict(Classifier(fresh, model.readings, model.head.out_features, frozen=False).state_dict())
         longer = round(recipe.scratch_times * job.epochs) if isinstance(job.epochs, int) else recipe.scratch_epochs(len(sides.train))
         fit.arm("scratch", longer, min(rate * recipe.scratch_times, 0.1), state)
 
 
-def _as_finished(model: Classifier, decision: Decision, checkpoint: Checkpoints) -> Classifier:
+def _as_finished(model: Classifier, plan: TrainingPlan, checkpoint: Checkpoints) -> Classifier:
     """Return the model of a finished run, which only has to be handed over, with the head that was solved last if there was one."""
     if len(checkpoint.best["head.weight"][0]) != model.head.in_features:
         device = model.head.weight.device
-        model = Classifier(model.backbone[0], decision.readings, model.head.out_features, model.frozen, model.in_bfloat16).to(device)
+        model = Classifier(model.backbone[0], plan.final_head_taps, model.head.out_features, model.frozen, model.in_bfloat16).to(device)
     model.load_state_dict(checkpoint.best)
     return model
 

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,17 +22,14 @@ from torch.nn import functional
 
 from tlpipeline.backbones.classifier import probabilities
 from tlpipeline.backbones.precision import autocast, computes_in_bfloat16
-from tlpipeline.choice import policy
-from tlpipeline.choice.predictor import Evidence, load_predictor
-from tlpipeline.data import splits
 from tlpipeline.data.augment import augmentation, mix, seed_of
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.loader import Augment, DecodedCache, Images, normalize, rank_slice, resized_cache, square_cache
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import ClusterError, OutOfMemory, TrainingError
-from tlpipeline.params import AUTO, ChooseParams
-from tlpipeline.stats import unpack
+from tlpipeline.params import AUTO
+from tlpipeline.training.callbacks import EpochEnd
 from tlpipeline.training.checkpoint import Checkpoints, State
 from tlpipeline.training.config import OnProgress, TrainingConfig, clock, in_validation
 from tlpipeline.training.distributed import DistributedContext, all_gather, all_reduce, broadcast
@@ -154,7 +151,7 @@ class Trainer:
         moving, average = self._start(rate, state)
         images, val = self._images(epochs)
         patience = (self.recipe.patience or epochs) if len(self.sides.val) else epochs
-        while state.epoch < epochs and state.epoch - state.best_epoch_of(name) < patience and not (self.job.race and state.winner):
+        while state.epoch < epochs and state.epoch - state.best_epoch_of(name) < patience and not state.stopped:
             try:
                 loss, speed, waited, whole = self._epoch(network, images, moving, average, rate, state, epochs)
             except Diverged as stopped:
@@ -165,7 +162,8 @@ class Trainer:
             average.swap()
             accuracy, correct = self._judge(val, loss, whole, state, epochs)
             average.swap()
-            self._look(state, epochs, correct)
+            end = EpochEnd(state, epochs, self.sides.val, correct, self.tell)
+            state.stopped = any([callback.on_epoch_end(end) for callback in self.job.callbacks])
             state.speed, state.waited = round(speed, 1), round(waited, 4)
             late = not whole or (state.epoch < epochs and self.deadline.passed())
             if late:
@@ -346,25 +344,6 @@ class Trainer:
     def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
         for buffer, value in buffers:
             buffer.copy_(value)
-
-    def _look(self, state: State, epochs: int, correct: str) -> None:
-        """At a planned look of a race, say who is ahead; every worker comes to the same answer from the same predictions."""
-        race, at = self.job.race, policy.look_epochs(epochs)
-        if race is None or state.epoch not in at:
-            return
-        weighed = policy.DecisionPolicy(Evidence(**race["evidence"]), ChooseParams(**race["rule"]), load_predictor())
-        judges = np.array([not splits.in_selection_half(row.md5) for row in self.sides.val])
-        frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (str(race["frozen"]), correct))
-        part = policy.LOOKS - len(at) + at.index(state.epoch)
-        seen = policy.look(weighed, part, state.epoch, epochs, frozen, tuned)
-        state.looks.append(asdict(seen))
-        state.winner, state.ended = policy.verdict(weighed, part, seen)
-        self.tell(
-            state.epoch,
-            epochs,
-            f"look {part + 1}: fine-tuned {seen.tuned:.1%}, frozen {seen.frozen:.1%}, {state.ended or 'still open'}",
-            important=True,
-        )
 
     # --- an epoch ---------------------------------------------------------------------------------------------------------------------
 

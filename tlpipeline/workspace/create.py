@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from tlpipeline.choice.decision import override
 from tlpipeline.errors import DataError, WorkspaceError
 from tlpipeline.files import unlink
 from tlpipeline.params import AUTO
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry import versions
+from tlpipeline.training.recipe import Recipe, override
 from tlpipeline.versioning import dvc, git, lock
 from tlpipeline.workspace import stages
 
@@ -261,7 +261,7 @@ def check(root: Path, images: Path | None = None) -> None:
     params = stages.params_of(root)
     if params.choose.case != AUTO:
         cases.find(params.choose.case)
-    override(cases.CASES[0], params.train.override)  # type: ignore[arg-type]  # any row will do to check names and types
+    override(Recipe(), "pretrained", params.train.override, freeze=False)
     catalogue.check_name(params.backbone.name)
     if params.choose.slice != AUTO:
         b = params.backbone

@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tlpipeline.choice.decision import Decision, idle, override
+from tlpipeline.choice.decision import Decision
 from tlpipeline.errors import DataError, ParamsError, WorkspaceError
 from tlpipeline.files import is_truncated_json, unlink, write_json
 from tlpipeline.params import Params, load
 from tlpipeline.progress import Event, Progress
+from tlpipeline.training.config import TrainingConfig
 from tlpipeline.versioning import dvc, lock
 
 PARAMS = "params.yaml"
@@ -145,8 +146,8 @@ def choose(root: Path, progress: Progress) -> None:
             runs = (root / RUNS).resolve()
             name = _code_key(dvc.stage_key(root, "choose"), params)
 
-            def start(arm: Decision) -> Any:
-                return _job(root, params, override(arm, params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
+            def start(arm: Decision) -> TrainingConfig:
+                return _job(root, params, arm.overridden(params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
 
             with open_cache(root):
                 decision = race.run(found, policy.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
@@ -164,7 +165,7 @@ def train(root: Path, progress: Progress) -> None:
     from tlpipeline.training import ray_train
 
     params = params_of(root)
-    decision = override(read_case(root), params.train.override)
+    decision = read_case(root).overridden(params.train.override)
     for said in _without_effect(root, params, decision):
         progress(Event("train", 0, 0, said))
     runs = (root / RUNS).resolve()
@@ -188,12 +189,13 @@ def train(root: Path, progress: Progress) -> None:
             unlink(other)
 
 
-def _without_effect(root: Path, params: Params, decision: Any) -> list[str]:
+def _without_effect(root: Path, params: Params, decision: Decision) -> list[str]:
     """Say which settings change nothing in this case."""
+    from tlpipeline.training.recipe import unused_overrides
 
     kept, views, changes = decision.freeze == "kept", params.train.views, params.train.override
     said = []
-    if changes and (unused := idle(decision, changes, _backbone(root, params).normalization, views)):
+    if changes and (unused := unused_overrides(decision.plan, changes, _backbone(root, params).normalization, views)):
         why = "whose head is solved, not trained" if kept else "with this network and these settings"
         said.append(f"train.override: {', '.join(unused)} changes nothing in {decision.case}, {why}")
     if views and not kept:
@@ -201,9 +203,7 @@ def _without_effect(root: Path, params: Params, decision: Any) -> list[str]:
     return said
 
 
-def _job(root: Path, params: Params, decision: Any, history: Path) -> Any:
-    from tlpipeline.training.config import TrainingConfig
-
+def _job(root: Path, params: Params, decision: Decision, history: Path) -> TrainingConfig:
     return TrainingConfig(
         workspace=str(root.resolve()),
         images=str((root / params.data.images).resolve()),
@@ -211,7 +211,7 @@ def _job(root: Path, params: Params, decision: Any, history: Path) -> Any:
         backbone=params.backbone.name,
         weights=params.backbone.weights,
         weights_md5=params.backbone.weights_md5,
-        decision=decision.to_json(),
+        plan=decision.plan,
         seed=params.train.seed,
         epochs=params.train.epochs,
         batch_size=params.train.batch_size,
@@ -309,19 +309,19 @@ def _note(root: Path, name: str, found: Any) -> None:
 # --- what others read -----------------------------------------------------------------------------------------------------------------
 
 
-def read_case(root: Path) -> Any:
+def read_case(root: Path) -> Decision:
     """Return the decision that case.json holds."""
 
     return Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
 
 
-def with_recipe(decision: Any, params: Params) -> Any:
+def with_recipe(decision: Decision, params: Params) -> Decision:
     """Return a decision with what `train.override` changes of its recipe.
 
     Other weights to start from may not go with its case, which train refuses; that must not keep anyone from reading why it was chosen.
     """
 
-    return override(decision, {name: value for name, value in params.train.override.items() if name != "init"})
+    return decision.overridden({name: value for name, value in params.train.override.items() if name != "init"})
 
 
 def head_taps(root: Path) -> tuple[str, ...]:
