@@ -249,7 +249,7 @@ def job_of(name: str, decision: Decision, manifest: Path, place: Path) -> Traini
     """Return the job of one epoch with one batch, from the weights in the network's folder."""
     return TrainingConfig(
         workspace=str(place), images=str(manifest.parent / "images"), manifest=str(manifest), backbone=name, weights=START,
-        weights_md5=md5(place / START), decision=json.loads(json.dumps(decision.to_json())), seed=0, epochs=1, batch_size=BATCH, flip=True,
+        weights_md5=md5(place / START), plan=decision.plan, seed=0, epochs=1, batch_size=BATCH, flip=True,
         precision="float32", history=str(place / f"{decision.case}.jsonl"),
     )  # fmt: skip
 

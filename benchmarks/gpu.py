@@ -112,7 +112,7 @@ class Bench:
         dataset.write_manifest(self.manifest, place / "manifest.parquet", place / "quarantine.csv")
         return TrainingConfig(
             workspace=str(place), images=str(self.images), manifest=str(place / "manifest.parquet"), backbone=self.name,
-            weights=catalogue.NONE, weights_md5=catalogue.NONE, decision=self.decision.to_json(), seed=0, epochs=EPOCHS,
+            weights=catalogue.NONE, weights_md5=catalogue.NONE, plan=self.decision.plan, seed=0, epochs=EPOCHS,
             batch_size=self.batch, flip=True, precision="auto", history=str(place / "history.jsonl"),
             cache=str((place if self.frozen else self.work) / "cache"), cache_bytes=1e11,
         )  # fmt: skip

@@ -86,7 +86,7 @@ def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manife
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
     values: dict[str, object] = {
         "workspace": str(place), "images": str(folder), "manifest": str(place / "manifest.parquet"), "backbone": NET.name,
-        "weights": str(options.weights / NET.weights), "weights_md5": NET.md5, "decision": decided.to_json(), "seed": 0, "epochs": "auto",
+        "weights": str(options.weights / NET.weights), "weights_md5": NET.md5, "plan": decided.plan, "seed": 0, "epochs": "auto",
         "batch_size": "auto", "flip": True, "precision": "auto", "history": str(place / "history.jsonl"), "cache": str(place / "cache"),
         "cache_bytes": 1e10,
     }  # fmt: skip

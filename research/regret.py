@@ -242,7 +242,7 @@ def train_arm(
         dataset.write_manifest(manifest, here / "manifest.parquet", here / "quarantine.csv")
         job = TrainingConfig(
             workspace=place, images=str(folder), manifest=str(here / "manifest.parquet"), backbone=net.name, weights=weights,
-            weights_md5=md5, decision=decision.to_json(), seed=unit.seed, epochs="auto", batch_size="auto", flip=unit.data not in NO_FLIP,
+            weights_md5=md5, plan=decision.plan, seed=unit.seed, epochs="auto", batch_size="auto", flip=unit.data not in NO_FLIP,
             precision="auto", history=str(here / "history.jsonl"),
         )  # fmt: skip
         started = cpu_seconds()

@@ -3,7 +3,6 @@
 import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
 
 # isort: split
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -139,7 +138,7 @@ def job(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
     def make(decision: Any, name: str = "run", **changes: Any) -> TrainingConfig:
         plain = {
             "workspace": str(tmp_path), "images": str(folder), "manifest": str(tmp_path / "manifest.parquet"), "backbone": "demonstration",
-            "weights": "DEFAULT", "weights_md5": "none", "decision": json.loads(json.dumps(decision.to_json())), "seed": 0, "epochs": 3,
+            "weights": "DEFAULT", "weights_md5": "none", "plan": decision.plan, "seed": 0, "epochs": 3,
             "batch_size": 16, "flip": False, "precision": "float32", "history": str(tmp_path / f"{name}.jsonl"),
         }  # fmt: skip
         return TrainingConfig(**{**plain, **changes})

@@ -104,7 +104,7 @@ def test_a_family_is_fine_tuned_as_a_run_does_it(
     last = measure_taps(replace(backbone, tap_names=backbone.tap_names[-1:]), 64)[0]
     made = TrainingConfig(
         workspace=str(tmp_path), images=str(painted / "images"), manifest=str(painted / "manifest.parquet"), backbone=name, weights="none",
-        weights_md5="none", decision=decision_for(CASES[2], [pooling_at(last)], 64).to_json(), seed=0, epochs=2, batch_size=8, flip=True,
+        weights_md5="none", plan=decision_for(CASES[2], [pooling_at(last)], 64).plan, seed=0, epochs=2, batch_size=8, flip=True,
         precision="auto", history=str(tmp_path / "run.jsonl"),
     )  # fmt: skip
     stepped: list[tuple[str, int, int]] = []
@@ -154,7 +154,7 @@ def grouped(painted: Path) -> Path:
         made = TrainingConfig(
             workspace=str(place), images=str(painted / "images"), manifest=str(painted / "manifest.parquet"), backbone=name,
             weights="start.safetensors", weights_md5=hashlib.md5((place / "start.safetensors").read_bytes(), usedforsecurity=False).hexdigest(),
-            decision=decision.to_json(), seed=0, epochs=2, batch_size=BATCH, flip=True, precision="float32", history=str(place / "run.jsonl"),
+            plan=decision.plan, seed=0, epochs=2, batch_size=BATCH, flip=True, precision="float32", history=str(place / "run.jsonl"),
         )  # fmt: skip
         items.append({"job": asdict(made), "folder": str(place)})
     in_group(2, items, painted / "spec.json")

@@ -10,10 +10,10 @@ import pytest
 from tests.helpers.decisions import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from tests.helpers.evidence import planted
 from tlpipeline.choice.cases import CASES, find
-from tlpipeline.choice.decision import Decision, Look, Race, idle, override
+from tlpipeline.choice.decision import Decision, Look, Race
 from tlpipeline.errors import ParamsError
 from tlpipeline.params import load
-from tlpipeline.training.recipe import Recipe
+from tlpipeline.training.recipe import Recipe, unused_overrides
 
 
 def test_each_kind_of_data_has_exactly_one_row() -> None:
@@ -47,15 +47,15 @@ def test_a_decision_survives_json() -> None:
 
 def test_override_changes_one_recipe_value_and_refuses_unknown_ones() -> None:
     decision = decide(planted(SIMILAR_LARGE))
-    assert override(decision, {"patience": 3}).recipe == replace(decision.recipe, patience=3)
-    assert override(decision, {"init": "random"}).init == "random"
-    assert override(decision, {}) == decision
+    assert decision.overridden({"patience": 3}).recipe == replace(decision.recipe, patience=3)
+    assert decision.overridden({"init": "random"}).init == "random"
+    assert decision.overridden({}) == decision
     with pytest.raises(ParamsError, match="patience"):
-        override(decision, {"patence": 3})
+        decision.overridden({"patence": 3})
     with pytest.raises(ParamsError, match="expected int"):
-        override(decision, {"patience": "many"})
+        decision.overridden({"patience": "many"})
     with pytest.raises(ParamsError, match=r"train\.override\.init"):
-        override(decision, {"init": "imagenet"})
+        decision.overridden({"init": "imagenet"})
 
 
 def test_a_decision_has_the_recipe_of_its_row() -> None:
@@ -96,9 +96,9 @@ def test_the_rule_of_the_tests_is_the_one_that_is_documented() -> None:
 def test_what_an_override_cannot_change_in_a_frozen_case_is_told() -> None:
     changes = {"patience": 3, "balance": "none", "crop": 0.5, "average": 0.9}
     frozen, tuned = decide(planted(SIMILAR_SMALL)), decide(planted(SIMILAR_LARGE))
-    assert idle(frozen, changes, "none") == ("patience", "crop", "average")
-    assert idle(frozen, changes, "none", views=2) == ("patience", "average")
-    assert idle(tuned, changes, "none") == ()
+    assert unused_overrides(frozen.plan, changes, "none") == ("patience", "crop", "average")
+    assert unused_overrides(frozen.plan, changes, "none", views=2) == ("patience", "average")
+    assert unused_overrides(tuned.plan, changes, "none") == ()
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_what_an_override_cannot_change_in_a_frozen_case_is_told() -> None:
 def test_what_an_override_cannot_change_in_a_network_is_told(normalization: str, size: int, works: set[str], idles: set[str]) -> None:
     case = replace(decide(planted(SIMILAR_LARGE)), size=size)
     changes = {name: getattr(case.recipe, name) for name in sorted(works | idles)}
-    assert set(idle(case, changes, normalization)) == idles
-    assert idle(replace(case, init="auto"), {"scratch_from": 10, "scratch_times": 2}, normalization) == ()
-    assert idle(override(case, {"randaugment": 1}), {"randaugment_magnitude": 5}, normalization) == ()
-    assert idle(override(case, {"optimizer": "adamw"}), {"weight_decay": 0.1}, normalization) == ("weight_decay",)
+    assert set(unused_overrides(case.plan, changes, normalization)) == idles
+    assert unused_overrides(replace(case, init="auto").plan, {"scratch_from": 10, "scratch_times": 2}, normalization) == ()
+    assert unused_overrides(case.overridden({"randaugment": 1}).plan, {"randaugment_magnitude": 5}, normalization) == ()
+    assert unused_overrides(case.overridden({"optimizer": "adamw"}).plan, {"weight_decay": 0.1}, normalization) == ("weight_decay",)
 
 
 @pytest.mark.parametrize("changes", [{"patience": True}, {"rate_none": True}, {"compile": 1}])
 def test_yes_is_no_number_and_a_number_is_not_yes(changes: dict[str, object]) -> None:
     with pytest.raises(ParamsError, match=next(iter(changes))):
-        override(decide(planted(SIMILAR_LARGE)), changes)
+        decide(planted(SIMILAR_LARGE)).overridden(changes)

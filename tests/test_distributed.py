@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.images import paint
 from tests.helpers.training import decided
+from tests.helpers.workspaces import REPOSITORY
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import CASES
 from tlpipeline.data import dataset
@@ -78,7 +79,7 @@ def whole(ray_runtime: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     def made(name: str) -> TrainingConfig:
         return TrainingConfig(
             workspace=str(place), images=str(place / "pictures"), manifest=str(place / "manifest.parquet"), backbone="demonstration",
-            weights="DEFAULT", weights_md5="none", decision=json.loads(json.dumps(DECISION.to_json())), seed=0, epochs=EPOCHS, batch_size=16,
+            weights="DEFAULT", weights_md5="none", plan=DECISION.plan, seed=0, epochs=EPOCHS, batch_size=16,
             flip=False, precision="float32", history=str(place / f"{name}.jsonl"),
         )  # fmt: skip
 
@@ -315,7 +316,7 @@ def test_an_error_that_says_more_than_its_text_comes_back_whole(
     monkeypatch.setattr(ray_train.train, "run", full)
     monkeypatch.setattr(ray_train, "_RayWorld", lambda: LocalContext(Path(made.workspace)))
     with pytest.raises(OutOfMemory):
-        ray_train._loop(asdict(made))
+        ray_train._loop({"job": made})
     with pytest.raises(OutOfMemory, match=r"^expected room$") as error:
         ray_train._raise_what_gave_up(made)
     assert error.value.parts == 8
@@ -333,8 +334,8 @@ def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_
     monkeypatch.setattr(ray_train.train, "run", diverge)
     monkeypatch.setattr(ray_train, "_RayWorld", lambda: LocalContext(Path(made.workspace)))
     with pytest.raises(TrainingError):
-        ray_train._loop(asdict(made))
-    ray_train._loop(asdict(made))
+        ray_train._loop({"job": made})
+    ray_train._loop({"job": made})
     assert tried == [1]
     with pytest.raises(TrainingError, match="expected it to converge"):
         ray_train._raise_what_gave_up(made)
@@ -441,7 +442,7 @@ def test_a_fit_is_asked_for_as_the_settings_say(
     with pytest.raises(ClusterError, match="they kept no checkpoint"):
         ray_train.run(made, cluster, "name", tmp_path / "runs", silent)
     assert not torn.exists()
-    assert asked.named["train_loop_config"] == asdict(made)
+    assert asked.named["train_loop_config"] == {"job": made}
     kept, scale, group = asked.named["run_config"], asked.named["scaling_config"], asked.named["torch_config"]
     assert (kept.name, kept.storage_path, kept.failure_config.max_failures) == ("name", str(place), 5)
     assert kept.checkpoint_config.num_to_keep == 2  # or a long run fills the disk
@@ -576,7 +577,7 @@ def test_a_checkpoint_from_the_middle_is_the_end_of_a_race_and_of_nothing_else(
     asked.fits = lambda: checkpoint(tmp_path / "middle", "state.json")
     with pytest.raises(ClusterError, match=r"newest checkpoint is from the middle\. Start the run again: it resumes"):
         ray_train.run(job(decided(CASES[0])), TWO, "name", tmp_path / "runs", silent)
-    finished = ray_train.run(job(decided(CASES[0]), race={}), TWO, "name", tmp_path / "runs", silent)
+    finished = ray_train.run(job(decided(CASES[0]), checkpoint_only=True), TWO, "name", tmp_path / "runs", silent)
     assert (finished / "state.json").is_file()
 
 
@@ -644,14 +645,15 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from typing import Any
-from tlpipeline import distributed
+from tests.helpers.workspaces import REPOSITORY
+from tests.helpers.training import config_of
 from tlpipeline.params import ClusterParams
 from tlpipeline.progress import silent
-from tlpipeline.job import Job
+from tlpipeline.training import ray_train
 spec = json.loads(Path(sys.argv[1]).read_text())
 cluster = ClusterParams(workers=2, gpu=False, max_failures=2, storage="none")
-print(distributed.run(Job(**spec["job"]), cluster, spec["name"], Path(spec["runs"]), silent), flush=True)
-distributed.shutdown()
+print(ray_train.run(config_of(spec["job"]), cluster, spec["name"], Path(spec["runs"]), silent), flush=True)
+ray_train.shutdown()
 """
 
 
@@ -664,7 +666,9 @@ def test_a_killed_driver_loses_nothing(whole: Whole, tmp_path: Path) -> None:
     told = Path(made.history)
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, str(script), str(spec)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, str(script), str(spec)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
 
     driver = start()
     deadline = threading.Event()

@@ -20,7 +20,6 @@ from tlpipeline.backbones.features import FeatureExtractor, forward_passes, nume
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.precision import enable_tf32, extracts_in_bfloat16
 from tlpipeline.choice.cases import CASES
-from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset
 from tlpipeline.data.loader import Images
 from tlpipeline.data.splits import TRAIN, VAL
@@ -82,7 +81,7 @@ def fit_on_gpu(net: nn.Module, transforms: Transforms, made: TrainingConfig, pla
     manifest = dataset.read_manifest(Path(made.manifest))
     rows, val = manifest.used(TRAIN), manifest.used(VAL)
     labels, val_labels = (np.array([manifest.classes.index(r.label) for r in some]) for some in (rows, val))
-    world, recipe = LocalContext(place, GPU), Decision.from_json(made.decision).recipe
+    world, recipe = LocalContext(place, GPU), made.plan.recipe
     return Trainer(
         net, Datasets(Path(made.images), rows, val, labels, val_labels, transforms), recipe, made, world, Checkpoints(world, place, net),
         ProgressWriter(place / "told", 0), "batch", features.Store(), TimeBudget(0, world, 0),

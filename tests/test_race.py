@@ -24,7 +24,7 @@ from tlpipeline.params import ChooseParams, ClusterParams, ProfileParams, load
 from tlpipeline.profiling import measure
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, silent
-from tlpipeline.training import checkpoint, pretrain, ray_train, trainer
+from tlpipeline.training import checkpoint, pretrain, ray_train
 from tlpipeline.training.config import TrainingConfig
 
 RULE = ChooseParams(
@@ -55,12 +55,11 @@ class Setting:
     def job(self, decision: Decision) -> TrainingConfig:
         return TrainingConfig(
             workspace=str(self.place), images=str(self.folder), manifest=str(self.place / "manifest.parquet"), backbone="demonstration",
-            weights="DEFAULT", weights_md5="none", decision=json.loads(json.dumps(decision.to_json())), seed=0, epochs=EPOCHS, batch_size=16,
+            weights="DEFAULT", weights_md5="none", plan=decision.plan, seed=0, epochs=EPOCHS, batch_size=16,
             flip=False, precision="float32", history=str(self.place / f"{decision.freeze}.jsonl"),
         )  # fmt: skip
 
-    def run(self, model: GainPredictor, patch: pytest.MonkeyPatch, name: str = "a", progress: Any = silent) -> tuple[Decision, Path]:
-        patch.setattr(trainer, "load_predictor", lambda: model)
+    def run(self, model: GainPredictor, name: str = "a", progress: Any = silent) -> tuple[Decision, Path]:
         kept = self.place / f"kept-{name}"
         kept.mkdir()
         weighed = policy.weigh(self.profile, RULE, model)
@@ -90,7 +89,7 @@ def lines_of(setting: Setting, freeze: str) -> list[str]:
 
 
 def test_a_race_that_is_decided_ends_at_its_first_look(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    decision, kept = setting.run(sure(-4.0), monkeypatch, "early")
+    decision, kept = setting.run(sure(-4.0), "early")
     assert decision.race is not None
     assert (decision.race.winner, len(decision.race.looks), decision.freeze) == ("frozen", 1, "kept")
     assert decision.race.looks[0].epoch == policy.look_epochs(EPOCHS)[0]
@@ -102,7 +101,7 @@ def test_a_race_that_is_decided_ends_at_its_first_look(setting: Setting, monkeyp
 def test_an_undecided_race_runs_the_whole_schedule_and_goes_to_the_cheaper_arm(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both arms learn all that can be learnt from these pictures: nothing can be told apart, so fine-tuning is not worth it."""
     told: list[Event] = []
-    decision, _ = setting.run(OPEN, monkeypatch, "open", told.append)
+    decision, _ = setting.run(OPEN, "open", told.append)
     assert decision.race is not None
     assert decision.race.winner == "frozen"
     assert decision.race.looks[-1].epoch <= EPOCHS
@@ -127,7 +126,7 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
     monkeypatch.setattr(ray_train, "run", noted)
     bounded = dataclasses.replace(setting)
     monkeypatch.setattr(bounded, "job", lambda decision: dataclasses.replace(setting.job(decision), budget_minutes=minutes))
-    decision, kept = bounded.run(OPEN, monkeypatch, f"bounded-{epochs}")
+    decision, kept = bounded.run(OPEN, f"bounded-{epochs}")
     assert decision.race is not None
     assert decision.race.winner == "frozen"
     assert (decision.race.ended == "train.budget_minutes ended it undecided") is (epochs == 0)
@@ -145,13 +144,13 @@ def test_a_race_that_stops_early_is_not_won_by_fine_tuning(setting: Setting, mon
         return dataclasses.replace(setting.job(made), epochs=60, parts=2)  # memory that ran out ends no race
 
     monkeypatch.setattr(patient, "job", job)
-    decision, _ = patient.run(OPEN, monkeypatch, "patient")
+    decision, _ = patient.run(OPEN, "patient")
     assert decision.race is not None
     assert (decision.race.winner, decision.race.ended) == ("frozen", "early stopping ended it undecided")
 
 
 def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    decision, _ = setting.run(OPEN, monkeypatch, "judges")
+    decision, _ = setting.run(OPEN, "judges")
     assert decision.race is not None
     judges = [row for row in setting.manifest.used(splits.VAL) if not splits.in_selection_half(row.md5)]
     assert {look.images for look in decision.race.looks} == {len(judges)}
@@ -161,7 +160,7 @@ def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.Monke
 def test_what_the_winner_trained_is_gone_on_with_and_ends_as_if_there_had_been_no_race(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    decision, kept = setting.run(sure(4.0), monkeypatch, "tuned")
+    decision, kept = setting.run(sure(4.0), "tuned")
     assert decision.race is not None
     assert (decision.race.winner, decision.freeze) == ("tuned", "nothing")
     state = json.loads((kept / checkpoint.STATE).read_text())
@@ -183,7 +182,7 @@ def test_what_the_winner_trained_is_gone_on_with_and_ends_as_if_there_had_been_n
 
 
 def test_the_frozen_winner_is_not_trained_again(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    decision, kept = setting.run(sure(-4.0), monkeypatch, "again")
+    decision, kept = setting.run(sure(-4.0), "again")
     job = dataclasses.replace(setting.job(decision), start=str(kept), history=str(tmp_path / "again.jsonl"))
     done = ray_train.run(job, HERE, "again", tmp_path / "runs", silent)
     assert not (tmp_path / "again.jsonl").exists()
@@ -195,7 +194,7 @@ def test_an_interrupted_race_goes_on_where_it_stood(setting: Setting, monkeypatc
     class Stop(Exception):
         pass
 
-    whole, _ = setting.run(OPEN, monkeypatch, "whole")
+    whole, _ = setting.run(OPEN, "whole")
     real = checkpoint.Checkpoints.write
     written = []
 
@@ -208,14 +207,14 @@ def test_an_interrupted_race_goes_on_where_it_stood(setting: Setting, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "write", interrupted)
         with pytest.raises(Stop):
-            setting.run(OPEN, monkeypatch, "cut")
+            setting.run(OPEN, "cut")
     (setting.place / "kept-cut").rmdir()
-    again, _ = setting.run(OPEN, monkeypatch, "cut")
+    again, _ = setting.run(OPEN, "cut")
     assert again == whole
 
 
 def test_the_cost_of_a_race_counts_what_was_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    decision, _ = setting.run(sure(-4.0), monkeypatch, "cost")
+    decision, _ = setting.run(sure(-4.0), "cost")
     assert decision.race is not None
     frozen, tuned = (next(arm.cost for arm in decision.arms if arm.name == name) for name in ("frozen", "tuned"))
     train_images, others = setting.profile.images, 2 * setting.profile.validation
@@ -301,14 +300,13 @@ def test_many_images_of_the_source_s_own_classes_are_large_and_similar(tmp_path:
 
 @pytest.mark.ray
 def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The workers look with the package's own model, so the prediction is what the package says of these images."""
     weighed = policy.weigh(setting.profile, RULE)
     found: list[Decision] = []
     plain, fits = ray_train.run, []
 
     def run(job: TrainingConfig, cluster: ClusterParams, name: str, *rest: Any) -> Path:
         # The looks are what may differ; the frozen arm has none, and a fit on Ray costs more than what is trained in it.
-        cluster = HERE if job.race is None else cluster
+        cluster = cluster if job.callbacks else HERE
         fits.append(cluster.workers)
         return plain(job, cluster, name, *rest)
 

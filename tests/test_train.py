@@ -617,7 +617,7 @@ class Worlds:
     def job(self, decision: Decision, name: str, **changes: Any) -> TrainingConfig:
         plain = {
             "workspace": str(self.place), "images": str(self.images), "manifest": str(self.place / "manifest.parquet"), "backbone": "demonstration",
-            "weights": "DEFAULT", "weights_md5": "none", "decision": json.loads(json.dumps(decision.to_json())), "seed": 0, "epochs": 2,
+            "weights": "DEFAULT", "weights_md5": "none", "plan": decision.plan, "seed": 0, "epochs": 2,
             "batch_size": 9, "flip": False, "precision": "float32", "history": str(self.place / f"{name}.jsonl"),
         }  # fmt: skip
         return TrainingConfig(**{**plain, **changes})
@@ -1018,7 +1018,7 @@ def test_random_views_are_read_once_each_and_change_the_frozen_head(
     assert len(passed) == 2 * train  # other views of the same images
     assert not torch.equal(other["head.weight"], with_views["head.weight"])
     passed.clear()
-    trained(replace(made, decision=job(decided(CASES[2])).decision, epochs=1), tmp_path / "tuned")
+    trained(replace(made, plan=decided(CASES[2]).plan, epochs=1), tmp_path / "tuned")
     assert len(passed) == val  # where everything is trained each epoch is a view of its own: only its validation is passed on
 
 

@@ -24,7 +24,7 @@ from tlpipeline.backbones.classifier import Classifier
 from tlpipeline.backbones.features import FeatureExtractor
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import CASES
-from tlpipeline.choice.decision import Decision, override
+from tlpipeline.choice.decision import Decision
 from tlpipeline.data import cache, dataset
 from tlpipeline.data.augment import ENHANCED, OPERATIONS, SHIFTS, augmentation, mix, rand_augment
 from tlpipeline.data.cache import Store
@@ -320,7 +320,7 @@ def a_fit(net: nn.Module, made: TrainingConfig, labels: list[int], place: Path, 
     world, transforms = LocalContext(place), Transforms(8, 8, (0.5,) * 3, (0.2,) * 3, "bilinear")
     world.size, world.rank = workers, rank
     sides = Datasets(place, rows, rows[:2], np.array(labels), np.array(labels[:2]), transforms)
-    recipe = Decision.from_json(made.decision).recipe
+    recipe = made.plan.recipe
     tell = ProgressWriter(place / "told", 0)
     return Trainer(net, sides, recipe, made, world, Checkpoints(world, place, net), tell, "none", Store(), TimeBudget(0, world, 0))
 
@@ -1416,14 +1416,14 @@ def test_a_network_that_the_compiler_has_translated_trains(job: Make, tmp_path: 
 )
 def test_a_recipe_value_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ParamsError, match=message):
-        override(decided(TUNED), changes)
+        decided(TUNED).overridden(changes)
 
 
 def test_a_frozen_case_cannot_start_from_random_weights() -> None:
     frozen: Decision = decided(CASES[0])
     with pytest.raises(ParamsError, match="whose backbone is frozen"):
-        override(frozen, {"init": "random"})
-    assert override(frozen, {"init": "pretrained"}) == frozen
+        frozen.overridden({"init": "random"})
+    assert frozen.overridden({"init": "pretrained"}) == frozen
 
 
 def test_a_state_from_before_a_field_was_added_can_be_read() -> None:

@@ -17,11 +17,11 @@ from unittest.mock import patch
 import torch
 
 from tests.helpers.synchronized import synchronized
+from tests.helpers.training import config_of
 from tlpipeline.backbones import features
 from tlpipeline.backbones.features import FeatureExtractor
 from tlpipeline.data.loader import Images
 from tlpipeline.training import checkpoint, trainer
-from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.train import run
 
@@ -73,7 +73,7 @@ def attempt(item: Mapping[str, Any], rank: int = 0) -> None:
         synchronized() if item.get("synchronized") else nullcontext(),
         suppress(Interrupted),
     ):
-        run(TrainingConfig(**item["job"]), Crashing(folder, item.get("crash", 0)), scratch)
+        run(config_of(item["job"]), Crashing(folder, item.get("crash", 0)), scratch)
 
 
 def main(rank: int, size: int, port: int, spec: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import socket
 import subprocess
+from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,25 @@ from tests.helpers.processes import start_member
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import Case
 from tlpipeline.choice.decision import Decision
-from tlpipeline.training.config import TrainingConfig
+from tlpipeline.training.config import TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import LocalContext
+from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.train import run
 
 READ_LAST = (TapPooling("fc2", 128, (1,)),)
 
 
 READ_CUT = (TapPooling("conv2", 64, (1, 2, 4)), TapPooling("conv1", 32, (1, 2, 4)))
+
+
+def config_of(content: Mapping[str, Any]) -> TrainingConfig:
+    """Return the training job that `asdict` wrote as JSON for another process."""
+    plan = content["plan"]
+    taps = {
+        name: tuple(TapPooling(tap["tap"], tap["channels"], tuple(tap["grids"])) for tap in plan[name])
+        for name in ("head_taps", "final_head_taps")
+    }
+    return TrainingConfig(**{**content, "plan": TrainingPlan(**{**plan, "recipe": Recipe(**plan["recipe"]), **taps}), "callbacks": ()})
 
 
 def decided(case: Case, **recipe: Any) -> Decision:

@@ -27,7 +27,7 @@ from tlpipeline.files import write_json, write_tensors
 from tlpipeline.progress import Event, Progress
 from tlpipeline.stats import wilson
 from tlpipeline.training.checkpoint import Checkpoints, State
-from tlpipeline.training.config import ProgressReader, ProgressWriter, TrainingConfig
+from tlpipeline.training.config import ProgressReader, ProgressWriter, TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import score
 from tlpipeline.training.recipe import Recipe
@@ -64,8 +64,9 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     module, transforms = _network(name, len(manifest.classes), seed)
     sides = _sides(images, manifest, transforms)
     history = Path(tempfile.mkdtemp(prefix="pretrain-"))
+    plan = TrainingPlan("", 0, freeze=False, init="random", recipe=RECIPE, head_taps=(), final_head_taps=())
     job = TrainingConfig(
-        str(images), str(images), "", name, catalogue.NONE, catalogue.NONE, {}, seed, epochs, BATCH_SIZE, flip, "float32", ""
+        str(images), str(images), "", name, catalogue.NONE, catalogue.NONE, plan, seed, epochs, BATCH_SIZE, flip, "float32", ""
     )
     world = LocalContext(history / "kept", enable_tf32(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     module.to(world.device)
