@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from research import regret
+from research.arms import whole_network
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.backbones.classifier import Classifier
 from tlpipeline.backbones.features import pass_size, with_pooling
@@ -90,7 +90,7 @@ class Bench:
     @cached_property
     def decision(self) -> Decision:
         """Nothing is cut; fine-tuning starts from a head of zeros and keeps it, so that no pass for a solved one is among its own."""
-        decided = regret.uncut(cases.find(self.case), taps.measure_taps(self.backbone, self.size)[-1], self.size)
+        decided = whole_network(cases.find(self.case), taps.measure_taps(self.backbone, self.size)[-1], self.size)
         return decided if self.frozen else replace(decided, init="plain", recipe=replace(decided.recipe, solve_again=False))
 
     @cached_property

@@ -1,7 +1,7 @@
 """What would others have reached on the same images, and at what cost? Ours against fastai, torchvision's reference recipe, the tutorial.
 
 Every method runs in a process of its own, on the CPU, from the same SqueezeNet 1.0 with ImageNet weights and on the same training,
-validation and test images (regret.py's split). Seconds are CPU seconds around the work: start and imports stand apart, the pass over the
+validation and test images (research/units.py). Seconds are CPU seconds around the work: start and imports stand apart, the pass over the
 test images and the unpacking are not in it. Who was right is kept for each test image, so that differences are paired.
 
     python -m benchmarks.peers methods [--images 500] [--seeds 0] [--fastai PYTHON] [--only NAME ...] [--methods NAME ...]
@@ -59,7 +59,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import change
 from research.grid import DATA, NETWORKS, NO_FLIP, USUAL, rewrite, rows_of
-from research.regret import folders, pool, sizes, split
+from research.units import folders, pool, sizes, split
 from tlpipeline.data.dataset import Manifest
 from tlpipeline.data.splits import TEST, TRAIN, VAL
 from tlpipeline.stats import pack, unpack
@@ -73,7 +73,7 @@ COLUMNS = ("part", "data", "n", "seed", "size", "method", "classes", "train", "v
 METHODS, TUTORIAL = "methods", "tutorial"
 OURS, FASTAI = "ours", "fastai"
 SETS = ("caltech24", "eurosat", "pacs_sketch", "flowers", "neu_steel")
-NESTED = (100, 500, 2000)  # the subsets of regret.py, so that the test images are some of its test side
+NESTED = (100, 500, 2000)  # the subsets of research/units.py, so that the test images are some of its test images
 SIDE = 96
 MOST_TEST = 2000
 TUTORIAL_IMAGES, TUTORIAL_EPOCHS = 400, 25

@@ -39,7 +39,9 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 
-from research import regret
+from research.arms import cpu_seconds, whole_network
+from research.grid import DATA, NETWORKS
+from research.units import folders, pool, split
 from tests.helpers.processes import start_member
 from tlpipeline import params
 from tlpipeline.backbones import catalogue, precision, taps
@@ -63,23 +65,23 @@ from tlpipeline.training.heads import IN_MEMORY_BYTES, solve_head
 from tlpipeline.training.recipe import Recipe
 
 CPU = torch.device("cpu")
-NET = regret.NETWORKS["squeezenet"]
+NET = NETWORKS["squeezenet"]
 
 
 def load(options: argparse.Namespace) -> taps.Backbone:
-    net = regret.NETWORKS[options.network]
+    net = NETWORKS[options.network]
     return catalogue.load(net.name, str(options.weights / net.weights), md5=net.md5, size=net.size)
 
 
 def listed(options: argparse.Namespace, name: str, n: int) -> tuple[Path, Manifest]:
     """Return a data set's folder and a manifest with n images for training and validation."""
-    folder = regret.folders(options.data, options.work)[name]
-    rows = regret.pool(name, folder, options.work)
-    return folder, regret.split(rows, n, n, 0)
+    folder = folders(options.data, options.work)[name]
+    rows = pool(name, folder, options.work)
+    return folder, split(rows, n, n, 0)
 
 
 def decision(backbone: taps.Backbone, case: str, size: int) -> Decision:
-    return regret.uncut(cases.find(case), taps.measure_taps(backbone, size)[-1], size)
+    return whole_network(cases.find(case), taps.measure_taps(backbone, size)[-1], size)
 
 
 def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: Decision, **changes: object) -> TrainingConfig:
@@ -111,9 +113,9 @@ def bare_pass(network: Callable[[torch.Tensor], object], images: Images) -> None
 
 def spent(work: Callable[[], object]) -> tuple[float, float]:
     """Return CPU and wall seconds."""
-    cpu, wall = regret.cpu_seconds(), time.perf_counter()
+    cpu, wall = cpu_seconds(), time.perf_counter()
     work()
-    return regret.cpu_seconds() - cpu, time.perf_counter() - wall
+    return cpu_seconds() - cpu, time.perf_counter() - wall
 
 
 def run_job(made: TrainingConfig, place: Path) -> Path:
@@ -260,9 +262,9 @@ def solvers(options: argparse.Namespace) -> None:
     look = measure.sequential
 
     def timed(*given: Any) -> Any:
-        before = regret.cpu_seconds()
+        before = cpu_seconds()
         answer = look(*given)
-        looked[0] += regret.cpu_seconds() - before
+        looked[0] += cpu_seconds() - before
         return answer
 
     measure.sequential = timed  # BatchNorm's second look is a pass that is never kept
@@ -706,10 +708,10 @@ def half(options: argparse.Namespace) -> None:
         folder, manifest = listed(options, name, 500)
         manifest = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != TEST or int(r.md5[:4], 16) % 3 == 0))
         backbone = load(options)
-        decided = decision(backbone, "small_similar", regret.NETWORKS[options.network].size)
+        decided = decision(backbone, "small_similar", NETWORKS[options.network].size)
         model = Classifier(backbone, decided.readings, len(manifest.classes), frozen=True)
         sides = {side: manifest.used(side) for side in (TRAIN, TEST)}
-        transforms = backbone.transforms.at(regret.NETWORKS[options.network].size)
+        transforms = backbone.transforms.at(NETWORKS[options.network].size)
 
         def read(in_bfloat16: bool) -> dict[str, torch.Tensor]:
             reader = feature_extractor(model, Store(), transforms, CPU, in_bfloat16)  # noqa: B023
@@ -784,14 +786,14 @@ VERBS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=list(VERBS))
-    parser.add_argument("--data", type=Path, default=regret.DATA)
-    parser.add_argument("--weights", type=Path, default=regret.DATA)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--weights", type=Path, default=DATA)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tlpipeline-regret")
     parser.add_argument("--images", type=int, default=2000, help="training and validation images")
     parser.add_argument("--sizes", type=int, nargs="+", default=(1000, 10_000, 100_000), help="of `memory`")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--size", type=int, default=NET.size, help="of `cache`: input side in pixels; data.size: auto is 128 here")
-    parser.add_argument("--network", choices=regret.NETWORKS, default="squeezenet", help="of `solvers`; give --size as well")
+    parser.add_argument("--network", choices=NETWORKS, default="squeezenet", help="of `solvers`; give --size as well")
     parser.add_argument("--limit", type=float, default=300, help="of `busy`: seconds after which a fit is ended")
     parser.add_argument("--only", nargs="*", default=())
     options = parser.parse_args()

@@ -1,31 +1,39 @@
-"""The grid of the regret benchmark: its networks, sizes and units, and its tables of rows."""
+"""The grids: their networks, sizes and units; and the tables of rows."""
 
 import csv
 import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 DATA = Path(os.environ.get("TLPIPELINE_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = HERE / "results"
-ARMS, UNITS, RATES, ABOVE = "regret.csv", "regret-units.csv", "regret-rates.csv", "regret-above.csv"
-FACTORS = (1 / 3, 3.0)
-FIXED, FIXED_AT = (1 / 3, 2 / 3), (500, 2000)
+ARMS, UNITS = "regret.csv", "regret-units.csv"
 SEED = 11
 VALIDATION = 6  # every sixth image of a class in a subset
-LEAST_TEST = 500
-LEFT_OUT = {"weather"}
-DRAWN = {"cifar10": 8000}
+LEAST_TEST = 500  # test images of a unit
+LEFT_OUT = {"weather"}  # too few images for a test
+DRAWN = {"cifar10": 8000}  # images that are sampled from a large data set
 NO_FLIP = {"sign_digits", "mnist"}
-MORE = ("clipart", "emoji", "mnist")  # of packages.py: nothing is fitted on them
+MORE = ("clipart", "emoji", "mnist")  # from packages.py; nothing is fitted on them
 
 
 @dataclass(frozen=True)
 class Network:
-    """A backbone of the grid: name in the catalogue, weights file, its md5, input side, and data sets its weights were trained on."""
+    """A backbone of a grid.
+
+    Attributes:
+        name: in the catalogue of backbones.
+        weights: name of the weights file.
+        md5: of that file.
+        size: input side in pixels.
+        source: the data set of a grid that the weights were trained on, if any; it is left out.
+    """
 
     name: str
     weights: str
@@ -34,6 +42,7 @@ class Network:
     source: str = ""
 
 
+_LITE2 = ("research.networks:EfficientNetLite2", "efficientnet_lite2-imagenet.safetensors", "507802b8d971d9ecd817f98e69e17ac2")
 NETWORKS = {
     "squeezenet": Network("squeezenet1_0", "squeezenet1_0-imagenet.safetensors", "d4e17381cc01d25121c9e9422290fa2b", 96),
     "resnet20": Network(
@@ -43,21 +52,25 @@ NETWORKS = {
         "examples.own_backbone.nets:resnet56", "resnet56-cifar10.safetensors", "822ac32fba8a8d6ee8b78362d9e9bbd8", 32, "cifar10"
     ),
     "lite0": Network(
-        "research.networks:EfficientNetLite0", "efficientnet_lite0-imagenet.safetensors", "3e5ce6d2cf9b8dfbf6f7e09f386fe6af", 96
+        "research.networks:EfficientNetLite0", "efficientnet_lite0-imagenet.safetensors", "00759cae73428b71a4093cb021819d53", 96
     ),
+    "lite2": Network(*_LITE2, 160),
+    "lite2_64": Network(*_LITE2, 64),
+    "xception": Network("research.networks:Xception", "xception-imagenet.safetensors", "2768500d895e3b3b6426bc99c7333245", 160),
+    "vit_s14": Network("research.networks:VitSmall14", "vit_small_14.safetensors", "bd755efc06dcb5f48d2f14993726c7e9", 168),
 }
 GRIDS = {
     "core": {"squeezenet": (100, 500, 2000), "resnet20": (100, 500, 2000, 4000)},
     "full": {name: (100, 500, 2000, 4000) for name in ("squeezenet", "resnet20", "resnet56")},
-    "lite0": {"lite0": (100, 500, 2000)},  # its weights come from packages.py
+    "lite0": {"lite0": (100, 500, 2000)},  # its weights come from weights.py
 }
 FROZEN = ("frozen", "cut", "multi")
 TRAINED = ("tuned", "lpft", "plain", "scratch")
-# The recipe of lpft and plain: the whole schedule, and the head as its last step left it.
+# The recipe of lpft and plain: the whole schedule, and the head of the last step.
 USUAL = {"epochs_at_500": 20, "solve_again": False}
-SCRATCH_FROM = 2000
-SECOND_SEED_UNTIL = 500
-SLICES_AT = 500
+SCRATCH_FROM = 2000  # images
+SECOND_SEED_UNTIL = 500  # images
+SLICES_AT = 500  # images of the units whose heads at all earlier taps are trained
 COLUMNS = ("data", "backbone", "n", "seed", "arm", "classes", "train", "val", "test_a", "test_b", "hits_a", "hits_b", "val_hits", "slice",
            "rate", "epochs", "forward", "backward", "cpu_s", "looks", "bits")  # fmt: skip
 
@@ -79,8 +92,24 @@ class Unit:
     def key(self) -> tuple[str, str, int, int]:
         return self.data, self.backbone, self.n, self.seed
 
+    @property
+    def row_key(self) -> tuple[str, ...]:
+        """The key as the tables have it."""
+        return tuple(map(str, self.key))
+
+
+def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the key of a row's unit."""
+    return row["data"], row["backbone"], row["n"], row["seed"]
+
+
+def percent(row: Mapping[str, Any]) -> float:
+    """Return the test accuracy of a row in percent."""
+    return 100 * (int(row["hits_a"]) + int(row["hits_b"])) / (int(row["test_a"]) + int(row["test_b"]))
+
 
 def rank(seed: int, text: str) -> str:
+    """Return a hash by which texts are put into a random order."""
     return hashlib.md5(f"{seed}:{text}".encode(), usedforsecurity=False).hexdigest()
 
 
@@ -103,12 +132,23 @@ def rewrite(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, obje
     draft.replace(path)
 
 
-def append(path: Path, columns: Sequence[str], row: Mapping[str, object]) -> None:
-    """Add a line to a table of results at once, so that nothing is lost when the run is stopped."""
+def append(path: Path, columns: Sequence[str], *rows: Mapping[str, object]) -> None:
+    """Add rows to a table in one write: after a kill all of them are in the file, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerows(rows)
+    with path.open("ab", buffering=0) as file:
+        file.write(text.getvalue().encode())
+        os.fsync(file.fileno())
+
+
+def repair(path: Path) -> None:
+    """Drop a last line without an end: the machine stopped while it was written."""
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
+        draft = path.with_suffix(".draft")
+        draft.write_bytes(content[: content.rfind(b"\n") + 1])
+        draft.replace(path)

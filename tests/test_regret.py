@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from research import grid, packages, regret, replay
+from research import figures as scores
+from research import grid, packages, regret, replay, report
+from research.units import sizes as sizes_of
+from research.units import split
 from tlpipeline import params
 from tlpipeline.choice import predictor
 from tlpipeline.data.dataset import Row
@@ -26,7 +29,7 @@ ROWS = [Row(f"{i}.png", f"{i * 7919:032x}", f"class{i % 3 if i % 10 else 3}", ""
 
 
 def test_subsets_are_nested_stratified_and_apart_from_the_test_side() -> None:
-    sides = {n: regret.split(ROWS, n, 2000, seed=0) for n in (100, 500, 2000)}
+    sides = {n: split(ROWS, n, 2000, seed=0) for n in (100, 500, 2000)}
     inside = {n: {r.md5 for r in m.used(TRAIN, VAL)} for n, m in sides.items()}
     assert [len(inside[n]) for n in (100, 500, 2000)] == [100, 500, 2000]
     assert inside[100] < inside[500] < inside[2000]
@@ -39,9 +42,9 @@ def test_subsets_are_nested_stratified_and_apart_from_the_test_side() -> None:
 
 
 def test_an_image_keeps_its_side_while_the_subset_grows_and_the_seed_draws_another() -> None:
-    small, large = ({r.md5: r.split for r in regret.split(ROWS, n, 2000, 0).rows} for n in (100, 500))
+    small, large = ({r.md5: r.split for r in split(ROWS, n, 2000, 0).rows} for n in (100, 500))
     assert all(large[md5] == side for md5, side in small.items() if side != TEST)
-    other = {r.md5 for r in regret.split(ROWS, 100, 2000, 1).used(TRAIN, VAL)}
+    other = {r.md5 for r in split(ROWS, 100, 2000, 1).used(TRAIN, VAL)}
     assert other != {md5 for md5, side in small.items() if side != TEST}
 
 
@@ -49,7 +52,7 @@ def test_an_image_keeps_its_side_while_the_subset_grows_and_the_seed_draws_anoth
     ("images", "sizes"), [(161, []), (1800, [100, 500, 1300]), (2062, [100, 500, 1562]), (12000, [100, 500, 2000, 4000]), (610, [100])]
 )
 def test_the_largest_subset_leaves_five_hundred_test_images(images: int, sizes: list[int]) -> None:
-    assert regret.sizes(images, (100, 500, 2000, 4000)) == sizes
+    assert sizes_of(images, (100, 500, 2000, 4000)) == sizes
 
 
 def test_drawings_stand_on_white_and_are_no_larger_than_needed(tmp_path: Path) -> None:
@@ -76,7 +79,7 @@ def unit(**hits: tuple[int, int]) -> replay.Measured:
         arm: {"test_a": "100", "test_b": "100", "hits_a": str(a), "hits_b": str(b), "forward": "100", "backward": "50", "cpu_s": "1"}
         for arm, (a, b) in hits.items()
     }
-    return replay.Measured(regret.Unit("d", "b", 100, 0), None, arms, {}, 10, 1.0, np.ones(4, dtype=bool))  # type: ignore[arg-type]
+    return replay.Measured(grid.Unit("d", "b", 100, 0), None, arms, {}, 10, 1.0, np.ones(4, dtype=bool))  # type: ignore[arg-type]
 
 
 def test_the_oracle_of_one_half_is_scored_on_the_other() -> None:
@@ -96,17 +99,17 @@ def test_multi_is_no_rival_but_is_never_better_than_nothing() -> None:
 
 
 def test_perfect_forecasts_have_full_skill_and_no_calibration_error() -> None:
-    units = [replace(unit(frozen=(80, 80), cut=(80, 80), tuned=(80, 80)), unit=regret.Unit(f"d{i % 4}", "b", i, 0)) for i in range(20)]
+    units = [replace(unit(frozen=(80, 80), cut=(80, 80), tuned=(80, 80)), unit=grid.Unit(f"d{i % 4}", "b", i, 0)) for i in range(20)]
     good = np.arange(20) % 2 == 0
     nothing = np.zeros(20)
-    found = replay.Figures(nothing, nothing, nothing, nothing, nothing, good.astype(float), good)
-    assert replay.brier_skill(units, found) == (0, 1)
-    assert replay.calibration_error(found)[0] == 0
+    found = scores.Figures(nothing, nothing, nothing, nothing, nothing, good.astype(float), good)
+    assert scores.brier_skill(units, found) == (0, 1)
+    assert scores.calibration_error(found)[0] == 0
 
 
 def test_differences_are_paired_by_data_set() -> None:
-    units = [replace(unit(frozen=(1, 1), cut=(1, 1), tuned=(1, 1)), unit=regret.Unit("ab"[i > 0], "b", i, 0)) for i in range(4)]
-    mean, low, high = replay.paired_by_data(units, np.array([4.0, 1.0, 1.0, 1.0]))
+    units = [replace(unit(frozen=(1, 1), cut=(1, 1), tuned=(1, 1)), unit=grid.Unit("ab"[i > 0], "b", i, 0)) for i in range(4)]
+    mean, low, high = scores.paired_by_data(units, np.array([4.0, 1.0, 1.0, 1.0]))
     assert (mean, low, high) == (2.5, 1.0, 4.0)
 
 
@@ -129,8 +132,8 @@ def core(units: list[replay.Measured]) -> list[replay.Measured]:
 
 
 @pytest.fixture(scope="module")
-def found(core: list[replay.Measured], models: dict[str, predictor.GainPredictor]) -> dict[str, replay.Figures]:
-    return {name: replay.figures(core, chosen, RULE.tolerance) for name, chosen in replay.rules(core, RULE, models).items()}
+def found(core: list[replay.Measured], models: dict[str, predictor.GainPredictor]) -> dict[str, scores.Figures]:
+    return {name: scores.figures(core, chosen, RULE.tolerance) for name, chosen in replay.rules(core, RULE, models).items()}
 
 
 def test_the_core_grid_is_whole(core: list[replay.Measured]) -> None:
@@ -139,7 +142,7 @@ def test_the_core_grid_is_whole(core: list[replay.Measured]) -> None:
 
 
 def test_every_row_stands_once_with_a_test_side_that_can_tell() -> None:
-    rows = regret.rows_of(ROOT / "research" / "results" / regret.ARMS)
+    rows = grid.rows_of(ROOT / "research" / "results" / grid.ARMS)
     keys = Counter((r["data"], r["backbone"], r["n"], r["seed"], r["arm"], r["slice"] if r["arm"] == "at" else "") for r in rows)
     assert max(keys.values()) == 1
     assert all(int(r["test_a"]) + int(r["test_b"]) >= 490 for r in rows)  # classes without a training image are left out
@@ -160,7 +163,7 @@ def test_the_shipped_model_is_the_one_that_these_rows_give(core: list[replay.Mea
     assert numbers(again) == pytest.approx(numbers(shipped), abs=0.003)
 
 
-def test_the_choice_loses_less_and_costs_less_than_always_fine_tuning(found: dict[str, replay.Figures]) -> None:
+def test_the_choice_loses_less_and_costs_less_than_always_fine_tuning(found: dict[str, scores.Figures]) -> None:
     """Left one data set out. The figures stand in docs/choice.md; a change of the choice that loses them must be seen."""
     mine, always = found["product (auto)"], found["always LP-FT"]
     assert mine.half.mean() < always.half.mean()
@@ -170,31 +173,31 @@ def test_the_choice_loses_less_and_costs_less_than_always_fine_tuning(found: dic
 
 
 def test_the_probability_of_having_chosen_well_says_more_than_a_base_rate(
-    core: list[replay.Measured], found: dict[str, replay.Figures]
+    core: list[replay.Measured], found: dict[str, scores.Figures]
 ) -> None:
-    assert replay.brier_skill(core, found["product (auto)"])[1] > 0
+    assert scores.brier_skill(core, found["product (auto)"])[1] > 0
 
 
-def test_a_forecast_that_knows_has_skill_and_one_that_errs_has_none(core: list[replay.Measured], found: dict[str, replay.Figures]) -> None:
+def test_a_forecast_that_knows_has_skill_and_one_that_errs_has_none(core: list[replay.Measured], found: dict[str, scores.Figures]) -> None:
     mine = found["product (auto)"]
-    assert replay.brier_skill(core, replace(mine, within=mine.good.astype(float)))[1] == 1
-    assert replay.brier_skill(core, replace(mine, within=1 - mine.good.astype(float)))[1] < 0
+    assert scores.brier_skill(core, replace(mine, within=mine.good.astype(float)))[1] == 1
+    assert scores.brier_skill(core, replace(mine, within=1 - mine.good.astype(float)))[1] < 0
 
 
 @pytest.mark.parametrize("where", ["more", "third"])
 def test_on_other_data_and_on_a_third_network_it_loses_less_than_fine_tuning_too(
     where: str, units: list[replay.Measured], models: dict[str, predictor.GainPredictor]
 ) -> None:
-    part = [u for u in units if (u.unit.data in grid.MORE if where == "more" else u.unit.backbone not in regret.GRIDS["core"])]
+    part = [u for u in units if (u.unit.data in grid.MORE if where == "more" else u.unit.backbone not in grid.GRIDS["core"])]
     assert not {u.unit.data for u in part} & set(predictor.load_predictor().data) or where == "third"
     assert len(part) >= 25
     chosen = [replay.product(models[u.unit.data], RULE, u) for u in part]
-    mine = replay.figures(part, chosen, RULE.tolerance)
+    mine = scores.figures(part, chosen, RULE.tolerance)
     assert mine.half.mean() < np.mean([u.half_regret("lpft") for u in part])
     assert mine.cost.mean() <= 0.60
 
 
-def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]) -> None:
+def test_no_baseline_is_both_better_and_cheaper(found: dict[str, scores.Figures]) -> None:
     mine = found["product (auto)"]
     for name, other in found.items():
         if not name.startswith("product") and name != f"oracle{replay.OURS}":
@@ -203,19 +206,19 @@ def test_no_baseline_is_both_better_and_cheaper(found: dict[str, replay.Figures]
 
 
 def test_whatever_fine_tunes_as_usual_is_beaten_in_both_by_a_setting_of_the_product(
-    core: list[replay.Measured], models: dict[str, predictor.GainPredictor], found: dict[str, replay.Figures]
+    core: list[replay.Measured], models: dict[str, predictor.GainPredictor], found: dict[str, scores.Figures]
 ) -> None:
     """Constants that never fine-tune cost less than looking at the data does: nothing that looks can be cheaper."""
-    beaten = replay.dominated(core, found, RULE, models)
+    beaten = report.dominated(core, found, RULE, models)
     assert {name for name, settings in beaten.items() if not settings} <= {"always frozen", "always cut", "always multi"}
     assert len(beaten) == 9
 
 
 def test_rows_are_committed_in_the_stated_order(tmp_path: Path) -> None:
-    for name in (regret.ARMS, regret.UNITS):
-        rows = regret.rows_of(regret.RESULTS / name)
+    for name in (grid.ARMS, grid.UNITS):
+        rows = grid.rows_of(grid.RESULTS / name)
         for row in reversed(rows):
-            regret.append(tmp_path / name, list(row), row)  # type: ignore[arg-type]
+            grid.append(tmp_path / name, list(row), row)  # type: ignore[arg-type]
     regret.tidy(tmp_path)
-    for name in (regret.ARMS, regret.UNITS):
-        assert (tmp_path / name).read_bytes() == (regret.RESULTS / name).read_bytes()
+    for name in (grid.ARMS, grid.UNITS):
+        assert (tmp_path / name).read_bytes() == (grid.RESULTS / name).read_bytes()
