@@ -32,10 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-
-HERE = Path(__file__).resolve().parent
 from safetensors.torch import load_file
+from torch import Tensor
 
 from research.grid import append, rewrite, rows_of
 from tests.helpers.architectures import (
@@ -65,6 +63,7 @@ from tlpipeline.training.checkpoint import MODEL, STATE
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.heads import score
 
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 START = "start.safetensors"
 ROWS, TAPS = "architectures.csv", "architectures-taps.csv"

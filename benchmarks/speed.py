@@ -37,10 +37,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
-
 from research.arms import cpu_seconds, whole_network
-from research.grid import DATA, NETWORKS
+from research.grid import DATA, NETWORKS, ROOT
 from research.units import folders, pool, split
 from tests.helpers.processes import start_member
 from tlpipeline import params
@@ -256,7 +254,7 @@ def memory(options: argparse.Namespace) -> None:
 
 def solvers(options: argparse.Namespace) -> None:
     """The profile with an empty and with a full store: what is left of it without passes are its solvers. The sample grows as far as it may."""
-    asked = params.load(HERE.parent / "params.yaml").profile
+    asked = params.load(ROOT / "params.yaml").profile
     backbone, looked = load(options), [0.0]
 
     look = measure.sequential

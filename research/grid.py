@@ -59,7 +59,7 @@ NETWORKS = {
     "xception": Network("research.networks:Xception", "xception-imagenet.safetensors", "2768500d895e3b3b6426bc99c7333245", 160),
     "vit_s14": Network("research.networks:VitSmall14", "vit_small_14.safetensors", "bd755efc06dcb5f48d2f14993726c7e9", 168),
 }
-GRIDS = {
+GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "core": {"squeezenet": (100, 500, 2000), "resnet20": (100, 500, 2000, 4000)},
     "full": {name: (100, 500, 2000, 4000) for name in ("squeezenet", "resnet20", "resnet56")},
     "lite0": {"lite0": (100, 500, 2000)},  # its weights come from weights.py
@@ -67,7 +67,7 @@ GRIDS = {
 FROZEN = ("frozen", "cut", "multi")
 TRAINED = ("tuned", "lpft", "plain", "scratch")
 # The recipe of lpft and plain: the whole schedule, and the head of the last step.
-USUAL = {"epochs_at_500": 20, "solve_again": False}
+USUAL: dict[str, Any] = {"epochs_at_500": 20, "solve_again": False}
 SCRATCH_FROM = 2000  # images
 SECOND_SEED_UNTIL = 500  # images
 SLICES_AT = 500  # images of the units whose heads at all earlier taps are trained

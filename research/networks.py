@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Inverted(nn.Module):
         self.shortcut = stride == 1 and channels == features
 
     def forward(self, maps: Tensor) -> Tensor:
-        out = self.project(self.depthwise(self.expand(maps)))
+        out: Tensor = self.project(self.depthwise(self.expand(maps)))
         return out + maps if self.shortcut else out
 
 
@@ -110,7 +110,7 @@ class EfficientNetLite(nn.Module):
         maps = self.stem(images)
         for block in self.blocks:
             maps = block(maps)
-        return self.head(self.last(maps).mean((2, 3)))
+        return cast(Tensor, self.head(self.last(maps).mean((2, 3))))
 
 
 class EfficientNetLite0(EfficientNetLite):
@@ -167,7 +167,7 @@ class Entry(nn.Module):
         self.shortcut = nn.Sequential(nn.Conv2d(channels, features, 1, stride=2, bias=False), _norm(features))
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.pool(self.separable(maps)) + self.shortcut(maps)
+        return cast(Tensor, self.pool(self.separable(maps)) + self.shortcut(maps))
 
 
 class Middle(nn.Module):
@@ -178,7 +178,7 @@ class Middle(nn.Module):
         self.separable = nn.Sequential(*(part for _ in range(3) for part in (nn.ReLU(), Separable(channels, channels))))
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.separable(maps) + maps
+        return cast(Tensor, self.separable(maps) + maps)
 
 
 class Xception(nn.Module):
@@ -205,7 +205,7 @@ class Xception(nn.Module):
         maps = self.stem(images)
         for block in self.blocks:
             maps = block(maps)
-        return self.last(maps).mean((2, 3))
+        return cast(Tensor, self.last(maps).mean((2, 3)))
 
 
 # --- DINOv2 ---------------------------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Attention(nn.Module):
         batch, count, width = tokens.shape
         query, key, value = self.joined(tokens).view(batch, count, 3, self.heads, 64).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(query, key, value)
-        return self.out(attended.transpose(1, 2).reshape(batch, count, width))
+        return cast(Tensor, self.out(attended.transpose(1, 2).reshape(batch, count, width)))
 
 
 class Block(nn.Module):
@@ -255,7 +255,7 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.scale1 * self.attention(self.norm1(tokens))
-        return tokens + self.scale2 * self.linear(self.norm2(tokens))
+        return cast(Tensor, tokens + self.scale2 * self.linear(self.norm2(tokens)))
 
 
 class TokenPooling(nn.Module):
@@ -293,4 +293,4 @@ class VitSmall14(nn.Module):
         for block, read in zip(self.blocks, self.read, strict=True):
             tokens = block(tokens)
             read(tokens)
-        return self.last(self.norm(tokens))
+        return cast(Tensor, self.last(self.norm(tokens)))

@@ -30,6 +30,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def debian(package: Path, prefix: str, endings: tuple[str, ...]) -> dict[str, Ca
     content = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, check=True).stdout
     archive = tarfile.open(fileobj=io.BytesIO(content))  # noqa: SIM115  (it is in memory)
     members = [m for m in archive.getmembers() if m.isfile() and m.name.startswith(prefix) and m.name.endswith(endings)]
-    return {m.name.removeprefix(prefix): lambda m=m: _read(archive, m) for m in members}
+    return {m.name.removeprefix(prefix): partial(_read, archive, m) for m in members}
 
 
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:

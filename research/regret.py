@@ -10,7 +10,7 @@ A unit is (data set, number of images, backbone, seed). An arm is a way to train
 profile  measures each unit as the product does, and trains the heads of the frozen network
 collect  fine-tunes each unit, arm by arm, small subsets first
 fit      fits tlpipeline/choice/predictor.json again on the rows
-report   prints the figures of all rules and draws regret.svg
+report   prints the figures of all rules and draws docs/images/regret.svg
 
 `profile` and `collect` do what has no row yet, so they can be interrupted at any moment; at the end they sort the rows.
 """
@@ -22,7 +22,9 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from research import report
 from research.arms import frozen_arms, train_arm
@@ -92,7 +94,7 @@ def tidy(results: Path) -> None:
     order = [*FROZEN, *TRAINED, "at"]
     taps = {key_of(row): row["taps"].split() for row in rows_of(results / UNITS)}
 
-    def place(row: dict[str, str]) -> tuple[object, ...]:
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
         unit = (int(row["n"]), int(row["seed"]), row["backbone"], row["data"])
         if "arm" not in row:
             return unit

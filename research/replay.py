@@ -5,7 +5,7 @@ A predictor that decides on a data set was fitted on the others. Nothing here tr
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def product(model: GainPredictor, rule: ChooseParams, one: Measured) -> Chosen:
     raise AssertionError("the last look ends the race")
 
 
-def observed(one: Measured, rule: ChooseParams, heads: dict[str, Any]) -> Observed:
+def observed(one: Measured, rule: ChooseParams, heads: Mapping[str, Sequence[float]]) -> Observed:
     """Return a row of the fit."""
     weighed = policy.DecisionPolicy(one.evidence, rule, dataclasses.replace(predictor.NEUTRAL, heads=heads))
     frozen = HEADS[weighed.head]

@@ -10,13 +10,14 @@ import numpy as np
 
 from research import charts
 from research.figures import Figures, brier_skill, calibration_error, figures, paired_by_data, reliability
-from research.grid import GRIDS, MORE
+from research.grid import GRIDS, MORE, RESULTS, ROOT
 from research.replay import OURS, PENALTY, Chosen, Measured, core_of, fitted_on, held_out_models, measured, others, product, rules
 from tlpipeline.choice import policy, predictor
 from tlpipeline.choice.predictor import GainPredictor
 from tlpipeline.params import ChooseParams
 
 PRODUCT = "product (auto)"
+CHART = ROOT / "docs" / "images" / "regret.svg"
 
 
 def fit(results: Path, rule: ChooseParams) -> None:
@@ -52,7 +53,7 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
         "settings (prefer/effort) that lose less and cost less: "
         + "; ".join(f"{name}: {', '.join(settings) or 'none'}" for name, settings in dominating.items())
     )
-    charts.draw(by_rule, results / "regret.svg")
+    charts.draw(by_rule, CHART if results == RESULTS else results / "regret.svg")
     _probabilities(core, by_rule)
     with_multi = [dataclasses.replace(unit, also=("multi",)) for unit in core]
     print(
@@ -73,13 +74,13 @@ def summary(name: str, units: Sequence[Measured], choices: Sequence[Chosen], rul
 
 
 def dominated(
-    units: Sequence[Measured], by_rule: Mapping[str, Figures], rule: ChooseParams, models: Mapping[str, GainPredictor]
+    units: Sequence[Measured], by_rule: Mapping[str, Figures], rule: ChooseParams, models: dict[str, GainPredictor]
 ) -> dict[str, list[str]]:
     """Return for each baseline the settings of choose.prefer and choose.effort that lose less, by both bounds, and cost less."""
     settings = {}
     for prefer in policy.LENIENCE:
         for effort in ("auto", "quick"):
-            changed = dataclasses.replace(rule, prefer=prefer, effort=effort)
+            changed = dataclasses.replace(rule, prefer=prefer, effort=effort)  # type: ignore[arg-type]
             choices = [product(models[unit.data], changed, unit) for unit in units]
             settings[f"{prefer}/{effort}"] = figures(units, choices, rule.tolerance)
     return {
@@ -123,7 +124,7 @@ def _probabilities(units: Sequence[Measured], by_rule: Mapping[str, Figures]) ->
 
 
 def _held_out(
-    units: Sequence[Measured], core: Sequence[Measured], rule: ChooseParams, models: Mapping[str, GainPredictor], names: Sequence[str]
+    units: Sequence[Measured], core: Sequence[Measured], rule: ChooseParams, models: dict[str, GainPredictor], names: Sequence[str]
 ) -> None:
     """Print the figures on what nothing was fitted on: without the data set and the network, other data sets, other networks."""
     kinds = {(unit.data, unit.backbone): unit for unit in core}

@@ -216,7 +216,8 @@ def cpu_seconds() -> float:
 
 def status(options: argparse.Namespace) -> None:
     """Print by stage what is done and what remains, in CPU hours where the network was measured."""
-    finished, cost = done(options.results), defaultdict(lambda: [0.0, 0.0])
+    finished = done(options.results)
+    cost: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for row in rows_of(options.results / TIMES):
         cost[row["backbone"]][0] += float(row["cpu_s"])
         cost[row["backbone"]][1] += float(row["passes"])
