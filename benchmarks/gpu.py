@@ -38,7 +38,6 @@ from tlpipeline.backbones.classifier import Classifier
 from tlpipeline.backbones.features import pass_size, with_pooling
 from tlpipeline.backbones.precision import computes_in_bfloat16, enable_tf32, extracts_in_bfloat16
 from tlpipeline.choice import cases
-from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset, decoding
 from tlpipeline.data.augment import augmentation
 from tlpipeline.data.cache import Store
@@ -49,7 +48,7 @@ from tlpipeline.data.transforms import Transforms
 from tlpipeline.params import AUTO
 from tlpipeline.training import train
 from tlpipeline.training.checkpoint import Checkpoints
-from tlpipeline.training.config import ProgressWriter, TrainingConfig
+from tlpipeline.training.config import ProgressWriter, TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.optim import optimizer
 from tlpipeline.training.trainer import Datasets, TimeBudget, Trainer
@@ -88,10 +87,10 @@ class Bench:
         return extracts_in_bfloat16(self.device, AUTO) if self.frozen else computes_in_bfloat16(self.device)
 
     @cached_property
-    def decision(self) -> Decision:
+    def plan(self) -> TrainingPlan:
         """Nothing is cut; fine-tuning starts from a head of zeros and keeps it, so that no pass for a solved one is among its own."""
-        decided = whole_network(cases.find(self.case), taps.measure_taps(self.backbone, self.size)[-1], self.size)
-        return decided if self.frozen else replace(decided, init="plain", recipe=replace(decided.recipe, solve_again=False))
+        plan = whole_network(cases.find(self.case), taps.measure_taps(self.backbone, self.size)[-1], self.size)
+        return plan if self.frozen else replace(plan, init="plain", recipe=replace(plan.recipe, solve_again=False))
 
     @cached_property
     def backbone(self) -> taps.Backbone:
@@ -103,7 +102,7 @@ class Bench:
 
     def model(self) -> Classifier:
         # It shares its tensors with its backbone: each model has its own.
-        return Classifier(catalogue.load(self.name, catalogue.NONE, size=self.size), self.decision.readings, CLASSES, self.frozen).to(
+        return Classifier(catalogue.load(self.name, catalogue.NONE, size=self.size), self.plan.head_taps, CLASSES, self.frozen).to(
             self.device
         )
 
@@ -112,7 +111,7 @@ class Bench:
         dataset.write_manifest(self.manifest, place / "manifest.parquet", place / "quarantine.csv")
         return TrainingConfig(
             workspace=str(place), images=str(self.images), manifest=str(place / "manifest.parquet"), backbone=self.name,
-            weights=catalogue.NONE, weights_md5=catalogue.NONE, plan=self.decision.plan, seed=0, epochs=EPOCHS,
+            weights=catalogue.NONE, weights_md5=catalogue.NONE, plan=self.plan, seed=0, epochs=EPOCHS,
             batch_size=self.batch, flip=True, precision="auto", history=str(place / "history.jsonl"),
             cache=str((place if self.frozen else self.work) / "cache"), cache_bytes=1e11,
         )  # fmt: skip
@@ -142,8 +141,8 @@ def on_device(bench: Bench, batch: int) -> list[Tensor]:
 
 def bare_training(bench: Bench) -> float:
     """Forward, backward and the optimizer's step; nothing waits for the device before the end."""
-    model, recipe, kind = bench.model(), bench.decision.recipe, bench.backbone.normalization
-    blocks = [[f"trunk.{name}" for name in block] for block in taps.parameters_by_tap(bench.backbone, bench.decision.slice)]
+    model, recipe, kind = bench.model(), bench.plan.recipe, bench.backbone.normalization
+    blocks = [[f"trunk.{name}" for name in block] for block in taps.parameters_by_tap(bench.backbone, bench.plan.slice)]
     moving = optimizer(model, recipe, kind, 1e-4, blocks if recipe.layer_decay(kind) != 1 else (), fused=bench.device.type == "cuda")
     inputs = on_device(bench, bench.batch)
     labels = torch.arange(bench.batch, device=bench.device) % CLASSES
@@ -191,7 +190,7 @@ def input_alone(bench: Bench, kept: bool) -> float:
         batches = [order[start : start + bench.batch] for start in range(0, len(order), bench.batch)]
         if kept:
             images = kept_images(bench)
-        images.augment = augmentation(bench.decision.recipe.crop, True, 0, 0)
+        images.augment = augmentation(bench.plan.recipe.crop, True, 0, 0)
 
     def steps() -> None:
         for _ in images.batches(batches):
@@ -209,7 +208,7 @@ def kept_images(bench: Bench) -> Images:
         model, job = nn.Linear(1, 1), bench.job(Path(made))
         world = LocalContext(Path(made))
         fit = Trainer(
-            model, sides, bench.decision.recipe, job, world, Checkpoints(world, Path(made), model), ProgressWriter(Path(job.history), 0), "none",
+            model, sides, bench.plan.recipe, job, world, Checkpoints(world, Path(made), model), ProgressWriter(Path(job.history), 0), "none",
             Store(Path(job.cache)), TimeBudget(0, world, 0),
         )  # fmt: skip
         return fit._images(EPOCHS)[0]

@@ -46,7 +46,6 @@ from tlpipeline.backbones import catalogue, precision, taps
 from tlpipeline.backbones.classifier import Classifier, feature_extractor
 from tlpipeline.backbones.features import PASS_SIZE
 from tlpipeline.choice import cases
-from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset
 from tlpipeline.data.augment import augmentation
 from tlpipeline.data.cache import SHARD_ROWS, Store
@@ -57,7 +56,7 @@ from tlpipeline.profiling import measure
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import silent
 from tlpipeline.training import train, trainer
-from tlpipeline.training.config import TrainingConfig
+from tlpipeline.training.config import TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import IN_MEMORY_BYTES, solve_head
 from tlpipeline.training.recipe import Recipe
@@ -78,15 +77,17 @@ def listed(options: argparse.Namespace, name: str, n: int) -> tuple[Path, Manife
     return folder, split(rows, n, n, 0)
 
 
-def decision(backbone: taps.Backbone, case: str, size: int) -> Decision:
+def plan_of(backbone: taps.Backbone, case: str, size: int) -> TrainingPlan:
     return whole_network(cases.find(case), taps.measure_taps(backbone, size)[-1], size)
 
 
-def job(options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, decided: Decision, **changes: object) -> TrainingConfig:
+def job(
+    options: argparse.Namespace, place: Path, folder: Path, manifest: Manifest, plan: TrainingPlan, **changes: object
+) -> TrainingConfig:
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
     values: dict[str, object] = {
         "workspace": str(place), "images": str(folder), "manifest": str(place / "manifest.parquet"), "backbone": NET.name,
-        "weights": str(options.weights / NET.weights), "weights_md5": NET.md5, "plan": decided.plan, "seed": 0, "epochs": "auto",
+        "weights": str(options.weights / NET.weights), "weights_md5": NET.md5, "plan": plan, "seed": 0, "epochs": "auto",
         "batch_size": "auto", "flip": True, "precision": "auto", "history": str(place / "history.jsonl"), "cache": str(place / "cache"),
         "cache_bytes": 1e10,
     }  # fmt: skip
@@ -128,8 +129,8 @@ def cache(options: argparse.Namespace) -> None:
     folder, manifest = listed(options, "caltech24", options.images)
     rows = manifest.used(TRAIN, VAL)
     backbone = load(options)
-    decided = decision(backbone, "small_similar", options.size)
-    network = taps.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
+    plan = plan_of(backbone, "small_similar", options.size)
+    network = taps.cut(backbone, [plan.slice]).to(memory_format=torch.channels_last)
     images = Images(folder, rows, backbone.transforms.at(options.size))
     few = {row.md5 for row in rows[:: max(len(rows) // (len(rows) // 100), 1)]}
     before = replace(manifest, rows=tuple(r for r in manifest.rows if r.md5 not in few))
@@ -144,9 +145,9 @@ def cache(options: argparse.Namespace) -> None:
                 else:
                     if name != "cold":
                         (place / "first").mkdir()
-                        first = job(options, place, folder, manifest if name == "warm" else before, decided)
+                        first = job(options, place, folder, manifest if name == "warm" else before, plan)
                         run_job(first, place / "first")
-                    ours = job(options, place, folder, manifest, decided)
+                    ours = job(options, place, folder, manifest, plan)
                     used = spent(lambda: run_job(ours, place))  # noqa: B023
             seen.setdefault(name, []).append(used[0])
     reference = statistics.median(seen["bare pass"])
@@ -189,7 +190,7 @@ def one_peak(options: argparse.Namespace) -> None:
     """Measure in a process of its own: memory that was once taken is seldom given back."""
     folder, n, least, kind = Path(options.only[0]), options.only[1], options.only[2], options.only[3]
     backbone = catalogue.load("demonstration", "DEFAULT")
-    decided = decision(backbone, "small_similar", 32)
+    plan = plan_of(backbone, "small_similar", 32)
     dataset.read_manifest(folder.parent / f"{least}.parquet")  # what reading needs once is no part of a manifest
     before = own_memory()
     manifest = dataset.read_manifest(folder.parent / f"{n}.parquet")
@@ -197,14 +198,14 @@ def one_peak(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="speed-") as made:
         place = Path(made)
         if kind == "bare":
-            network = taps.cut(backbone, [decided.slice]).to(memory_format=torch.channels_last)
+            network = taps.cut(backbone, [plan.slice]).to(memory_format=torch.channels_last)
             rows = manifest.used(TRAIN, VAL)
             # A shard's worth at a time: all at once it would decode all images ahead of the network, and keep them.
             parts = [Images(folder, [rows[i] for i in part], backbone.transforms) for part in batch_ranges(len(rows), SHARD_ROWS)]
             found = peak(lambda: [bare_pass(network, images) for images in parts])
         else:
             few = dataset.read_manifest(folder.parent / f"{least}.parquet")  # what writing many rows needs is no part of training
-            ours = job(options, place, folder, few, decided, backbone="demonstration", weights="DEFAULT", weights_md5="none")
+            ours = job(options, place, folder, few, plan, backbone="demonstration", weights="DEFAULT", weights_md5="none")
             ours = replace(ours, manifest=str(folder.parent / f"{n}.parquet"))
             del manifest  # the job reads its own
             found = peak(lambda: run_job(ours, place))
@@ -226,7 +227,7 @@ def memory(options: argparse.Namespace) -> None:
         for n in options.sizes:
             part = replace(whole, rows=tuple(r for r in whole.rows if int(Path(r.path).stem) < n))
             dataset.write_manifest(part, place / f"{n}.parquet", place / "left.csv")
-    width = sum(decision(catalogue.load("demonstration", "DEFAULT"), "small_similar", 32).readings[0].blocks)
+    width = sum(plan_of(catalogue.load("demonstration", "DEFAULT"), "small_similar", 32).head_taps[0].blocks)
     print(
         f"MB of own memory at its peak, what is mapped from files not counted; the manifest as far as it is larger than that of {least} images; "
         f"median of {options.times}"
@@ -322,8 +323,8 @@ def loop(options: argparse.Namespace) -> None:
     folder, manifest = listed(options, "caltech24", options.images)
     rows, others = manifest.used(TRAIN), manifest.used(VAL)
     labels, val_labels = (np.array([manifest.classes.index(r.label) for r in side]) for side in (rows, others))
-    decided = decision(load(options), "large_similar", NET.size)
-    decided = replace(decided, recipe=replace(decided.recipe, solve_again=False))
+    plan = plan_of(load(options), "large_similar", NET.size)
+    plan = replace(plan, recipe=replace(plan.recipe, solve_again=False))
     half = precision.computes_in_bfloat16(CPU)
     seconds: dict[str, list[tuple[float, float]]] = {"bare loop": [], "product": []}
     loaders: list[tuple[Images, Images]] = []
@@ -339,13 +340,13 @@ def loop(options: argparse.Namespace) -> None:
 
         def product() -> None:
             with tempfile.TemporaryDirectory(prefix="speed-") as made:
-                ours = job(options, Path(made), folder, replace(manifest), decided, epochs=LOOP_EPOCHS, cache=str(Path(kept) / "cache"))
+                ours = job(options, Path(made), folder, replace(manifest), plan, epochs=LOOP_EPOCHS, cache=str(Path(kept) / "cache"))
                 run_job(ours, Path(made))
 
         def bare() -> None:
-            model = Classifier(load(options), decided.readings, len(manifest.classes), frozen=False)
+            model = Classifier(load(options), plan.head_taps, len(manifest.classes), frozen=False)
             seconds["bare loop"].append(
-                spent(lambda: bare_loop(model, loaders[-1][0], labels, loaders[-1][1], val_labels, decided.recipe, half))
+                spent(lambda: bare_loop(model, loaders[-1][0], labels, loaders[-1][1], val_labels, plan.recipe, half))
             )
 
         for turn in range(options.times):
@@ -369,13 +370,13 @@ def loop(options: argparse.Namespace) -> None:
 
 def workers(options: argparse.Namespace) -> None:
     folder, manifest = listed(options, "caltech24", options.images)
-    decided = decision(load(options), "large_similar", NET.size)
+    plan = plan_of(load(options), "large_similar", NET.size)
     walls: dict[str, list[float]] = {}
     for turn in range(options.times):
         for size in (1, 2):
             with tempfile.TemporaryDirectory(prefix="speed-") as made:
                 place = Path(made)
-                ours = job(options, place, folder, manifest, decided, epochs=1)
+                ours = job(options, place, folder, manifest, plan, epochs=1)
                 spec = place / "spec.json"
                 spec.write_text(json.dumps([{"job": asdict(ours), "folder": str(place / "run")}]))
                 group = [start_member(rank, size, 29511 + turn, spec, {"GROUP_THREADS": str(2 // size)}) for rank in range(size)]
@@ -562,7 +563,7 @@ def fits(options: argparse.Namespace) -> None:
     from tlpipeline.training import ray_train
 
     folder, manifest = listed(options, "caltech24", 100)
-    decided = decision(load(options), "large_similar", NET.size)
+    plan = plan_of(load(options), "large_similar", NET.size)
     started = time.perf_counter()
     import ray.train.torch
 
@@ -575,7 +576,7 @@ def fits(options: argparse.Namespace) -> None:
         for kind in options.only or clusters:
             with tempfile.TemporaryDirectory(prefix="speed-") as made:
                 place, log = Path(made), f"{made}/stamps"
-                ours = job(options, place, folder, manifest, decided, epochs=3)
+                ours = job(options, place, folder, manifest, plan, epochs=3)
                 begun = time.time()
                 if kind == "Ray":
                     ray.train.torch.TorchTrainer = stamped_trainer(log)
@@ -676,7 +677,7 @@ def views(options: argparse.Namespace) -> None:
             for count in (0, 2, 4, 8):
                 with tempfile.TemporaryDirectory(prefix="speed-") as made:
                     place = Path(made)
-                    ours = job(options, place, folder, manifest, decision(load(options), "small_similar", NET.size), views=count)
+                    ours = job(options, place, folder, manifest, plan_of(load(options), "small_similar", NET.size), views=count)
                     found: list[Path] = []
                     cpu, _ = spent(lambda: found.append(run_job(ours, place)))  # noqa: B023
                     line.append(f"{count}: {accuracy(found[0] / 'model', folder, manifest, options):.4f} in {cpu:.1f} s")
@@ -706,8 +707,8 @@ def half(options: argparse.Namespace) -> None:
         folder, manifest = listed(options, name, 500)
         manifest = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != TEST or int(r.md5[:4], 16) % 3 == 0))
         backbone = load(options)
-        decided = decision(backbone, "small_similar", NETWORKS[options.network].size)
-        model = Classifier(backbone, decided.readings, len(manifest.classes), frozen=True)
+        plan = plan_of(backbone, "small_similar", NETWORKS[options.network].size)
+        model = Classifier(backbone, plan.head_taps, len(manifest.classes), frozen=True)
         sides = {side: manifest.used(side) for side in (TRAIN, TEST)}
         transforms = backbone.transforms.at(NETWORKS[options.network].size)
 

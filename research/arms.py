@@ -34,7 +34,6 @@ from tlpipeline.backbones import classifier as models
 from tlpipeline.backbones import taps as cutting
 from tlpipeline.backbones.features import FeatureExtractor, pooling_at
 from tlpipeline.choice import cases, decide, predictor
-from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Manifest
@@ -46,7 +45,7 @@ from tlpipeline.profiling.shift import FIRST_IMAGES
 from tlpipeline.progress import silent
 from tlpipeline.stats import pack
 from tlpipeline.training import train
-from tlpipeline.training.config import TrainingConfig
+from tlpipeline.training.config import TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import solve_head
 from tlpipeline.training.recipe import Recipe
@@ -57,13 +56,10 @@ def case_of(arm: str, similar: float) -> cases.Case:
     return cases.find("large_different" if arm == "scratch" or similar < 0.5 else "large_similar")
 
 
-def whole_network(case: cases.Case, last: cutting.Tap, size: int) -> Decision:
-    """Return a decision for this case that cuts nothing off: its head reads the last tap."""
-    return Decision(
-        case=case.name, slice=last.name, head="last", readings=(pooling_at(last),), size=size, freeze=case.freeze, init=case.init, recipe=case.recipe,
-        prior=0.5, probabilities={}, similar=0.0, large=1.0, arms=(), regret=0.0, within=1.0, race=None, race_wanted=False, no_race="",
-        saved_parameters=0.0, saved_ops=0.0, reason="", changes=(), warnings=(), forced=(),
-    )  # fmt: skip
+def whole_network(case: cases.Case, last: cutting.Tap, size: int) -> TrainingPlan:
+    """Return the plan of this case that cuts nothing off: its head reads the last tap."""
+    taps = (pooling_at(last),)
+    return TrainingPlan(last.name, size, case.freeze == "kept", case.init, case.recipe, head_taps=taps, final_head_taps=taps)
 
 
 def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: Path, data: Path) -> dict[str, object]:
@@ -85,17 +81,17 @@ def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: 
     changes = {"tuned": {}, "scratch": {"solve_again": False}}.get(arm, USUAL)
     case = dataclasses.replace(case, recipe=dataclasses.replace(case.recipe, **changes))
     init = {"plain": "plain", "scratch": "random"}.get(arm, "pretrained")
-    decision = dataclasses.replace(whole_network(case, taps[-1], net.size), init=init)
+    plan = dataclasses.replace(whole_network(case, taps[-1], net.size), init=init)
     if case.recipe.solve_again:
         quick = dataclasses.replace(params.load(ROOT / "params.yaml").profile, tangent=False, shift=False)
         profile = measure.measure(backbone, folder, manifest, net.size, quick, lambda _: False, silent, torch.device("cpu"))
-        decision = dataclasses.replace(decision, readings=profile.head_at(taps[-1].name))
+        plan = dataclasses.replace(plan, final_head_taps=profile.head_at(taps[-1].name))
     with tempfile.TemporaryDirectory(prefix="regret-") as name:
         here = Path(name)
         dataset.write_manifest(manifest, here / "manifest.parquet", here / "quarantine.csv")
         job = TrainingConfig(
             workspace=name, images=str(folder), manifest=str(here / "manifest.parquet"), backbone=net.name, weights=weights,
-            weights_md5=md5, decision=decision.to_json(), seed=unit.seed, epochs="auto", batch_size="auto", flip=unit.data not in NO_FLIP,
+            weights_md5=md5, plan=plan, seed=unit.seed, epochs="auto", batch_size="auto", flip=unit.data not in NO_FLIP,
             precision="auto", history=str(here / "history.jsonl"),
         )  # fmt: skip
         started = cpu_seconds()
