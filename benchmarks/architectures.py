@@ -47,6 +47,7 @@ from tests.helpers.architectures import (
     only_read,
     outline,
     paint_images,
+    scaled,
     smallest,
     undrawn,
 )
@@ -58,7 +59,6 @@ from tlpipeline.choice.decision import Decision
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.loader import Images
 from tlpipeline.files import write_tensors
-from tlpipeline.profiling.shift import random_reference
 from tlpipeline.training.checkpoint import MODEL, STATE
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.heads import score
@@ -218,7 +218,7 @@ def write_start(plan: Plan, manifest: Path, path: Path) -> None:
     """
     fresh = catalogue.load(plan.name, catalogue.NONE, size=plan.size)
     images = Images(manifest.parent / "images", dataset.read_manifest(manifest).used(splits.TRAIN), fresh.transforms.at(plan.size))
-    write_tensors(random_reference(fresh, [inputs(images)], seed=0).module.state_dict(), path)
+    write_tensors(scaled(plan.name, inputs(images), plan.size), path)
 
 
 def md5(path: Path) -> str:

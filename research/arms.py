@@ -41,7 +41,6 @@ from tlpipeline.data.loader import Images
 from tlpipeline.data.splits import TEST, TRAIN, VAL
 from tlpipeline.profiling import measure
 from tlpipeline.profiling.profile import slice_test
-from tlpipeline.profiling.shift import FIRST_IMAGES
 from tlpipeline.progress import silent
 from tlpipeline.stats import pack
 from tlpipeline.training import train
@@ -83,7 +82,7 @@ def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: 
     init = {"plain": "plain", "scratch": "random"}.get(arm, "pretrained")
     plan = dataclasses.replace(whole_network(case, taps[-1], net.size), init=init)
     if case.recipe.solve_again:
-        quick = dataclasses.replace(params.load(ROOT / "params.yaml").profile, tangent=False, shift=False)
+        quick = dataclasses.replace(params.load(ROOT / "params.yaml").profile, tangent=False)
         profile = measure.measure(backbone, folder, manifest, net.size, quick, lambda _: False, silent, torch.device("cpu"))
         plan = dataclasses.replace(plan, final_head_taps=profile.head_at(taps[-1].name))
     with tempfile.TemporaryDirectory(prefix="regret-") as name:
@@ -153,9 +152,8 @@ def frozen_arms(
     )
     profiled = cpu_seconds() - started
     evidence = dataclasses.asdict(predictor.evidence(profile, slice_test(profile, rule.choose.gain / 100, rule.choose.draws)))
-    # In forward passes: a gradient counts three. BatchNorm's statistics by layer take a second pass of the first images.
+    # In forward passes: a gradient counts three.
     looked = profile.sampled + profile.held_out + (3 * profile.tangent.images if profile.tangent else 0)
-    looked += min(FIRST_IMAGES, profile.sampled) if profile.shift else 0
     key = dict(zip(("data", "backbone", "n", "seed"), unit.key, strict=True))
     judges = pack(np.array([not splits.in_selection_half(r.md5) for r in manifest.used(VAL)]))
     row = key | evidence | {"looked": looked, "cpu_s": round(profiled, 2), "judges": judges, "taps": " ".join(t.name for t in profile.taps)}

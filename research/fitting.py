@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tlpipeline.choice.predictor import DRAWS, GROWING, HEADS, NEUTRAL, PRIOR, UNUSED, Evidence, GainPredictor, figures, log_odds
+from tlpipeline.choice.predictor import DRAWS, GROWING, HEADS, NEUTRAL, UNUSED, Evidence, GainPredictor, figures, log_odds
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,6 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> GainPredi
         offset=offset,
         settled_slant=settled_slant,
         settled_offset=settled_offset,
-        prior=_prior(model, rows, tolerance),
         heads=fit_heads(rows),
         lag=_lag(rows),
     )
@@ -153,29 +152,11 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> GainPredictor:
         settled_offset=0.0,
         heads=NEUTRAL.heads,
         lag=NEUTRAL.lag,
-        prior=NEUTRAL.prior,
         lowest=_named(names, x.min(0)) | {"log10 classes": round(min(classes), 4)},
         highest=_named(names, x.max(0)) | {"log10 classes": round(max(classes), 4)},
         rows=len(rows),
         data=sorted({r.data for r in rows}),
     )
-
-
-def _prior(model: GainPredictor, rows: Sequence[Observed], tolerance: float) -> dict[str, float]:
-    """Return a logistic regression of `fine-tuning won more than the tolerance` on PRIOR, data sets counting alike; more images never lower it."""
-    from scipy.optimize import minimize
-
-    x = np.array([[(figures(r.evidence, 0.5)[k] - model.center[k]) / model.spread[k] for k in PRIOR] for r in rows])
-    won = np.array([r.tuned_test - r.frozen_test > tolerance for r in rows])
-    weight = _alike(rows) * len(rows)
-
-    def loss(at: npt.NDArray[np.float64]) -> float:
-        odds = x @ at[:-1] + at[-1]
-        return float(weight @ np.logaddexp(0, np.where(won, -odds, odds)) + (at[:-1] ** 2).sum() / 2)
-
-    bounds = [(0.0 if name in GROWING else None, None) for name in PRIOR] + [(None, None)]
-    found = minimize(loss, np.zeros(len(PRIOR) + 1), bounds=bounds).x
-    return _named([*PRIOR, "intercept"], found)
 
 
 def _alike(rows: Sequence[Observed]) -> npt.NDArray[np.float64]:

@@ -19,7 +19,6 @@ import tlpipeline  # noqa: F401  (before torch, which reads how threads wait whe
 
 # isort: split
 import argparse
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -48,7 +47,6 @@ from research.grid import (
 )
 from research.units import folders, split, units_of
 from tlpipeline import params
-from tlpipeline.choice import policy
 
 
 def profile(options: argparse.Namespace) -> None:
@@ -116,7 +114,6 @@ def main() -> None:
     parser.add_argument("--grid", choices=GRIDS, default="core")
     parser.add_argument("--arms", nargs="+", choices=TRAINED, default=TRAINED)
     parser.add_argument("--only", nargs="*", default=(), help="only units whose data/backbone/n/seed contains one of these")
-    parser.add_argument("--prefer", choices=policy.LENIENCE, default="balanced", help="choose.prefer of the replayed product")
     parser.add_argument("--units", action="store_true", help="print a line for each unit, too")
     options = parser.parse_args()
     options.data, options.weights = options.data.resolve(), options.weights.resolve()  # jobs take paths from a workspace of their own
@@ -125,7 +122,7 @@ def main() -> None:
         (profile if options.verb == "profile" else collect)(options)
         tidy(options.results)
         return
-    rule = dataclasses.replace(params.load(ROOT / "params.yaml").choose, prefer=options.prefer)
+    rule = params.load(ROOT / "params.yaml").choose
     if options.verb == "fit":
         report.fit(options.results, rule)
     else:

@@ -225,9 +225,8 @@ def core_of(units: Sequence[Measured]) -> list[Measured]:
 def held_out_models(units: Sequence[Measured], rule: ChooseParams, penalty: float) -> dict[str, GainPredictor]:
     """Return for each data set a predictor that was not fitted on it.
 
-    That is the shipped one, or one fitted on the rest of the core grid; at the balanced tolerance, whatever the user prefers.
+    That is the shipped one, or one fitted on the rest of the core grid; at the tolerance that it is shipped with.
     """
-    rule = dataclasses.replace(rule, prefer="balanced")
     shipped, core = predictor.load_predictor(), core_of(units)
     return {
         name: shipped if name not in shipped.data else fitted_on([one for one in core if one.data != name], rule, penalty)
@@ -276,12 +275,13 @@ def baselines(tuned: str, rule: ChooseParams, models: dict[str, GainPredictor]) 
         return probed(best(one) if most >= 0.88 else tuned)(one)
 
     def textbook(one: Measured) -> Chosen:
-        if one.evidence.images >= rule.textbook_images:
+        case = policy.textbook(one.evidence)
+        if case.freeze == "nothing":
             return probed(tuned)(one)
-        return probed("frozen" if (one.evidence.head_similarity or 0) >= rule.textbook_similarity else "cut")(one)
+        return probed("cut" if case.keep == "slice" else "frozen")(one)
 
     def size(one: Measured) -> Chosen:
-        return always(tuned if one.evidence.images >= rule.textbook_images else "frozen")(one)
+        return always(tuned if one.evidence.images >= policy.TEXTBOOK_IMAGES else "frozen")(one)
 
     def random(one: Measured) -> Chosen:
         arms = ("frozen", "cut", tuned)
@@ -293,7 +293,7 @@ def baselines(tuned: str, rule: ChooseParams, models: dict[str, GainPredictor]) 
 
     return {
         "always LP-FT": always(tuned),
-        f"size only (n >= {rule.textbook_images})": size,
+        f"size only (n >= {policy.TEXTBOOK_IMAGES})": size,
         "textbook 2x2": textbook,
         "P_max >= .88": headroom,
         "random": random,

@@ -12,7 +12,7 @@ from research import charts
 from research.figures import Figures, brier_skill, calibration_error, figures, paired_by_data, reliability
 from research.grid import GRIDS, MORE, RESULTS, ROOT
 from research.replay import OURS, PENALTY, Chosen, Measured, core_of, fitted_on, held_out_models, measured, others, product, rules
-from tlpipeline.choice import policy, predictor
+from tlpipeline.choice import predictor
 from tlpipeline.choice.predictor import GainPredictor
 from tlpipeline.params import ChooseParams
 
@@ -50,7 +50,7 @@ def report(results: Path, rule: ChooseParams, per_unit: bool) -> None:
     _table(core, choices, by_rule, rule)
     dominating = dominated(core, by_rule, rule, models)
     print(
-        "settings (prefer/effort) that lose less and cost less: "
+        "settings (tolerance/effort) that lose less and cost less: "
         + "; ".join(f"{name}: {', '.join(settings) or 'none'}" for name, settings in dominating.items())
     )
     charts.draw(by_rule, CHART if results == RESULTS else results / "regret.svg")
@@ -76,13 +76,13 @@ def summary(name: str, units: Sequence[Measured], choices: Sequence[Chosen], rul
 def dominated(
     units: Sequence[Measured], by_rule: Mapping[str, Figures], rule: ChooseParams, models: dict[str, GainPredictor]
 ) -> dict[str, list[str]]:
-    """Return for each baseline the settings of choose.prefer and choose.effort that lose less, by both bounds, and cost less."""
+    """Return for each baseline the settings of choose.tolerance and choose.effort that lose less, by both bounds, and cost less."""
     settings = {}
-    for prefer in policy.LENIENCE:
+    for tolerance in (0.0, 0.5, 2.5):
         for effort in ("auto", "quick"):
-            changed = dataclasses.replace(rule, prefer=prefer, effort=effort)  # type: ignore[arg-type]
+            changed = dataclasses.replace(rule, tolerance=tolerance, effort=effort)  # type: ignore[arg-type]
             choices = [product(models[unit.data], changed, unit) for unit in units]
-            settings[f"{prefer}/{effort}"] = figures(units, choices, rule.tolerance)
+            settings[f"{tolerance:g}/{effort}"] = figures(units, choices, rule.tolerance)
     return {
         name: [
             setting

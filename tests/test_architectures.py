@@ -29,6 +29,7 @@ from tests.helpers.architectures import (
     only_read,
     outline,
     paint_images,
+    scaled,
     smallest,
     step,
     undrawn,
@@ -45,7 +46,6 @@ from tlpipeline.data import dataset
 from tlpipeline.data.loader import Images
 from tlpipeline.errors import BackboneError
 from tlpipeline.files import write_tensors
-from tlpipeline.profiling.shift import random_reference
 from tlpipeline.training import train
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.distributed import LocalContext
@@ -146,7 +146,7 @@ def grouped(painted: Path) -> Path:
         rows = dataset.read_manifest(painted / "manifest.parquet").used("train")
         shown = inputs(Images(painted / "images", rows, backbone.transforms.at(size)))
         # Without statistics of their own, hardly anything of an image arrives at the last layer of a random network.
-        write_tensors(random_reference(backbone, [shown], seed=0).module.state_dict(), place / "start.safetensors")
+        write_tensors(scaled(name, shown, size), place / "start.safetensors")
         last = measure_taps(replace(backbone, tap_names=backbone.tap_names[-1:]), size)[0]
         decision = decision_for(CASES[2], [pooling_at(last)], size)
         # No head is solved, neither first nor last: what is exported is what was trained.

@@ -207,7 +207,7 @@ def test_every_column_that_the_profile_keeps_is_known_by_the_decoder(
     monkeypatch.setattr(Store, "column", asked)
     folder = make_images(classes=2, each=16, name="profiled")
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
-    look = ProfileParams(images=16, images_max=16, tangent=True, shift=True, affinity=False, reference="none", seed=0)
+    look = ProfileParams(images=16, images_max=16, tangent=True, seed=0)
     measure.measure(net, folder, manifest, 32, look, lambda seen: False, silent, CPU)
     assert any("gradients" in label for label in labels)
     assert all(f"Pillow {PIL.__version__}" in key for key in labels.values())

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 EACH = 60  # images of each class of the sample, so that a run takes seconds
 EPOCHS = 10
 SETTINGS: dict[str, dict[str, Any]] = {
-    "profile": {"images": 128, "images_max": 128, "tangent": False, "shift": False},
+    "profile": {"images": 128, "images_max": 128, "tangent": False},
     "choose": {"case": "large_different", "effort": "quick", "draws": 100},
     # A high rate makes validation accuracy jump, so that patience ends the run before its schedule does.
     "train": {"epochs": EPOCHS, "override": {"patience": 2, "rate_none": 0.03, "average": 0.9}},

@@ -32,7 +32,6 @@ VERBS = {
     "init",
     "predict",
     "pretrain",
-    "refstats",
     "registry list",
     "registry promote",
     "registry rollback",
@@ -716,7 +715,7 @@ def test_predict_writes_nothing_into_a_workspace_that_can_only_be_read(
 
 @pytest.mark.parametrize(
     "words",
-    [["run"], ["stage", "ingest"], ["data", "commit"], ["cache", "clear"], ["refstats", "images"], ["registry", "promote", "workspace@v0"]],
+    [["run"], ["stage", "ingest"], ["data", "commit"], ["cache", "clear"], ["registry", "promote", "workspace@v0"]],
 )
 def test_what_would_write_says_that_a_workspace_can_only_be_read(
     call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
@@ -775,54 +774,6 @@ def test_registry_lists_shows_promotes_and_refuses_to_roll_back_to_nothing(
 def test_registry_of_a_new_workspace_is_empty(call: Callable[..., Said], workspace: Path) -> None:
     assert call("registry", "list", "-w", workspace).out == "nothing is registered yet\n"
     assert "nothing is registered yet: `tlpipeline run`" in refused(call("registry", "show", "workspace@v1", "-w", workspace))
-
-
-def test_refstats_measures_names_commits_and_the_profile_compares(
-    call: Callable[..., Said], workspace: Path, make_images: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = make_images(classes=2, each=12, name="source")
-    for number, path in enumerate(sorted(folder.rglob("*.png"))):
-        path.rename(tmp_path / "source" / f"{number}.png")  # no classes: any folder of images will do
-    assert call("stage", "ingest", "--workspace", workspace).code == 0
-    said = call("refstats", folder, "--workspace", workspace)
-    assert said.code == 0, said.err
-    (written,) = (workspace / "weights").glob("demonstration-*.refstats.json")
-    assert f"reference: weights/{written.name}" in (workspace / "params.yaml").read_text()
-    tracked = subprocess.run(["git", "status", "--short", "params.yaml", "weights"], cwd=workspace, capture_output=True, text=True).stdout
-    assert tracked == ""
-    assert call("stage", "profile", "--workspace", workspace).code == 0
-    distances = json.loads((workspace / "profile.json").read_text())["distances"]
-    assert [tap["name"] for tap in distances] == ["conv1", "conv2", "conv3", "fc1", "fc2"]
-    assert all(tap["low"] <= tap["distance"] <= tap["high"] for tap in distances)
-
-
-@pytest.mark.parametrize(
-    ("before", "images", "says"),
-    [
-        (["stage", "ingest"], "nowhere", r"expected a folder of images at .*nowhere.*need no labels"),
-        ([], ".", r"expected manifest\.parquet.*stage ingest"),
-        (["stage", "ingest"], "empty", r"expected images like those .* found 0"),
-    ],
-)
-def test_refstats_refuses(call: Callable[..., Said], workspace: Path, tmp_path: Path, before: list[str], images: str, says: str) -> None:
-    (tmp_path / "empty").mkdir()
-    if before:
-        assert call(*before, "--workspace", workspace).code == 0
-    assert re.search(says, refused(call("refstats", tmp_path / images, "--workspace", workspace)))
-
-
-def test_a_reference_of_another_size_is_refused(call: Callable[..., Said], workspace: Path, make_images: Callable[..., Path]) -> None:
-    from dataclasses import replace
-
-    from tlpipeline.backbones import catalogue
-    from tlpipeline.profiling import shift
-
-    assert call("stage", "ingest", "--workspace", workspace).code == 0
-    assert call("refstats", make_images(classes=2, each=4, name="source"), "--workspace", workspace).code == 0
-    (written,) = (workspace / "weights").glob("*.refstats.json")
-    larger = replace(shift.read_reference(written, catalogue.load("demonstration", "DEFAULT")), size=64)
-    set_param(workspace, "profile.reference", f"weights/{shift.write_reference(larger, workspace / 'weights').name}")
-    assert re.search(r"measured at 32 pixels, found 64.*refstats", refused(call("stage", "profile", "--workspace", workspace)))
 
 
 # --- the progress bar -----------------------------------------------------------------------------------------------------------------

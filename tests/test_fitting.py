@@ -233,22 +233,6 @@ def test_what_the_heads_win_is_recovered() -> None:
     assert spread < 0.03
 
 
-def test_the_prior_is_fitted_to_who_won_and_rises_with_images() -> None:
-    found = fit(observed(headroom), penalty=0.1, tolerance=0.005)
-    rows = observed(headroom, seed=5)
-    won = np.array([r.tuned_test - r.frozen_test > 0.005 for r in rows])
-    said = np.array([found.prior_chance(r.evidence) for r in rows])
-    assert ((said - won) ** 2).mean() < ((won.mean() - won) ** 2).mean()
-    told = [found.prior_chance(replace(SEEN, images=n)) for n in (30, 100, 1000, 10_000, 100_000)]
-    assert told == sorted(told)
-    assert told[-1] > told[0] + 0.1
-
-
-def test_no_prior_lets_more_images_speak_against_fine_tuning() -> None:
-    found = fit(observed(against, each=4), penalty=0.1, tolerance=0.005)
-    assert all(found.prior[name] >= 0 for name in GROWING)
-
-
 def test_what_the_prediction_is_surer_of_is_likelier_to_have_been_right_and_it_is_said_how_likely() -> None:
     """Calibrated on left-out sets: where what decides is not among the figures, being sure is worth less."""
     rng = np.random.default_rng(3)
@@ -273,13 +257,10 @@ def test_calibration_asks_models_that_have_not_seen_the_data_set() -> None:
     assert fit(rows, penalty=1e-4, tolerance=0.005).slant < 0.9
 
 
-def test_what_is_settled_and_who_wins_are_told_by_the_tolerance() -> None:
+def test_what_is_settled_goes_by_the_tolerance() -> None:
     rows = observed(lambda seen, frozen: 1.0)
     near = [replace(r, best_test=r.tuned_test + 0.003) for r in rows]
     assert fit(near, penalty=0.1, tolerance=0.005).settled(0.9) > 0.9
-    barely = [replace(r, tuned_test=r.frozen_test + 0.003, best_test=r.frozen_test + 0.003) for r in rows]
-    assert fit(barely, penalty=0.1, tolerance=0.005).prior_chance(SEEN) < 0.1
-    assert fit(barely, penalty=0.1, tolerance=0.001).prior_chance(SEEN) > 0.9
 
 
 def test_the_spread_of_the_lag_is_fine_tuning_s_own_and_not_that_of_the_judges() -> None:
@@ -313,11 +294,10 @@ def test_beyond_the_points_of_the_fit_the_line_ends_and_less_is_known() -> None:
     assert further.high - further.low > 1.5 * (edge_of.high - edge_of.low)
 
 
-def test_the_size_of_the_network_tells_the_prior_and_the_range_and_not_the_prediction() -> None:
+def test_the_size_of_the_network_has_a_range_and_no_part_in_the_prediction() -> None:
     found = fit(observed(lambda seen, frozen: 0.5 * (math.log10(seen.parameters) - 6)), penalty=0.01, tolerance=0.005)
     small, large, huge = (replace(SEEN, parameters=n) for n in (400_000, 20_000_000, 2_000_000_000))
     assert found.shift(small, 0.8) == found.shift(large, 0.8)
-    assert found.prior_chance(large) > found.prior_chance(small) + 0.2
     assert any(words.startswith("parameters") for words in found.outside(huge, 0.8))
     assert found.unexplained(huge, 0.8) > found.unexplained(large, 0.8) == found.deviation
 

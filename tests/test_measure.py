@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.helpers.archives import take
 from tests.helpers.evidence import planted
-from tests.helpers.scenes import PARAMS, measured, own_pairs, scene, texture, write
+from tests.helpers.scenes import PARAMS, measured, scene, texture, write
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.decide import choose
@@ -24,10 +24,10 @@ from tlpipeline.data.dataset import Row, ingest
 from tlpipeline.data.loader import normalize, resize_and_crop
 from tlpipeline.errors import DataError
 from tlpipeline.params import load
-from tlpipeline.profiling import gram, measure, shift
+from tlpipeline.profiling import gram, measure
 from tlpipeline.profiling.probes import head_similarity, leave_one_out, one_hot
 from tlpipeline.profiling.profile import Profile, slice_test
-from tlpipeline.progress import Event, silent
+from tlpipeline.progress import Event
 
 # --- the sample -----------------------------------------------------------------------------------------------------------------------
 
@@ -418,23 +418,3 @@ def test_the_gain_of_a_tap_is_over_the_last_one(tmp_path: Path) -> None:
     for tap in found.taps:
         assert tap.gain == pytest.approx(tap.accuracy - found.taps[-1].accuracy)
     assert found.taps[-1].gain_error == 0
-
-
-def test_pretrained_weights_read_the_own_classes_better_than_random_ones(tmp_path: Path) -> None:
-    folder = write(tmp_path, own_pairs(each=40))
-    manifest = ingest(folder, {}, lambda done, total: None)
-    net = catalogue.load("demonstration", "DEFAULT")
-    found = measure.measure(net, folder, manifest, 32, replace(PARAMS, affinity=True), lambda _: False, silent, torch.device("cpu"))
-    print(found.affinity, found.best.accuracy, found.majority)
-    assert found.affinity is not None
-    assert 0.02 < found.affinity < 1
-
-
-def test_the_floor_of_a_reference_stands_beside_the_curve(make_images: Callable[..., Path]) -> None:
-    folder = make_images(classes=3, each=30)
-    manifest = ingest(folder, {}, lambda done, total: None)
-    net = catalogue.load("nets:resnet20", "none")
-    reference = shift.measure_reference(net, folder, manifest.used("train"), 32, torch.device("cpu"), lambda done: None)
-    found = measure.measure(net, folder, manifest, 32, replace(PARAMS, shift=True), lambda _: False, silent, torch.device("cpu"), reference)
-    assert [layer.floor for layer in found.shift] == [layer.raw for layer in reference.layers]
-    assert [tap.name for tap in found.distances] == [tap.name for tap in reference.taps]

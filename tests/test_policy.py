@@ -42,13 +42,6 @@ def test_what_a_race_sees_overrules_a_prediction_however_sure_it_was(intercept: 
     assert verdict(sure, 2, behind)[0] == "frozen"
 
 
-def test_before_anything_is_probed_there_is_a_prior() -> None:
-    one, other = (decide(planted(SIMILAR_SMALL, m=256), model=replace(MODEL, prior={"intercept": odds})) for odds in (-1.0, 1.0))
-    assert one.prior == pytest.approx(0.2689, abs=1e-3)
-    assert other.prior == pytest.approx(0.7311, abs=1e-3)
-    assert one.large == other.large
-
-
 def test_a_frozen_head_that_still_learns_goes_on_learning_with_more_images() -> None:
     """More images do not make fine-tuning win where the frozen head gains as much by them."""
     profile = planted([0.5, 0.6, 0.8])

@@ -28,8 +28,8 @@ from tlpipeline.training import checkpoint, pretrain, ray_train
 from tlpipeline.training.config import TrainingConfig
 
 RULE = ChooseParams(
-    case="auto", slice="auto", rule="fitted", prefer="balanced", tolerance=0.5, effort="full", race_above=0.25, race_below=0.75, race_images=20, gain=1.0,
-    alpha=0.1, draws=300, textbook_images=1000, textbook_similarity=0.5,
+    case="auto", slice="auto", tolerance=0.5, effort="full", race_below=0.75, race_images=20, gain=1.0,
+    alpha=0.1, draws=300,
 )  # fmt: skip
 HERE = ClusterParams(workers=0, gpu=False, max_failures=0, storage="none")
 EPOCHS = 4
@@ -78,7 +78,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
             paint(label if index % 5 else (label + 1) % 3, index + 500 * label).save(folder / f"class{label}" / f"{index:03d}.png")
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
-    look = ProfileParams(images=128, images_max=128, tangent=True, shift=False, affinity=False, reference="none", seed=0)
+    look = ProfileParams(images=128, images_max=128, tangent=True, seed=0)
     net = catalogue.load("demonstration", "DEFAULT")
     profile = measure.measure(net, folder, manifest, 32, look, lambda seen: False, silent, torch.device("cpu"))
     return Setting(folder, place, manifest, profile)

@@ -206,19 +206,6 @@ def pretrain(
 
 
 @app.command()
-def refstats(
-    images: Annotated[Path, typer.Argument(help="Folder of images like those that the weights were trained on; labels are not needed.")],
-    workspace: Workspace = Path(),
-) -> None:
-    """Measure reference statistics of a network, for the profile to compare with."""
-    from tlpipeline.workspace import create
-
-    with _Bar() as bar:
-        path = create.refstats(workspace, images, bar)
-    print(f"{path} written, and named in params.yaml as profile.reference. Next: tlpipeline run")
-
-
-@app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="A model folder, name@v1, or name#prod.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],

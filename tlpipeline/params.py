@@ -23,7 +23,16 @@ AUTO = "auto"
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 _SHOWN_CHARACTERS = 80
 # Settings of earlier versions, and what to do instead. An old file may still hold them.
-RETIRED: dict[str, str] = {}
+RETIRED: dict[str, str] = {
+    "profile.shift": "it decided nothing, and is measured no more.",
+    "profile.affinity": "it decided nothing, and is measured no more.",
+    "profile.reference": "it decided nothing, and is measured no more.",
+    "choose.rule": "the measurements decide.",
+    "choose.prefer": "set choose.tolerance: 0 is what `accuracy` was, five times the value what `cost` was.",
+    "choose.race_above": "it had no effect.",
+    "choose.textbook_images": "it belonged to choose.rule.",
+    "choose.textbook_similarity": "it belonged to choose.rule.",
+}
 
 Auto = Literal["auto"]
 Name = Annotated[StrictStr, Field(min_length=1)]
@@ -100,9 +109,6 @@ class ProfileParams:
     tangent: Annotated[
         StrictBool, Setting("also measure what gradients say, on at most 512 images; it costs a backward pass for each image")
     ] = True
-    shift: Annotated[StrictBool, Setting("measure how far the batch-normalization statistics are from those of the weights")] = True
-    affinity: Annotated[StrictBool, Setting("probe the same network with random weights, too; it costs twice the passes")] = False
-    reference: Annotated[Name, Setting("file of source statistics, made by `tlpipeline refstats IMAGES`; none: no file")] = "none"
     seed: Annotated[Seed, Setting("seed of the sample")] = 0
 
 
@@ -115,22 +121,13 @@ class ChooseParams:
     )
     slice: Annotated[
         Name,
-        Setting(
-            "where a slicing case cuts: auto, textbook (keep the first third of the blocks), or a tap such as conv2 or layer3", shown=True
-        ),
+        Setting("where a slicing case cuts: auto, or a tap such as conv2 or layer3", shown=True),
     ] = "auto"
-    rule: Annotated[
-        Literal["fitted", "textbook"], Setting("fitted: probes, a fitted prediction and a race; textbook: two fixed bounds")
-    ] = "fitted"
-    prefer: Annotated[
-        Literal["accuracy", "balanced", "cost"], Setting("multiplies the tolerance: accuracy by 0, balanced by 1, cost by 5")
-    ] = "balanced"
     tolerance: Annotated[Points, Setting("percentage points of accuracy that the cheaper case may lose", shown=True)] = 0.5
     effort: Annotated[
         Literal["quick", "auto", "full"],
         Setting("quick: choose without training; auto: train both ways and compare where the evidence is open; full: always compare"),
     ] = "auto"
-    race_above: Annotated[Share, Setting("the evidence is open if P(fine-tuning wins more than the tolerance) is above this ...")] = 0.25
     race_below: Annotated[Share, Setting("the evidence is open if P(fine-tuning wins more than the tolerance) is below this")] = 0.75
     race_images: Annotated[
         StrictInt, Field(ge=1), Setting("validation images that a comparison by training needs; with fewer the prediction decides")
@@ -146,10 +143,6 @@ class ChooseParams:
         Field(ge=100, le=100_000),  # each takes a number for each image of the profile: gigabytes from here on
         Setting("bootstrap draws of the test for a cut"),
     ] = 1000
-    textbook_images: Annotated[StrictInt, Field(ge=1), Setting("rule textbook: large means at least this many training images")] = 1000
-    textbook_similarity: Annotated[
-        Share, Setting("rule textbook: similar means that the source classes explain this share of the labels' entropy")
-    ] = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

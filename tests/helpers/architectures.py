@@ -44,6 +44,18 @@ def outline(name: str, size: int | None = None) -> Backbone:
         return backbone
 
 
+def scaled(name: str, batch: Tensor, size: int) -> dict[str, Tensor]:
+    """Return random weights whose running statistics are those of a batch: without them hardly anything of an image arrives at the last tap."""
+    fresh = catalogue.load(name, catalogue.NONE, size=size, seed=0).module.eval()
+    for module in fresh.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # PyTorch's word for a plain average
+            module.train()
+    with torch.no_grad():
+        fresh(batch)
+    return fresh.state_dict()
+
+
 def described(backbone: Backbone, size: int) -> tuple[Tap, ...]:
     """Return the taps of an outline at an input side."""
     with torch.device("meta"):

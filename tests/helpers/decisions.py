@@ -35,18 +35,13 @@ RULE = replace(
     load(REPOSITORY / "params.yaml").choose,
     case="auto",
     slice="auto",
-    rule="fitted",
     tolerance=0.5,
-    prefer="balanced",
     effort="auto",
-    race_above=0.25,
     race_below=0.75,
     race_images=100,
     gain=1.0,
     alpha=0.10,
     draws=500,
-    textbook_images=1000,
-    textbook_similarity=0.5,
 )
 
 

@@ -24,8 +24,6 @@ PARAMS = replace(
     images_max=512,
     seed=0,
     tangent=False,
-    shift=False,
-    affinity=False,
 )
 
 

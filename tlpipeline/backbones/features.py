@@ -74,14 +74,12 @@ def forward_passes(
     images: Images,
     indices: Sequence[int],
     device: torch.device,
-    extra_output: Callable[[], Tensor] | None = None,
     size: int | None = None,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Pass images through a network in steps of one size, the last one filled up with zeros: yield (indices, outputs without the filling).
 
     Args:
         network: in eval mode; maps (step, 3, size, size) to tensors (step, ...).
-        beside: called after each step for one more output.
         size: of a step, where it is not the usual one.
 
     Raises:
@@ -97,7 +95,7 @@ def forward_passes(
                     inputs = torch.cat([inputs, inputs.new_zeros(size - len(batch), *inputs.shape[1:])]).to(
                         memory_format=torch.channels_last
                     )
-                outputs = [*network(inputs), *([extra_output()] if extra_output else [])]
+                outputs = network(inputs)
             except torch.cuda.OutOfMemoryError as error:
                 # Not in smaller steps: a network may answer in other last digits then, and what is kept of it would depend on free memory.
                 raise PassTooLarge(
@@ -128,7 +126,6 @@ def extract(
     images: Images,
     device: torch.device,
     progress: Callable[[int], None],
-    extra_output: Callable[[], Tensor] | None = None,
     half: bool = False,
 ) -> list[Tensor]:
     """Pass each image once through a frozen network and return what each output gives, pooled, without keeping anything.
@@ -138,7 +135,6 @@ def extract(
         grids: pyramid for each tap.
         images: n of them.
         progress: called with the number of images done so far.
-        beside: called after each step for one more output.
         half: in bfloat16.
 
     Returns:
@@ -147,7 +143,7 @@ def extract(
     trunk.eval()
     network = with_pooling(trunk, grids, half)
     done, parts = 0, []
-    for batch, outputs in forward_passes(network, images, range(len(images)), device, extra_output):
+    for batch, outputs in forward_passes(network, images, range(len(images)), device):
         parts.append([out.cpu() for out in outputs])
         done += len(batch)
         progress(done)
@@ -165,7 +161,6 @@ class FeatureExtractor:
     Args:
         backbone: that the trunk was cut from; its tensors say which columns of the store are meant.
         trunk: gives one tensor for each reading, and the source head's logits behind them where `logits` is true.
-        beside: gives one more row an image after each step, kept under `extra_key`.
         half: the network is passed in bfloat16.
         alone: nobody else will read with these weights, so where a GPU is full a pass may take fewer images, whatever that does to last digits.
     """
@@ -180,19 +175,16 @@ class FeatureExtractor:
         device: torch.device,
         *,
         logits: bool = False,
-        extra_output: Callable[[], Tensor] | None = None,
-        extra_key: str = "",
         half: bool = False,
         smaller_passes: bool = False,
     ) -> None:
-        self.trunk, self.device, self.extra_output, self.smaller_passes = trunk, device, extra_output, smaller_passes
+        self.trunk, self.device, self.smaller_passes = trunk, device, smaller_passes
         self.step = pass_size(device, transforms.size)  # images in a pass
         self.apart = device.type != "cpu"  # on a CPU a second shard in memory would win nothing
         self.network = with_pooling(trunk, [r.grids for r in readings], half)
-        known = taps.tap_fingerprints(backbone, [r.tap for r in readings], logits=logits or extra_output is not None)
+        known = taps.tap_fingerprints(backbone, [r.tap for r in readings], logits=logits)
         outputs = [(known[r.tap], r.tap, str(r.grids)) for r in readings]
         outputs += [(known[taps.LOGITS], "logits", "")] if logits else []
-        outputs += [(known[taps.LOGITS], extra_key, "")] if extra_output else []
         self.widths, self.taps = [sum(r.blocks) for r in readings], [r.tap for r in readings]
         self._columns = [
             (
@@ -238,7 +230,7 @@ class FeatureExtractor:
         names: list[str] = []
         done = 0
         with _Writer(self._keep, apart=self.apart) as write:
-            for batch, outputs in _behind(forward_passes(self.network, images, indices, self.device, self.extra_output, self.step)):
+            for batch, outputs in _behind(forward_passes(self.network, images, indices, self.device, self.step)):
                 kept.append([out.cpu() for out in outputs])
                 self._numbers(kept[-1], [images.rows[i] for i in batch])
                 names += [images.rows[i].md5 for i in batch]

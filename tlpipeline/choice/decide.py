@@ -4,13 +4,11 @@ The rungs of evidence, cheapest first: frozen heads are measured (probes), fine-
 open the two are raced (race.py). The cheapest way is taken whose expected loss against the best is within `choose.tolerance`.
 """
 
-import math
-
 import numpy as np
 
 from tlpipeline.choice.cases import CASES, DIFFERENT, LARGE, SIMILAR, SMALL, Case, find
 from tlpipeline.choice.decision import Arm, Decision, Race
-from tlpipeline.choice.policy import TEXTBOOK, DecisionPolicy, weak_labels, weigh
+from tlpipeline.choice.policy import DecisionPolicy, weak_labels, weigh
 from tlpipeline.choice.reasons import changes, doubts, reason, weaknesses
 from tlpipeline.errors import BackboneError
 from tlpipeline.params import AUTO, ChooseParams
@@ -43,11 +41,11 @@ def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | 
     axes = {LARGE: chance, SMALL: 1 - chance, SIMILAR: weighed.similar, DIFFERENT: 1 - weighed.similar}
     wanted = forced_tap(profile, rule.slice) if rule.slice != AUTO else None
     case = _row(weighed, large) if rule.case == AUTO else find(rule.case)
-    if wanted and rule.case == AUTO and rule.slice != TEXTBOOK:
+    if wanted and rule.case == AUTO:
         # Who forces a slice wants a case that slices, where there is one for this size of data.
         case = next((c for c in CASES if c.size == case.size and c.keep == "slice"), case)
     asked = ("case", "slice") if case.keep == "slice" else ("case",)
-    forced = tuple(f"choose.{key}" for key in asked if getattr(rule, key) not in (AUTO, TEXTBOOK))
+    forced = tuple(f"choose.{key}" for key in asked if getattr(rule, key) != AUTO)
     head, sliced, remark = _head(profile, weighed, case, test, wanted)
     several = head == "multi" or case.freeze == "nothing"
     readings = profile.head_at(sliced or profile.taps[-1].name) if sliced or several else profile.last_head
@@ -63,7 +61,6 @@ def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | 
         freeze=case.freeze,
         init=case.init,
         recipe=case.recipe,
-        prior=round(weighed.prior, 4),
         probabilities=_probabilities(weighed, axes),
         similar=round(weighed.similar, 4),
         large=round(chance, 4),
@@ -87,8 +84,7 @@ def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | 
 def _probabilities(weighed: DecisionPolicy, axes: dict[str, float]) -> dict[str, float]:
     """Return the probability of each case. Whether small data are sliced is settled by then: the row for which it is has all of small's."""
     out = {c.name: axes[c.size] * axes[c.likeness] for c in CASES}
-    if weighed.rule.rule != TEXTBOOK:
-        out |= {c.name: 0.0 for c in CASES if c.size == SMALL} | {_row(weighed, large=False).name: axes[SMALL]}
+    out |= {c.name: 0.0 for c in CASES if c.size == SMALL} | {_row(weighed, large=False).name: axes[SMALL]}
     return {name: round(chance, 4) for name, chance in out.items()}
 
 
@@ -96,9 +92,9 @@ def _row(weighed: DecisionPolicy, large: bool) -> Case:
     """Return the row for this size and likeness; a slice that is not made leaves its data to the row that cuts nothing."""
     likeness = SIMILAR if weighed.similar >= 0.5 or weak_labels(weighed.evidence) else DIFFERENT
     case = next(c for c in CASES if (c.size, c.likeness) == (LARGE if large else SMALL, likeness))
-    if case.keep == "slice" and weighed.rule.rule != TEXTBOOK and weighed.head != "cut":
+    if case.keep == "slice" and weighed.head != "cut":
         return next(c for c in CASES if c.size == case.size and c.keep == "end")
-    if case.size == SMALL and weighed.rule.rule != TEXTBOOK and weighed.head == "cut":
+    if case.size == SMALL and weighed.head == "cut":
         return next(c for c in CASES if c.size == case.size and c.keep == "slice")
     return case
 
@@ -113,19 +109,17 @@ def _head(profile: Profile, weighed: DecisionPolicy, case: Case, test: SliceTest
     remark = f"; choose.slice is not used, because {case.name} cuts nothing off" if wanted else ""
     if case.freeze == "nothing":
         return "last", None, remark
-    if weighed.rule.rule != TEXTBOOK and test.similar < 0.5 and weighed.rule.case == AUTO and weighed.head == "last":
+    if test.similar < 0.5 and weighed.rule.case == AUTO and weighed.head == "last":
         remark += f"; slicing {test.why_not(weighed.rule.alpha, weighed.rule.gain / 100)}, so nothing is cut off"
-    return "multi" if weighed.head == "multi" and weighed.rule.rule != TEXTBOOK else "last", None, remark
+    return "multi" if weighed.head == "multi" else "last", None, remark
 
 
 def forced_tap(profile: Profile, wanted: str) -> str:
-    """Return the tap that `choose.slice` means: a tap, the last one of a stage, or by the textbook the end of the first third of the blocks.
+    """Return the tap that `choose.slice` means: a tap, or the last one of a stage.
 
     Raises:
         BackboneError: there is no such tap.
     """
-    if wanted == TEXTBOOK:
-        return profile.taps[max(math.ceil(len(profile.taps) / 3) - 1, 0)].name
     inside = [t.name for t in profile.taps if t.name == wanted or t.name.startswith(f"{wanted}.")]
     if not inside:
         taps = ", ".join(t.name for t in profile.taps)

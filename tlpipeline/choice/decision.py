@@ -72,7 +72,6 @@ class Decision:
         readings: what a head could read, deepest tap first (see `read`).
         size: input side in pixels.
         freeze, init, recipe: of the row.
-        prior: P(large) from size, classes, capacity and head similarity, before anything was probed.
         probabilities: of each case; similar and large: of the two axes.
         arms: what was weighed; regret: points expected to be lost against the best of them (0 to 1).
         within: probability that the chosen arm is not worse than the best by more than the tolerance (0 to 1).
@@ -92,7 +91,6 @@ class Decision:
     freeze: str
     init: str
     recipe: Recipe
-    prior: float
     probabilities: dict[str, float]
     similar: float
     large: float

@@ -8,7 +8,6 @@ import math
 import textwrap
 from dataclasses import dataclass
 from functools import partial
-from statistics import mean
 from typing import Any
 
 from tlpipeline.choice.cases import CASES, LARGE, SIMILAR, find
@@ -212,11 +211,7 @@ def _cases(decision: Decision, width: int) -> tuple[str | Table, ...]:
     length = min(width - 31, 40)
     bars = {name: f"{'█' * round(chance * length):·<{length}}" for name, chance in decision.probabilities.items()}
     rows = tuple(("→" * (name == decision.case), name, f"{decision.probabilities[name]:.2f}", bar) for name, bar in bars.items())
-    ladder = f"P(large): {decision.prior:.2f} by size, classes, capacity and head similarity alone; "
-    if decision.race is None:
-        ladder += f"{decision.large:.2f} with the probes."
-    else:
-        ladder += f"{decision.large:.2f} with the probes and the race."
+    ladder = f"P(large): {decision.large:.2f} with the probes{'' if decision.race is None else ' and the race'}."
     loss = f"Expected loss against the best arm: {decision.regret * 100:.2f} points; with P {decision.within:.2f} it is within choose.tolerance."
     return Table(("", "case", "P", ""), rows, (2,), (1, 2, 3), drawn=True), ladder, loss
 
@@ -322,28 +317,9 @@ def _measured(profile: Profile) -> tuple[str, ...]:
         said.append(
             f"Head similarity S = {profile.head_similarity:.2f}: share of the labels' entropy that the source's own classes explain."
         )
-    if profile.shift:
-        floor = [layer.floor for layer in profile.shift if layer.floor is not None]
-        own = [layer.sequential for layer in profile.shift if layer.sequential is not None]
-        said.append(
-            f"BatchNorm shift: distance {mean(layer.raw for layer in profile.shift):.2f} from the source, the mean of {len(profile.shift)} "
-            f"layers{f', where images like the source give {mean(floor):.2f}' if floor else ''}"
-            f"{f'; {mean(own):.2f} once earlier layers normalize by these images' if own else ''}. It explains, it does not decide."
-        )
-    elif profile.normalization != "batch":
-        said.append(
-            f"BatchNorm shift: not available, {profile.backbone} has no BatchNorm. `tlpipeline refstats` makes a reference instead."
-        )
-    if profile.distances:
-        points = ", ".join(f"{tap.distance:.2f} at {tap.name}" for tap in profile.distances)
-        said.append(f"Distance of the features from those of the reference images: {points}. It explains, it does not decide.")
     if (tangent := profile.tangent) is not None:
         said.append(
             f"Tangent probe, what gradients say that fine-tuning could read, on {tangent.images} images: {tangent.accuracy:.1%}, where the "
             f"multi-tap features reach {tangent.frozen:.1%}."
-        )
-    if profile.affinity is not None:
-        said.append(
-            f"Affinity {profile.affinity:.2f}: what the pretrained probes win against those of the same network with random weights."
         )
     return tuple(said)

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from tlpipeline.choice import predictor
+from tlpipeline.choice.cases import CASES, DIFFERENT, LARGE, SIMILAR, SMALL, Case
 from tlpipeline.choice.decision import Look, Race
 from tlpipeline.choice.predictor import Evidence, GainPredictor, Prediction
 from tlpipeline.params import AUTO, ChooseParams
@@ -15,9 +16,7 @@ from tlpipeline.profiling.probes import Matrix
 from tlpipeline.profiling.profile import Profile, slice_test
 from tlpipeline.stats import Bits
 
-# What `choose.prefer` makes of the tolerance.
-LENIENCE = {"accuracy": 0.0, "balanced": 1.0, "cost": 5.0}
-TEXTBOOK = "textbook"
+TEXTBOOK_IMAGES, TEXTBOOK_SIMILARITY = 1000, 0.5
 LOOKS = 3
 SPENT = (1 / 6, 1 / 3, 1 / 2)  # shares of choose.alpha that the looks of a race may spend
 LEAST_PER_CLASS = 5
@@ -36,7 +35,7 @@ class DecisionPolicy:
     @property
     def tolerance(self) -> float:
         """What the cheaper way may lose, as a share."""
-        return self.rule.tolerance / 100 * LENIENCE[self.rule.prefer]
+        return self.rule.tolerance / 100
 
     @property
     def slices(self) -> bool:
@@ -68,19 +67,12 @@ class DecisionPolicy:
     @property
     def large(self) -> bool:
         """Whether fine-tuning is worth it: the head is expected to lose more than the tolerance against it."""
-        if self.rule.rule == TEXTBOOK:
-            return self.evidence.images >= self.rule.textbook_images
         return self.prediction.gain > self.tolerance and has_signal(self.evidence)
 
     @property
-    def prior(self) -> float:
-        """P(large) from size, classes, capacity and head similarity alone, before anything was probed."""
-        return float(self.large) if self.rule.rule == TEXTBOOK else self.model.prior_chance(self.evidence)
-
-    @property
     def chance_of_large(self) -> float:
-        """P(large): fine-tuning wins more than the tolerance. The textbook's boundary knows no doubt."""
-        return float(self.large) if self.rule.rule == TEXTBOOK else 1 - self.prediction.within
+        """P(large): fine-tuning wins more than the tolerance."""
+        return 1 - self.prediction.within
 
     def large_after(self, race: Race | None) -> float:
         """Return P(large), after the race where there was one."""
@@ -88,9 +80,7 @@ class DecisionPolicy:
 
     @property
     def similar(self) -> float:
-        """P(similar): no earlier tap is better by `gain` points; by the textbook, the source classes explain enough of the labels."""
-        if self.rule.rule == TEXTBOOK and self.evidence.head_similarity is not None:
-            return float(self.evidence.head_similarity >= self.rule.textbook_similarity)
+        """P(similar): no earlier tap is better by `gain` points."""
         return self.evidence.similar
 
     def settled(self, tuned: bool) -> float:
@@ -129,11 +119,11 @@ class DecisionPolicy:
     def unclear(self) -> bool:
         """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway.
 
-        Open: not knowing costs more than the tolerance, and P(fine-tuning wins more than that) lies between the bounds, or the data are unlike
+        Open: not knowing costs more than the tolerance, and P(fine-tuning wins more than that) lies below the bound, or the data are unlike
         those of the fit; or nothing was read, or the labels are too few to read anything.
         """
         seen = self.prediction
-        between = self.stake(self.gains) > self.tolerance and self.rule.race_above < 1 - seen.within < self.rule.race_below
+        between = self.stake(self.gains) > self.tolerance and 1 - seen.within < self.rule.race_below
         unlike = bool(seen.outside) and self.stake(self.model.gains(self.evidence, self.frozen, size=True)) > self.tolerance
         weak = bool(weak_labels(self.evidence)) or not has_signal(self.evidence)
         return self.rule.effort == "full" or between or unlike or weak
@@ -141,8 +131,6 @@ class DecisionPolicy:
     @property
     def no_race(self) -> str:
         """Why there is no race, "" where there is to be one."""
-        if self.rule.rule == TEXTBOOK:
-            return "the textbook rule does not race"
         if self.rule.case != AUTO:
             return "the case is forced"
         if self.rule.effort == "quick":
@@ -197,6 +185,16 @@ def weak_labels(seen: Evidence | Profile) -> tuple[str, ...]:
             "label more; where validation images are left to judge, small_similar and large_similar are raced"
         )
     return tuple(weak)
+
+
+def textbook(seen: Evidence | Profile) -> Case:
+    """Return the case by the textbook's two fixed bounds: a baseline for research, which nothing in the pipeline asks.
+
+    Large: at least 1,000 training images. Similar: the source's classes explain at least half of the labels' entropy.
+    """
+    size = LARGE if seen.images >= TEXTBOOK_IMAGES else SMALL
+    likeness = SIMILAR if (seen.head_similarity or 0.0) >= TEXTBOOK_SIMILARITY else DIFFERENT
+    return next(case for case in CASES if (case.size, case.likeness) == (size, likeness))
 
 
 # --- with more images ----------------------------------------------------------------------------------------------------------------------

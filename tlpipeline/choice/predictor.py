@@ -29,13 +29,11 @@ GROWING = ("log10 images", "log10 images per class")
 RANGES = ("log10 images", "log10 classes", "log10 images per class", "log10 parameters", "head similarity")
 MARGIN = 0.1
 # Not predicted from: a line through the sizes of three networks says nothing of a fourth, and with the others the prediction errs more on data sets
-# that it has not seen (docs/log.md). What capacity is worth on these data the gradients say; these figures tell the prior, and whether a data set
+# that it has not seen (docs/log.md). What capacity is worth on these data the gradients say; these figures tell whether a data set
 # and a network are like those of the fit.
 UNUSED = ("log10 parameters", "log10 images per class", "head similarity", "slope", "gain of the tangent probe")
 # How much less is known for each range that a figure lies beyond what was seen (log odds), and at most so many ranges are counted.
 UNKNOWN, FARTHEST = 0.25, 2.0
-# What is known before anything was probed.
-PRIOR = ("log10 images", "log10 images per class", "log10 parameters", "head similarity")
 
 
 def _student(p: Matrix) -> Matrix:
@@ -202,8 +200,6 @@ class GainPredictor:
         settled_slant, settled_offset: calibration of the probability that what is chosen is within the tolerance of the best of all arms.
         heads: what frozen heads win against each other (see head_gain): (at S = 0, slope by S, spread), as shares.
         lag: for each look of a race how far what it sees is behind the end, and the spread of that, as shares of the frozen head's errors.
-        prior: coefficients (on standardized figures) and intercept of the log odds that fine-tuning wins more than the tolerance, from what
-            is known before anything was probed.
         lowest, highest: range of each figure in the rows of the fit.
         rows, data: what it was fitted on.
     """
@@ -219,7 +215,6 @@ class GainPredictor:
     settled_offset: float
     heads: Mapping[str, Sequence[float]]
     lag: Sequence[Sequence[float]]
-    prior: Mapping[str, float]
     lowest: Mapping[str, float]
     highest: Mapping[str, float]
     rows: int
@@ -235,12 +230,6 @@ class GainPredictor:
         usual = level + slope * (seen.head_similarity or 0.0)
         measured, error = float(getattr(seen, f"{name}_gain")), float(getattr(seen, f"{name}_error"))
         return (usual * error**2 + measured * spread**2) / (error**2 + spread**2)
-
-    def prior_chance(self, seen: Evidence) -> float:
-        """Return P(fine-tuning wins more than the tolerance) from size, classes, capacity and head similarity alone."""
-        x = self._within_range(figures(seen, 0.5))
-        odds = sum(self.prior.get(k, 0.0) * (x[k] - self.center[k]) / self.spread[k] for k in PRIOR if k in self.center)
-        return float(_share(self.prior.get("intercept", 0.0) + odds))
 
     def _within_range(self, x: dict[str, float]) -> dict[str, float]:
         """Return the figures brought to the edge of what the fit has seen: a line is not trusted beyond its points.
@@ -357,7 +346,6 @@ NEUTRAL = GainPredictor(
     settled_offset=0.0,
     heads=dict.fromkeys(HEADS, (0.0, 0.0, 0.05)),
     lag=((0.5, 0.5), (0.2, 0.3), (0.0, 0.05)),
-    prior={},
     lowest={},
     highest={},
     rows=0,

@@ -4,7 +4,7 @@ import dataclasses
 
 from tlpipeline.choice.cases import SMALL, Case
 from tlpipeline.choice.decision import Race
-from tlpipeline.choice.policy import LENIENCE, TEXTBOOK, DecisionPolicy, has_signal, turning_point, weak_labels
+from tlpipeline.choice.policy import DecisionPolicy, has_signal, turning_point, weak_labels
 from tlpipeline.profiling.profile import Profile, SliceTest
 
 
@@ -16,19 +16,16 @@ def reason(
     Args:
         large: what the evidence says; a forced case may be one for data of the other size.
     """
-    rule, seen = weighed.rule, weighed.prediction
+    seen = weighed.prediction
     frozen = profile.head(weighed.head)
-    if rule.rule == TEXTBOOK:
-        size = f"by the textbook rule {profile.images} images are {'large' if weighed.large else 'small'} (from {rule.textbook_images} on)"
-    else:
-        chance = weighed.large_after(race)
-        size = (
-            f"a head on frozen features reaches {frozen.accuracy:.1%} ({' + '.join(frozen.taps)}), fine-tuning is expected to win "
-            f"{seen.gain * 100:+.1f} points ({seen.low * 100:+.1f} to {seen.high * 100:+.1f}), "
-            f"{'' if has_signal(weighed.evidence) else 'as it would be for noise, '}so {profile.images} images of {profile.classes} "
-            f"classes are {'large' if large else 'small'} for a network of {_count(profile.parameters)} parameters "
-            f"(P(large) {chance:.2f})"
-        )
+    chance = weighed.large_after(race)
+    size = (
+        f"a head on frozen features reaches {frozen.accuracy:.1%} ({' + '.join(frozen.taps)}), fine-tuning is expected to win "
+        f"{seen.gain * 100:+.1f} points ({seen.low * 100:+.1f} to {seen.high * 100:+.1f}), "
+        f"{'' if has_signal(weighed.evidence) else 'as it would be for noise, '}so {profile.images} images of {profile.classes} "
+        f"classes are {'large' if large else 'small'} for a network of {_count(profile.parameters)} parameters "
+        f"(P(large) {chance:.2f})"
+    )
     earlier = test.best_earlier
     likeness = (
         "it has one tap only"
@@ -52,11 +49,6 @@ def reason(
 def changes(profile: Profile, weighed: DecisionPolicy, case: Case, test: SliceTest, large: bool, race: Race | None) -> tuple[str, ...]:
     """Say what would change the decision: more images, another tolerance, another answer of the slice test."""
     rule, seen = weighed.rule, weighed.prediction
-    if rule.rule == TEXTBOOK:
-        other = rule.textbook_images - profile.images
-        return (
-            f"With {abs(other):,} {'more' if other > 0 else 'fewer'} images the textbook rule would call them {'large' if other > 0 else 'small'}.",
-        )
     said = []
     if race is None:
         turn = turning_point(weighed)
@@ -69,17 +61,15 @@ def changes(profile: Profile, weighed: DecisionPolicy, case: Case, test: SliceTe
             said.append(f"Up to the {most:,.0f} images that the choice was fitted on, more of them alone would not make fine-tuning win.")
         elif large and turn is not None:
             said.append(f"With fewer than about {_round(turn):,} images a frozen head would do.")
-    # The tolerance is what the user trades: it says directly what the other choice costs. `prefer: accuracy` makes nothing of it.
-    lenience = LENIENCE[rule.prefer]
-    how = "" if lenience else " and choose.prefer: balanced"
+    # The tolerance is what the user trades: it says directly what the other choice costs.
     if race is None and large and seen.gain > 0:
         lost = _price(weighed)
         said.append(
-            f"With choose.tolerance above {lost * 100 / (lenience or 1):.1f} points{how} a frozen head would be chosen; it is expected to lose "
+            f"With choose.tolerance above {lost * 100:.1f} points a frozen head would be chosen; it is expected to lose "
             f"{lost * 100:.1f} points."
         )
     elif race is None and not large and seen.gain > 0:
-        turn_at = seen.gain * 100 / (lenience or 1)
+        turn_at = seen.gain * 100
         said.append(f"With choose.tolerance below {turn_at:{'.1f' if turn_at >= 0.1 else '.1g'}} points fine-tuning would be chosen.")
     if case.size == SMALL and weighed.head == "cut":
         said.append(
@@ -101,7 +91,7 @@ def _price(weighed: DecisionPolicy) -> float:
     """Return the tolerance (as a share) above which a frozen head would be chosen: a larger one may take a simpler head, which loses more."""
     lost = weighed.prediction.gain
     for _ in range(3):  # there are three heads
-        other = dataclasses.replace(weighed, rule=dataclasses.replace(weighed.rule, prefer="balanced", tolerance=100 * lost + 1e-6))
+        other = dataclasses.replace(weighed, rule=dataclasses.replace(weighed.rule, tolerance=100 * lost + 1e-6))
         if not other.large:
             break
         lost = other.prediction.gain
@@ -143,8 +133,6 @@ def doubts(weighed: DecisionPolicy) -> tuple[str, ...]:
             f"no signal: the best head ({max(seen.last, seen.cut, seen.multi):.1%}) is not clearly better than the majority class "
             f"({seen.majority:.1%}), so the cheapest case is taken unless a race shows better; check the labels"
         )
-    if weighed.rule.rule == TEXTBOOK:
-        return tuple(doubts)
     doubts += [f"out of range: {text}" for text in weighed.prediction.outside]
     if weighed.no_race and weighed.no_race == weighed.too_few_to_race:
         doubts.append(f"no race: {weighed.no_race}")

@@ -8,19 +8,17 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tlpipeline.backbones import taps as cutting
-from tlpipeline.backbones.features import FeatureExtractor, extract, numerics_key, pooling_at
+from tlpipeline.backbones.features import FeatureExtractor, numerics_key, pooling_at
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data import splits
@@ -34,11 +32,11 @@ from tlpipeline.profiling.gram import CONFIRMED_ON, GramMatrices, gram_matrices
 from tlpipeline.profiling.ntk import BUCKETS, Sketcher, tangent_kernel
 from tlpipeline.profiling.probes import head_similarity
 from tlpipeline.profiling.profile import Head, Probe, Profile, Tangent, slice_point
-from tlpipeline.profiling.shift import BATCH, FIRST_IMAGES, Reference, Watcher, random_reference, sequential, tap_shift
 from tlpipeline.progress import Event, Progress
 from tlpipeline.stats import pack, wilson
 
 HELD_OUT = 512
+GRADIENT_BATCH = 64
 EACH_CLASS = 8  # images of a class that a probe wants
 TANGENT_IMAGES = 512
 SOLVERS = 0.3  # of what the passes cost, which the solvers may cost when the sample grows
@@ -54,7 +52,6 @@ def measure(
     undecided: Callable[[Profile], bool],
     progress: Progress,
     device: torch.device,
-    reference: Reference | None = None,
     store: Store | None = None,
     half: bool = False,
 ) -> Profile:
@@ -65,7 +62,6 @@ def measure(
         root: folder that the manifest's paths start from.
         size: input side, pixels.
         undecided: says of a profile whether more images could still change the choice.
-        reference: statistics of images like the weights' own, at the same input size.
         store: keeps what is computed of each image, for later stages and runs.
         half: the network reads in bfloat16, as the frozen cases will; gradients are taken in float32.
 
@@ -76,13 +72,13 @@ def measure(
     if not rows:
         raise DataError("expected training images to profile, found none. Check the quarantine list of ingest.")
     labels = {label: i for i, label in enumerate(manifest.classes)}
-    sight = _Sight(backbone, root, size, device, progress, store or Store(), params.shift, half)
+    sight = _Sight(backbone, root, size, device, progress, store or Store(), half)
     val = manifest.used(VAL)
     aside, judges = (
         sample([r for r in val if splits.in_selection_half(r.md5)], HELD_OUT, params.seed),
         sum(not splits.in_selection_half(r.md5) for r in val),
     )
-    drawn, read, kernels, profile = _large_enough(sight, rows, labels, judges, params, undecided)
+    drawn, kernels, profile = _large_enough(sight, rows, labels, judges, params, undecided)
     there = {r.label for r in drawn}
     held = [r for r in aside if r.label in there]
     if held and profile.cut is not None:
@@ -90,14 +86,6 @@ def measure(
         profile = kernels.confirm(profile, sight.features(held), truth, progress)
     if params.tangent:
         profile = replace(profile, tangent=sight.tangent(kernels, drawn, profile.multi.taps, params.seed))
-    if sight.watched:
-        batches = (batch.to(device) for batch in sight.inputs(drawn[:FIRST_IMAGES]))
-        profile = replace(profile, shift=sight.watcher.curve(read[-1], sequential(sight.trunk, batches), reference, params.seed))
-    if reference is not None:
-        pooled = {r.tap: column for r, column in zip(sight.readings, read, strict=False)}
-        profile = replace(profile, distances=tap_shift(pooled, reference, params.seed))
-    if params.affinity:
-        profile = replace(profile, affinity=sight.affinity(profile, drawn, kernels.labels))
     return profile
 
 
@@ -108,14 +96,14 @@ def _large_enough(
     judges: int,
     params: ProfileParams,
     undecided: Callable[[Profile], bool],
-) -> tuple[list[Row], list[Tensor], GramMatrices, Profile]:
+) -> tuple[list[Row], GramMatrices, Profile]:
     """Probe a sample, and double it while the choice is open and the solvers stay cheap beside the passes.
 
     Args:
         rows, judges: as in `_of_sample`; labels: class name to index.
 
     Returns:
-        The images of the last sample, their features at each tap, the kernels of these, and the profile.
+        The images of the last sample, the Gram matrices of their features at each tap, and the profile.
     """
     wanted = min(max(params.images, EACH_CLASS * len({r.label for r in rows})), params.images_max)
     penalties: dict[tuple[int, ...], float] = {}
@@ -133,7 +121,7 @@ def _large_enough(
         if len(larger) <= len(drawn) or not undecided(profile):
             break
         drawn = larger
-    return drawn, read, kernels, profile
+    return drawn, kernels, profile
 
 
 def _of_sample(
@@ -177,27 +165,22 @@ class _Sight:
     """How a network sees images: features at all its taps, and what else is asked of single passes. What was seen is kept by content."""
 
     def __init__(
-        self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress, store: Store, shift: bool, half: bool
+        self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress, store: Store, half: bool
     ) -> None:
         self.backbone, self.root, self.device, self.progress, self.store = backbone, root, device, progress, store
         self.half, self.transforms = half, backbone.transforms.at(size)
         self.taps = cutting.measure_taps(backbone, size)
         self.readings = [pooling_at(tap) for tap in self.taps]
         logits = backbone.source_classes > 0
-        self.trunk = self._cut(backbone, [t.name for t in self.taps], logits)
-        self.watcher = Watcher(self.trunk)
-        self.watched = shift and self.watcher.channels > 0
-        beside = self.watcher.taken if self.watched else None
+        trunk = self._cut(backbone, [t.name for t in self.taps], logits)
         self.reader = FeatureExtractor(
             store,
             backbone,
-            self.trunk,
+            trunk,
             self.readings,
             self.transforms,
             device,
             logits=logits,
-            extra_output=beside,
-            extra_key="batchnorm",
             half=half,
         )
 
@@ -207,16 +190,15 @@ class _Sight:
     def features(self, wanted: Sequence[Row]) -> list[Tensor]:
         """Return the features at each tap: (images, features) each.
 
-        Behind them come the source head's logits where it has one, and what the watcher saw where it was asked to look.
+        Behind them come the source head's logits where it has one.
         """
         images = Images(self.root, wanted, self.transforms)
         told = self._told("features", int(self.reader.missing(wanted).sum()))
-        with self.watcher if self.watched else nullcontext():
-            return [rows.all() for rows in self.reader.extract(images, told)]
+        return [rows.all() for rows in self.reader.extract(images, told)]
 
     def inputs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """Yield inputs (batch, 3, size, size) on the CPU."""
-        batches = Images(self.root, rows, self.transforms).batches(batch_ranges(len(rows), BATCH))
+        batches = Images(self.root, rows, self.transforms).batches(batch_ranges(len(rows), GRADIENT_BATCH))
         return (normalize(pixels, self.transforms) for _, pixels in batches)
 
     def tangent(self, kernels: GramMatrices, drawn: Sequence[Row], taps: Sequence[str], seed: int) -> Tangent:
@@ -247,22 +229,6 @@ class _Sight:
     def passing(self, images: int, tangent: bool) -> float:
         """Return what the passes of a sample of so many images cost, in operations: a backward pass counts two."""
         return self.taps[-1].forward_ops * (images + 3 * min(images, TANGENT_IMAGES) * tangent)
-
-    def affinity(self, profile: Profile, drawn: Sequence[Row], labels: npt.NDArray[np.int64]) -> float:
-        """Return the best skill of the pretrained probes minus that of the same network with random weights, the mean of two seeds.
-
-        Skill = (accuracy - majority) / (1 - majority). A cheap stand-in for the affinity of Head2Toe (Evci et al. 2022): linear minus scratch.
-        """
-        reached = []
-        first = list(self.inputs(drawn[:FIRST_IMAGES]))
-        for seed in (0, 1):
-            trunk = self._cut(random_reference(self.backbone, first, seed), [r.tap for r in self.readings])
-            images = Images(self.root, drawn, self.transforms)
-            told = self._told("random features", len(drawn))
-            read = extract(trunk, [r.grids for r in self.readings], images, self.device, told, half=self.half)
-            kernels = gram_matrices(self.readings, read, labels, {})
-            reached.append(max(float(kernels.fit([i])[1].mean()) for i in range(len(self.readings))))
-        return (profile.best.accuracy - float(np.mean(reached))) / (1 - min(profile.majority, 0.99))
 
     def _told(self, what: str, images: int) -> Callable[[int], None]:
         return lambda done: self.progress(Event("profile", done, images, f"{what} of {images} images at {len(self.taps)} taps"))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from tlpipeline.backbones.pooling import TapPooling
-from tlpipeline.profiling.shift import BatchNormShift, TapShift
 from tlpipeline.stats import Bits, unpack
 
 
@@ -106,9 +105,6 @@ class Profile:
         taps: first to last.
         last: the head on the last tap; multi: on the last tap and the two best earlier ones, nothing cut off; cut: on the taps at and below
             the best slice point, None where there is one tap only.
-        shift: the BatchNorm shift curve, empty where there is no BatchNorm or where it was not asked for.
-        distances: of the features at each tap from a reference, empty without one (profile.reference).
-        affinity: best skill of the pretrained probes minus that of the same network with random weights, None where it was not asked for.
         tangent: what gradients say that fine-tuning could read, None where it was not asked for.
     """
 
@@ -131,9 +127,6 @@ class Profile:
     last: Head
     multi: Head
     cut: Head | None
-    shift: tuple[BatchNormShift, ...] = ()
-    distances: tuple[TapShift, ...] = ()
-    affinity: float | None = None
     tangent: Tangent | None = None
 
     @property
@@ -191,10 +184,8 @@ class Profile:
             k: None if content[k] is None else Head(**content[k] | {"taps": tuple(content[k]["taps"])}) for k in ("last", "multi", "cut")
         }
         hunger = tuple((int(n), float(a)) for n, a in content["hunger"])
-        shift = tuple(BatchNormShift(**layer) for layer in content["shift"])
         tangent = None if content["tangent"] is None else Tangent(**content["tangent"])
-        distances = tuple(TapShift(**tap) for tap in content["distances"])
-        return cls(**{**content, **heads, "taps": taps, "hunger": hunger, "shift": shift, "distances": distances, "tangent": tangent})
+        return cls(**{**content, **heads, "taps": taps, "hunger": hunger, "tangent": tangent})
 
 
 # --- the slice point ----------------------------------------------------------------------------------------------------------------

@@ -313,26 +313,6 @@ def missing_trigger(root: Path) -> str:
 # --- what it keeps --------------------------------------------------------------------------------------------------------------------
 
 
-def refstats(root: Path, images: Path, progress: Progress = silent) -> Path:
-    """Measure reference statistics, name them in params.yaml, and commit both; return the file.
-
-    Raises:
-        DataError: there is no such folder, or it holds fewer than two images.
-    """
-    if not images.is_dir():
-        raise DataError(
-            f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
-            "Give images like those that the weights were trained on; 500 are enough, and they need no labels."
-        )
-    check(root)
-    with lock.hold(root):
-        path = stages.reference(root, images, progress)
-        where = path.relative_to(root).as_posix()
-        _set(root, "profile", "reference", where)
-        git.commit(root, f"Reference statistics {where}", [where, stages.PARAMS])
-    return path
-
-
 def cache_rows(root: Path) -> tuple[list[tuple[str, str, str, str]], str]:
     """Return what the cache of a workspace holds, a row each (what, files, MB, last used), and a sentence about all of it."""
     from datetime import datetime

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipeline.choice.decision import Decision
-from tlpipeline.errors import DataError, ParamsError, WorkspaceError
+from tlpipeline.errors import DataError
 from tlpipeline.files import is_truncated_json, unlink, write_json
 from tlpipeline.params import Params, load
 from tlpipeline.progress import Event, Progress
@@ -103,7 +103,7 @@ def profile(root: Path, progress: Progress) -> None:
     from tlpipeline.backbones.precision import extracts_in_bfloat16
     from tlpipeline.choice import decide
     from tlpipeline.data import dataset
-    from tlpipeline.profiling import measure, shift
+    from tlpipeline.profiling import measure
     from tlpipeline.profiling.profile import Profile
 
     params = params_of(root)
@@ -113,15 +113,10 @@ def profile(root: Path, progress: Progress) -> None:
     def undecided(seen: Profile) -> bool:
         return decide.undecided(seen, params.choose)
 
-    reference = None if params.profile.reference == "none" else shift.read_reference(root / params.profile.reference, backbone)
-    if reference is not None and reference.size != size:
-        raise ParamsError(
-            f"expected profile.reference to be measured at {size} pixels, found {reference.size}. Run `tlpipeline refstats IMAGES` again."
-        )
     device = _device(params)
     with open_cache(root) as kept:
         found = measure.measure(
-            backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, reference, kept,
+            backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, kept,
             extracts_in_bfloat16(device, params.train.precision),
         )  # fmt: skip
     with _output(root, PROFILE) as (written,):
@@ -397,27 +392,6 @@ def _backbone_and_size(root: Path, params: Params, manifest: Any) -> tuple[Any, 
     if size != backbone.transforms.size and backbone.name.startswith("vit"):
         backbone = _backbone(root, params, size)
     return backbone, size
-
-
-def reference(root: Path, images: Path, progress: Progress) -> Path:
-    """Measure the statistics of images like those that the weights were trained on; return the file, which lies beside the weights.
-
-    Raises:
-        DataError: there are fewer than two images. WorkspaceError: the data were never ingested, so the input size is not known.
-    """
-    from tlpipeline.data import dataset
-    from tlpipeline.profiling import shift
-
-    params = params_of(root)
-    if not (root / MANIFEST).exists():
-        raise WorkspaceError(
-            f"expected {MANIFEST} in {root}, found none. Run `tlpipeline stage ingest` first: the input size follows from it."
-        )
-    backbone, size = _backbone_and_size(root, params, dataset.read_manifest(root / MANIFEST))
-    rows = dataset.readable(images)
-    told = lambda done: progress(Event("refstats", done, len(rows), f"features of {len(rows)} images"))  # noqa: E731
-    found = shift.measure_reference(backbone, images, rows, size, _device(params), told)
-    return shift.write_reference(found, root / "weights")
 
 
 def _device(params: Params) -> Any:
