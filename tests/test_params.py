@@ -174,7 +174,7 @@ def test_an_alias_of_a_value_is_that_value(tmp_path: Path) -> None:
         ("profile.images", 15, "at least 16"),
         ("profile.seed", -1, "0 to 9223372036854775807"),
         ("train.seed", 2**70, "0 to 9223372036854775807"),
-        ("choose.race_above", 1.01, "0 to 1"),
+        ("choose.race_below", 1.01, "0 to 1"),
         ("choose.alpha", 0.0, "0.001 to 0.5"),
         ("choose.gain", float("nan"), "0 to 100"),
         ("choose.draws", 99, "100 to 100000"),
@@ -199,7 +199,7 @@ def test_a_value_out_of_range_is_refused_with_its_path_and_the_range(changed: An
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("data.size", 8), ("choose.race_above", 1), ("train.epochs", 1), ("cluster.workers", 0), ("cluster.gpu", True)]
+    ("key", "value"), [("data.size", 8), ("choose.race_below", 1), ("train.epochs", 1), ("cluster.workers", 0), ("cluster.gpu", True)]
 )
 def test_the_bounds_themselves_are_allowed(changed: Any, key: str, value: Any) -> None:
     section, name = key.split(".")

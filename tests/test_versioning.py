@@ -330,22 +330,22 @@ def test_what_init_writes_into_params_is_read_as_it_was_meant(name: str, workspa
 def test_a_value_is_written_into_params_however_they_are_laid_out(style: str, workspace: Path) -> None:
     path = workspace / "params.yaml"
     text, whole = path.read_text(), yaml.safe_load(path.read_text())
-    flow = json.dumps(whole["profile"])
+    flow = json.dumps(whole["backbone"])
     path.write_text(
         {
             "as it is": text,
             "four spaces": text.replace("\n  ", "\n    "),
-            "flow": re.sub(r"(?s)\nprofile:\n.*?\n\n", f"\nprofile: {flow}  # all of it\n\n", text),
-            "flow in lines": re.sub(r"(?s)\nprofile:\n.*?\n\n", "\nprofile: " + flow.replace(", ", ",\n  ") + "\n\n", text),
-            "quoted": text.replace("\n  reference: none ", '\n  "reference":   "none" '),
+            "flow": re.sub(r"(?s)\nbackbone:\n.*?\n\n", f"\nbackbone: {flow}  # all of it\n\n", text),
+            "flow in lines": re.sub(r"(?s)\nbackbone:\n.*?\n\n", "\nbackbone: " + flow.replace(", ", ",\n  ") + "\n\n", text),
+            "quoted": text.replace("\n  weights: DEFAULT ", '\n  "weights":   "DEFAULT" '),
         }[style]
     )
     before = path.read_text()
-    create._set(workspace, "profile", "reference", "weights/a, b.json")
-    whole["profile"]["reference"] = "weights/a, b.json"
+    create._set(workspace, "backbone", "weights", "weights/a, b.json")
+    whole["backbone"]["weights"] = "weights/a, b.json"
     assert yaml.safe_load(path.read_text()) == whole
-    assert [line for line in path.read_text().splitlines() if "#" in line and "reference" not in line] == [
-        line for line in before.splitlines() if "#" in line and "reference" not in line
+    assert [line for line in path.read_text().splitlines() if "#" in line and "weights" not in line] == [
+        line for line in before.splitlines() if "#" in line and "weights" not in line
     ]
     assert path.read_text().count("#") == before.count("#")
 

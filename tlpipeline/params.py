@@ -128,7 +128,7 @@ class ChooseParams:
         Literal["quick", "auto", "full"],
         Setting("quick: choose without training; auto: train both ways and compare where the evidence is open; full: always compare"),
     ] = "auto"
-    race_below: Annotated[Share, Setting("the evidence is open if P(fine-tuning wins more than the tolerance) is below this")] = 0.75
+    race_below: Annotated[Share, Setting("the choice is open only if P(fine-tuning gains more than the tolerance) is below this")] = 0.75
     race_images: Annotated[
         StrictInt, Field(ge=1), Setting("validation images that a comparison by training needs; with fewer the prediction decides")
     ] = 100
