@@ -1,10 +1,6 @@
-"""One job of peers.py by fastai with its own defaults; runs in an environment that has fastai and safetensors, and needs nothing of ours.
+"""One job of peers.py by fastai with its defaults. It needs fastai and safetensors, and nothing of this package.
 
-    PYTHON benchmarks/peers_fastai.py JOB.json ANSWER.json
-
-Defaults of fastai: the body cut before SqueezeNet's classifier and its own head behind it (concatenated pooling, two linear layers with
-batch normalization and dropout), Adam, base_lr 2e-3 with discriminative rates, one frozen epoch and then the job's epochs, batch 64,
-Resize (random crops of the short side) for each image, aug_transforms for each batch, ImageNet's mean and standard deviation.
+PYTHON benchmarks/peers_fastai.py JOB.json ANSWER.json
 """
 
 import json
@@ -24,19 +20,19 @@ from torchvision.models import squeezenet1_0
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and of those that it waited for."""
+    """Return the CPU seconds of this process and of its children that ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Fine-tune, and return who is right among the test images and the seconds."""
+    """Fine-tune; return the seconds, and whether each test image is classified correctly."""
     imported, started = cpu_seconds(), time.monotonic()
     set_seed(job["seed"])
     folder, classes = Path(job["images"]), job["classes"]
 
     def pretrained(weights: str) -> torch.nn.Module:
-        """Stand for torchvision's function: the weights come from the job's file instead of a download."""
+        """Return torchvision's network with the weights of the job's file instead of a download."""
         model = squeezenet1_0()
         model.load_state_dict(load_file(job["weights"]))
         return model
