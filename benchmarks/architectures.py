@@ -374,17 +374,16 @@ HEAD = """# Architectures
 
 <!-- Written by `python -m benchmarks.architectures table` from the rows that `python -m benchmarks.architectures run` measured. -->
 
-{networks} classifiers of torchvision {torchvision} under each of the four cases, with random weights: taps described, cut, one real training step by
-two workers, frozen tensors bit for bit those of the start, exported, reloaded, the same predictions as the uncut network with these tensors
-gives.
+{networks} classifiers of torchvision {torchvision} in each of the four cases, with random weights. Each is cut, trained for one real step by two
+workers, exported and loaded again. Frozen tensors stay bit for bit the same. The loaded model predicts what the whole network with these
+tensors predicts.
 
 {counts}
 
-Parameters and forward cost are those of the network without its old head, as `tlpipeline explain` counts them: millions, and billions of
-floating-point operations of one image at the weights' own input size (a multiplication and an addition are two). `minimum` is the smallest
-input side in pixels; vision transformers take multiples of their patches (the number at the end of their names). What is left is in percent
-when everything behind the tap at about a third, and at about two thirds, of the taps is cut off. Every tap of every network:
-`benchmarks/results/{taps}`.
+Parameters are in millions, without the old head. Cost is in billions of floating-point operations for one image at the input size of the
+weights; a multiplication and an addition are two operations. `minimum` is the smallest input side in pixels; vision transformers take multiples
+of their patches (the number at the end of their names). The shares are what remains if everything behind a tap is cut off: the tap at about a
+third of the taps, and at about two thirds. All taps are in `benchmarks/results/{taps}`.
 
 | network | parameters | cost | input | minimum | taps | cut at a third | parameters left | cost left | cut at two thirds | parameters left | cost left | cases |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -430,7 +429,7 @@ def counts(rows: Sequence[Mapping[str, str]], pairs: int) -> str:
     alone = sum(row["workers"] == "1" for row in passed)
     failed, skipped = (sum(row["step_ok"] == answer for row in rows) for answer in ("no", ""))
     return (
-        f"Of {pairs} pairs of a network and a case {len(passed)} went through, {alone} of them in one process because two do not fit the memory; "
+        f"Of {pairs} pairs of a network and a case, {len(passed)} passed, {alone} of them in one process because two do not fit the memory; "
         f"{failed} failed,\n{skipped} do not fit at all, {pairs - len(rows)} have not been run."
     )
 
