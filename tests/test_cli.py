@@ -259,7 +259,7 @@ def _inside_the_images(folder: Path, images: Path) -> list[str | Path]:
         (_too_few, "found class1: 2"),
         (_no_images, "none of its 2 files can be used"),
         (lambda folder, images: ["--images", images, "--backbone", "resnet81"], "found 'resnet81'; did you mean resnet18"),
-        (lambda folder, images: ["--images", images, "--backbone", "no_such.module:net"], "there is no module 'no_such'. Install"),
+        (lambda folder, images: ["--images", images, "--backbone", "no_such.module:net"], "found no module 'no_such'. Install"),
         (lambda folder, images: ["--images", images, "--weights", "IMAGENET9"], "found 'IMAGENET9'; known: DEFAULT, none"),
         (_broken_weights, "expected tensors in"),
         (_others_weights, "Set backbone.name to the architecture"),
@@ -672,9 +672,9 @@ def test_predict_says_what_cannot_be_read_and_predicts_the_others(call: Callable
         (
             "workspace@v0",
             "params.yaml",
-            "expected an image at params.yaml, but it cannot be read: not an image. Replace it or leave it out",
+            "Cannot decode the image params.yaml: not an image. Replace or remove it",
         ),
-        ("workspace@v0", ".tlpipeline/torn.png", "expected an image at .tlpipeline/torn.png, but it cannot be read: broken: "),
+        ("workspace@v0", ".tlpipeline/torn.png", "Cannot decode the image .tlpipeline/torn.png: broken: "),
     ],
 )
 def test_predict_refuses(

@@ -242,7 +242,7 @@ def test_an_exact_leak_is_reported_and_used_in_test_only(tmp_path: Path, layout:
         shutil.copy(path, images / "train" / "cat" / f"leak-{path.name}")
     manifest = listed(images)
     assert [r for r in manifest.remarks if r.startswith("leak")] == [
-        "leak: 2 distinct test images stand in train too, byte for byte; they are used in test only"
+        "leak: 2 distinct test images are also in train, byte for byte; they are used in test only"
     ]
     stolen = {md5(path.read_bytes()) for path in leaked}
     assert stolen <= {r.md5 for r in manifest.used(TEST)}
@@ -255,7 +255,7 @@ def test_a_leak_from_val_to_train_is_reported_and_used_in_val_only(tmp_path: Pat
     path = sorted((images / "val" / "dog").iterdir())[0]
     shutil.copy(path, images / "train" / "dog")
     manifest = listed(images)
-    assert manifest.remarks == ("leak: 1 distinct val images stand in train too, byte for byte; they are used in val only",)
+    assert manifest.remarks == ("leak: 1 distinct val images are also in train, byte for byte; they are used in val only",)
     assert md5(path.read_bytes()) not in {r.md5 for r in manifest.used(TRAIN)}
 
 
@@ -273,7 +273,7 @@ def test_a_file_beside_the_classes_of_a_given_layout_is_left_out(tmp_path: Path)
 @pytest.mark.parametrize("layout", [{"train": 5, "val": 5}, {"val": 5, "test": 5}, {"train": 5, "test": 5, "unlabeled": 5}])
 def test_half_a_layout_of_sides_is_refused_instead_of_taken_for_classes(tmp_path: Path, layout: dict[str, int]) -> None:
     text = refusal(laid_out(tmp_path / "images", layout))
-    assert "expected the folders train, test and perhaps val" in text
+    assert "expected the folders train, test and optionally val" in text
     assert f"found {', '.join(sorted(layout))}" in text
     assert "sort the images by class" in text
 
@@ -282,7 +282,7 @@ def test_a_class_without_training_images_in_a_given_layout_is_refused_with_the_w
     images = put(laid_out(tmp_path / "images", {"train": 5, "val": 4, "test": 3}), {f"test/owl/{i}.ppm": tiny(5000 + i) for i in range(3)})
     text = refusal(images)
     assert "none for owl" in text
-    assert "into its folder train" in text
+    assert "into the folder train" in text
 
 
 def test_a_turned_image_is_listed_with_its_upright_size(tmp_path: Path) -> None:
@@ -343,9 +343,7 @@ def test_a_listed_image_that_cannot_be_read_is_refused_with_the_way_out(make_ima
     row = listed(images).rows[0]
     (images / row.path).unlink()
     (images / row.path).mkdir()
-    with pytest.raises(
-        DataError, match=rf"expected an image at {images / row.path}, but it cannot be read: Is a directory\. Make it readable"
-    ):
+    with pytest.raises(DataError, match=rf"Cannot read the image {images / row.path}: Is a directory\. Make it readable"):
         read_image(images, row)
 
 
@@ -359,7 +357,7 @@ def test_a_listed_image_that_this_decoder_refuses_is_named_with_the_way_out(cont
     row = Row("picture.jpg", md5(content), "", "", 64, 64, "RGB", "")
     with pytest.raises(
         DataError,
-        match=r"expected an image at .*picture\.jpg, but it cannot be read: (broken: .+|not an image)\. Replace it or leave it out",
+        match=r"Cannot decode the image .*picture\.jpg: (broken: .+|not an image)\. Replace or remove it",
     ):
         read_image(tmp_path, row, at_least)
 
@@ -421,7 +419,7 @@ def test_a_folder_of_broken_files_is_refused_with_the_first_reason(tmp_path: Pat
 def test_a_folder_whose_classes_are_copies_of_each_other_is_refused(tmp_path: Path) -> None:
     text = refusal(put(tmp_path / "images", {f"{label}/{i}.ppm": tiny(i) for label in "ab" for i in range(4)}))
     assert "none of its 8 files can be used (the same image in several classes: 8)" in text
-    assert "each in one class folder only" in text
+    assert "each in only one class folder" in text
 
 
 def test_a_small_class_without_training_images_is_refused_with_the_command_that_helps(tmp_path: Path) -> None:
@@ -434,7 +432,7 @@ def test_a_link_to_nothing_is_refused_rather_than_silently_left_out(make_images:
     images = make_images(classes=2, each=12)
     (images / "class0" / "link.png").symlink_to("nowhere")
     text = refusal(images)
-    assert "found 1 links to nothing or devices, such as" in text
+    assert "found 1 broken links or devices, such as" in text
     assert "link.png. Remove them, or restore" in text
 
 
@@ -458,7 +456,7 @@ def test_an_image_that_may_not_be_read_is_refused_before_a_folder_is_taken_over(
         return honest(path)
 
     monkeypatch.setattr(Path, "read_bytes", forbidden)
-    with pytest.raises(DataError, match=r"expected to read the image .*001\.png, but: Permission denied\. Make it readable"):
+    with pytest.raises(DataError, match=r"Cannot read the image .*001\.png: Permission denied\. Make it readable"):
         create._preview(folder)
 
 

@@ -91,7 +91,7 @@ def test_memory_that_runs_out_in_a_pass_is_a_clear_error(make_images: Callable[.
     def full(*_: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(ClusterError, match=r"expected room in the GPU's memory for a forward pass of 16 images of 32 pixels"):
+    with pytest.raises(ClusterError, match=r"A forward pass of 16 images of 32 pixels does not fit into the GPU's memory"):
         list(features.forward_passes(full, images, range(3), CPU))
     monkeypatch.setattr(features, "normalize", full)
     with pytest.raises(ClusterError, match=r"Set data\.size lower"):

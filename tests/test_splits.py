@@ -219,8 +219,8 @@ def test_no_splits_csv_is_no_exception(tmp_path: Path) -> None:
     ("content", "found"),
     [
         (b"md5,side,label\n", "md5,side,label"),
-        (b"md5,split,label\na,testing,cat\n", "the side testing"),
-        (b"md5,split,label\na\n", "the side None"),
+        (b"md5,split,label\na,testing,cat\n", "the split testing"),
+        (b"md5,split,label\na\n", "the split None"),
         (b"a,test,cat\n", "a,test,cat"),
         (b"", "an empty file"),
         ("md5,split,label\n".encode("utf-16"), "'utf-8' codec can't decode"),
@@ -231,7 +231,7 @@ def test_no_splits_csv_is_no_exception(tmp_path: Path) -> None:
 def test_a_splits_csv_that_cannot_be_read_is_refused_with_the_way_back(tmp_path: Path, content: bytes, found: str) -> None:
     (tmp_path / "splits.csv").write_bytes(content)
     with pytest.raises(
-        DataError, match=r"expected the columns md5,split,label and the sides train, val, test .*`git checkout splits\.csv`"
+        DataError, match=r"expected the columns md5,split,label and the splits train, val, test .*`git checkout splits\.csv`"
     ) as caught:
         read_exceptions(tmp_path / "splits.csv")
     assert f", found {found}" in str(caught.value)

@@ -263,7 +263,7 @@ def test_what_dvc_cannot_version_is_refused_and_named_when_the_data_are_committe
     (workspace / "images" / "class0" / "dangling.png").symlink_to("nowhere")
     with pytest.raises(WorkspaceError, match=r"expected to version images with DVC, but: .*Look there for links to nothing"):
         versioning.add(workspace, "images")
-    with pytest.raises(DataError, match=r"links to nothing or devices, such as .*dangling\.png"):
+    with pytest.raises(DataError, match=r"broken links or devices, such as .*dangling\.png"):
         create.commit_data(workspace)
 
 
@@ -307,7 +307,7 @@ def test_a_folder_that_cannot_be_read_is_told_and_not_left_out(workspace: Path, 
         return plain(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(DataError, match=r"expected to read the folder .*class0, but: Permission denied\. Make it readable"):
+    with pytest.raises(DataError, match=r"Cannot read the folder .*class0: Permission denied\. Make it readable"):
         dataset.list_files(workspace / "images")
 
 

@@ -1,23 +1,24 @@
-"""Every mistake that a user can make, as a tree. Each message says what was expected, what was found, and the way out.
+"""All errors that a user can fix, as a tree. Each message says what was expected, what was found, and the way out.
 
     PipelineError
-    ├── ParamsError       params.yaml: a key is missing, unknown, of the wrong type or out of range
-    ├── DataError         the images: folder missing, no classes, too few images, nothing readable
-    │   └── DataChanged   an image is no longer the one that the manifest lists
-    ├── BackboneError     an unknown backbone or weights name, weights that do not fit, a tap that does not exist
-    ├── ClusterError      more workers than the machine or cluster has, or a training job that failed for good
-    ├── TrainingError     training that diverges, or does not fit into a GPU's memory
-    │   └── MemoryFull    a GPU has no room for its share of a batch; in smaller parts it may
-    ├── WorkspaceError    not a git + DVC repository, a busy workspace, a stage that cannot be recorded
-    │   └── Unreachable   a remote that could not be reached: a second try may succeed
-    └── RegistryError     a version or stage name that does not exist, a publication that was refused
+    ├── ParamsError        params.yaml: a key is unknown, of the wrong type or out of range
+    ├── DataError          the images: folder missing, no classes, too few images, nothing readable
+    │   └── DataChanged    an image differs from the one that the manifest lists
+    ├── BackboneError      an unknown backbone or weights name, weights that do not fit, a missing tap
+    ├── ClusterError       more workers than the machine or cluster has, or a training job that failed for good
+    │   └── PassTooLarge   a forward pass does not fit into a GPU's memory
+    ├── TrainingError      training diverges, or does not fit into a GPU's memory
+    │   └── OutOfMemory    a worker's share of a batch does not fit into a GPU's memory; smaller parts may
+    ├── WorkspaceError     not a git and DVC repository, a busy workspace, a stage that cannot be recorded
+    │   └── Unreachable    a remote that cannot be reached: a second try may succeed
+    └── RegistryError      a missing version or stage name, a rejected publication
 
     try:
         ...
     except PipelineError as error:   # the command line prints it and exits with 2
         print(error)
 
-A broken promise of our own code is an AssertionError, never one of these.
+A bug in our own code is an AssertionError, never one of these.
 """
 
 import difflib
@@ -25,11 +26,11 @@ from collections.abc import Iterable
 
 
 class PipelineError(Exception):
-    """Base of everything that a user can mend."""
+    """Base of all errors that a user can fix."""
 
 
 class ParamsError(PipelineError):
-    """params.yaml does not say what it must."""
+    """params.yaml is not valid."""
 
 
 class DataError(PipelineError):
@@ -45,23 +46,23 @@ class BackboneError(PipelineError):
 
 
 class ClusterError(PipelineError):
-    """The workers that were asked for are not there, or training failed for good."""
+    """There are fewer workers than requested, or training failed for good."""
 
 
 class TrainingError(PipelineError):
-    """Training diverged again and again, or its smallest part does not fit into memory."""
+    """Training diverged repeatedly, or its smallest part does not fit into memory."""
 
 
 class PassTooLarge(ClusterError):
-    """A GPU has no room for a forward pass of as many images as are passed together."""
+    """A forward pass does not fit into a GPU's memory."""
 
 
 class OutOfMemory(TrainingError):
-    """A GPU has no room for its share of a batch.
+    """A worker's share of a batch does not fit into a GPU's memory.
 
     Args:
-        message: as of any error.
-        parts: into how many the share would have to be cut next.
+        message: as for any error.
+        parts: number of parts to split the share into next.
     """
 
     def __init__(self, message: str, parts: int) -> None:
@@ -73,19 +74,19 @@ class OutOfMemory(TrainingError):
 
 
 class WorkspaceError(PipelineError):
-    """The workspace is not a git + DVC repository, is busy, or changed under a run."""
+    """The workspace is not a git and DVC repository, is busy, or changed during a run."""
 
 
 class Unreachable(WorkspaceError):
-    """A DVC or git remote could not be reached; a second try may succeed."""
+    """A DVC or git remote cannot be reached; a second try may succeed."""
 
 
 class RegistryError(PipelineError):
-    """A version, stage or publication that the registry cannot give."""
+    """A version or stage does not exist, or a publication was rejected."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that names the known names closest to `name`, or lists some of them."""
+    """Return a sentence with the names in `known` closest to `name`, or with some of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:

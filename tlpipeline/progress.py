@@ -1,4 +1,4 @@
-"""Progress as a value: stages call a function with an Event, and whoever called the stage decides what becomes of it."""
+"""Progress events: stages call a function with an Event, and the caller decides how to show it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """Something happened.
+    """Progress of a stage.
 
     Attributes:
-        stage: where.
-        done, total: steps; total 0 where there is nothing to count.
+        stage: name of the stage.
+        done, total: steps; total is 0 where nothing is counted.
         text: for people, such as `epoch 3/10, loss 0.41, accuracy 92.1 %, 310 images/s, 0:42 left`.
     """
 

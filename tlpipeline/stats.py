@@ -1,4 +1,4 @@
-"""Intervals of proportions, and paired comparisons of who was right, as packed bits."""
+"""Intervals of proportions, and paired comparisons of correct answers, which are stored as packed bits."""
 
 import math
 
@@ -18,16 +18,16 @@ def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
 
 
 def pack(bits: Bits) -> str:
-    """Write bits as hexadecimal, eight a byte."""
+    """Return bits as hexadecimal digits, eight bits per byte."""
     return np.packbits(bits).tobytes().hex()
 
 
 def unpack(text: str, count: int) -> Bits:
-    """Read what `pack` wrote."""
+    """Return the first `count` bits of a text from `pack`."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=count).astype(bool)
 
 
 def paired(one: str, other: str, count: int) -> tuple[float, float]:
-    """Return the paired difference of two packed records of the same images, one minus the other, and its standard error."""
+    """Return the mean difference between two packed records of the same images, one minus other, and its standard error."""
     difference = unpack(one, count).astype(float) - unpack(other, count)
     return float(difference.mean()), float(max(difference.std(), 0.5 / math.sqrt(count)) / math.sqrt(count))

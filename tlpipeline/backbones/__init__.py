@@ -1,1 +1,1 @@
-"""Pretrained networks: the catalogue, their taps, and the features that are read at them."""
+"""Pretrained networks: the catalogue, their taps, and the features at these taps."""

@@ -1,13 +1,13 @@
-"""One catalogue of pretrained networks, three sources, one interface: each is loaded with its taps, and cutting.py cuts it there.
+"""The catalogue of pretrained networks: `load` builds a network with its taps, at which `taps.cut` cuts it.
 
-Sources: `demonstration` (the textbook network, weights in the package), every torchvision classifier by torchvision's own name, and the
-user's own as `my_package.nets:resnet20`. An own network is a module that says where it can be cut and what images it wants, in two lines:
+There are three sources: `demonstration` (the textbook network, whose weights come with the package), every torchvision classifier
+by torchvision's name, and your own network as `my_package.nets:resnet20`. Two attributes describe your own network:
 
     class ResNet20(nn.Module):
         taps = ("layer1", "layer2", "layer3")                                  # names of submodules, first to last
         transforms = {"size": 32, "mean": (.485, .456, .406), "std": (.229, .224, .225)}
 
-Without `taps` its top-level blocks are taken in the order in which they run; without `transforms` ImageNet's at 224 pixels.
+Without `taps`, the top-level blocks are used in the order in which they run. Without `transforms`, ImageNet's at 224 pixels are used.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Demonstration(nn.Module):
-    """The network of the textbook's four cases: three convolutions (edges, shapes, higher features), three fully connected layers."""
+    """The network of the textbook's four cases: three convolutions (edges, shapes, higher features) and three fully connected layers."""
 
     taps = ("conv1", "conv2", "conv3", "fc1", "fc2")
     transforms: Mapping[str, Any] = {"size": 32, "mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)}
@@ -68,7 +68,7 @@ class Demonstration(nn.Module):
 
 @dataclass(frozen=True)
 class Family:
-    """Where the blocks of a torchvision family end: classes of blocks, and single modules before and after them."""
+    """Where the blocks of a torchvision family end: classes of blocks, and single modules before and after the blocks."""
 
     names: str
     blocks: tuple[str, ...]
@@ -106,7 +106,7 @@ def _family_taps(name: str, module: nn.Module) -> tuple[tuple[str, ...], dict[st
     if family is None:
         return None
     if "densenet" in family.names:
-        # The source head reads relu(features); as a module it can be a tap (applying relu twice changes nothing).
+        # The source head reads relu(features). As a module, the ReLU can be a tap; applying it twice changes nothing.
         cast(nn.Sequential, module.features).add_module("relu5", nn.ReLU())
     known = dict(module.named_modules())
     blocks = [n for n, m in known.items() if type(m).__name__ in family.blocks]
@@ -117,11 +117,11 @@ def _family_taps(name: str, module: nn.Module) -> tuple[tuple[str, ...], dict[st
 
 
 def _thinned(taps: Sequence[str]) -> tuple[str, ...]:
-    """Keep at most 16 taps, evenly spaced, the last one always."""
+    """Return at most 16 evenly spaced taps, always including the last one."""
     if len(taps) <= MAX_TAPS:
         return tuple(taps)
-    kept = {round(i * (len(taps) - 1) / (MAX_TAPS - 1)) for i in range(MAX_TAPS)}
-    return tuple(tap for i, tap in enumerate(taps) if i in kept)
+    indices = {round(i * (len(taps) - 1) / (MAX_TAPS - 1)) for i in range(MAX_TAPS)}
+    return tuple(tap for i, tap in enumerate(taps) if i in indices)
 
 
 # --- loading --------------------------------------------------------------------------------------------------------------------------
@@ -132,19 +132,19 @@ def load(name: str, weights: str, *, md5: str = NONE, root: Path = Path(), size:
 
     Args:
         name: demonstration, a torchvision classifier, or package.module:callable.
-        weights: DEFAULT, a torchvision weights name, a path (relative to root) to a safetensors or weights-only checkpoint, or none.
-        md5: expected md5 of the weights file; "none" where weights is no path.
-        root: folder that a relative path starts from.
-        size: input side for networks that are built for one size (vision transformers); None is the weights' own.
+        weights: DEFAULT, a torchvision weights name, none, or a path (relative to root) to a safetensors or weights-only checkpoint.
+        md5: expected md5 of the weights file; "none" if weights is not a path.
+        root: base of a relative path.
+        size: input side in pixels for networks built for one size (vision transformers); None is the size of the weights.
         seed: of the random weights for `none`.
 
     Raises:
-        BackboneError: unknown name or weights, no network to download from, or weights that do not fit, naming the first keys that differ.
+        BackboneError: unknown name or weights, a failed download, or weights that do not fit; the first different keys are named.
     """
     if name == "demonstration":
         return _demonstration(weights, md5, root, seed)
     if ":" in name:
-        return _own(name, weights, md5, root, seed)
+        return _custom(name, weights, md5, root, seed)
     return _torchvision(name, weights, md5, root, size, seed)
 
 
@@ -152,7 +152,7 @@ def check_name(name: str) -> None:
     """Check that the catalogue has this network, without building it.
 
     Raises:
-        BackboneError: it has not; the nearest names are suggested.
+        BackboneError: the name is unknown; the nearest names are suggested.
     """
     if name == "demonstration" or ":" in name:
         return
@@ -169,26 +169,26 @@ def check_name(name: str) -> None:
 def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
     state: Mapping[str, Tensor] | None
     if weights == DEFAULT:
-        state = _read(_PACKAGED / "demonstration.safetensors")
+        state = _read_weights(_PACKAGED / "demonstration.safetensors")
         fingerprint = _file_md5(_PACKAGED / "demonstration.safetensors")
     else:
-        state, fingerprint = _state(weights, md5, root, "demonstration", (DEFAULT, NONE))
+        state, fingerprint = _weights(weights, md5, root, "demonstration", (DEFAULT, NONE))
     classes = len(state["fc3.bias"]) if state and "fc3.bias" in state else 10
     return _assemble("demonstration", weights, fingerprint, _seeded(partial(Demonstration, classes), seed), state, fixed=True)
 
 
 def custom_factory(name: str) -> Callable[..., Any]:
-    """Return what makes an own network, named package.module:callable.
+    """Return the callable that builds your own network, named package.module:callable.
 
     Raises:
-        BackboneError: there is no such thing, or it needs arguments.
+        BackboneError: it does not exist, or needs arguments.
     """
     package, _, attribute = name.partition(":")
     try:
         factory: Callable[..., Any] = getattr(importlib.import_module(package), attribute)
     except ModuleNotFoundError as error:
         raise BackboneError(
-            f"expected the network {name} to be importable, but there is no module {error.name!r}. "
+            f"expected the network {name} to be importable, found no module {error.name!r}. "
             "Install its package or put its folder on PYTHONPATH."
         ) from error
     except AttributeError as error:
@@ -198,31 +198,31 @@ def custom_factory(name: str) -> Callable[..., Any]:
     try:
         inspect.signature(factory).bind()
     except (TypeError, ValueError) as error:
-        raise BackboneError(f"expected {name} to be callable without arguments, but: {error}. Give its arguments defaults.") from error
+        raise BackboneError(f"Cannot call {name} without arguments: {error}. Give its arguments defaults.") from error
     return factory
 
 
-def _own(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
+def _custom(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
     factory = custom_factory(name)
     if weights == DEFAULT:
         raise BackboneError(
-            f"expected a weights file for the own network {name}, found DEFAULT. Set backbone.weights to its path, or to none."
+            f"expected a weights file for your own network {name}, found DEFAULT. Set backbone.weights to its path, or to none."
         )
-    state, fingerprint = _state(weights, md5, root, name, (NONE,))
+    state, fingerprint = _weights(weights, md5, root, name, (NONE,))
     module = _seeded(factory, seed)
-    classes = _rows_of_the_last(module, state or {})
+    classes = _source_classes(module, state or {})
     if state and classes and "num_classes" in inspect.signature(factory).parameters:
-        other = _seeded(partial(factory, num_classes=classes), seed)
-        if all(state[k].shape == v.shape for k, v in other.state_dict().items() if k in state):
-            module = other  # the source had another number of classes
+        resized = _seeded(partial(factory, num_classes=classes), seed)
+        if all(state[k].shape == v.shape for k, v in resized.state_dict().items() if k in state):
+            module = resized  # the source had another number of classes
     return _assemble(name, weights, fingerprint, module, state)
 
 
-def _rows_of_the_last(module: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """Return how many rows the module's last tensor has in these weights, 0 where they are as many as its own, or it has none there."""
-    name, own = next(reversed(module.state_dict().items()), ("", torch.zeros(())))
-    there = state.get(name, own)
-    return len(there) if own.dim() and there.dim() and len(there) != len(own) else 0
+def _source_classes(module: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """Return the rows of the module's last tensor in these weights, 0 if they equal the module's own or are missing."""
+    name, tensor = next(reversed(module.state_dict().items()), ("", torch.zeros(())))
+    loaded = state.get(name, tensor)
+    return len(loaded) if tensor.dim() and loaded.dim() and len(loaded) != len(tensor) else 0
 
 
 def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None, seed: int) -> Backbone:
@@ -234,11 +234,11 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
     entry = entries.DEFAULT if weights == DEFAULT else members.get(weights)
     state: Mapping[str, Tensor] | None
     if entry is not None:
-        state, fingerprint = _downloaded(name, entry), f"{entry} {Path(entry.url).name}"
+        state, fingerprint = _download(name, entry), f"{entry} {Path(entry.url).name}"
     else:
-        state, fingerprint = _state(weights, md5, root, name, (DEFAULT, *members, NONE))
-    like = entry or next(iter(entries))
-    preset = like.transforms()
+        state, fingerprint = _weights(weights, md5, root, name, (DEFAULT, *members, NONE))
+    weights_entry = entry or next(iter(entries))
+    preset = weights_entry.transforms()
     transforms = Transforms(
         preset.crop_size[0], preset.resize_size[0], tuple(preset.mean), tuple(preset.std), preset.interpolation.value.lower()
     )
@@ -252,10 +252,10 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
         if state and "encoder.pos_embedding" in state:
             state = dict(models.vision_transformer.interpolate_embeddings(size, patch, dict(state)))
     if state and name.startswith("densenet"):
-        # torchvision's files name the layers norm.1, its modules norm1.
+        # torchvision's weights files name the layers norm.1, its modules norm1.
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value for key, value in state.items()}
     if name in ("googlenet", "inception_v3"):
-        # Their auxiliary heads helped training from scratch; no cut reads them, and a file may come with or without theirs.
+        # Auxiliary heads helped training from scratch. No cut uses them, and a file may contain them or not.
         options |= {"init_weights": False, "transform_input": True, "aux_logits": False}
         state = state and {key: value for key, value in state.items() if not key.lower().startswith("aux")}
     module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
@@ -264,22 +264,21 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
         options["num_classes"] = len(state[head])  # trained on other classes than ImageNet's
         module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
     positional = name.startswith(("vit", "swin"))
-    # Of these torchvision says the weights' own size; what they can take is two patches a side, or one position in the last stage.
-    minimum = (2 * patch if patch else 32) if positional else max(like.meta.get("min_size", (32, 32)))
-    fixed = name.startswith("maxvit")  # its windows are laid out for one size when it is built
-    # The number of classes is read off the last layer: a pass at the weights' own size costs seconds in a large network.
+    # torchvision gives only the size of the weights. The true minimum is two patches a side, or one position in the last stage.
+    minimum = (2 * patch if patch else 32) if positional else max(weights_entry.meta.get("min_size", (32, 32)))
+    fixed = name.startswith("maxvit")  # its windows are built for one size
+    # The number of classes follows from the last layer: a forward pass takes seconds in a large network.
     classes = len(module.state_dict()[head]) if state is not None else 0
     backbone = _assemble(name, weights, fingerprint, module, state, transforms, minimum=minimum, fixed=fixed, classes=classes)
     return replace(backbone, positional=positional, multiple=patch or 1)
 
 
-def _downloaded(name: str, entry: Any) -> Mapping[str, Tensor]:
+def _download(name: str, entry: Any) -> Mapping[str, Tensor]:
     try:
         return cast(Mapping[str, Tensor], entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (OSError, RuntimeError, EOFError, LookupError, HTTPException, UnpicklingError) as error:  # unreachable, broken off, damaged
         raise BackboneError(
-            f"expected to download the weights {entry} of {name}, but the network gave: {error}. "
-            "Set backbone.weights to a weights file that you have, or to none."
+            f"Cannot download the weights {entry} of {name}: {error}. Set backbone.weights to a weights file that you have, or to none."
         ) from error
 
 
@@ -292,19 +291,19 @@ def _seeded(factory: Callable[[], Any], seed: int) -> nn.Module:
     return module
 
 
-def _state(weights: str, md5: str, root: Path, name: str, names: Sequence[str]) -> tuple[Mapping[str, Tensor] | None, str]:
+def _weights(weights: str, md5: str, root: Path, name: str, names: Sequence[str]) -> tuple[Mapping[str, Tensor] | None, str]:
     if weights == NONE:
         return None, "random"
     path = root / weights
     if not path.is_file():
         raise BackboneError(f"expected {', '.join(names)} or a file as weights of {name}, found {weights!r}; {nearest(weights, names)}")
-    found = _file_md5(path)
-    if md5 != found:
+    actual = _file_md5(path)
+    if md5 != actual:
         raise BackboneError(
-            f"expected the weights file {weights} to have the md5 that backbone.weights_md5 says ({md5}), found {found}. "
-            "If this is the file you mean, set backbone.weights_md5 to that value: results can then be traced to it."
+            f"expected the weights file {weights} to have the md5 in backbone.weights_md5 ({md5}), found {actual}. "
+            "If this is the right file, set backbone.weights_md5 to that value, so that results can be traced to it."
         )
-    return _read(path), found
+    return _read_weights(path), actual
 
 
 def _file_md5(path: Path) -> str:
@@ -312,7 +311,7 @@ def _file_md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read_weights(path: Path) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
@@ -320,10 +319,12 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return cast(Mapping[str, Tensor], load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        # PyTorch's own message goes on to explain how to execute the code after all.
-        why = (str(error) or "empty").split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(" Please use")[0].rstrip(".")[:200]
+        # PyTorch's message continues with advice on how to execute the code.
+        reason = (
+            (str(error) or "empty").split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(" Please use")[0].rstrip(".")[:200]
+        )
         raise BackboneError(
-            f"expected tensors in {path}, but it cannot be read without executing code or is damaged: {why}. "
+            f"expected tensors in {path}, but it cannot be read without executing code or is damaged: {reason}. "
             "Save the state dict with safetensors.torch.save_file."
         ) from error
     for key in ("state_dict", "model", "net"):
@@ -348,46 +349,48 @@ def _assemble(
     classes: int | None = None,
 ) -> Backbone:
     if state is not None:
-        _fit(name, module, state)
-    transforms = transforms or _own_transforms(name, module)
-    found = _family_taps(name, module) if ":" not in name else None
-    taps, layouts = found or (_own_taps(name, module, transforms.size), {})
+        _load_weights(name, module, state)
+    transforms = transforms or _custom_transforms(name, module)
+    family = _family_taps(name, module) if ":" not in name else None
+    taps, layouts = family or (_custom_taps(name, module, transforms.size), {})
     module.eval()
     if classes is None:
-        output = _run(name, module, transforms.size) if state is not None else None
+        output = _test_forward(name, module, transforms.size) if state is not None else None
         classes = output.shape[1] if output is not None and output.dim() == 2 else 0
     if fixed:
         minimum = transforms.size
-    made = Backbone(name, weights, fingerprint, module, taps, layouts, transforms, minimum or 1, fixed, classes)
-    if ":" in name and classes and not _has_head(made):
-        return replace(made, source_classes=0)
-    return made
+    backbone = Backbone(name, weights, fingerprint, module, taps, layouts, transforms, minimum or 1, fixed, classes)
+    if ":" in name and classes and not _has_head(backbone):
+        return replace(backbone, source_classes=0)
+    return backbone
 
 
 def _has_head(backbone: Backbone) -> bool:
-    """Say whether anything was learnt behind the last tap: a network that ends with its pooled features gives no classes."""
-    kept = sum(int(p.numel()) for p in cut(backbone, [backbone.tap_names[-1]]).parameters())
-    return kept < sum(int(p.numel()) for p in backbone.module.parameters())
+    """Return whether there are weights after the last tap: a network that ends with pooled features gives no classes."""
+    trunk_parameters = sum(int(p.numel()) for p in cut(backbone, [backbone.tap_names[-1]]).parameters())
+    return trunk_parameters < sum(int(p.numel()) for p in backbone.module.parameters())
 
 
-def _fit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = module.state_dict()
+def _load_weights(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    expected = module.state_dict()
     shapes = [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
     ]
-    fitting = OrderedDict((k, v) for k, v in state.items() if k not in own or v.shape == own[k].shape)
-    # Modules read the names of their own older versions; a file without versions is taken to be of the network's present one.
-    versions = {"": own._metadata[""]} if hasattr(own, "_metadata") else {}
+    fitting = OrderedDict((k, v) for k, v in state.items() if k not in expected or v.shape == expected[k].shape)
+    # Modules convert the names of their older versions; a file without versions is taken as the present version.
+    versions = {"": expected._metadata[""]} if hasattr(expected, "_metadata") else {}
     fitting._metadata = getattr(state, "_metadata", versions)  # type: ignore[attr-defined]
     loaded = module.load_state_dict(fitting, strict=False)
-    # Checkpoints from before PyTorch 0.4.1 lack the counters of BatchNorm; nothing reads them at a fixed momentum.
+    # Checkpoints from before PyTorch 0.4.1 lack BatchNorm's counters; nothing reads them at a fixed momentum.
     missing = [k for k in loaded.missing_keys if k not in state and not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k in set(loaded.unexpected_keys)]
     if missing or extra or shapes:
         parts = [
-            f"{len(missing)} missing, first {', '.join(missing[:3])}" if missing else "",
-            f"{len(extra)} that it does not have, first {', '.join(extra[:3])}" if extra else "",
-            f"{len(shapes)} of another shape: {'; '.join(shapes[:3])}" if shapes else "",
+            f"{len(missing)} missing keys, first {', '.join(missing[:3])}" if missing else "",
+            f"{len(extra)} unknown keys, first {', '.join(extra[:3])}" if extra else "",
+            f"{len(shapes)} keys of another shape: {'; '.join(shapes[:3])}" if shapes else "",
         ]
         raise BackboneError(
             f"expected weights of {name}, found another architecture's: {'; '.join(p for p in parts if p)}. "
@@ -395,54 +398,54 @@ def _fit(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _run(name: str, module: nn.Module, size: int) -> Tensor:
-    """Return what the network makes of two black images."""
+def _test_forward(name: str, module: nn.Module, size: int) -> Tensor:
+    """Return the output for two black images."""
     try:
         with torch.inference_mode():
             output = module.eval()(torch.zeros(2, 3, size, size))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise BackboneError(
-            f"expected {name} to take images (batch, 3, {size}, {size}), but it stopped: {error}. "
-            "Say the size of its images in the class: transforms = {'size': ...}."
+            f"expected {name} to take images (batch, 3, {size}, {size}), but it failed: {error}. "
+            "Set the size of its images in the class: transforms = {'size': ...}."
         ) from error
     if not isinstance(output, Tensor):
         raise BackboneError(
-            f"expected {name} to return logits (batch, classes), found {type(output).__name__}. Return only them from its forward()."
+            f"expected {name} to return logits (batch, classes), found {type(output).__name__}. Return only logits from its forward()."
         )
     return output
 
 
-def _own_transforms(name: str, module: nn.Module) -> Transforms:
-    said = dict(getattr(module, "transforms", {}))
-    unknown = set(said) - {"size", "resize", "mean", "std", "interpolation"}
+def _custom_transforms(name: str, module: nn.Module) -> Transforms:
+    given = dict(getattr(module, "transforms", {}))
+    unknown = set(given) - {"size", "resize", "mean", "std", "interpolation"}
     if unknown:
         raise BackboneError(f"{name}.transforms: unknown key {sorted(unknown)[0]!r}; expected size, resize, mean, std, interpolation.")
-    size = int(said.get("size", 224))
-    resize = int(said.get("resize", size))
-    mean, std = tuple(said.get("mean", _IMAGENET_MEAN)), tuple(said.get("std", _IMAGENET_STD))
-    return Transforms(size, resize, mean, std, str(said.get("interpolation", "bilinear")))
+    size = int(given.get("size", 224))
+    resize = int(given.get("resize", size))
+    mean, std = tuple(given.get("mean", _IMAGENET_MEAN)), tuple(given.get("std", _IMAGENET_STD))
+    return Transforms(size, resize, mean, std, str(given.get("interpolation", "bilinear")))
 
 
-def _own_taps(name: str, module: nn.Module, size: int) -> tuple[str, ...]:
-    said = getattr(module, "taps", None)
-    if said is not None:
+def _custom_taps(name: str, module: nn.Module, size: int) -> tuple[str, ...]:
+    given = getattr(module, "taps", None)
+    if given is not None:
         modules = dict(module.named_modules())
-        if not said:
+        if not given:
             raise BackboneError(f'expected at least one tap in {name}.taps, found none. Name its blocks: taps = ("layer1", "layer2").')
-        for tap in said:
+        for tap in given:
             if tap not in modules:
                 raise BackboneError(f"{name}.taps names {tap!r}, but there is no such submodule; {nearest(tap, modules)}")
-        return tuple(said)
+        return tuple(given)
     order = _blocks_in_order(name, module, size)
     if not order:
         raise BackboneError(
-            f'expected taps in {name}, found no top-level block that gives a tensor. Say them in the class: taps = ("layer1", "layer2").'
+            f'expected taps in {name}, found no top-level block that returns a tensor. Name them in the class: taps = ("layer1", "layer2").'
         )
     return _thinned(order)
 
 
 def _blocks_in_order(name: str, module: nn.Module, size: int) -> list[str]:
-    """Find the top-level blocks (of a Sequential or list its parts) that run once and give a tensor, without the head."""
+    """Find the top-level blocks (or the parts of a Sequential or list) that run once and return a tensor, without the head."""
     candidates: dict[str, nn.Module] = {}
     for block, child in module.named_children():
         inner = dict(child.named_children()) if isinstance(child, nn.Sequential | nn.ModuleList) else {}
@@ -453,7 +456,7 @@ def _blocks_in_order(name: str, module: nn.Module, size: int) -> list[str]:
         for n, m in candidates.items()
     ]
     try:
-        output = _run(name, module, size)
+        output = _test_forward(name, module, size)
     finally:
         for hook in hooks:
             hook.remove()

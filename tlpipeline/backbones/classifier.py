@@ -1,4 +1,4 @@
-"""The classifier: a cut backbone, pooled readings at its taps, one linear head. And the folder that it is kept in, without pickles."""
+"""The classifier: a cut backbone, pooled features at its taps, one linear head; saved to a folder without pickles."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,16 +25,17 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Description:
-    """The content of model.json: all that is needed to rebuild the network around its tensors and to feed it.
+    """The content of model.json: everything needed to rebuild the network around its tensors and to prepare its inputs.
 
     Attributes:
         architecture: name of the backbone in the catalogue.
-        cut: the deepest tap that is kept; readings: what the head reads, deepest first.
+        cut: the deepest tap that is kept.
+        readings: features that the head reads, deepest tap first.
         classes: names in the order of the outputs.
         transforms: from an image to an input.
-        frozen: the backbone is as it came: others read images with the same one, so what it reads is worth keeping.
-        in_bfloat16: the frozen backbone reads in bfloat16, as it did when the head was solved on a GPU.
-        remarks: what bounded its training (time, memory), so that no second run need be equal.
+        frozen: the backbone has its source weights. Other models share it, so its features are worth caching.
+        in_bfloat16: the frozen backbone runs in bfloat16, as it did when the head was solved on a GPU.
+        remarks: what limited its training (time, memory), so that a second run may give another model.
     """
 
     architecture: str
@@ -52,7 +53,7 @@ class Description:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Description":
-        """Read what `to_json` gave."""
+        """Return the description from the content of `to_json`."""
         t = content["transforms"]
         return cls(
             content["architecture"],
@@ -67,18 +68,20 @@ class Description:
 
 
 class Classifier(nn.Module):
-    """A network cut at its deepest reading, with a linear head on the pooled readings.
+    """A network cut at its deepest tap, with a linear head on pooled features.
 
-    Maps normalized images (batch, 3, size, size) to logits (batch, classes). Where it is frozen, the backbone stays in eval mode whatever
-    `train()` is called with: requires_grad alone does not stop BatchNorm statistics, Dropout and StochasticDepth.
+    Maps normalized images (batch, 3, size, size) to logits (batch, classes). A frozen backbone stays in eval mode even if `train()` is
+    called: requires_grad alone does not stop BatchNorm statistics, Dropout and StochasticDepth.
 
     Args:
-        in_bfloat16: a frozen backbone reads in bfloat16, on whatever device.
+        readings: features that the head reads, deepest tap first.
+        frozen: whether the backbone keeps its weights.
+        in_bfloat16: run a frozen backbone in bfloat16, on any device.
     """
 
     def __init__(self, backbone: Backbone, readings: Sequence[TapPooling], classes: int, frozen: bool, in_bfloat16: bool = False) -> None:
         super().__init__()
-        self.readings, self.backbone = tuple(readings), [backbone]  # in a list: what was cut off is no part of this module
+        self.readings, self.backbone = tuple(readings), [backbone]  # in a list, so that the uncut network is not a submodule
         self.trunk = taps.cut(backbone, [r.tap for r in readings])
         self.grids = [r.grids for r in readings]
         self.blocks = [block for r in readings for block in r.blocks]
@@ -90,7 +93,7 @@ class Classifier(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the pooled readings (batch, features)."""
+        """Return the pooled features (batch, features)."""
         return torch.cat(with_pooling(self.trunk, self.grids, self.in_bfloat16)(images), dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class Classifier(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Switch to training mode, but for a frozen backbone."""
+        """Switch to training mode, except for a frozen backbone."""
         super().train(mode)
         if self.frozen:
             self.trunk.eval()
@@ -110,7 +113,7 @@ class Classifier(nn.Module):
 
 
 def save(model: nn.Module, description: Description, folder: Path) -> None:
-    """Write weights.safetensors and model.json; the same tensors give the same bytes, and a crash leaves no half-written file."""
+    """Write weights.safetensors and model.json. The same tensors give the same bytes, and a crash leaves no half-written file."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(model.state_dict(), folder / WEIGHTS)
     write_json(description.to_json(), folder / DESCRIPTION)
@@ -120,7 +123,8 @@ def load(folder: Path) -> tuple[Classifier, Description]:
     """Read a model folder.
 
     Raises:
-        RegistryError: no model is there, or its description cannot be read. BackboneError: its tensors do not fit its description.
+        RegistryError: there is no model, or its description cannot be read.
+        BackboneError: its tensors do not fit its description.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -136,7 +140,7 @@ def load(folder: Path) -> tuple[Classifier, Description]:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
         raise BackboneError(
-            f"expected the tensors of {description.architecture} in {folder / WEIGHTS}, but they do not fit or are damaged: "
+            f"The tensors in {folder / WEIGHTS} do not fit {description.architecture} or are damaged: "
             f"{' '.join(str(error).split())[:300]}. Fetch the model again, or train it again with `tlpipeline run`."
         ) from error
     return model.eval(), description
@@ -145,14 +149,14 @@ def load(folder: Path) -> tuple[Classifier, Description]:
 def _description(folder: Path) -> Description:
     try:
         content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        found = content.get("format") if isinstance(content, dict) else content
-        if found == FORMAT:
+        format_found = content.get("format") if isinstance(content, dict) else content
+        if format_found == FORMAT:
             return Description.from_json(content)
     except (ValueError, KeyError, TypeError) as error:
-        raise RegistryError(
-            f"expected a model's description in {folder / DESCRIPTION}, but it is damaged: {error}. Fetch it again."
-        ) from error
-    raise RegistryError(f"expected a model of format {FORMAT} in {folder}, found {found!r}. Use the tlpipeline that wrote it.")
+        raise RegistryError(f"The description of the model in {folder / DESCRIPTION} is damaged: {error}. Fetch it again.") from error
+    raise RegistryError(
+        f"expected a model of format {FORMAT} in {folder}, found {format_found!r}. Use the version of tlpipeline that wrote it."
+    )
 
 
 # --- predicting -----------------------------------------------------------------------------------------------------------------------
@@ -161,45 +165,45 @@ def _description(folder: Path) -> Description:
 def probabilities(
     model: nn.Module, images: Images, device: torch.device, progress: Callable[[int], None], store: Store | None = None
 ) -> Tensor:
-    """Return each image's class probabilities (n, classes), float32 on the CPU, in the order of the images.
+    """Return the class probabilities of each image: (n, classes), float32 on the CPU, in the order of the images.
 
-    With a store, what a frozen backbone reads in an image is computed once and kept; the answer is the same to the bit. What one reads that
-    was trained is not: no other model will ask for it, and it would push out what others do.
+    With a store, the features of a frozen backbone are computed once and cached, with identical results. Features of a trained backbone
+    are not cached: no other model can use them, and they would displace those that others need.
     """
     model.eval()
     if store is not None and isinstance(model, Classifier) and model.frozen:
-        reader = feature_extractor(model, store, images.transforms, device, model.in_bfloat16)
-        known = len(images) - int(reader.missing(images.rows).sum())
-        progress(known)
-        features = reader.extract(images, lambda done: progress(known + done))
+        extractor = feature_extractor(model, store, images.transforms, device, model.in_bfloat16)
+        cached = len(images) - int(extractor.missing(images.rows).sum())
+        progress(cached)
+        features = extractor.extract(images, lambda done: progress(cached + done))
         parts = []
         size = pass_size(device, images.transforms.size)
         for part in batch_ranges(len(images), size):
             x = torch.cat([rows.take(slice(part.start, part.stop)) for rows in features], dim=1).to(device)
             with torch.inference_mode():
-                parts.append(model.head(_filled(x, size))[: len(x)].float().softmax(1).cpu())
+                parts.append(model.head(_padded(x, size))[: len(x)].float().softmax(1).cpu())
         if parts:
             return torch.cat(parts)
     size = pass_size(device, images.transforms.size)
     while True:
         try:
-            return _passed(model, images, device, progress, size)
+            return _forward(model, images, device, progress, size)
         except PassTooLarge:
-            # What a trained network says is kept nowhere: its last digits may depend on how many images are asked about together.
+            # Answers of a trained network are not cached, so their last digits may depend on the number of images per pass.
             if size == 1 or (isinstance(model, Classifier) and model.frozen):
                 raise
             size //= 2
 
 
-def _passed(model: nn.Module, images: Images, device: torch.device, progress: Callable[[int], None], size: int) -> Tensor:
-    """Return what `probabilities` does, by passes of so many images."""
+def _forward(model: nn.Module, images: Images, device: torch.device, progress: Callable[[int], None], size: int) -> Tensor:
+    """Return the probabilities from forward passes of `size` images."""
     done, parts = 0, []
     for batch, (logits,) in forward_passes(lambda inputs: [model(inputs)], images, range(len(images)), device, size=size):
         parts.append(logits.float().softmax(1).cpu())
         done += len(batch)
         progress(done)
     if not parts:
-        # The width of an empty answer (a worker without a share) is that of any answer.
+        # An empty answer (a worker without a share) needs the width of any other.
         side = images.transforms.size
         with torch.inference_mode():
             parts = [model(torch.zeros(1, 3, side, side, device=device)).float().cpu()[:0]]
@@ -209,11 +213,16 @@ def _passed(model: nn.Module, images: Images, device: torch.device, progress: Ca
 def feature_extractor(
     model: Classifier, store: Store, transforms: Transforms, device: torch.device, half: bool = False, smaller_passes: bool = False
 ) -> FeatureExtractor:
-    """Return what reads images with the classifier's backbone as it is now; `half`: in bfloat16; `alone`: nobody else will with these weights."""
+    """Return an extractor of features with the classifier's present backbone.
+
+    Args:
+        half: run in bfloat16.
+        smaller_passes: see `FeatureExtractor`.
+    """
     return FeatureExtractor(
         store, model.backbone[0], model.trunk, model.readings, transforms, device, half=half, smaller_passes=smaller_passes
     )
 
 
-def _filled(x: Tensor, size: int) -> Tensor:
+def _padded(x: Tensor, size: int) -> Tensor:
     return x if len(x) == size else torch.cat([x, x.new_zeros(size - len(x), x.shape[1])])

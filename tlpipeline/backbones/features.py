@@ -1,4 +1,4 @@
-"""From images to numbers: pooled features at the taps of a frozen network, each computed once."""
+"""Features: pooled outputs at the taps of a frozen network, computed once per image."""
 
 import copy
 import math
@@ -25,15 +25,15 @@ from tlpipeline.errors import BackboneError, PassTooLarge
 
 NORMAL_SIDE = 224  # pixels
 GRIDS = (1, 2, 4)
-LEVEL_ROUNDING = 1e-5  # of what a feature is on average: less than that of change is rounding
+LEVEL_ROUNDING = 1e-5  # relative to a feature's mean: smaller deviations are rounding errors
 MAX_WIDTH = 3072
-# A network's answer for an image depends in its last digits on how many images are asked about together. Always the same number makes it a
-# function of the image alone, so that what was kept and what is computed anew are the same bits. 16 is as fast as any on CPUs.
+# The last digits of a network's output depend on the number of images per pass. A constant number makes the output a function of the
+# image alone, so that cached and newly computed features are identical. On CPUs 16 is as fast as any other number.
 PASS_SIZE = {"cpu": 16, "cuda": 128}
 
 
 def pooling_at(tap: Tap) -> TapPooling:
-    """Return the pyramid that a head reads at this tap: grids no finer than its maps, at most 3,072 features in all."""
+    """Return the pyramid that a head reads at this tap: no grid finer than the tap's maps, at most 3,072 features in total."""
     grids: list[int] = []
     for grid in GRIDS:
         if grid == 1 or (min(tap.height, tap.width) >= grid and tap.channels * (sum(g * g for g in grids) + grid * grid) <= MAX_WIDTH):
@@ -42,18 +42,18 @@ def pooling_at(tap: Tap) -> TapPooling:
 
 
 def pool(maps: Tensor, grids: Sequence[int]) -> Tensor:
-    """Average maps (batch, channel, height, width) over each grid: (batch, channel * sum of grid^2). Vectors pass unchanged."""
+    """Average maps (batch, channel, height, width) over each grid: (batch, channel * sum of grid^2). Vectors are returned unchanged."""
     if maps.dim() == 2:
         return maps
     return torch.cat([functional.adaptive_avg_pool2d(maps, grid).flatten(1) for grid in grids], dim=1)
 
 
 def pass_size(device: torch.device, side: int) -> int:
-    """Return how many images a network is asked about together on this device, whatever their number in all.
+    """Return the number of images per forward pass on this device.
 
     Args:
-        side: of an input, pixels. Above 224 a GPU takes fewer as they get larger, so that the maps fit; never by the memory that is free,
-            on which what is kept must not depend.
+        side: of an input in pixels. Above 224, a GPU takes fewer images, so that the maps fit. The free memory does not matter, because
+            cached features must not depend on it.
     """
     most = PASS_SIZE.get(device.type, 64)
     if device.type == "cpu" or side <= NORMAL_SIDE:
@@ -62,7 +62,7 @@ def pass_size(device: torch.device, side: int) -> int:
 
 
 def numerics_key(device: torch.device, side: int, half: bool) -> str:
-    """Return what the last digits of a frozen pass depend on, besides network and image: CPUs agree on them here, GPUs of two models do not."""
+    """Return a key of what changes the last digits of a frozen pass: CPUs agree on them, GPU models do not."""
     if device.type == "cpu":
         return device.type + (" bfloat16" if half else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -76,14 +76,17 @@ def forward_passes(
     device: torch.device,
     size: int | None = None,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Pass images through a network in steps of one size, the last one filled up with zeros: yield (indices, outputs without the filling).
+    """Pass images through a network in steps of equal size, the last one padded with zeros.
+
+    Yields:
+        (indices, outputs without the padding).
 
     Args:
         network: in eval mode; maps (step, 3, size, size) to tensors (step, ...).
-        size: of a step, where it is not the usual one.
+        size: images per step; None is `pass_size`.
 
     Raises:
-        PassTooLarge: a GPU has no room for a step.
+        PassTooLarge: a step does not fit into a GPU's memory.
     """
     size = size or pass_size(device, images.transforms.size)
     with torch.inference_mode():
@@ -97,27 +100,27 @@ def forward_passes(
                     )
                 outputs = network(inputs)
             except torch.cuda.OutOfMemoryError as error:
-                # Not in smaller steps: a network may answer in other last digits then, and what is kept of it would depend on free memory.
+                # Smaller steps may change the last digits, and cached features would depend on the free memory.
                 raise PassTooLarge(
-                    f"expected room in the GPU's memory for a forward pass of {size} images of {images.transforms.size} pixels, found none. "
-                    "Set data.size lower, or cluster.gpu to false, or end what else is on this GPU."
+                    f"A forward pass of {size} images of {images.transforms.size} pixels does not fit into the GPU's memory. "
+                    "Set data.size lower, set cluster.gpu to false, or end other programs on this GPU."
                 ) from error
             yield list(batch), [out[: len(batch)] for out in outputs]
 
 
 def with_pooling(trunk: nn.Module, grids: Sequence[Sequence[int]], half: bool = False) -> Callable[[Tensor], list[Tensor]]:
-    """Return the trunk with its outputs pooled, float32 at least; outputs behind the last entry of grids, such as logits, stay as they are.
+    """Return a function that calls the trunk and pools its outputs, in float32 at least. Outputs after the last grid are not pooled.
 
     Args:
-        half: computed in bfloat16; else as whoever calls it says.
+        half: compute in bfloat16; else in the caller's precision.
     """
 
-    def read(inputs: Tensor) -> list[Tensor]:
+    def pooled_outputs(inputs: Tensor) -> list[Tensor]:
         with autocast(inputs.device, True) if half else nullcontext():
             outputs = [pool(out, grids[i]) if i < len(grids) else out for i, out in enumerate(trunk(inputs))]
         return [out if out.dtype == torch.float64 else out.float() for out in outputs]
 
-    return read
+    return pooled_outputs
 
 
 def extract(
@@ -128,17 +131,17 @@ def extract(
     progress: Callable[[int], None],
     half: bool = False,
 ) -> list[Tensor]:
-    """Pass each image once through a frozen network and return what each output gives, pooled, without keeping anything.
+    """Pass each image once through a frozen network and return its pooled outputs, without caching.
 
     Args:
-        trunk: gives one tensor for each entry of grids (more outputs, such as logits, are returned unpooled behind them).
-        grids: pyramid for each tap.
-        images: n of them.
+        trunk: returns one tensor per entry of grids; further outputs, such as logits, are not pooled.
+        grids: pyramid of each tap.
+        images: n images.
         progress: called with the number of images done so far.
-        half: in bfloat16.
+        half: compute in bfloat16.
 
     Returns:
-        One float32 tensor (n, features) an output, on the CPU, in the order of the images.
+        One float32 tensor (n, features) per output, on the CPU, in the order of the images.
     """
     trunk.eval()
     network = with_pooling(trunk, grids, half)
@@ -148,7 +151,7 @@ def extract(
         done += len(batch)
         progress(done)
     if not parts:
-        # The widths of an empty answer are those of any answer.
+        # An empty answer needs the widths of any other.
         size = images.transforms.size
         with torch.inference_mode():
             parts.append([out[:0].cpu() for out in network(torch.zeros(1, 3, size, size, device=device))])
@@ -156,13 +159,16 @@ def extract(
 
 
 class FeatureExtractor:
-    """What a frozen network reads in images, each image passed through it once: the rest comes from a store, by content.
+    """Features of a frozen network: each image is passed through it once, then its features come from the cache.
 
     Args:
-        backbone: that the trunk was cut from; its tensors say which columns of the store are meant.
-        trunk: gives one tensor for each reading, and the source head's logits behind them where `logits` is true.
-        half: the network is passed in bfloat16.
-        alone: nobody else will read with these weights, so where a GPU is full a pass may take fewer images, whatever that does to last digits.
+        store: the cache.
+        backbone: the uncut network; its tensors identify the columns of the cache.
+        trunk: returns one tensor per reading, followed by the source head's logits if `logits` is true.
+        readings: what is pooled at which tap.
+        half: compute in bfloat16.
+        smaller_passes: where a GPU is full, pass fewer images at once. This may change the last digits, so it is only for weights that
+            no other model shares.
     """
 
     def __init__(
@@ -180,11 +186,11 @@ class FeatureExtractor:
     ) -> None:
         self.trunk, self.device, self.smaller_passes = trunk, device, smaller_passes
         self.step = pass_size(device, transforms.size)  # images in a pass
-        self.apart = device.type != "cpu"  # on a CPU a second shard in memory would win nothing
+        self.separate_writer = device.type != "cpu"  # on a CPU, writing in a second thread gains nothing
         self.network = with_pooling(trunk, [r.grids for r in readings], half)
-        known = taps.tap_fingerprints(backbone, [r.tap for r in readings], logits=logits)
-        outputs = [(known[r.tap], r.tap, str(r.grids)) for r in readings]
-        outputs += [(known[taps.LOGITS], "logits", "")] if logits else []
+        fingerprints = taps.tap_fingerprints(backbone, [r.tap for r in readings], logits=logits)
+        outputs = [(fingerprints[r.tap], r.tap, str(r.grids)) for r in readings]
+        outputs += [(fingerprints[taps.LOGITS], "logits", "")] if logits else []
         self.widths, self.taps = [sum(r.blocks) for r in readings], [r.tap for r in readings]
         self._columns = [
             (
@@ -197,21 +203,21 @@ class FeatureExtractor:
         self.columns: list[Column] = [store.column(key, label) for store, key, label in self._columns]
 
     def for_view(self, view: str) -> "FeatureExtractor":
-        """Return the same for random views of the images, which the `augment` of the images makes; `view` tells which from every other."""
+        """Return an extractor for random views of the images, made by the images' `augment`; `view` identifies the view."""
         other = copy.copy(self)
         other.columns = [store.column(f"{key}|{view}", f"{label}, {view}") for store, key, label in self._columns]
         return other
 
     def missing(self, rows: Sequence[Row]) -> npt.NDArray[np.bool_]:
-        """Say of each image whether it must be passed through the network."""
+        """Return for each image whether its features are not cached yet (n,)."""
         md5s = [row.md5 for row in rows]
         return np.asarray(~np.logical_and.reduce([column.has(md5s) for column in self.columns]))
 
     def compute(self, images: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
-        """Pass these images through the network and keep what it gives, a shard at a time: what is done is safe.
+        """Compute and cache the features of these images, a shard at a time; finished shards survive a crash.
 
         Raises:
-            PassTooLarge: a GPU has no room for a step; of a reader that is alone for a single image.
+            PassTooLarge: a step does not fit into a GPU's memory; with `smaller_passes`, not even a single image does.
         """
         self.trunk.eval()
         while True:
@@ -226,69 +232,71 @@ class FeatureExtractor:
                 indices = [i for i in indices if missing[i]]
 
     def _compute(self, images: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
-        kept: list[list[Tensor]] = []
+        shard: list[list[Tensor]] = []
         names: list[str] = []
         done = 0
-        with _Writer(self._keep, apart=self.apart) as write:
-            for batch, outputs in _behind(forward_passes(self.network, images, indices, self.device, self.step)):
-                kept.append([out.cpu() for out in outputs])
-                self._numbers(kept[-1], [images.rows[i] for i in batch])
+        with _ShardWriter(self._store_shard, separate=self.separate_writer) as write:
+            for batch, outputs in _one_step_behind(
+                forward_passes(self.network, images, indices, self.device, self.step)
+            ):
+                shard.append([out.cpu() for out in outputs])
+                self._require_finite(shard[-1], [images.rows[i] for i in batch])
                 names += [images.rows[i].md5 for i in batch]
                 done += len(batch)
-                widest = max(out.shape[1] for out in kept[-1]) * 4
+                widest = max(out.shape[1] for out in shard[-1]) * 4
                 if len(names) + self.step > min(SHARD_ROWS, max(SHARD_BYTES // widest, self.step)):
-                    write(names, kept)
-                    names, kept = [], []
+                    write(names, shard)
+                    names, shard = [], []
                 progress(done)
-            write(names, kept)
+            write(names, shard)
 
-    def _numbers(self, outputs: Sequence[Tensor], rows: Sequence[Row]) -> None:
-        """Check that what was read are numbers, before it is kept.
+    def _require_finite(self, outputs: Sequence[Tensor], rows: Sequence[Row]) -> None:
+        """Check that features are finite before they are cached.
 
         Raises:
             BackboneError: they are not.
         """
         for tap, out in zip(self.taps, outputs, strict=False):
             if not bool(out.isfinite().all()):
-                path = next(row.path for row, good in zip(rows, out.isfinite().all(1).tolist(), strict=True) if not good)
+                path = next(row.path for row, finite in zip(rows, out.isfinite().all(1).tolist(), strict=True) if not finite)
                 raise BackboneError(
                     f"expected numbers at tap {tap}, found infinities or NaN in {path}. Are the network's weights damaged, or was it "
-                    "trained with other pixel statistics? See backbone.weights, and the mean and std of your own network."
+                    "trained with other pixel statistics? Check backbone.weights, and the mean and std of your own network."
                 )
 
-    def _keep(self, names: Sequence[str], kept: Sequence[Sequence[Tensor]]) -> None:
+    def _store_shard(self, names: Sequence[str], outputs: Sequence[Sequence[Tensor]]) -> None:
         if names:
-            for column, parts in zip(self.columns, zip(*kept, strict=True), strict=True):
+            for column, parts in zip(self.columns, zip(*outputs, strict=True), strict=True):
                 column.add(names, torch.cat(parts))
 
     def extract(self, images: Images, progress: Callable[[int], None]) -> list[MappedRows]:
-        """Return the features of all images at each output, mapped; those that are not kept yet are computed."""
+        """Return the features of all images at each output, mapped; missing ones are computed first."""
         self.compute(images, [int(i) for i in np.flatnonzero(self.missing(images.rows))], progress)
         return self.rows(images.rows)
 
     def rows(self, rows: Sequence[Row]) -> list[MappedRows]:
-        """Return the features of these images, all of which must be kept."""
+        """Return the features of these images, all of which must be cached."""
         md5s = [row.md5 for row in rows]
         return [column.rows(md5s) for column in self.columns]
 
 
-class _Writer:
-    """Writes shards: at once, or apart in a thread, one while the next is filled, so that a GPU need not wait for the disk."""
+class _ShardWriter:
+    """Writes shards, on request in a separate thread while the next one is filled, so that a GPU need not wait for the disk."""
 
-    def __init__(self, keep: Callable[[Sequence[str], Sequence[Sequence[Tensor]]], None], apart: bool) -> None:
-        self.keep, self.pool = keep, ThreadPoolExecutor(1) if apart else None
+    def __init__(self, keep: Callable[[Sequence[str], Sequence[Sequence[Tensor]]], None], separate: bool) -> None:
+        self.keep, self.pool = keep, ThreadPoolExecutor(1) if separate else None
         self.written: Future[None] | None = None
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "_ShardWriter":
         return self
 
-    def __call__(self, names: Sequence[str], kept: Sequence[Sequence[Tensor]]) -> None:
-        """Write a shard; the last one is safe, or its error is raised, when this returns."""
+    def __call__(self, names: Sequence[str], outputs: Sequence[Sequence[Tensor]]) -> None:
+        """Write a shard. When this returns, the previous one is on the disk, or its error is raised."""
         if self.pool is None:
-            self.keep(names, kept)
+            self.keep(names, outputs)
             return
         self._wait()
-        self.written = self.pool.submit(self.keep, names, kept)
+        self.written = self.pool.submit(self.keep, names, outputs)
 
     def _wait(self) -> None:
         if self.written is not None:
@@ -301,13 +309,13 @@ class _Writer:
                 self._wait()
 
 
-def _behind(steps: Iterator[tuple[list[int], list[Tensor]]]) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Yield each step once the next one has been given to the device: a GPU computes it while this one's outputs are copied."""
-    last: list[tuple[list[int], list[Tensor]]] = []
-    for this in steps:
-        yield from last
-        last = [this]
-    yield from last
+def _one_step_behind(steps: Iterator[tuple[list[int], list[Tensor]]]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Yield each step after the next one has started: a GPU computes it while this one's outputs are copied."""
+    previous: list[tuple[list[int], list[Tensor]]] = []
+    for current in steps:
+        yield from previous
+        previous = [current]
+    yield from previous
 
 
 # --- scaling --------------------------------------------------------------------------------------------------------------------------
@@ -315,28 +323,28 @@ def _behind(steps: Iterator[tuple[list[int], list[Tensor]]]) -> Iterator[tuple[l
 
 @dataclass(frozen=True)
 class Scaling:
-    """Standardization of features, so that each pooled block counts alike: `(x - mean) * scale`.
+    """Standardization of features that gives each pooled block the same weight: `(x - mean) * scale`.
 
-    `scale` is 1 / (standard deviation * sqrt(features of the block)): every block has a total variance of one, and probe and head see the
-    same thing. Deviations below a hundredth of their block's are raised to it, so that nearly dead channels do not explode.
+    `scale` is 1 / (standard deviation * sqrt(features of the block)), so every block has a total variance of one.
+    Deviations below a hundredth of their block's are raised to it, so that nearly dead channels do not explode.
     """
 
     mean: Tensor
     scale: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Scale (n, d) features."""
+        """Standardize features (n, d)."""
         return (features.double() - self.mean) * self.scale
 
 
 def scaling(features: Tensor, blocks: Sequence[int]) -> Scaling:
-    """Measure mean and scale on features (n, d) whose d columns are these consecutive blocks."""
+    """Measure mean and scale of features (n, d), whose d columns are these consecutive blocks."""
     x = features.double()
     mean = x.mean(0)
-    deviation = (x - mean).square_().mean(0).sqrt()  # torch's own std takes ten times as long along the rows
+    deviation = (x - mean).square_().mean(0).sqrt()  # torch's std takes ten times as long along this dimension
     parts = []
     for block, level in zip(torch.split(deviation, list(blocks)), torch.split(mean, list(blocks)), strict=True):
-        # Features that never change are rounding and nothing else: their deviation is measured against what they are.
+        # A constant feature has only rounding errors: its deviation is compared with its mean.
         floor = max(float(block.square().mean().sqrt()) * 0.01, float(level.square().mean().sqrt()) * LEVEL_ROUNDING, 1e-12)
         parts.append(1 / (block.clamp(min=floor) * len(block) ** 0.5))
     return Scaling(mean, torch.cat(parts))

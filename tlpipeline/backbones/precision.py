@@ -1,4 +1,4 @@
-"""Which numbers are computed in: bfloat16 where a device multiplies in it, around weights of float32."""
+"""Number formats: bfloat16 where a device multiplies it natively, with weights in float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from tlpipeline.params import AUTO
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Say whether this device multiplies in bfloat16 natively; where it only imitates it, it is slower than float32."""
+    """Return whether this device multiplies bfloat16 natively. Emulated bfloat16 is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu" or not hasattr(torch.cpu, "_is_avx512_bf16_supported"):
@@ -20,9 +20,9 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 
 def extracts_in_bfloat16(device: torch.device, precision: str) -> bool:
-    """Say whether frozen networks read images in bfloat16 on this device: on GPUs, where it is several times as fast.
+    """Return whether frozen networks run in bfloat16 on this device: only on GPUs, where it is several times as fast.
 
-    On CPUs it would be 1.1 to 3.3 times as fast, or half as fast (vision transformers), for other last digits of what the choice was fitted on.
+    On CPUs it is between half and 3.3 times as fast, and changes the last digits of the features that the choice was fitted on.
 
     Args:
         precision: train.precision of params.yaml.
@@ -31,17 +31,17 @@ def extracts_in_bfloat16(device: torch.device, precision: str) -> bool:
 
 
 def enable_tf32(device: torch.device) -> torch.device:
-    """Return the device, a GPU set to multiply float32 matrices as it convolves them anyway: in TF32, on tensor cores."""
+    """Let a GPU multiply float32 matrices in TF32 on its tensor cores, as its convolutions do anyway; return the device."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     return device
 
 
 class DepthwiseInFloat32(TorchFunctionMode):
-    """Has convolutions of single channels compute in float32 inside autocast.
+    """Let convolutions of single channels compute in float32 inside autocast.
 
-    On CPUs the gradient of one takes several times as long in bfloat16: MobileNets, EfficientNets and their like would train at half the
-    speed of float32 (`benchmarks/speed.py precision`). The rest of them is faster in bfloat16.
+    On CPUs their gradient is several times as slow in bfloat16: MobileNets and EfficientNets would train at half the speed of float32
+    (`benchmarks/speed.py precision`). Their other layers are faster in bfloat16.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -53,7 +53,7 @@ class DepthwiseInFloat32(TorchFunctionMode):
 
 @contextmanager
 def autocast(device: torch.device, half: bool) -> Iterator[None]:
-    """Have what is fast in bfloat16 on this device compute in it, where `half` is true."""
+    """Compute in bfloat16, where `half` is true, whatever is fast in it on this device."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
         if half and device.type == "cpu":
             with DepthwiseInFloat32():

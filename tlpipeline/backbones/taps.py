@@ -1,7 +1,7 @@
-"""Ordered taps at which a network can be read and cut.
+"""Taps: named places, first to last, at which a network can be read and cut.
 
-Cutting is done on the traced graph: every block without a tap inside stays one opaque call with its own code, and whatever only later
-outputs need is gone, parameters included.
+Networks are cut on their traced graph. A block without a tap inside stays one opaque call. Everything after the deepest tap is
+removed, including its parameters.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError
 
 LOGITS = "logits"
-_ALONE = threading.Lock()
+_TRACING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Tap:
 
     Attributes:
         name: of the submodule whose output is read.
-        channels, height, width: of that output at the given input size; 1 x 1 for vectors.
-        parameters: that remain when everything after this tap is cut off.
-        forward_ops: floating-point operations of one image up to this tap.
+        channels, height, width: of that output at the given input size; height and width are 1 for vectors.
+        parameters: number that remains when everything after this tap is cut off.
+        forward_ops: floating-point operations per image up to this tap.
     """
 
     name: str
@@ -49,14 +49,15 @@ class Backbone:
     Attributes:
         name, weights: as in params.yaml.
         fingerprint: identifies the weights' content.
-        module: the whole network, source head included.
-        tap_names: first to last; the last one is what the source head reads.
-        layouts: how a tap's output is laid out where it is not (batch, channel, height, width) or (batch, channel).
-        transforms: the weights' own.
-        minimum: smallest input side in pixels; `fixed` where no other size is possible.
-        source_classes: outputs of the source head, 0 where there is none worth reading (random weights).
-        positional: it learnt where things are at the weights' own size, so that `auto` keeps it; another is taken where a number asks for it.
-        multiple: sides must be multiples of this: the patches of a vision transformer.
+        module: the whole network including the source head.
+        tap_names: first to last; the source head reads the last one.
+        layouts: of taps whose output is neither (batch, channel, height, width) nor (batch, channel).
+        transforms: of the weights.
+        minimum: smallest input side in pixels.
+        fixed: whether `minimum` is the only possible size.
+        source_classes: outputs of the source head, 0 where it is useless (random weights).
+        positional: it learned positions at the size of its weights, so `auto` keeps that size; a number may set another.
+        multiple: input sides must be multiples of this number of pixels: the patch size of a vision transformer.
     """
 
     name: str
@@ -74,12 +75,12 @@ class Backbone:
 
     @property
     def normalization(self) -> str:
-        """Return batch, layer or none: which kind of normalization layers the network has."""
+        """Kind of the network's normalization layers: batch, layer or none."""
         return normalization(self.module)
 
 
 def normalization(module: nn.Module) -> str:
-    """Return batch, layer or none: which kind of normalization layers a network has."""
+    """Return the kind of a network's normalization layers: batch, layer or none."""
     modules = list(module.modules())
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
         return "batch"
@@ -90,7 +91,7 @@ def normalization(module: nn.Module) -> str:
 
 
 class _BlockTracer(fx.Tracer):
-    """Trace only the skeleton that holds the taps; every other module is one opaque call."""
+    """Trace only the modules that contain taps; every other module is one opaque call."""
 
     def __init__(self, taps: Sequence[str]) -> None:
         super().__init__()
@@ -101,13 +102,12 @@ class _BlockTracer(fx.Tracer):
 
 
 def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.GraphModule:
-    """Return the network up to the deepest of these taps; what only later layers need is gone.
+    """Return the network up to the deepest of these taps, without the layers after it.
 
-    The module shares its tensors with the backbone. It maps images (batch, 3, size, size) to a tuple with one tensor a tap, in the order
-    given, as (batch, channel, height, width) or (batch, channel), followed by the source head's logits where `logits` is true.
+    The module shares its tensors with the backbone. It maps images (batch, 3, size, size) to a tuple with one tensor per tap, in the
+    given order, as (batch, channel, height, width) or (batch, channel). With `logits`, the source head's logits follow.
 
-    For milliseconds torch.fx replaces what all of the process's networks are called by: one thread cuts at a time, and no other may call a
-    network meanwhile.
+    torch.fx replaces `nn.Module.__call__` for some milliseconds. Only one thread cuts at a time, and no other thread may call a network.
 
     Raises:
         BackboneError: a tap does not exist, or the network's code between the taps cannot be traced.
@@ -117,11 +117,11 @@ def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.
             raise BackboneError(f"expected a tap of {backbone.name}, found {tap!r}; its taps are {', '.join(backbone.tap_names)}.")
     backbone.module.eval()
     try:
-        with _ALONE:
+        with _TRACING:
             graph = _BlockTracer(backbone.tap_names).trace(backbone.module)
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
         raise BackboneError(
-            f"expected to cut {backbone.name} between its taps, but its forward() branches on data there: {error}. "
+            f"Cannot cut {backbone.name} between its taps, because its forward() branches on data there: {error}. "
             "Name taps that are all top-level submodules, or move the branch into a block."
         ) from error
     nodes = {str(n.target): n for n in graph.nodes if n.op == "call_module"}
@@ -131,7 +131,7 @@ def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.
             raise BackboneError(f"the tap {tap!r} of {backbone.name} never runs; remove it from `taps`.")
     head = [end.args[0]] if logits else []
     end.args = (tuple([*(nodes[tap] for tap in taps), *head]),)
-    # Not eliminate_dead_code: it keeps what may have side effects, such as checks of shapes behind the cut and the layers they look at.
+    # eliminate_dead_code would keep what may have side effects, such as shape checks after the cut and the layers they read.
     for node in reversed(graph.nodes):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
@@ -139,7 +139,7 @@ def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.
     for tap in taps:
         node = nodes[tap]
         if set(node.users) != {end}:
-            # What comes next may write into its input (a ReLU in place); the tap is what stood there before.
+            # The next layer may write into its input (an in-place ReLU); the tap is the value before that.
             with graph.inserting_after(node):
                 node = graph.call_method("clone", (node,))
         if layout := backbone.layouts.get(tap):
@@ -152,28 +152,28 @@ def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.
     return module.eval()
 
 
-_OTHERS = ("torch.", "torchvision.", "builtins")  # whose code goes by their version
-_EVERY_MODULE = frozenset(vars(nn.Module()))
+_VERSIONED_PACKAGES = ("torch.", "torchvision.", "builtins")  # whose code is identified by their version
+_COMMON_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
-def _code(kind: type) -> str:
-    """Return the whole file that a class stands in: its methods may call what else is there."""
+def _source_code(kind: type) -> str:
+    """Return the source file of a class: its methods may call other code in that file."""
     for place in (inspect.getmodule(kind), kind):
-        with suppress(OSError, TypeError):  # typed into a prompt or compiled: there is no source to compare
+        with suppress(OSError, TypeError):  # typed at a prompt or compiled: there is no source code
             return inspect.getsource(place)  # type: ignore[arg-type]
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _said(value: Any, digest: Callable[[Tensor], str]) -> str:
-    """Return a plain attribute of a module as text that is the same in every process: numbers of heads, windows, slopes, kept tensors."""
+def _canonical_text(value: Any, digest: Callable[[Tensor], str]) -> str:
+    """Return a module's plain attribute as text that is the same in every process: numbers of heads, windows, slopes, tensors."""
     if isinstance(value, Tensor):
         return digest(value)
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_said(k, digest)}: {_said(v, digest)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{_canonical_text(k, digest)}: {_canonical_text(v, digest)}' for k, v in value.items())}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_said(v, digest) for v in value)}]"
+        return f"[{', '.join(_canonical_text(v, digest) for v in value)}]"
     if isinstance(value, partial):
-        return _said([value.func, value.args, value.keywords], digest)
+        return _canonical_text([value.func, value.args, value.keywords], digest)
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
         return repr(value)
     named = value if hasattr(value, "__qualname__") else type(value)
@@ -181,13 +181,13 @@ def _said(value: Any, digest: Callable[[Tensor], str]) -> str:
 
 
 def tap_fingerprints(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> dict[str, str]:
-    """Return what tells the computation of each tap from every other: a hash of its tensors, its graph, its modules' settings and own code.
+    """Return a fingerprint of each tap's computation: a hash of tensors, graph, module settings and source code.
 
-    Two networks that are the same up to a tap have the same identity there, whatever comes behind it: a sliced and exported model is known
-    again. PyTorch's version is part of it, because kernels differ in their last digits.
+    Networks that are identical up to a tap have the same fingerprint there, so a cut and exported model is recognized. PyTorch's version
+    is included, because the last digits may differ between versions.
 
     Args:
-        logits: also return that of the whole network, as LOGITS.
+        logits: also return the fingerprint of the whole network, as LOGITS.
     """
     digests: dict[int, str] = {}
 
@@ -197,29 +197,29 @@ def tap_fingerprints(backbone: Backbone, taps: Sequence[str], *, logits: bool = 
             digests[id(tensor)] = hashlib.md5(content.data, usedforsecurity=False).hexdigest() + str((tensor.dtype, tuple(tensor.shape)))
         return digests[id(tensor)]
 
-    def identity(trunk: fx.GraphModule) -> str:
+    def fingerprint(trunk: fx.GraphModule) -> str:
         tensors = [*trunk.named_parameters(), *trunk.named_buffers()]
         parts = [f"{name}={digest(tensor)}" for name, tensor in tensors if not name.endswith("num_batches_tracked")]
         blocks = [(name, module) for name, module in trunk.named_modules() if name]
-        set_up = [f"{n}.{k}={_said(v, digest)}" for n, m in blocks for k, v in vars(m).items() if k not in _EVERY_MODULE]
+        settings = [f"{n}.{k}={_canonical_text(v, digest)}" for n, m in blocks for k, v in vars(m).items() if k not in _COMMON_ATTRIBUTES]
         kinds = {kind for _, module in blocks for kind in type(module).__mro__}
-        code = {_code(kind) for kind in kinds if not kind.__module__.startswith(_OTHERS)}
-        text = "\n".join([torch.__version__, trunk.code, repr(trunk), *sorted(parts), *sorted(set_up), *sorted(code)])
+        code = {_source_code(kind) for kind in kinds if not kind.__module__.startswith(_VERSIONED_PACKAGES)}
+        text = "\n".join([torch.__version__, trunk.code, repr(trunk), *sorted(parts), *sorted(settings), *sorted(code)])
         return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
-    found = {tap: identity(cut(backbone, [tap])) for tap in taps}
-    return found | ({LOGITS: identity(cut(backbone, [], logits=True))} if logits else {})
+    fingerprints = {tap: fingerprint(cut(backbone, [tap])) for tap in taps}
+    return fingerprints | ({LOGITS: fingerprint(cut(backbone, [], logits=True))} if logits else {})
 
 
 def parameters_by_tap(backbone: Backbone, last: str) -> list[list[str]]:
-    """Return the names of the parameters that each tap adds to the one before, up to the tap `last`: the blocks that a network is made of."""
-    found: list[list[str]] = []
-    seen: set[str] = set()
+    """Return the blocks of a network up to the tap `last`: the names of the parameters that each tap adds to the one before."""
+    by_tap: list[list[str]] = []
+    earlier: set[str] = set()
     for tap in backbone.tap_names[: backbone.tap_names.index(last) + 1]:
-        new = [name for name, _ in cut(backbone, [tap]).named_parameters() if name not in seen]
-        seen.update(new)
-        found.append(new)
-    return found
+        new = [name for name, _ in cut(backbone, [tap]).named_parameters() if name not in earlier]
+        earlier.update(new)
+        by_tap.append(new)
+    return by_tap
 
 
 def _channels_first(maps: Tensor) -> Tensor:
@@ -234,10 +234,10 @@ _CANONICAL = {"nhwc": _channels_first, "tokens": _class_and_mean_token}
 
 
 def measure_taps(backbone: Backbone, size: int) -> tuple[Tap, ...]:
-    """Return every tap with the shape of its output at this input size, and what a cut there keeps."""
+    """Return every tap with its output shape at this input size, and the parameters and operations up to it."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    found = []
+    measured = []
     for name in backbone.tap_names:
         trunk = cut(backbone, [name])
         with torch.inference_mode(), _countable_attention(), FlopCounterMode(display=False) as counter:
@@ -249,14 +249,14 @@ def measure_taps(backbone: Backbone, size: int) -> tuple[Tap, ...]:
                 "Name another submodule in `taps`."
             )
         height, width = (output.shape[2], output.shape[3]) if output.dim() == 4 else (1, 1)
-        kept = sum(p.numel() for p in trunk.parameters())
-        found.append(Tap(name, output.shape[1], height, width, kept, counter.get_total_flops()))
-    return tuple(found)
+        parameters = sum(p.numel() for p in trunk.parameters())
+        measured.append(Tap(name, output.shape[1], height, width, parameters, counter.get_total_flops()))
+    return tuple(measured)
 
 
 @contextmanager
 def _countable_attention() -> Iterator[None]:
-    """Keep PyTorch from fusing an attention layer into one call that its counter does not know."""
+    """Keep PyTorch from fusing an attention layer into one call that FlopCounterMode does not know."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -266,7 +266,7 @@ def _countable_attention() -> Iterator[None]:
 
 
 def resolve_tap(backbone: Backbone, name: str) -> str:
-    """Return the tap that a user means: its name, or the last tap inside the stage of that name (`layer2` is `layer2.1`).
+    """Return a tap by its name, or the last tap inside the stage of that name (`layer2` gives `layer2.1`).
 
     Raises:
         BackboneError: there is none; the taps are listed.
@@ -280,21 +280,21 @@ def resolve_tap(backbone: Backbone, name: str) -> str:
 
 
 def input_size(backbone: Backbone, wanted: int | str, median_short_side: float) -> int:
-    """Return the side in pixels at which images enter the network.
+    """Return the input side of the network in pixels.
 
-    `auto` is the smaller of the weights' own size and the images' median short side rounded up to a multiple of 32, at least the network's
-    minimum; for a network that learnt positions it is the weights' own size.
+    `auto` is the smaller of two sizes: that of the weights, and the median short side of the images rounded up to a multiple of 32.
+    It is at least the network's minimum. For a network that learned positions it is always the size of the weights.
 
     Raises:
-        BackboneError: a number that the network cannot take: below its minimum, not a multiple of its patches, or another than its one size.
+        BackboneError: the network cannot take this number: below its minimum, not a multiple of its patches, or not its only size.
     """
-    own = backbone.transforms.size
+    source_size = backbone.transforms.size
     if isinstance(wanted, int):
-        if wanted < backbone.minimum or wanted % backbone.multiple or (backbone.fixed and wanted != own):
-            allowed = f"{own}" if backbone.fixed else f"at least {backbone.minimum}"
+        if wanted < backbone.minimum or wanted % backbone.multiple or (backbone.fixed and wanted != source_size):
+            allowed = f"{source_size}" if backbone.fixed else f"at least {backbone.minimum}"
             patches = f" and a multiple of {backbone.multiple}" if backbone.multiple > 1 else ""
             raise BackboneError(f"expected data.size {allowed}{patches} for {backbone.name}, found {wanted}. Set data.size to auto.")
         return wanted
     if backbone.positional:
-        return own
-    return max(min(own, 32 * max(1, -(-round(median_short_side) // 32))), backbone.minimum)
+        return source_size
+    return max(min(source_size, 32 * max(1, -(-round(median_short_side) // 32))), backbone.minimum)

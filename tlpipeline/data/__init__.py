@@ -1,1 +1,1 @@
-"""Images: read, listed, split, decoded, augmented, cached."""
+"""Images: read, listed, split, decoded, augmented and cached."""

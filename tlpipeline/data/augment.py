@@ -1,8 +1,8 @@
 """Random views of images: crops, mirroring, RandAugment, mixup and cutmix.
 
-Crops, mirroring and RandAugment are drawn for each image from (seed, epoch, content, turn in the epoch), whoever trains on it, so that a run
-does not depend on how many workers share it, or on where it was interrupted. What mixes images of a batch follows from (seed, epoch, step,
-worker).
+Crops, mirroring and RandAugment are drawn per image from (seed, epoch, content, turn in the epoch).
+A run therefore depends neither on the number of workers nor on where it was interrupted.
+Mixup and cutmix are drawn per batch from (seed, epoch, step, worker).
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.loader import Augment
 
-# Degrees clockwise, shares of the side along and across, tangents of the shear along and across: each operation at its strongest.
+# The strongest effect of each operation: degrees clockwise, shift in x and y as shares of the side, tangent of the shear in x and y.
 SHIFTS = {
     "rotate": (-30.0, 0.0, 0.0, 0.0, 0.0),
     "translate_x": (0.0, 150 / 331, 0.0, 0.0, 0.0),
@@ -30,14 +30,20 @@ _BILINEAR, _MIRROR = Image.Resampling.BILINEAR, Image.Transpose.FLIP_LEFT_RIGHT
 
 
 def augmentation(crop: float, flip: bool, seed: int, epoch: int, operations: int = 0, magnitude: int = 0) -> Augment:
-    """Return random resized crops (area share crop to 1, aspect 3/4 to 4/3), mirroring and RandAugment with so many operations of this magnitude.
+    """Return a function that makes a random view: a resized crop, mirroring and RandAugment.
 
-    They are drawn from (seed, epoch, content of the image, turn). The crop's shape is drawn in the image's own proportions, whatever those of
-    the picture that is cropped: it may be kept squeezed.
+    Crops cover a share `crop` to 1 of the area, at an aspect ratio of 3/4 to 4/3. Views are drawn from (seed, epoch, content, turn).
+    The crop's shape follows the original proportions of the image, even where the cached picture is squeezed into a square.
+
+    Args:
+        crop: smallest share of the area.
+        flip: mirror half of the views.
+        operations: number of RandAugment operations per view.
+        magnitude: of these operations, 0 to 30.
     """
 
     def apply(image: Image.Image, row: Row, side: int, turn: int = 0) -> Image.Image:
-        rng = np.random.default_rng(_drawn_from(seed, epoch, row, turn))
+        rng = np.random.default_rng(_view_seed(seed, epoch, row, turn))
         area = row.width * row.height * rng.uniform(crop, 1)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         width = min(math.sqrt(area * aspect), row.width) * image.width / row.width
@@ -53,13 +59,13 @@ def augmentation(crop: float, flip: bool, seed: int, epoch: int, operations: int
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator, operations: int, magnitude: int) -> Image.Image:
-    """Apply so many random operations of RandAugment (Cubuk et al. 2019, arXiv 1909.13719), one after the other.
+    """Apply random operations of RandAugment (Cubuk et al. 2019, arXiv 1909.13719), one after the other.
 
-    torchvision's transform of this name draws from the process's one random state, which decoding threads must leave alone. The operations
-    are torchvision's, and so is how strong they get.
+    Operations and strengths are torchvision's. Its own transform draws from the global random state, which decoding threads must not touch.
 
     Args:
-        magnitude: 0 to 30, a share of each operation's strongest; half of the signed ones go the other way.
+        operations: how many.
+        magnitude: 0 to 30, relative to each operation's strongest effect. The sign is random where an operation has one.
     """
     from torchvision.transforms.v2 import functional
 
@@ -68,10 +74,10 @@ def rand_augment(image: Image.Image, rng: np.random.Generator, operations: int, 
         kind, sign = rng.integers(len(OPERATIONS)), 1 if rng.random() < 0.5 else -1
         name = OPERATIONS[kind]
         if name in SHIFTS:
-            turn, along, across, lean, tilt = (strength * sign * most for most in SHIFTS[name])
-            shear = [math.degrees(math.atan(lean)), math.degrees(math.atan(tilt))]
+            angle, along, across, shear_x, shear_y = (strength * sign * strongest for strongest in SHIFTS[name])
+            shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
             corner = [0, 0] if name.startswith("shear") else None
-            image = functional.affine(image, turn, [int(along * side), int(across * side)], 1.0, shear, center=corner)
+            image = functional.affine(image, angle, [int(along * side), int(across * side)], 1.0, shear, center=corner)
         elif name in ENHANCED:
             image = getattr(functional, f"adjust_{name}")(image, 1 + 0.9 * strength * sign)
         elif name == "posterize":
@@ -84,11 +90,11 @@ def rand_augment(image: Image.Image, rng: np.random.Generator, operations: int, 
 
 
 def mix(inputs: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Mix the images of a batch by mixup (Zhang et al. 2017) or cutmix (Yun et al. 2019), one of both at random where both are asked for.
+    """Mix the images of a batch by mixup (Zhang et al. 2017) or cutmix (Yun et al. 2019); at random if both are set.
 
     Args:
         inputs: (batch, 3, size, size); labels: (batch,) class indices.
-        mixup, cutmix: alpha of their Beta distributions, 0 for none.
+        mixup, cutmix: alpha of the Beta distribution, 0 for none.
 
     Returns:
         The inputs, and labels as probabilities (batch, classes).
@@ -100,12 +106,12 @@ def mix(inputs: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: floa
     return mixed
 
 
-def _drawn_from(seed: int, epoch: int, row: Row, turn: int) -> list[int]:
-    """Return the numbers that a view follows from. An image that comes back in an epoch, as the balanced sampler has it, is another view of it."""
+def _view_seed(seed: int, epoch: int, row: Row, turn: int) -> list[int]:
+    """Return the seed of a view. An image that the balanced sampler repeats in an epoch gets another view each time."""
     numbers = [seed, epoch, int(row.md5[:15], 16)]
     return [*numbers, turn] if turn else numbers
 
 
 def seed_of(*numbers: int) -> int:
-    """Mix numbers into a seed."""
+    """Return one seed derived from several numbers."""
     return int(np.random.SeedSequence(list(numbers)).generate_state(1)[0])

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tlpipeline.errors import DataError
 
-# What decoders raise on damaged files (found by feeding them some).
+# What decoders raise on damaged files (found by testing with damaged files).
 UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError,
     AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -22,28 +22,29 @@ UNREADABLE = (
 
 Pixels = npt.NDArray[np.uint8]
 
-# Damaged EXIF blocks and TIFF tags only warn; the pixels are checked by loading them. Said once for the process, because
-# `warnings.catch_warnings` in the threads that decode would leave the filters of the whole process changed.
+# Damaged EXIF blocks and TIFF tags only cause warnings; loading checks the pixels. The filter is set once for the process,
+# because `warnings.catch_warnings` in decoding threads would change the filters of the whole process.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def decode(content: bytes, at_least: int | None = None) -> Image.Image:
+def decode(content: bytes, min_side: int | None = None) -> Image.Image:
     """Decode an image file to 8-bit RGB, upright.
 
-    EXIF orientation is applied; of an animation the first frame is taken; transparency is laid over white; 16-bit grays are scaled by their
-    full range (65535 to 255), floating-point images by their own range.
+    EXIF orientation is applied. An animation gives its first frame. Transparent pixels become white.
+    16-bit grays are scaled from their full range (0 to 65535), floating-point images from their own range.
 
     Args:
-        at_least: short side in pixels that is enough: a JPEG is then decoded at a half, a quarter or an eighth of its size where that still
-            leaves so many, which is several times faster.
+        min_side: short side in pixels that suffices. A JPEG is then decoded at a half, a quarter or an eighth of its size where
+            that leaves enough pixels, which is several times faster.
 
     Raises:
-        UnidentifiedImageError: the content is no image. Exception: it is damaged; Pillow's decoders raise what they like.
+        UnidentifiedImageError: the content is not an image.
+        Exception: it is damaged; see `UNREADABLE` for the types that Pillow's decoders raise.
     """
     with Image.open(io.BytesIO(content)) as opened:
         opened.seek(0)
-        if at_least is not None and opened.format == "JPEG" and at_least < min(opened.size):
-            scale = at_least / min(opened.size)
+        if min_side is not None and opened.format == "JPEG" and min_side < min(opened.size):
+            scale = min_side / min(opened.size)
             opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
         opened.load()
         image: Image.Image = ImageOps.exif_transpose(opened)
@@ -64,17 +65,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, rgba).convert("RGB")
     if image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        there = np.isfinite(values)
-        if not there.any():
+        finite = np.isfinite(values)
+        if not finite.any():
             raise ValueError("no finite pixel")
-        low, high = values[there].min(), values[there].max()
+        low, high = values[finite].min(), values[finite].max()
         gray = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low if high > low else 1.0)
         return Image.fromarray((gray * 255).round().astype(np.uint8), "L").convert("RGB")
     return image.convert("RGB")
 
 
 def inspect(content: bytes) -> tuple[int, int, str] | str:
-    """Return the width, the height and the mode of an image file that can be decoded, or else in words why it cannot be used."""
+    """Return the width, height and mode of an image file, or a text saying why it cannot be used."""
     if not content:
         return "empty file"
     try:
@@ -87,24 +88,22 @@ def inspect(content: bytes) -> tuple[int, int, str] | str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return in words why a file could not be decoded."""
+    """Return a short text for an error of the decoder."""
     return "not an image" if isinstance(error, UnidentifiedImageError) else f"broken: {str(error) or type(error).__name__}"
 
 
 def read_content(path: Path) -> bytes:
-    """Return the bytes of a file of the data set.
+    """Return the bytes of an image file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"expected to read the image {path}, but: {error.strerror}. Make it readable or remove it, then run again."
-        ) from error
+        raise DataError(f"Cannot read the image {path}: {error.strerror}. Make it readable or remove it, then run again.") from error
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use, which on a shared machine are fewer than it has."""
+    """Return the number of CPUs that this process may use; on a shared machine it has fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The embedded sample: 1,797 handwritten digits, for a first run without a download (sample/README.md says where they are from)."""
+"""The embedded sample: 1,797 handwritten digits, for a first run without a download (source: sample/README.md)."""
 
 from pathlib import Path
 

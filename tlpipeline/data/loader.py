@@ -1,4 +1,4 @@
-"""The input pipeline: image files as inputs the way the weights want them, decoded by threads ahead of the network, each once where there is room."""
+"""The input pipeline: threads decode image files into network inputs ahead of their use, each file once where the cache has room."""
 
 import functools
 import itertools
@@ -21,19 +21,19 @@ from tlpipeline.data.dataset import Row
 from tlpipeline.data.decoding import Pixels
 from tlpipeline.data.transforms import Transforms
 
-# Part of every key: other code makes other rows of an image, and another decoder other pixels.
+# Part of every cache key: other code or another decoder gives other pixels.
 FORMAT = f"3, Pillow {PIL.__version__}"
-ELONGATED = 128  # long sides a short one, above which an image loses its ends before it is resized
+ELONGATED = 128  # aspect ratio above which the ends of an image are cut off before it is resized
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Augment = Callable[[Image.Image, Row, int, int], Image.Image]
 
 
 def resize_and_crop(image: Image.Image, transforms: Transforms) -> Pixels:
-    """Resize the short side, crop the center: 8-bit RGB (size, size, 3). The same for profile, training, evaluation and prediction."""
+    """Resize the short side and crop the center: 8-bit RGB (size, size, 3). Profile, training, evaluation and prediction all use it."""
     short = min(image.size)
     if max(image.size) > ELONGATED * short:
-        # Only its middle is looked at; as wide as it is, a line of pixels would be enlarged to gigabytes.
+        # Only its middle is used: resizing a line of pixels at full length would need gigabytes.
         width, height = (min(side, ELONGATED * short) for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
@@ -47,7 +47,7 @@ def resize_and_crop(image: Image.Image, transforms: Transforms) -> Pixels:
 def normalize(pixels: Tensor, transforms: Transforms) -> Tensor:
     """Turn 8-bit (batch, size, size, 3) into normalized floats (batch, 3, size, size) on the same device, channels last in memory.
 
-    Convolutions read that order about twice as fast.
+    Convolutions read this memory order about twice as fast.
     """
     mean, std = _constants(tuple(transforms.mean), tuple(transforms.std), pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -55,19 +55,19 @@ def normalize(pixels: Tensor, transforms: Transforms) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation on the device: made at every step they would be waited for at every step."""
+    """Return mean and standard deviation on the device; creating them at every step would block the GPU."""
     with torch.inference_mode(False):
         return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 class Images:
-    """The images of some manifest rows as inputs, decoded by threads a few batches ahead.
+    """Images of manifest rows as network inputs, decoded by threads a few batches ahead.
 
     Args:
         root: folder that the rows' paths start from.
-        augment: makes a random square view of an image; it is given the image (maybe squeezed), its row, the side of the square, and the turn: an
-            image that comes back is asked for by its index plus `turn` times the number of images.
-        decoded: gives the images decoded: squeezed ones for `augment`, else prepared ones; None decodes the files each time.
+        augment: makes a random square view from the image (possibly squeezed), its row, the side in pixels, and the turn. The n-th
+            repetition of an image in an epoch has the index plus n times the number of images.
+        decoded: cache of decoded images: squeezed squares for `augment`, else resized and cropped; None decodes the files each time.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Images:
         row = self.rows[index]
         pixels = None if self.decoded is None else self.decoded.pixels(row)
         if self.augment is None:
-            # Twice the side, so that what is thrown away while decoding cannot be told from a full decoding.
+            # Decoding at twice the side gives the same pixels as decoding at full size.
             return (
                 resize_and_crop(dataset.read_image(self.root, row, 2 * self.transforms.resize), self.transforms)
                 if pixels is None
@@ -94,29 +94,32 @@ class Images:
         return resize_and_crop(self.augment(image, row, self.transforms.resize, turn), self.transforms)
 
     def batches(self, batches: Sequence[Sequence[int]], ahead: int = 3, pinned: bool = False) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Yield (indices, 8-bit tensor (batch, size, size, 3)) for each batch of indices, in order; `waited` counts the seconds idle.
+        """Yield (indices, 8-bit tensor (batch, size, size, 3)) for each batch of indices, in order.
+
+        `waited` counts the seconds spent waiting for images.
 
         Args:
-            pinned: in memory from which a GPU copies while it computes.
+            ahead: number of batches decoded in advance.
+            pinned: return page-locked memory, from which a GPU copies while it computes.
         """
         with ThreadPoolExecutor(1) as packer, ThreadPoolExecutor(_threads()) as pool:
 
-            def together(futures: list[Future[Pixels]]) -> Tensor:
+            def stacked(futures: list[Future[Pixels]]) -> Tensor:
                 pixels = torch.from_numpy(np.stack([f.result() for f in futures]))
                 return pixels.pin_memory() if pinned else pixels
 
             def submitted(batch: Sequence[int]) -> tuple[Sequence[int], Future[Tensor]]:
-                return batch, packer.submit(together, [pool.submit(self._input, i) for i in batch])
+                return batch, packer.submit(stacked, [pool.submit(self._input, i) for i in batch])
 
-            rest = iter(batches)
-            waiting = deque(submitted(batch) for batch in itertools.islice(rest, ahead))
+            remaining = iter(batches)
+            waiting = deque(submitted(batch) for batch in itertools.islice(remaining, ahead))
             try:
                 while waiting:
                     batch, packed = waiting.popleft()
                     started = time.monotonic()
                     pixels = packed.result()
                     self.waited += time.monotonic() - started
-                    waiting.extend(submitted(following) for following in itertools.islice(rest, 1))
+                    waiting.extend(submitted(following) for following in itertools.islice(remaining, 1))
                     yield batch, pixels
             finally:
                 packer.shutdown(wait=False, cancel_futures=True)
@@ -124,13 +127,13 @@ class Images:
 
 
 class DecodedCache:
-    """Decoded images for training, which comes back to them every epoch: 8-bit RGB, all of one size.
+    """Decoded images for training, which needs them in every epoch: 8-bit RGB, all of one size.
 
-    What was kept in a store, by content, and what is made on the spot are the same bits: how much room there is changes no result.
+    Cached and newly decoded images are identical, so the room in the cache changes no result.
 
     Args:
-        make: turns an image file into what is kept, (side, side, 3).
-        key: tells what `make` does from everything else; label: says it to people.
+        make: decodes an image file to (side, side, 3).
+        key: identifies what `make` does; label: describes it to people.
     """
 
     def __init__(self, store: Store, side: int, make: Callable[[Row], Pixels], key: str, label: str) -> None:
@@ -141,13 +144,13 @@ class DecodedCache:
 
     @property
     def column(self) -> Column:
-        """Where the images are kept; made when it is first asked for."""
+        """The column of the images, created on first use."""
         return self._store.column(self._key, self._label)
 
     def fill(self, rows: Sequence[Row], progress: Callable[[int], None]) -> None:
-        """Decode the images that are not kept yet, a shard at a time."""
+        """Decode the images that are not cached yet, a shard at a time."""
         self.column.refresh()
-        wanted = [row for row, there in zip(rows, self.column.has([r.md5 for r in rows]), strict=True) if not there]
+        wanted = [row for row, cached in zip(rows, self.column.has([r.md5 for r in rows]), strict=True) if not cached]
         done = 0
         with ThreadPoolExecutor(_threads()) as pool:
             for part in batch_ranges(len(wanted), min(SHARD_ROWS, max(1, SHARD_BYTES // (3 * self.side**2)))):
@@ -157,21 +160,21 @@ class DecodedCache:
                 progress(done)
 
     def open(self, rows: Sequence[Row]) -> None:
-        """Map the images of these rows, all of which must be kept."""
+        """Map the images of these rows, all of which must be cached."""
         self._place = {row.md5: i for i, row in enumerate(rows)}
         self._rows = self.column.rows([row.md5 for row in rows])
 
     def pixels(self, row: Row) -> Pixels:
-        """Return an image: what was opened, or made anew."""
+        """Return an image: mapped if it was opened, else decoded now."""
         if self._rows is None or row.md5 not in self._place:
             return self.make(row)
         return np.asarray(self._rows.one(self._place[row.md5]).numpy())
 
 
 def square_cache(store: Store, root: Path, side: int) -> DecodedCache:
-    """Return whole images squeezed into squares.
+    """Return a cache of whole images squeezed into squares.
 
-    That loses nothing: a random crop is stretched to the network's square input anyway, and its shape is drawn by the image's own proportions.
+    Nothing is lost: random crops are stretched to a square anyway, and their shape follows the original proportions.
     """
 
     def make(row: Row) -> Pixels:
@@ -182,7 +185,7 @@ def square_cache(store: Store, root: Path, side: int) -> DecodedCache:
 
 
 def resized_cache(store: Store, root: Path, transforms: Transforms) -> DecodedCache:
-    """Return images as `prepare` makes them."""
+    """Return a cache of images as `resize_and_crop` makes them."""
 
     def make(row: Row) -> Pixels:
         return resize_and_crop(dataset.read_image(root, row, 2 * transforms.resize), transforms)
@@ -192,15 +195,15 @@ def resized_cache(store: Store, root: Path, transforms: Transforms) -> DecodedCa
 
 
 def _threads() -> int:
-    """Return how many threads decode: a worker's share of the CPUs of its machine, at least two, because one of them may wait for the disk."""
+    """Return the number of decoding threads: this worker's share of the CPUs, at least two, since one may wait for the disk."""
     return max(2, decoding.available_cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def batch_ranges(count: int, size: int) -> list[range]:
-    """Cut 0..count-1 into consecutive batches."""
+    """Split 0..count-1 into consecutive ranges of at most `size`."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def rank_slice(count: int, rank: int, size: int) -> range:
-    """Return the indices of one worker's share: every size-th from rank on; together each index exactly once."""
+    """Return the indices of one worker: every size-th from `rank` on. All workers together have each index once."""
     return range(rank, count, size)

@@ -1,8 +1,8 @@
-"""Train, val and test: sides that never move.
+"""Train, val and test splits that never change.
 
-An image's side follows from its content: `u = md5(file bytes) / 2^128`; below .70 it is train, below .85 val, else test. Class, path and
-seed play no part, so an image keeps its side whatever is added or removed. The few exceptions that small classes need are lines of
-`splits.csv`; a given `{train,val,test}/<class>` layout wins over both.
+The split follows from the image's content: u = md5(file bytes) / 2^128. Below 0.70 it is train, below 0.85 val, else test.
+Class, path and seed do not matter, so an image keeps its split whatever is added or removed.
+The few exceptions for small classes are lines of `splits.csv`. A given `{train,val,test}/<class>` layout wins over both.
 """
 
 import csv
@@ -19,15 +19,15 @@ SPLIT_NAMES = (TRAIN, VAL, TEST)
 SPLIT_FOLDERS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
 TRAIN_BELOW, VAL_BELOW = 0.70, 0.85
 MINIMUM_PER_CLASS = 3
-_LOOK_INTO_BELOW = 50  # images of a class below which a broken one could be the only one of its side
+_LOOK_INTO_BELOW = 50  # in a class with fewer images, a broken one could be the only one of its split
 
 
 def split_of(md5: str, carve_val: bool = False) -> str:
-    """Return the side that an image's content gives it.
+    """Return the split of an image by its content.
 
     Args:
         md5: 32 hexadecimal digits.
-        carve_val: the test side is given already: keep the share of train to val (70 to 15) among the rest.
+        carve_val: the test split is given: divide the rest into train and val at 70 to 15.
     """
     u = int(md5, 16) / 2**128
     if carve_val:
@@ -36,31 +36,31 @@ def split_of(md5: str, carve_val: bool = False) -> str:
 
 
 def in_selection_half(md5: str) -> bool:
-    """Say whether the validation image with this content belongs to the half that may select (a slice point, an epoch); the other half only judges.
+    """Return whether a validation image belongs to the half that selects (a slice point, an epoch). The other half only compares.
 
-    By content, so that it never changes halves. The last digit of the md5 is used, because the first ones give the side.
+    The half follows from the content and never changes: from the last digit of the md5, since the first ones give the split.
     """
     return md5[-1] in "02468ace"
 
 
 def folder_layout(images: Path) -> str:
-    """Say which layout this is: "" (by content), "all" (train, val and test are given) or "no val".
+    """Return the layout of the image folder: "" (split by content), "all" (train, val and test given) or "no val".
 
     Raises:
-        DataError: two folders or more are named as sides, but train or test is not there or other folders stand beside them; by content,
-            "train" and "val" would silently become two classes.
+        DataError: at least two folders are named like splits, but train or test is missing or there are other folders. By content,
+            "train" and "val" would silently become classes.
     """
     names = {p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    sides = {n for n in names if n.casefold() in SPLIT_FOLDERS}
-    if len(sides) < 2:
+    split_folders = {n for n in names if n.casefold() in SPLIT_FOLDERS}
+    if len(split_folders) < 2:
         return ""
-    given = {SPLIT_FOLDERS[n.casefold()] for n in sides}
-    if names != sides or not {TRAIN, TEST} <= given:
+    splits = {SPLIT_FOLDERS[n.casefold()] for n in split_folders}
+    if names != split_folders or not {TRAIN, TEST} <= splits:
         raise DataError(
-            f"expected the folders train, test and perhaps val in {images}, or else one folder per class, found {', '.join(sorted(names))}. "
-            "Give it train and test and nothing else, or sort the images by class alone: then the sides follow from their content."
+            f"expected the folders train, test and optionally val in {images}, or one folder per class, found {', '.join(sorted(names))}. "
+            "Leave only train, test and val there, or sort the images by class alone; then their content decides the split."
         )
-    return "all" if VAL in given else "no val"
+    return "all" if VAL in splits else "no val"
 
 
 # --- splits.csv ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def folder_layout(images: Path) -> str:
 
 @dataclass(frozen=True)
 class SplitException:
-    """A line of splits.csv: this content is on this side, whatever the rule says."""
+    """A line of splits.csv: this content belongs to this split, whatever the rule gives."""
 
     md5: str
     split: str
@@ -76,10 +76,10 @@ class SplitException:
 
 
 def read_exceptions(path: Path) -> dict[str, str]:
-    """Read splits.csv as md5 to side; a missing file has no exceptions.
+    """Read splits.csv as a mapping of md5 to split; a missing file has no exceptions.
 
     Raises:
-        DataError: it is empty or no text, or a line is not `md5,split,label` with a known side.
+        DataError: it is empty or not text, or a line is not `md5,split,label` with a known split.
     """
     if not path.exists():
         return {}
@@ -91,25 +91,25 @@ def read_exceptions(path: Path) -> dict[str, str]:
         raise _no_exceptions(path, str(error)) from error
     if header != ["md5", "split", "label"]:
         raise _no_exceptions(path, ",".join(header) if header else "an empty file")
-    if others := [line["split"] for line in lines if line["split"] not in SPLIT_NAMES]:
-        raise _no_exceptions(path, f"the side {others[0]}")
+    if unknown := [line["split"] for line in lines if line["split"] not in SPLIT_NAMES]:
+        raise _no_exceptions(path, f"the split {unknown[0]}")
     return {line["md5"]: line["split"] for line in lines}
 
 
-def _no_exceptions(path: Path, found: str) -> DataError:
+def _no_exceptions(path: Path, content: str) -> DataError:
     return DataError(
-        f"expected the columns md5,split,label and the sides {', '.join(SPLIT_NAMES)} in {path}, found {found}. "
-        f"`git checkout {path.name}` brings back what was recorded."
+        f"expected the columns md5,split,label and the splits {', '.join(SPLIT_NAMES)} in {path}, found {content}. "
+        f"Run `git checkout {path.name}` to restore the committed file."
     )
 
 
 def write_exceptions(path: Path, new: Iterable[SplitException]) -> None:
-    """Append lines to splits.csv (created with its header where it is missing)."""
+    """Append lines to splits.csv; create it with its header if it is missing."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     header = not before
     with path.open("a", newline="", encoding="utf-8") as file:
         if before and not before.endswith("\n"):
-            file.write("\n")  # an editor left the last line open
+            file.write("\n")  # an editor left the last line without an end
         writer = csv.writer(file, lineterminator="\n")
         if header:
             writer.writerow(["md5", "split", "label"])
@@ -119,18 +119,18 @@ def write_exceptions(path: Path, new: Iterable[SplitException]) -> None:
 def needed_exceptions(
     images: Path, hashes: Mapping[str, str], known: Mapping[str, str], trained_on: Callable[[], frozenset[str]]
 ) -> tuple[list[SplitException], list[str]]:
-    """Find the classes that would have an empty side and give each such side one image.
+    """Find classes with an empty split, and assign one image to each.
 
-    The image with the highest u goes to test, the next to val, the lowest to train. Images that a registered version was trained on never
-    go to test: the class is then named as not evaluated.
+    The image with the highest u goes to test, the next to val, the lowest to train. Images that a registered version was trained on
+    never go to test; the class is then reported as not evaluated.
 
     Args:
-        hashes: path below images to md5, of all files.
-        known: lines that splits.csv has already.
-        trained_on: gives the md5 of all images that a registered version was trained on; asked only where a side is empty.
+        hashes: path below `images` to md5, of all files.
+        known: the present lines of splits.csv.
+        trained_on: returns the md5s that registered versions were trained on; called only if a split is empty.
 
     Returns:
-        The new lines for splits.csv, and remarks.
+        New lines for splits.csv, and remarks for people.
     """
     if not images.is_dir() or folder_layout(images):
         return [], []
@@ -147,28 +147,36 @@ def needed_exceptions(
         usable = {md5: path for md5, path in paths.items() if len(labels[md5]) == 1}
         if len(usable) < _LOOK_INTO_BELOW:
             usable = {md5: path for md5, path in usable.items() if not isinstance(inspect(read_content(images / path)), str)}
-        sides = {md5: known.get(md5) or split_of(md5) for md5 in usable}
-        if len(sides) >= MINIMUM_PER_CLASS and set(sides.values()) != set(SPLIT_NAMES):
-            lines, remark = _filled(label, sides, trained_on(), frozenset(known))
+        splits = {md5: known.get(md5) or split_of(md5) for md5 in usable}
+        if len(splits) >= MINIMUM_PER_CLASS and set(splits.values()) != set(SPLIT_NAMES):
+            lines, remark = _filled(label, splits, trained_on(), frozenset(known))
             new += lines
             remarks += remark
     return new, remarks
 
 
-def _filled(label: str, sides: dict[str, str], trained_on: frozenset[str], fixed: frozenset[str]) -> tuple[list[SplitException], list[str]]:
-    sides = dict(sides)
+def _filled(
+    label: str, splits: dict[str, str], trained_on: frozenset[str], fixed: frozenset[str]
+) -> tuple[list[SplitException], list[str]]:
+    splits = dict(splits)
     lines: list[SplitException] = []
     remarks: list[str] = []
-    for side in (TEST, VAL, TRAIN):
-        if side in sides.values():
+    for split in (TEST, VAL, TRAIN):
+        if split in splits.values():
             continue
-        # Take from a side that keeps at least one image, and never move what splits.csv already fixed.
-        counts = Counter(sides.values())
-        free = sorted((md5 for md5, s in sides.items() if counts[s] > 1 and md5 not in fixed and not (side == TEST and md5 in trained_on)))
+        # Take from a split that keeps at least one image, and never move what splits.csv has already fixed.
+        counts = Counter(splits.values())
+        free = sorted(
+            (
+                md5
+                for md5, split_name in splits.items()
+                if counts[split_name] > 1 and md5 not in fixed and not (split == TEST and md5 in trained_on)
+            )
+        )
         if not free:
-            remarks.append(f"not {'evaluated' if side == TEST else 'validated'}: {label} has no image that could go to {side}")
+            remarks.append(f"not {'evaluated' if split == TEST else 'validated'}: {label} has no image that could go to {split}")
             continue
-        chosen = free[0] if side == TRAIN else free[-1]
-        sides[chosen] = side
-        lines.append(SplitException(chosen, side, label))
+        chosen = free[0] if split == TRAIN else free[-1]
+        splits[chosen] = split
+        lines.append(SplitException(chosen, split, label))
     return lines, remarks

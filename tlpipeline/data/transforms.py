@@ -21,5 +21,5 @@ class Transforms:
     interpolation: str
 
     def at(self, size: int) -> "Transforms":
-        """Return the same transforms at another size, the margin of the crop in proportion."""
+        """Return these transforms for another input size, with the margin of the crop in proportion."""
         return Transforms(size, round(self.resize * size / self.size), self.mean, self.std, self.interpolation)

@@ -26,7 +26,7 @@ from tlpipeline import errors
 from tlpipeline.backbones.precision import enable_tf32
 from tlpipeline.data.decoding import available_cpus
 from tlpipeline.errors import ClusterError, OutOfMemory, PipelineError
-from tlpipeline.files import NO_ROOM, is_truncated_json, write_json
+from tlpipeline.files import DISK_FULL, is_truncated_json, write_json
 from tlpipeline.params import AUTO, ClusterParams
 from tlpipeline.progress import Event, Progress
 from tlpipeline.training import train
@@ -329,7 +329,7 @@ def _translated(error: Any, allowed: int, storage: str) -> PipelineError:
             seen = seen.__cause__ or seen.__context__
         # Ray hands user exceptions on as text where they cannot be rebuilt.
     first = next(iter(failures.values()), error)
-    if any(f"rrno {code}]" in str(first) for code in NO_ROOM):  # of a worker only text comes back
+    if any(f"rrno {code}]" in str(first) for code in DISK_FULL):  # of a worker only text comes back
         return ClusterError(
             f"expected room for checkpoints in {storage}, found none ({str(first)[-300:]}). The last complete checkpoint is kept: "
             "free some space there, or on the workers' temporary folders, and run again; the run resumes from it."
