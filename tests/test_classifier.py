@@ -163,7 +163,7 @@ def test_a_damaged_description_is_refused(content: str, folder: Path) -> None:
 def test_tensors_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
     save(*build("nets:resnet20"), tmp_path / "other")
     (folder / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
-    with pytest.raises(BackboneError, match=r"tensors of demonstration.*conv1.0.weight"):
+    with pytest.raises(BackboneError, match=r"do not fit demonstration.*conv1.0.weight"):
         load(folder)
 
 
@@ -314,10 +314,10 @@ def test_a_reader_that_is_alone_takes_fewer_images_at_a_time_where_memory_runs_o
     )
     assert torch.allclose(found.all(), plain.all(), atol=1e-5)
     assert asked == [16, 8, 4, 4, 4, 4, 4]
-    with pytest.raises(PassTooLarge, match="a forward pass of 16 images"):
+    with pytest.raises(PassTooLarge, match="A forward pass of 16 images"):
         feature_extractor(model, Store(tmp_path / "shared"), description.transforms, cpu).extract(images, lambda done: None)
     full_above(model.trunk, 0)
-    with pytest.raises(PassTooLarge, match="a forward pass of 1 images"):
+    with pytest.raises(PassTooLarge, match="A forward pass of 1 images"):
         feature_extractor(model, Store(tmp_path / "none"), description.transforms, cpu, smaller_passes=True).extract(
             images, lambda done: None
         )
@@ -355,7 +355,7 @@ def test_a_trained_network_answers_for_fewer_images_at_a_time_where_memory_runs_
     assert asked == [16, 8, 4, 4, 4]  # the last one filled up
     assert told == [4, 8, 10]
     full_above(model, 0)
-    with pytest.raises(PassTooLarge, match="a forward pass of 1 images"):
+    with pytest.raises(PassTooLarge, match="A forward pass of 1 images"):
         probabilities(model, images, cpu, lambda done: None)
 
 
@@ -365,6 +365,6 @@ def test_a_frozen_network_never_answers_for_fewer(make_images: Callable[..., Pat
     rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
     model, description = build("nets:resnet20", frozen=True)
     asked = full_above(model, 5)
-    with pytest.raises(PassTooLarge, match="a forward pass of 16 images"):
+    with pytest.raises(PassTooLarge, match="A forward pass of 16 images"):
         probabilities(model, Images(pictures, rows, description.transforms), torch.device("cpu"), lambda done: None)
     assert asked == [16]

@@ -291,7 +291,7 @@ def test_init_takes_everything_back_when_the_remote_fails(
 ) -> None:
     (tmp_path / "remote").write_text("a file is no remote")
     said = call("init", tmp_path / "new", "--images", make_images(2, 4), "--remote", tmp_path / "remote")
-    assert "check the remote" in refused(said)
+    assert "Check the remote" in refused(said)
     assert not (tmp_path / "new").exists()
 
 
@@ -303,7 +303,7 @@ def test_init_takes_everything_back_from_a_folder_that_was_there_and_from_those_
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for folder in (".", "far/away"):
-        assert "check the remote" in refused(call("init", folder, "--images", images, "--remote", tmp_path / "remote"))
+        assert "Check the remote" in refused(call("init", folder, "--images", images, "--remote", tmp_path / "remote"))
         assert not list((tmp_path / "here").iterdir())
 
 
@@ -392,7 +392,7 @@ def test_run_refuses_a_detached_head_where_it_would_push(call: Callable[..., Sai
     create.check(workspace)  # nothing would be pushed
     git.run(workspace, "remote", "add", "origin", str(tmp_path / "origin.git"))
     message = refused(call("run", "-w", workspace))
-    assert "expected a branch to push to origin, but the HEAD of" in message
+    assert "expected a branch to push to origin, found a detached HEAD at" in message
     assert "`git switch main`" in message
     git.run(workspace, "switch", "--quiet", "-c", "mine")
     create.check(workspace)
@@ -405,7 +405,7 @@ def test_run_in_a_clone_says_where_its_images_are_when_the_remote_stayed_behind(
     git.run(tmp_path, "clone", "--quiet", str(workspace), str(clone))
     git.run(clone, "remote", "remove", "origin")
     message = refused(call("run", "-w", clone))
-    assert f"the DVC remote, {clone / '.dvc-remote'}, is not there either" in message
+    assert f"the DVC remote {clone / '.dvc-remote'} is missing too" in message
     assert "`dvc remote modify --local storage url FOLDER/.dvc-remote`" in message
     local = ["remote", "modify", "--local", "storage", "url", str(workspace / ".dvc-remote")]
     for words in (local, ["pull", "images"]):
@@ -422,7 +422,7 @@ def test_run_in_a_clone_says_before_it_trains_that_its_origin_would_refuse_the_p
     git.run(tmp_path, "clone", "--quiet", str(workspace), str(clone))
     shutil.copytree(workspace / "images", clone / "images")
     message = refused(call("run", "-w", clone))
-    assert f"in {workspace} somebody works on the same branch, main, and git refuses that" in message
+    assert f"git cannot push to {workspace}, because the branch main is checked out there" in message
     assert "`git switch -c NAME`" in message
     assert "`git remote remove origin`" in message
     git.run(clone, "switch", "--quiet", "-c", "mine")
@@ -432,7 +432,7 @@ def test_run_in_a_clone_says_before_it_trains_that_its_origin_would_refuse_the_p
     create.check(clone)
     git.run(clone, "remote", "set-url", "origin", f"file://{workspace}")
     git.run(workspace, "config", "receive.denyCurrentBranch", "refuse")
-    with pytest.raises(WorkspaceError, match="somebody works on the same branch"):
+    with pytest.raises(WorkspaceError, match="the branch main is checked out"):
         git.push(clone)
 
 
@@ -485,7 +485,7 @@ def test_a_stage_by_itself_says_which_of_its_inputs_are_missing(
     call: Callable[..., Said], workspace: Path, name: str, missing: str
 ) -> None:
     message = refused(call("stage", name, "-w", workspace))
-    assert f"expected {missing} before the stage {name}, found nothing there" in message
+    assert f"The stage {name} needs {missing}, found no such file" in message
     assert "`dvc repro`" in message
 
 
@@ -725,7 +725,7 @@ def test_what_would_write_says_that_a_workspace_can_only_be_read(
     with monkeypatch.context() as other:
         read_only(registered, other)
         message = refused(call(*words, "-w", registered))
-    assert f"expected a workspace that can be written, but {registered} can only be read" in message
+    assert f"expected a writable workspace, found {registered}, which you may only read" in message
     assert history(registered) == before
 
 
@@ -753,7 +753,7 @@ def test_the_cache_is_shown_bounded_and_emptied(call: Callable[..., Said], regis
 def test_the_cache_is_not_emptied_under_a_run(call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with lock.hold(registered), monkeypatch.context() as other:
         other.setattr(lock, "_HOLDER", "NOBODY")  # as another process sees it, which the run did not start
-        assert "is running in it" in refused(call("cache", "clear", "-w", registered))
+        assert "Another run is using the workspace" in refused(call("cache", "clear", "-w", registered))
     assert (registered / ".tlpipeline" / "cache").exists()
 
 

@@ -19,7 +19,7 @@ from uuid import UUID
 
 import pytest
 
-from tests.helpers.workspaces import set_param
+from tests.helpers.workspaces import dvc_status, set_param
 from tlpipeline.choice import decide
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.errors import DataError, WorkspaceError
@@ -27,7 +27,6 @@ from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, silent
 from tlpipeline.registry import versions
 from tlpipeline.report import page as report
-from tlpipeline.versioning import dvc as versioning
 from tlpipeline.workspace import release, stages
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -178,7 +177,7 @@ def test_what_was_registered_is_in_the_remote(first: Run, tmp_path: Path) -> Non
     shutil.copytree(first.workspace / ".dvc-remote", clone / ".dvc-remote")
     dvc(clone, "pull")
     assert (clone / "model" / "weights.safetensors").read_bytes() == (first.workspace / "model" / "weights.safetensors").read_bytes()
-    assert versioning.clean(clone)
+    assert not dvc_status(clone)
 
 
 # --- the second run -------------------------------------------------------------------------------------------------------------------
@@ -254,7 +253,7 @@ def test_a_rejection_is_committed_with_its_verdict_but_makes_no_tag(first: Run, 
     assert json.loads(git(rejected.workspace, "show", "HEAD:case.json"))["forced"] == ["choose.case"]
     assert json.loads(git(rejected.workspace, "show", "HEAD:metrics.json")) == stages.read_json(rejected.workspace, stages.METRICS)
     assert git(rejected.workspace, "status", "--porcelain") == ""
-    assert versioning.clean(rejected.workspace)
+    assert not dvc_status(rejected.workspace)
 
 
 def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_back(rejected: Run, tmp_path: Path) -> None:
@@ -371,7 +370,7 @@ def test_data_that_cannot_be_pushed_stop_the_run_after_some_tries(workspace: Pat
     run = retrain(workspace)
     assert run.state == "FAILED"
     assert isinstance(run.result, WorkspaceError)
-    assert "expected to push to the DVC remote" in str(run.result)
+    assert "Cannot push to the DVC remote" in str(run.result)
     (only,) = task_runs(run)
     assert (only.name, only.run_count) == ("version", 3)
     assert git(workspace, "tag") == ""
@@ -401,7 +400,7 @@ def test_a_model_that_cannot_be_pushed_is_not_registered(workspace: Path) -> Non
     assert verdict.accepted
     before = git(workspace, "rev-parse", "HEAD")
     unreachable(workspace)
-    with pytest.raises(WorkspaceError, match="expected to push to the DVC remote"):
+    with pytest.raises(WorkspaceError, match="Cannot push to the DVC remote"):
         release.register(workspace, verdict)
     assert git(workspace, "tag") == ""
     assert git(workspace, "rev-parse", "HEAD") == before

@@ -166,7 +166,7 @@ def test_where_nothing_can_be_compared_the_way_out_is_named() -> None:
     champion = replace(challenger, labels=np.full(6, -1))
     verdict = compare_with_champion(challenger, champion, "net@v1", frozenset(), BETTER)
     assert not verdict.accepted
-    assert verdict.reason.startswith("rejected: no test image can be compared with net@v1; register it as a model of its own (data.name")
+    assert verdict.reason.startswith("rejected: no test image can be compared with net@v1; register it under another name (data.name")
     assert "new since net@v1" in verdict.reason
 
 

@@ -54,7 +54,7 @@ def test_what_is_no_workspace_is_refused_with_the_way_to_make_one(tmp_path: Path
 )
 def test_a_full_disk_is_told_with_the_way_out(error: OSError, tmp_path: Path) -> None:
     with (
-        pytest.raises(WorkspaceError, match=r"expected room on the disk of .*What was recorded before is unchanged; free some space"),
+        pytest.raises(WorkspaceError, match=r"The disk of .* is full .*Earlier records are unchanged\. Free some space"),
         lock.disk_errors(tmp_path),
     ):
         raise error
@@ -68,7 +68,7 @@ def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -
 def test_a_second_process_is_refused_and_told_who_is_in_the_workspace(tmp_path: Path) -> None:
     with lock.hold(tmp_path):
         said = run_python(tmp_path, "-c", TAKE_THE_LOCK, str(tmp_path)).stdout
-        assert f"expected to have the workspace {tmp_path} alone, but process {os.getpid()} (" in said
+        assert f"Another run is using the workspace {tmp_path}: process {os.getpid()} (" in said
         assert "Wait for it to end, or stop it; then run again." in said
     assert run_python(tmp_path, "-c", TAKE_THE_LOCK, str(tmp_path)).stdout == "in\n"
 
@@ -103,7 +103,7 @@ def test_the_holder_itself_may_enter_twice_and_frees_the_lock_at_the_outer_end(t
 def test_the_lock_of_one_workspace_does_not_open_another(tmp_path: Path) -> None:
     code = "import os, sys; os.environ['TLPIPELINE_LOCK_HOLDER'] = '/elsewhere'\n" + TAKE_THE_LOCK
     with lock.hold(tmp_path):
-        assert "expected to have the workspace" in run_python(tmp_path, "-c", code, str(tmp_path)).stdout
+        assert "Another run is using the workspace" in run_python(tmp_path, "-c", code, str(tmp_path)).stdout
 
 
 def test_a_workspace_is_the_same_by_whatever_path_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_who_waits_gets_the_workspace_once_it_is_free(tmp_path: Path) -> None:
     (tmp_path / lock.LOCK).parent.mkdir()
     other = FileLock(tmp_path / lock.LOCK, thread_local=False)
     other.acquire()
-    with pytest.raises(WorkspaceError, match="alone, but another process is running in it"):  # it has not said yet who it is
+    with pytest.raises(WorkspaceError, match=r"using the workspace .*: another process"):  # it has not said yet who it is
         lock.require_unlocked(tmp_path)
     threading.Timer(0.3, other.release).start()
     with lock.hold(tmp_path, wait=60):
@@ -144,7 +144,9 @@ def test_what_may_only_be_read_is_named_before_a_run_begins(place: str, tmp_path
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / place and real(path, mode))
-    with pytest.raises(WorkspaceError, match=f"but {re.escape(str(tmp_path / place))} can only be read. Change its rights or its owner"):
+    with pytest.raises(
+        WorkspaceError, match=f"found {re.escape(str(tmp_path / place))}, which you may only read. Change its permissions or owner"
+    ):
         lock.require_unlocked(tmp_path)
 
 
@@ -167,6 +169,6 @@ def test_a_dvc_repro_elsewhere_fails_with_a_clear_message_while_a_run_is_on(work
         done = run_python(workspace, "-m", "dvc", "repro")
     assert done.returncode != 0
     assert f"alone, but process {os.getpid()} (" in done.stderr
-    assert "is running in it. Wait for it to end" in done.stderr
+    assert "Wait for it to end" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (workspace / "dvc.lock").exists()

@@ -26,7 +26,7 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     hook = origin / "hooks" / "update"
     hook.write_text('#!/bin/sh\ncase "$1" in *prod*) echo "not today"; exit 1;; esac\n')
     hook.chmod(0o755)
-    with pytest.raises(RegistryError, match=r"(?s)expected to publish the promotion workspace#prod#1, but: .*It is taken back; pull"):
+    with pytest.raises(RegistryError, match=r"(?s)Cannot publish the promotion workspace#prod#1: .*The tag was removed; run `git pull`"):
         versions.promote(registered, version)
     assert not [tag for tag in git.tags(registered) if "#" in tag]
     hook.unlink()
@@ -121,7 +121,7 @@ def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published
     killed(registered, monkeypatch, "push")
     origin.rename(origin.with_name("gone"))
     with pytest.raises(
-        RegistryError, match=r"(?s)expected to publish workspace@v0\.1\.1, but: .*The tag is taken back; pull, and run again"
+        RegistryError, match=r"(?s)Cannot publish workspace@v0\.1\.1: .*Its tag was removed; run `git pull`, and run again"
     ):
         release.evaluate_gate(registered, silent)
     assert list(git.tags(registered)) == ["workspace@v0.1.0"]

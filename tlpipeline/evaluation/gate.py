@@ -1,7 +1,7 @@
-"""The gate: is the challenger really better than the champion? A paired test on the same test images, not a comparison of two numbers.
+"""The gate: is the new model (challenger) better than the present one (champion)? A paired test on the same test images.
 
-Where classes are so uneven that training weighs them alike, they count alike here, too: by balanced accuracy. Always saying the largest class is
-right on most images then, and a model that finds the others must not lose against it.
+Where classes are so uneven that training gives them equal weight, the gate compares balanced accuracy. Predicting only the largest class
+would have a high accuracy there, and must not win against a model that finds the other classes.
 """
 
 import math
@@ -21,11 +21,12 @@ ACCURACY, BALANCED = "accuracy", "balanced_accuracy"
 
 @dataclass(frozen=True)
 class Stratum:
-    """Test images that count alike: all of them for accuracy, those of one class for balanced accuracy.
+    """Test images with equal weight: all of them for accuracy, those of one class for balanced accuracy.
 
     Attributes:
-        images: how many; wins, losses: of these only the challenger, or only the champion, classifies correctly.
-        share: of the stratum in the metric; the shares of all strata add up to 1.
+        images: their number.
+        wins, losses: images that only the challenger, or only the champion, classifies correctly.
+        share: weight of the stratum in the metric; the shares of all strata sum to 1.
     """
 
     images: int
@@ -35,25 +36,26 @@ class Stratum:
 
     @property
     def difference(self) -> float:
-        """Challenger minus champion, in the metric."""
+        """Challenger minus champion in the metric."""
         return self.share * (self.wins - self.losses) / self.images
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says.
+    """The result of the gate.
 
     Attributes:
         accepted: whether the challenger may be registered.
-        champion: name of the version that it was compared with, or `the majority class`.
-        images: that both were tested on; left_out: test images that the champion was trained on.
+        champion: version that it was compared with, or `the majority class`.
+        images: number of compared test images.
+        left_out: test images that the champion was trained on.
         metric: accuracy, or balanced_accuracy (the mean of the classes' recalls).
-        challenger_score, champion_score: the metric on these images.
+        challenger_score, champion_score: the metric on the compared images.
         wins, losses: images that only the challenger, or only the champion, classifies correctly.
-        p_value: one-sided, of the rule's null hypothesis.
-        low, high: 90 % interval of the difference in the metric, in percentage points.
+        p_value: one-sided, under the rule's null hypothesis.
+        low, high: 90% interval of the difference in the metric, in percentage points.
         new_classes: classes that the champion does not know; their images are not compared.
-        reason: one English sentence with the numbers.
+        reason: one sentence with the numbers.
     """
 
     accepted: bool
@@ -77,125 +79,165 @@ class Verdict:
 
 
 def compare_with_majority(challenger: Predictions, majority: str, rule: GateParams, uneven: bool = False) -> Verdict:
-    """Judge the first model: it must be significantly better than always saying the largest training class.
+    """Compare the first model with always predicting the largest training class; it must be significantly better.
 
     Args:
-        uneven: training weighed classes alike; by `metric: auto` they count alike here as well.
+        challenger: on the test split.
+        majority: the largest training class.
+        rule: settings of the gate.
+        uneven: training weighted the classes equally; with `metric: auto`, the gate then uses balanced accuracy.
     """
     constant = challenger.labels == challenger.classes.index(majority)
-    return _judge(challenger.correct, constant, challenger.labels, MAJORITY, 0, (), rule, "better", uneven)
+    return _compare(challenger.correct, constant, challenger.labels, MAJORITY, 0, (), rule, "better", uneven)
 
 
 def compare_with_champion(
     challenger: Predictions, champion: Predictions, name: str, trained_on: frozenset[str], rule: GateParams, uneven: bool = False
 ) -> Verdict:
-    """Judge a challenger against the champion on the same test images.
+    """Compare a challenger with the champion on the same test images.
 
-    Images that the champion was trained on are left out, and so are classes that it does not know (they are named).
+    Images that the champion was trained on are left out, and so are classes that it does not know.
 
     Args:
-        uneven: as in `against_majority`.
+        challenger, champion: on the same images in the same order.
+        name: of the champion.
+        trained_on: md5s of the champion's training and validation images.
+        rule: settings of the gate.
+        uneven: as in `compare_with_majority`.
 
     Raises:
-        AssertionError: the two were not given the same images in the same order.
+        AssertionError: the images differ.
     """
     assert challenger.md5 == champion.md5, "both must predict the same images"
     unknown = champion.labels < 0
-    new = tuple(sorted({challenger.classes[i] for i in challenger.labels[unknown]}))
-    seen = np.array([md5 in trained_on for md5 in challenger.md5], dtype=bool)
-    kept = ~seen & ~unknown
-    left_out = int(seen.sum())
-    return _judge(challenger.correct[kept], champion.correct[kept], challenger.labels[kept], name, left_out, new, rule, rule.rule, uneven)
+    new_classes = tuple(sorted({challenger.classes[i] for i in challenger.labels[unknown]}))
+    was_trained_on = np.array([md5 in trained_on for md5 in challenger.md5], dtype=bool)
+    compared = ~was_trained_on & ~unknown
+    left_out = int(was_trained_on.sum())
+    return _compare(
+        challenger.correct[compared],
+        champion.correct[compared],
+        challenger.labels[compared],
+        name,
+        left_out,
+        new_classes,
+        rule,
+        rule.rule,
+        uneven,
+    )
 
 
-def _judge(
-    a: Any, b: Any, labels: Labels, champion: str, left_out: int, new: tuple[str, ...], rule: GateParams, kind: str, uneven: bool
+def _compare(
+    challenger_correct: Any,
+    champion_correct: Any,
+    labels: Labels,
+    champion: str,
+    left_out: int,
+    new_classes: tuple[str, ...],
+    rule: GateParams,
+    claim_kind: str,
+    balanced: bool,
 ) -> Verdict:
-    metric = (BALANCED if uneven else ACCURACY) if rule.metric == AUTO else rule.metric
-    parts = strata(a, b, labels, metric)
-    n, wins, losses = len(a), sum(part.wins for part in parts), sum(part.losses for part in parts)
-    margin = rule.margin / 100 if kind == "not_worse" else 0.0
+    metric = (BALANCED if balanced else ACCURACY) if rule.metric == AUTO else rule.metric
+    parts = strata(challenger_correct, champion_correct, labels, metric)
+    n, wins, losses = len(challenger_correct), sum(part.wins for part in parts), sum(part.losses for part in parts)
+    margin = rule.margin / 100 if claim_kind == "not_worse" else 0.0
     p_value, test = _p_value(parts, margin, rule)
-    score, other = (_score(right, labels, metric) for right in (a, b))
+    score, champion_score = (_score(correct, labels, metric) for correct in (challenger_correct, champion_correct))
     accepted = n > 0 and p_value < rule.alpha
     low, high = _interval(parts)
-    claim = f"better than {champion}" if kind == "better" else f"not worse than {champion} by {rule.margin:g} points"
+    claim = f"better than {champion}" if claim_kind == "better" else f"not worse than {champion} by {rule.margin:g} points"
     reason = (
-        f"{'accepted' if accepted else 'rejected'}: {'balanced accuracy ' if metric == BALANCED else ''}{score:.1%} against {other:.1%} "
+        f"{'accepted' if accepted else 'rejected'}: {'balanced accuracy ' if metric == BALANCED else ''}{score:.1%} against {champion_score:.1%} "
         f"of {champion} on the same {n} test images ({wins} won, {losses} lost, difference {low:+.1f} to {high:+.1f} points), "
-        f"{'' if accepted else 'not '}significantly {claim} ({_shown(p_value)}, {test}, alpha {rule.alpha:g})"
+        f"{'' if accepted else 'not '}significantly {claim} ({_format_p(p_value)}, {test}, alpha {rule.alpha:g})"
     )
     if not n:
-        reason = f"rejected: no test image can be compared with {champion}; register it as a model of its own (data.name in params.yaml)"
+        reason = f"rejected: no test image can be compared with {champion}; register it under another name (data.name in params.yaml)"
     if left_out:
         reason += f"; {left_out} images that {champion} was trained on are left out"
-    if new:
-        reason += f"; not compared: {', '.join(new)}, new since {champion}"
-    return Verdict(accepted, champion, n, left_out, metric, score, other, wins, losses, p_value, low, high, new, reason + ".")
+    if new_classes:
+        reason += f"; not compared: {', '.join(new_classes)}, new since {champion}"
+    return Verdict(
+        accepted, champion, n, left_out, metric, score, champion_score, wins, losses, p_value, low, high, new_classes, reason + "."
+    )
 
 
-def strata(a: Any, b: Any, labels: Labels, metric: str) -> list[Stratum]:
-    """Return the test images by what they count in the metric.
+def strata(challenger_correct: Any, champion_correct: Any, labels: Labels, metric: str) -> list[Stratum]:
+    """Group the test images by their weight in the metric.
 
     Args:
-        a, b: whether challenger and champion are right, of each image (n,).
-        labels: classes (n,).
+        challenger_correct, champion_correct: whether each is right about each image (n,).
+        labels: class indices (n,).
+        metric: accuracy or balanced_accuracy.
     """
-    groups = [labels == label for label in np.unique(labels)] if metric == BALANCED else [np.ones(len(a), dtype=bool)] * (len(a) > 0)
-    return [Stratum(int(g.sum()), int((a & ~b & g).sum()), int((~a & b & g).sum()), 1 / len(groups)) for g in groups]
+    groups = (
+        [labels == label for label in np.unique(labels)]
+        if metric == BALANCED
+        else [np.ones(len(challenger_correct), dtype=bool)] * (len(challenger_correct) > 0)
+    )
+    return [
+        Stratum(
+            int(group.sum()),
+            int((challenger_correct & ~champion_correct & group).sum()),
+            int((~challenger_correct & champion_correct & group).sum()),
+            1 / len(groups),
+        )
+        for group in groups
+    ]
 
 
-def _score(right: Any, labels: Labels, metric: str) -> float:
-    if not len(right):
+def _score(correct: Any, labels: Labels, metric: str) -> float:
+    if not len(correct):
         return 0.0
-    return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]) if metric == BALANCED else right.mean())
+    return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]) if metric == BALANCED else correct.mean())
 
 
-def _shown(p_value: float) -> str:
+def _format_p(p_value: float) -> str:
     return f"p = {p_value:.2g}" if p_value >= 1e-12 else "p < 1e-12"
 
 
 def _p_value(parts: Sequence[Stratum], margin: float, rule: GateParams) -> tuple[float, str]:
-    """One-sided p-value of `the challenger is not better than the champion minus margin`, and the name of the test."""
+    """Return the one-sided p-value of `the challenger is not better than the champion minus margin`, and the name of the test."""
     from scipy.stats import binomtest, norm
 
-    seen = sum(part.difference for part in parts)
+    observed = sum(part.difference for part in parts)
     if rule.test == "bootstrap":
         return (_p_of_draws(_bootstrap(parts) <= -margin) if parts else 1.0), "paired bootstrap"
     if margin == 0 and len(parts) <= 1:
         wins, losses = sum(part.wins for part in parts), sum(part.losses for part in parts)
         return (float(binomtest(wins, wins + losses, 0.5, alternative="greater").pvalue) if wins + losses else 1.0), "exact McNemar test"
     if margin == 0:
-        # McNemar's null, that who wins an image is a coin's throw, for images that do not count alike.
+        # McNemar's null hypothesis: a coin toss decides who wins an image. Here images have different weights.
         rng = np.random.default_rng(0)
-        thrown = sum(
+        permuted = sum(
             part.share * (2 * rng.binomial(part.wins + part.losses, 0.5, DRAWS) - part.wins - part.losses) / part.images for part in parts
         )
-        return _p_of_draws(thrown >= seen - 1e-12), "paired permutation test"
-    # Non-inferiority of paired proportions: Tango's score test (1998), the probability of a loss estimated under the null difference. The scores of
-    # several strata add up.
-    null, spread = -margin, 0.0
+        return _p_of_draws(permuted >= observed - 1e-12), "paired permutation test"
+    # Non-inferiority of paired proportions by Tango's score test (1998): the probability of a loss is estimated under the null
+    # difference. The scores of several strata are summed.
+    null, variance = -margin, 0.0
     for part in parts:
         n, wins, losses = part.images, part.wins, part.losses
         a2, b2, c2 = 2 * n, -wins - losses + (2 * n - wins + losses) * null, -losses * null * (1 - null)
-        lost = (math.sqrt(max(b2 * b2 - 4 * a2 * c2, 0.0)) - b2) / (2 * a2)
-        spread += (part.share / n) ** 2 * max(n * (2 * lost + null * (1 - null)), 1e-12)
-    return (float(norm.sf((seen - null) / math.sqrt(spread))) if parts else 1.0), "paired score test"
+        loss_probability = (math.sqrt(max(b2 * b2 - 4 * a2 * c2, 0.0)) - b2) / (2 * a2)
+        variance += (part.share / n) ** 2 * max(n * (2 * loss_probability + null * (1 - null)), 1e-12)
+    return (float(norm.sf((observed - null) / math.sqrt(variance))) if parts else 1.0), "paired score test"
 
 
-def _p_of_draws(drawn: Any) -> float:
-    """The p-value that draws under the null leave possible: never 0."""
-    return float((1 + drawn.sum()) / (1 + len(drawn)))
+def _p_of_draws(at_least_as_extreme: Any) -> float:
+    """Return the p-value from draws under the null hypothesis: never 0."""
+    return float((1 + at_least_as_extreme.sum()) / (1 + len(at_least_as_extreme)))
 
 
 def _bootstrap(parts: Sequence[Stratum]) -> Any:
-    # Only the number of wins, losses and ties matters: a multinomial draw instead of n indices.
-    rng, drawn = np.random.default_rng(0), np.zeros(DRAWS)
+    # Only the numbers of wins, losses and ties matter: one multinomial draw replaces n indices.
+    rng, differences = np.random.default_rng(0), np.zeros(DRAWS)
     for part in parts:
         shares = [part.wins / part.images, part.losses / part.images]
         counts = rng.multinomial(part.images, [*shares, max(0.0, 1 - sum(shares))], size=DRAWS)
-        drawn += part.share * (counts[:, 0] - counts[:, 1]) / part.images
-    return drawn
+        differences += part.share * (counts[:, 0] - counts[:, 1]) / part.images
+    return differences
 
 
 def _interval(parts: Sequence[Stratum]) -> tuple[float, float]:

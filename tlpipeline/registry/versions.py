@@ -1,9 +1,9 @@
-"""Versions of models as git tags by GTO: `name@v1.2.0` for a version, `name#prod#3` for the third promotion to prod.
+"""Versions of models as git tags written by GTO: `name@v1.2.0` is a version, `name#prod#3` the third promotion to prod.
 
-What `gto deprecate` withdraws is a tag, too: `name@v1.2.0!` a version, `name#prod!#4` its promotion, `name@deprecated` the whole model.
+`gto deprecate` adds tags, too: `name@v1.2.0!` withdraws a version, `name#prod!#4` its promotion, `name@deprecated` the whole model.
 
-A version stands on the commit whose dvc.lock holds the model. It becomes visible last: files are pushed, then the commit is made, then the
-tag. The history of promotions is append-only; a rollback is one more promotion.
+A version is at the commit whose dvc.lock records the model. Its tag comes last: first the files are pushed, then the commit is made.
+Promotions are only ever added; a rollback is another promotion.
 """
 
 import json
@@ -21,14 +21,14 @@ from tlpipeline.versioning import dvc, git, lock
 
 PROD = "prod"
 CARD = "MODEL_CARD.md"
-_BEGUN = ".tlpipeline/publishing.json"  # what is registered, but not yet published and promoted as it was to be
-# What GTO writes behind the name of a model; other tags are none of ours.
+_PENDING = ".tlpipeline/publishing.json"  # a version that is registered, but not yet published and promoted
+# What GTO appends to a model's name; other tags do not belong to models.
 _TAG = re.compile(r"(#(?P<stage>[^#@!]+)|@v(?P<major>\d+)\.(?P<minor>\d+)\.(?P<patch>\d+)|@deprecated)(?P<off>!?)(#(?P<count>\d+))?")
 
 
 @dataclass(frozen=True, order=True)
 class Version:
-    """A registered model: its number, the commit it stands on, and the stages that it is in now."""
+    """A registered model: its number, its commit, and its present stages."""
 
     number: tuple[int, int, int]
     name: str
@@ -41,7 +41,7 @@ class Version:
 
 @dataclass(frozen=True)
 class _Event:
-    """A tag of GTO: a version or a stage of a commit, or neither for the whole model; `off` where that was withdrawn."""
+    """A GTO tag for a version, for a stage, or for the whole model if it names neither; `off` if it withdraws one."""
 
     tag: str
     commit: str
@@ -52,52 +52,52 @@ class _Event:
 
 
 def _events(root: Path, name: str) -> list[_Event]:
-    """Return what became of a model, in the order in which it did: as GTO counted, by time where it gave no number."""
-    found = []
-    for at, (tag, commit) in enumerate(git.tags(root).items()):
+    """Return a model's tags in order: by GTO's count, or by time where a tag has no count."""
+    events = []
+    for index, (tag, commit) in enumerate(git.tags(root).items()):
         if tag.startswith(name) and (match := _TAG.fullmatch(tag, len(name))):
             number = (int(match["major"]), int(match["minor"]), int(match["patch"])) if match["major"] else None
-            found.append((at, _Event(tag, commit, number, match["stage"], bool(match["off"]), int(match["count"] or 0))))
-    counted = sorted((event.count, at) for at, event in found if event.count)
-    # A clock that is behind does not put a promotion before those that it was counted after.
-    late = dict(zip((count for count, _ in counted), accumulate((at for _, at in counted), max), strict=True))
-    return [event for _, event in sorted(found, key=lambda f: (late.get(f[1].count, f[0]), f[1].count))]
+            events.append((index, _Event(tag, commit, number, match["stage"], bool(match["off"]), int(match["count"] or 0))))
+    counted = sorted((event.count, index) for index, event in events if event.count)
+    # A wrong clock must not move a promotion before those that were counted earlier.
+    order = dict(zip((count for count, _ in counted), accumulate((index for _, index in counted), max), strict=True))
+    return [event for _, event in sorted(events, key=lambda f: (order.get(f[1].count, f[0]), f[1].count))]
 
 
 def versions(root: Path, name: str, withdrawn: bool = False) -> list[Version]:
-    """Return all versions of a model, oldest first; those that were withdrawn only if asked for."""
+    """Return all versions of a model, oldest first; withdrawn ones only if asked for."""
     events = _events(root, name)
     if not withdrawn and events and not (events[-1].number or events[-1].stage):
-        return []  # the whole model, and nothing became of it since
-    last = {event.number: event for event in events if event.number}  # the last word about each
-    known = {number: event.commit for number, event in last.items() if withdrawn or not event.off}
-    now: dict[str, list[str]] = {}
+        return []  # the whole model is withdrawn, and nothing was registered since
+    latest = {event.number: event for event in events if event.number}  # the last word about each
+    known = {number: event.commit for number, event in latest.items() if withdrawn or not event.off}
+    stages_of: dict[str, list[str]] = {}
     for stage in sorted({event.stage for event in events if event.stage}):
         if history := [commit for commit in _assignments(events, stage) if commit in known.values()]:
-            now.setdefault(history[-1], []).append(stage)
-    return sorted(Version(number, name, commit, tuple(now.get(commit, ()))) for number, commit in known.items())
+            stages_of.setdefault(history[-1], []).append(stage)
+    return sorted(Version(number, name, commit, tuple(stages_of.get(commit, ()))) for number, commit in known.items())
 
 
 def _assignments(events: Iterable[_Event], stage: str) -> list[str]:
-    """Return the commits that were promoted to a stage, in order, without those that were taken out of it since."""
-    held: list[str] = []
+    """Return the commits promoted to a stage, in order, without those that were withdrawn since."""
+    commits: list[str] = []
     for event in events:
         if event.stage == stage:
-            held = [commit for commit in held if commit != event.commit] if event.off else [*held, event.commit]
-    return held
+            commits = [commit for commit in commits if commit != event.commit] if event.off else [*commits, event.commit]
+    return commits
 
 
 def champion(root: Path, name: str) -> Version | None:
-    """Return the version in stage prod, else the newest registered one, else None."""
+    """Return the version in stage prod, else the newest registered version, else None."""
     known = versions(root, name)
     return next((v for v in known if PROD in v.stages), known[-1] if known else None)
 
 
 def resolve(root: Path, text: str) -> Version:
-    """Return the version that a text means: `name@v1.2.0`, `name@v1` (the newest of them), `name@latest`, or `name#prod`.
+    """Return the version of a name: `name@v1.2.0`, `name@v1` (the newest 1.x), `name@latest`, or `name#prod`.
 
     Raises:
-        RegistryError: there is none.
+        RegistryError: there is no such version.
     """
     name = re.split("[@#]", text)[0]
     known = versions(root, name)
@@ -118,21 +118,24 @@ def resolve(root: Path, text: str) -> Version:
         raise RegistryError(
             f"expected a version of {name} in stage {stage!r}, found none. Promote one: `tlpipeline registry promote {known[-1]}`."
         )
-    wanted = text.partition("@")[2]
-    if wanted in ("", "latest"):
+    number = text.partition("@")[2]
+    if number in ("", "latest"):
         return known[-1]
-    parts = tuple(wanted.removeprefix("v").split("."))
+    parts = tuple(number.removeprefix("v").split("."))
     for version in reversed(known):
         if tuple(map(str, version.number))[: len(parts)] == parts:
             return version
-    raise RegistryError(f"expected a version of {name}, found {wanted!r}; registered: {', '.join(str(v) for v in known)}.")
+    raise RegistryError(f"expected a version of {name}, found {number!r}; registered: {', '.join(str(v) for v in known)}.")
 
 
 def model_folder(root: Path, version: Version, place: Path | None = None) -> Path:
-    """Return the model folder of a version, fetched from DVC's cache or remote where it is not here yet.
+    """Return the model folder of a version, fetched from DVC's cache or remote if it is missing.
 
     Args:
-        place: folder to fetch it to; None keeps it in the workspace.
+        place: folder to fetch it to; None is a folder in the workspace.
+
+    Raises:
+        WorkspaceError: neither has the model.
     """
     target = root / ".tlpipeline" / "models" / str(version)
     if not target.is_dir():
@@ -146,7 +149,7 @@ def model_folder(root: Path, version: Version, place: Path | None = None) -> Pat
 
 
 def trained_on(root: Path, version: Version) -> frozenset[str]:
-    """Return the md5 of the images that a version was trained or validated on."""
+    """Return the md5s of the images that a version was trained or validated on."""
     path = root / ".tlpipeline" / "models" / f"{version}.manifest.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,7 @@ def trained_on(root: Path, version: Version) -> frozenset[str]:
 
 
 def find_registered(root: Path, name: str, model_hash: str) -> Version | None:
-    """Return the version that already holds this very model, if any, withdrawn or not."""
+    """Return the version that contains this model, withdrawn or not, or None."""
     for version in reversed(versions(root, name, withdrawn=True)):
         if model_hash and dvc.stage_output(root, "train", "model", version.commit) == model_hash:
             return version
@@ -163,17 +166,17 @@ def find_registered(root: Path, name: str, model_hash: str) -> Version | None:
 
 
 def next_number(root: Path, name: str, classes: Sequence[str], case: str) -> tuple[int, int, int]:
-    """Return the number of the next version: a patch for new weights, a minor step where the case or the classes changed.
+    """Return the number of the next version: a patch for new weights, a minor version if the case or the classes changed.
 
-    The number of a version that was withdrawn is not given again.
+    Numbers of withdrawn versions are not used again.
     """
     known = versions(root, name, withdrawn=True)
     if not known:
         return (0, 1, 0)
     major, minor, patch = known[-1].number
-    before = json.loads(git.read_at(root, known[-1].commit, "case.json") or "{}").get("case")
-    tested = json.loads(git.read_at(root, known[-1].commit, "classes.json") or "{}")
-    if before != case or sorted(tested) != sorted(classes):
+    previous_case = json.loads(git.read_at(root, known[-1].commit, "case.json") or "{}").get("case")
+    previous_classes = json.loads(git.read_at(root, known[-1].commit, "classes.json") or "{}")
+    if previous_case != case or sorted(previous_classes) != sorted(classes):
         return (major, minor + 1, 0)
     return (major, minor, patch + 1)
 
@@ -181,116 +184,123 @@ def next_number(root: Path, name: str, classes: Sequence[str], case: str) -> tup
 def publish(
     root: Path, name: str, number: tuple[int, int, int], message: str, paths: Sequence[str], stage: str = ""
 ) -> tuple[Version, str]:
-    """Register the model of the present dvc.lock: push the files, commit, tag, push the commit and the tag, promote; in that order.
+    """Register the model in dvc.lock: push the files, commit, tag, push the commit and the tag, promote; in that order.
 
     Args:
-        stage: to put the version into at once.
+        message: of the commit and the tag.
+        paths: files to commit.
+        stage: promote the version to this stage.
 
     Returns:
         The version, and the tag of its promotion.
 
     Raises:
-        WorkspaceError: the files could not be pushed; nothing is registered then.
-        RegistryError: somebody else registered this number first; the local tag is taken back.
+        WorkspaceError: the files could not be pushed; then nothing is registered.
+        RegistryError: another run registered this number first; then the local tag is removed.
     """
     git.fetch_tags(root)
     dvc.push(root)
     text = f"v{'.'.join(map(str, number))}"
     version = Version(number, name, git.commit(root, message, paths))
-    write_json({"name": name, "version": str(version), "stage": stage, "before": _latest(root, name, stage)}, root / _BEGUN)
+    write_json({"name": name, "version": str(version), "stage": stage, "before": _latest(root, name, stage)}, root / _PENDING)
     try:
         git.gto(root, "register", name, "HEAD", "--version", text, "--message", message)
     except WorkspaceError as error:
-        (root / _BEGUN).unlink()
-        raise RegistryError(f"expected to register {version}, but: {error}. Run again: the next number is taken then.") from error
-    _, promoted = _go_on(root, version, stage)
+        (root / _PENDING).unlink()
+        raise RegistryError(f"Cannot register {version}: {error}. Run again, to take the next number.") from error
+    _, promoted = _finish_publication(root, version, stage)
     return version, promoted
 
 
 def resume_publication(root: Path, promoting: bool) -> tuple[Version, str] | None:
-    """Publish what an earlier run registered and was killed before it had published, and promote it if that run was to and none was since.
+    """Publish and promote a version that a killed run had registered but not published.
+
+    It is not promoted if another version was promoted since.
 
     Args:
-        promoting: promote it, if it was to be.
+        promoting: promote it, if the killed run would have.
 
     Returns:
-        The version, and the tag of its promotion; None where there is nothing to go on with.
+        The version, and the tag of its promotion; None if no publication is pending.
 
     Raises:
-        RegistryError: as `publish`.
+        RegistryError: as in `publish`.
     """
-    if not (root / _BEGUN).exists():
+    if not (root / _PENDING).exists():
         return None
-    begun = json.loads((root / _BEGUN).read_text(encoding="utf-8"))
-    version = next((v for v in versions(root, begun["name"]) if str(v) == begun["version"]), None)
-    if version is None:  # the kill came before the tag, or it was withdrawn
-        (root / _BEGUN).unlink()
+    pending = json.loads((root / _PENDING).read_text(encoding="utf-8"))
+    version = next((v for v in versions(root, pending["name"]) if str(v) == pending["version"]), None)
+    if version is None:  # the run was killed before it wrote the tag, or the version was withdrawn
+        (root / _PENDING).unlink()
         return None
-    return _go_on(root, version, begun["stage"] if promoting else "")
+    return _finish_publication(root, version, pending["stage"] if promoting else "")
 
 
-def _go_on(root: Path, version: Version, stage: str) -> tuple[Version, str]:
-    begun = json.loads((root / _BEGUN).read_text(encoding="utf-8"))
+def _finish_publication(root: Path, version: Version, stage: str) -> tuple[Version, str]:
+    pending = json.loads((root / _PENDING).read_text(encoding="utf-8"))
     try:
         git.push(root)
     except WorkspaceError as error:
-        if begun.get("pushed"):
-            raise RegistryError(f"expected to publish what became of {version}, but: {error}. Mend that, and run again.") from error
+        if pending.get("pushed"):
+            raise RegistryError(f"Cannot publish the promotion of {version}: {error}. Fix this, and run again.") from error
         git.delete_tag(root, str(version))
-        (root / _BEGUN).unlink()
-        raise RegistryError(f"expected to publish {version}, but: {error}. The tag is taken back; pull, and run again.") from error
-    write_json(begun | {"pushed": True}, root / _BEGUN)
-    promoted = promote(root, version, stage, begun["before"]) if stage else ""
-    (root / _BEGUN).unlink()
+        (root / _PENDING).unlink()
+        raise RegistryError(f"Cannot publish {version}: {error}. Its tag was removed; run `git pull`, and run again.") from error
+    write_json(pending | {"pushed": True}, root / _PENDING)
+    promoted = promote(root, version, stage, pending["before"]) if stage else ""
+    (root / _PENDING).unlink()
     return version, promoted
 
 
 def _latest(root: Path, name: str, stage: str) -> str:
-    """Return the tag of the last promotion to a stage, or of the end of one; "" where there was none."""
+    """Return the last tag that promoted to a stage, or withdrew from it; "" if there is none."""
     return next((event.tag for event in reversed(_events(root, name)) if event.stage == stage), "")
 
 
 def promote(root: Path, version: Version, stage: str = PROD, unless_since: str | None = None) -> str:
-    """Put a version into a stage, and return the tag that says so.
+    """Promote a version to a stage; return the tag.
 
     Args:
-        unless_since: the tag of the last promotion to this stage that is known of; if there was another since, nothing is done.
+        unless_since: the last known promotion tag of this stage; if there is a newer one, nothing is done.
 
     Raises:
-        RegistryError: GTO refuses, or the tag cannot be pushed. WorkspaceError: the workspace cannot be written.
+        RegistryError: GTO refuses, or the tag cannot be pushed.
+        WorkspaceError: the workspace is not writable.
     """
     lock.require_writable(root)
     number = f"v{'.'.join(map(str, version.number))}"
-    git.fetch_tags(root)  # somebody else may have promoted another one meanwhile
+    git.fetch_tags(root)  # another clone may have promoted a version
     if unless_since is not None and _latest(root, version.name, stage) != unless_since:
         return ""
     try:
         git.gto(root, "assign", version.name, "--version", number, "--stage", stage, "--force")
     except WorkspaceError as error:
-        raise RegistryError(f"expected to promote {version} to {stage}, but: {error}") from error
+        raise RegistryError(f"Cannot promote {version} to {stage}: {error}") from error
     tag = max((event for event in _events(root, version.name) if event.stage == stage and not event.off), key=lambda e: e.count).tag
     try:
         git.push(root)
     except WorkspaceError as error:
         git.delete_tag(root, tag)
-        raise RegistryError(f"expected to publish the promotion {tag}, but: {error}. It is taken back; pull, and promote again.") from error
+        raise RegistryError(
+            f"Cannot publish the promotion {tag}: {error}. The tag was removed; run `git pull`, and promote again."
+        ) from error
     return tag
 
 
 def rollback(root: Path, name: str, stage: str = PROD) -> tuple[Version, Version]:
-    """Put the version back into a stage that was in it before the present one came in; return (present, restored).
+    """Promote the version that was in a stage before the present one; return (present, restored).
 
     Raises:
-        RegistryError: there is no earlier one.
+        RegistryError: there is none.
     """
     by_commit = {v.commit: v for v in versions(root, name)}
     history = [by_commit[c] for c in _assignments(_events(root, name), stage) if c in by_commit]
     if not history:
         raise RegistryError(f"expected a version of {name} in stage {stage}, found none, so there is nothing to roll back.")
-    before = history[: history.index(history[-1])]
-    if not before:
+    earlier = history[: history.index(history[-1])]
+    if not earlier:
         raise RegistryError(
-            f"expected a version that was in {stage} before {history[-1]}, found none. Promote another: `tlpipeline registry promote NAME@VERSION`."
+            f"expected an earlier version in {stage} before {history[-1]}, found none. Promote another: `tlpipeline registry promote NAME@VERSION`."
         )
-    promote(root, before[-1], stage)
-    return history[-1], before[-1]
+    promote(root, earlier[-1], stage)
+    return history[-1], earlier[-1]

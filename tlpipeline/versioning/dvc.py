@@ -1,7 +1,7 @@
-"""The only driver of DVC: versions of data, and stages recorded as they ran.
+"""The only module that calls DVC: versions of data, and stages recorded after they ran.
 
-The Python API of DVC is not promised to be stable, so it is kept in this one file. A stage that ran in this process is recorded right after
-it ran, from dependencies that were hashed before it ran and are unchanged since; never by a blanket `dvc commit`.
+DVC's Python API is not guaranteed to be stable, so all calls are in this file. A stage that ran in this process is recorded at once, if
+the dependencies still have the hashes from before it ran; never by a general `dvc commit`.
 """
 
 import json
@@ -20,11 +20,11 @@ from tlpipeline.versioning import git, lock
 
 
 def silence() -> None:
-    """Turn off DVC's analytics, messages and bars; a user's own settings win."""
+    """Turn off DVC's analytics, messages and progress bars, unless the user set them."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
     logging.getLogger("dvc").setLevel(logging.ERROR)
-    for name in ("dvc.progress", "dvc_data.callbacks"):  # whose levels say whether bars are drawn, in the midst of ours
+    for name in ("dvc.progress", "dvc_data.callbacks"):  # at a higher level they would draw bars between ours
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
@@ -32,10 +32,10 @@ def silence() -> None:
 
 
 def init(root: Path, remote: str) -> None:
-    """Make a git and a DVC repository of a folder, with a default remote; what is there already stays.
+    """Make a folder a git and DVC repository with a default remote; existing repositories stay.
 
     Raises:
-        WorkspaceError: the remote is of a kind that DVC does not know.
+        WorkspaceError: DVC does not know this kind of remote.
     """
     silence()
     from dvc.repo import Repo
@@ -44,12 +44,12 @@ def init(root: Path, remote: str) -> None:
         git.run(root, "init", "--quiet", "--initial-branch", "main")
     for key, value in (("user.name", "tlpipeline"), ("user.email", "tlpipeline@localhost")):
         if not git.run(root, "config", key, check=False):
-            git.run(root, "config", key, value)  # commits and tags need a name; only where the user has set none
+            git.run(root, "config", key, value)  # commits and tags need a name; the user's own is kept
     if not (root / ".dvc").exists():
         logging.getLogger("dvc").setLevel(logging.ERROR)  # importing DVC sets its own level
         Repo.init(str(root)).close()
-    # DVC reads a relative path from the working directory and keeps it relative to its own folder: a remote inside the workspace
-    # moves with it, one given by its full path stays where it is.
+    # DVC reads a relative path from the working directory and stores it relative to its own folder. A remote inside the workspace
+    # therefore moves with it; one outside is given by its full path.
     inside = "://" not in remote and Path(remote).resolve().is_relative_to(root.resolve())
     try:
         _configure(root, os.path.relpath(remote) if inside else remote)
@@ -58,7 +58,7 @@ def init(root: Path, remote: str) -> None:
 
 
 def check_remote(remote: str) -> None:
-    """Check that what DVC needs to reach a remote of this kind is installed.
+    """Check that the package that DVC needs for this kind of remote is installed.
 
     Raises:
         WorkspaceError: it is not.
@@ -74,7 +74,7 @@ def check_remote(remote: str) -> None:
 
 def _not_installed(error: ImportError) -> WorkspaceError:
     return WorkspaceError(
-        f"expected what DVC needs for its remote, but: {error}. Install it (`pip install 'tlpipeline[s3]'` brings dvc-s3), and run again."
+        f"DVC needs another package for its remote: {error}. Install it (`pip install 'tlpipeline[s3]'` for S3), and run again."
     )
 
 
@@ -92,7 +92,7 @@ def _configure(root: Path, remote: str) -> None:
 
 
 def is_stage_output(root: Path, path: str) -> bool:
-    """Say whether a path is written by a stage (as the embedded sample is at the repository's root), not added by hand."""
+    """Return whether a stage writes this path, as for the embedded sample in the repository; otherwise it was added by hand."""
     with _repo(root) as repo:
         return any(
             out.def_path == path or Path(out.fs_path) == Path(repo.root_dir) / path
@@ -103,7 +103,7 @@ def is_stage_output(root: Path, path: str) -> bool:
 
 
 def add(root: Path, path: str) -> str:
-    """Put a folder or file under DVC (or update it) and return its hash.
+    """Add a folder or file to DVC, or update it, and return its hash.
 
     Raises:
         WorkspaceError: DVC refuses.
@@ -113,21 +113,23 @@ def add(root: Path, path: str) -> str:
             repo.add([str(Path(repo.root_dir) / path)])
         except _dvc_error(FileNotFoundError, PermissionError, UnicodeError) as error:
             raise WorkspaceError(
-                f"expected to version {path} with DVC, but: {error}. Look there for links to nothing and for files that cannot be read."
+                f"Cannot version {path} with DVC: {error}. Look there for broken links and for files that cannot be read."
             ) from error
     return data_hash(root, path)
 
 
-def ignored_files(root: Path, path: str, found: Iterable[Path]) -> list[Path]:
-    """Return which of the files found below a folder DVC does not see, because of a .dvcignore; and those in the folder, which it refuses."""
+def ignored_files(root: Path, path: str, files: Iterable[Path]) -> list[Path]:
+    """Return those of a folder's files that DVC ignores because of a .dvcignore, and any .dvcignore in the folder, which DVC refuses."""
     with _repo(root) as repo:
         folder = Path(repo.root_dir) / path
-        seen = {Path(name).relative_to(folder) for name in repo.dvcignore.find(repo.fs, str(folder))}
-    return [p for p in found if p.relative_to(root / path) not in seen] + [root / path / p for p in sorted(seen) if p.name == ".dvcignore"]
+        visible = {Path(name).relative_to(folder) for name in repo.dvcignore.find(repo.fs, str(folder))}
+    return [p for p in files if p.relative_to(root / path) not in visible] + [
+        root / path / p for p in sorted(visible) if p.name == ".dvcignore"
+    ]
 
 
 def data_hash(root: Path, path: str) -> str:
-    """Return the recorded hash of a DVC-tracked path, "" where it is not tracked or not recorded."""
+    """Return the recorded hash of a DVC-tracked path, "" if it is not tracked or not recorded."""
     with _repo(root) as repo:
         try:
             outs = repo.find_outs_by_path(str(Path(repo.root_dir) / path))
@@ -144,7 +146,7 @@ def tracked_files(root: Path, path: str) -> dict[str, str]:
 
 
 def has_changed(root: Path, path: str) -> bool:
-    """Say whether a path added to DVC differs from what is recorded (or is not recorded yet)."""
+    """Return whether a DVC-tracked path differs from its recorded version, or has none."""
     with _repo(root) as repo:
         try:
             outs = repo.find_outs_by_path(str(Path(repo.root_dir) / path))
@@ -154,7 +156,7 @@ def has_changed(root: Path, path: str) -> bool:
 
 
 def reproduce_upstream(root: Path, path: str) -> None:
-    """Run the stage that writes a path, where it is missing or stale."""
+    """Run the stage that writes a path, if the path is missing or stale."""
     with _repo(root) as repo:
         out = repo.find_outs_by_path(str(Path(repo.root_dir) / path))[0]
         stage = out.stage
@@ -164,7 +166,7 @@ def reproduce_upstream(root: Path, path: str) -> None:
     if not fresh:
         done = subprocess.run([sys.executable, "-m", "dvc", "repro", address], cwd=root, capture_output=True, text=True, env=_with_python())
         if done.returncode:
-            raise WorkspaceError(f"expected `dvc repro {address}` to write {path}, but: {done.stderr.strip() or done.stdout.strip()}")
+            raise WorkspaceError(f"`dvc repro {address}`, which writes {path}, failed: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def _with_python() -> dict[str, str]:
@@ -172,10 +174,10 @@ def _with_python() -> dict[str, str]:
 
 
 def push(root: Path) -> int:
-    """Copy everything that the workspace refers to into the default remote; return the number of files.
+    """Copy all files that the workspace refers to into the default remote; return their number.
 
     Raises:
-        WorkspaceError: no default remote, or it cannot be reached.
+        WorkspaceError: there is no default remote, or it cannot be reached.
     """
     with _repo(root) as repo:
         if not repo.config["core"].get("remote"):
@@ -185,29 +187,27 @@ def push(root: Path) -> int:
         try:
             return int(repo.push())
         except _dvc_error(OSError) as error:
-            raise Unreachable(
-                f"expected to push to the DVC remote, but: {error}. Nothing was registered; check the remote and run again."
-            ) from error
+            raise Unreachable(f"Cannot push to the DVC remote: {error}. Nothing was registered. Check the remote and run again.") from error
 
 
 def pull_hint(root: Path) -> str:
-    """Say how what is versioned comes back: by `dvc pull`, which a clone of a workspace that keeps its remote inside must be told where from."""
+    """Return a sentence part on how to restore versioned files: `dvc pull`, after setting the remote if a clone does not have it."""
     with _repo(root) as repo:
         name = repo.config["core"].get("remote")
         place = str(repo.config["remote"].get(name, {}).get("url", ""))
         if not place or "://" in place or Path(place).is_dir():
-            return "`dvc pull` brings the versioned ones back"
+            return "`dvc pull` restores versioned files"
         return (
-            f"the DVC remote, {place}, is not there either, as in a clone of a workspace whose remote lies inside it: name that one "
-            f"(`dvc remote modify --local {name} url FOLDER/{Path(place).name}`), and `dvc pull` brings the versioned ones back"
+            f"the DVC remote {place} is missing too, as in a clone of a workspace that contains its remote. Set the original one "
+            f"(`dvc remote modify --local {name} url FOLDER/{Path(place).name}`), then `dvc pull` restores versioned files"
         )
 
 
 def download(root: Path, revision: str, path: str, target: Path) -> None:
-    """Copy a DVC-tracked file or folder as it was at a revision; from the cache, else from the remote.
+    """Copy a DVC-tracked file or folder as of a revision to `target`, from the cache or else from the remote.
 
     Raises:
-        WorkspaceError: it is in neither.
+        WorkspaceError: neither has it.
     """
     from dvc.api import DVCFileSystem
     from dvc_data.index import DataIndexDirError
@@ -220,20 +220,15 @@ def download(root: Path, revision: str, path: str, target: Path) -> None:
         raise _not_installed(error) from error
     except _dvc_error(DataIndexDirError, OSError) as error:
         raise WorkspaceError(
-            f"expected {path} of {revision} in the DVC cache or its remote, but: {error}. Try `dvc fetch --all-tags`; {pull_hint(root)}."
+            f"Cannot find {path} of {revision} in the DVC cache or its remote: {error}. Try `dvc fetch --all-tags`; {pull_hint(root)}."
         ) from error
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------------------------
 
 
-def stage_state(root: Path, name: str) -> str:
-    """Return fresh, missing (only its outputs are gone or edited) or stale (dependencies, parameters or command changed)."""
-    with _repo(root) as repo:
-        return _state(repo, name)
-
-
 def _state(repo: Any, name: str) -> str:
+    """Return fresh, missing (only outputs are missing or edited) or stale (dependencies, parameters or command changed)."""
     stage = _stage(repo, name)
     with repo.lock:
         if stage.changed_deps() or stage.changed_stage():
@@ -242,7 +237,7 @@ def _state(repo: Any, name: str) -> str:
 
 
 def _address(repo: Any, name: str) -> str:
-    """Return a stage's address that does not depend on the working directory."""
+    """Return an address of a stage that does not depend on the working directory."""
     return f"{Path(repo.root_dir) / 'dvc.yaml'}:{name}"
 
 
@@ -251,18 +246,19 @@ def _stage(repo: Any, name: str) -> Any:
 
 
 def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
-    """Bring one stage up to date in this process and record it in dvc.lock; return whether it had to run.
+    """Bring a stage up to date in this process and record it in dvc.lock; return whether it had to run.
 
-    A stage whose dependencies, parameters and command are as recorded does not run: its outputs are restored from the cache where needed.
+    A stage whose dependencies, parameters and command are unchanged does not run; missing outputs are restored from the cache.
 
     Raises:
-        WorkspaceError: a dependency is missing; or one, a parameter or the command changed while the stage ran: nothing is recorded then.
+        WorkspaceError: a dependency is missing, or a dependency, a parameter or the command changed while the stage ran; then nothing
+            is recorded.
     """
     with _repo(root) as repo:
         state = _state(repo, name)
         if state == "fresh":
             return False
-        if state == "missing" and _restored(repo, name):
+        if state == "missing" and _restore(repo, name):
             return False
         _require_inputs(repo, name)
         before = _dependencies(repo, name)
@@ -270,19 +266,17 @@ def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
     with _repo(root) as repo:
         after = _dependencies(repo, name)
         if after != before:
-            moved = ", ".join(path for path in sorted(before | after) if after.get(path) != before.get(path))
-            raise WorkspaceError(
-                f"expected {moved} to stay as it was while the stage {name} ran, but it changed. Nothing was recorded; run again."
-            )
+            changed = ", ".join(path for path in sorted(before | after) if after.get(path) != before.get(path))
+            raise WorkspaceError(f"{changed} changed while the stage {name} ran. Nothing was recorded; run again.")
         repo.commit(target=_address(repo, name), force=True)
     return True
 
 
 def require_inputs(root: Path, name: str) -> None:
-    """Check that all is there that a stage reads.
+    """Check that all inputs of a stage exist.
 
     Raises:
-        WorkspaceError: something is not.
+        WorkspaceError: one is missing.
     """
     with _repo(root) as repo:
         _require_inputs(repo, name)
@@ -291,12 +285,12 @@ def require_inputs(root: Path, name: str) -> None:
 def _require_inputs(repo: Any, name: str) -> None:
     if missing := [d.def_path for d in _stage(repo, name).deps if not d.exists]:
         raise WorkspaceError(
-            f"expected {', '.join(missing)} before the stage {name}, found nothing there. "
-            "Run the stages before it (`dvc repro`); fetch what a clone has not got yet (`dvc pull`)."
+            f"The stage {name} needs {', '.join(missing)}, found no such file. "
+            "Run the stages before it (`dvc repro`); in a clone, fetch missing files (`dvc pull`)."
         )
 
 
-def _restored(repo: Any, name: str) -> bool:
+def _restore(repo: Any, name: str) -> bool:
     try:
         repo.checkout(targets=[_address(repo, name)], force=True)
     except _dvc_error():
@@ -305,19 +299,19 @@ def _restored(repo: Any, name: str) -> bool:
 
 
 def _dependencies(repo: Any, name: str) -> dict[str, str]:
-    """Return all that a stage depends on as it stands: the hash of each file, the parameters that it names, its command."""
+    """Return everything that a stage depends on now: the hash of each file, its parameters, and its command."""
     stage = _stage(repo, name)
-    found = {"dvc.yaml": str(stage.cmd)}
+    dependencies = {"dvc.yaml": str(stage.cmd)}
     for dependency in stage.deps:
         if dependency.def_path == "params.yaml":
-            found["params.yaml"] = json.dumps(dependency.read_params(flatten=True), sort_keys=True, default=str)
+            dependencies["params.yaml"] = json.dumps(dependency.read_params(flatten=True), sort_keys=True, default=str)
         else:
-            found[dependency.def_path] = str(dependency.get_hash().value)
-    return found
+            dependencies[dependency.def_path] = str(dependency.get_hash().value)
+    return dependencies
 
 
 def stage_key(root: Path, name: str) -> str:
-    """Return a key of everything that a stage depends on as it stands: dependencies, parameters, command."""
+    """Return a hash of everything that a stage depends on now: dependencies, parameters, command."""
     import hashlib
 
     with _repo(root) as repo:
@@ -325,12 +319,12 @@ def stage_key(root: Path, name: str) -> str:
 
 
 def stage_output(root: Path, name: str, path: str, revision: str | None = None) -> str:
-    """Return the hash of a stage's output as dvc.lock records it, now or at a revision; "" where it does not."""
+    """Return the hash of a stage's output in dvc.lock, now or at a revision; "" if there is none."""
     return _locked(root, name, "outs", path, revision)
 
 
 def stage_input(root: Path, name: str, path: str, revision: str | None = None) -> str:
-    """Return the hash of a stage's dependency as dvc.lock records it, now or at a revision; "" where it does not."""
+    """Return the hash of a stage's dependency in dvc.lock, now or at a revision; "" if there is none."""
     return _locked(root, name, "deps", path, revision)
 
 
@@ -346,12 +340,6 @@ def _locked(root: Path, name: str, kind: str, path: str, revision: str | None) -
     return next((str(e.get("md5", "")) for e in entries if e.get("path") == path), "")
 
 
-def clean(root: Path) -> bool:
-    """Say whether `dvc status` has nothing to report."""
-    with _repo(root) as repo:
-        return not repo.status()
-
-
 # --- DVC ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -360,28 +348,26 @@ def _repo(root: Path) -> Iterator[Any]:
     silence()
     from dvc.repo import Repo
 
-    # DVC reads some paths (its run cache's, a remote's) from the working directory, whatever repository it was opened on.
+    # DVC reads some paths (of its run cache or a remote) from the working directory, not from the repository's.
     root = root.resolve()
     try:
         with lock.disk_errors(root), chdir(root), Repo(str(root)) as repo:
             _repair(repo)
             yield repo
-    except ImportError as error:  # what a remote needs is loaded when it is first spoken to
+    except ImportError as error:  # packages of a remote are imported at first use
         raise _not_installed(error) from error
-    except _dvc_error() as error:  # no repository, a dvc.yaml that cannot be read, another DVC command at work
-        raise WorkspaceError(
-            f"expected DVC to work in {root}, but: {error}. Mend that (`dvc status` shows it too), and run again."
-        ) from error
+    except _dvc_error() as error:  # no repository, an unreadable dvc.yaml, another running DVC command
+        raise WorkspaceError(f"DVC failed in {root}: {error}. Fix this (`dvc status` shows it too), and run again.") from error
 
 
 def _repair(repo: Any) -> None:
-    """Remove DVC's list of who reads and writes what if a kill tore it: DVC writes it in place, and does nothing more with half of it."""
+    """Remove DVC's list of readers and writers if a kill truncated it: DVC writes it in place and cannot work with a broken one."""
     from dvc.lock import make_lock
     from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 
     path = Path(repo.tmp_dir) / RWLOCK_FILE
     if is_truncated_json(path):
-        # Under DVC's own guard, and asked again there: another DVC command may just be writing it.
+        # Checked again under DVC's own lock, since another DVC command may just be writing it.
         with make_lock(
             str(path.with_name(RWLOCK_LOCK)), tmp_dir=repo.tmp_dir, hardlink_lock=repo.config["core"].get("hardlink_lock", False)
         ):
@@ -390,7 +376,7 @@ def _repair(repo: Any) -> None:
 
 
 def _dvc_error(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return what DVC raises for people to mend, and these others; what comes from the parts that DVC is made of has no common base."""
+    """Return the DVC errors that users can fix, and these others; errors of DVC's own parts have no common base class."""
     from dvc.exceptions import DvcException
     from dvc.fs import AuthError, ConfigError, RemoteMissingDepsError
     from dvc_data.hashfile.build import IgnoreInCollectedDirError

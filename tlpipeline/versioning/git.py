@@ -1,4 +1,4 @@
-"""The only driver of git, and of GTO, which writes git tags: commits, tags, what stood in a file at a revision, the remote `origin`."""
+"""The only module that calls git, and GTO, which writes git tags: commits, tags, files at a revision, the remote `origin`."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ def run(root: Path, *arguments: str, check: bool = True) -> str:
     """Run git in the workspace and return what it printed.
 
     Raises:
-        WorkspaceError: it failed (with `check`), or git is not installed.
+        WorkspaceError: git failed (with `check`) or is not installed.
     """
     try:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -29,61 +29,61 @@ def run(root: Path, *arguments: str, check: bool = True) -> str:
 
 
 def commit(root: Path, message: str, paths: Sequence[str]) -> str:
-    """Commit those of these paths that exist or are known to git; return the commit (the present one where nothing changed)."""
-    there = [p for p in paths if (root / p).exists() or run(root, "ls-files", "--", p)]
-    run(root, "add", "--all", "--", *there)
-    if run(root, "diff", "--cached", "--name-only", "--", *there):
-        run(root, "commit", "--quiet", "-m", message, "--", *there)
+    """Commit those of these paths that exist or are tracked; return the commit, or the present one if nothing changed."""
+    present = [p for p in paths if (root / p).exists() or run(root, "ls-files", "--", p)]
+    run(root, "add", "--all", "--", *present)
+    if run(root, "diff", "--cached", "--name-only", "--", *present):
+        run(root, "commit", "--quiet", "-m", message, "--", *present)
     return head(root)
 
 
 def head(root: Path) -> str:
-    """Return the present commit, or "" before the first."""
+    """Return the present commit, "" before the first one."""
     return run(root, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
 
 
 def has_origin(root: Path) -> bool:
-    """Say whether there is a remote `origin`."""
+    """Return whether there is a remote `origin`."""
     return "origin" in run(root, "remote").split()
 
 
 def require_branch(root: Path) -> None:
-    """Check that there is a branch to push, and that it can be, where there is a remote `origin`.
+    """Check that the present branch can be pushed, if there is a remote `origin`.
 
     Raises:
-        WorkspaceError: the HEAD is detached, or origin is a folder in which somebody works on this branch.
+        WorkspaceError: HEAD is detached, or origin is a working folder on the same branch.
     """
     if not has_origin(root):
         return
     branch = run(root, "symbolic-ref", "--quiet", "HEAD", check=False)
     if not branch:
         raise WorkspaceError(
-            f"expected a branch to push to origin, but the HEAD of {root} is detached, at {head(root)[:10]}. "
-            "Switch to one (`git switch main`), or make one of what is there (`git switch -c NAME`)."
+            f"expected a branch to push to origin, found a detached HEAD at {head(root)[:10]} in {root}. "
+            "Switch to a branch (`git switch main`), or create one here (`git switch -c NAME`)."
         )
-    # A clone of a workspace has that workspace as origin, and git would refuse only when all is trained.
+    # The origin of a cloned workspace is that workspace, and git would refuse the push only after training.
     origin = root / run(root, "remote", "get-url", "--push", "origin").removeprefix("file://")
-    if origin.is_dir() and _refuses(origin, branch):
+    if origin.is_dir() and _refuses_push(origin, branch):
         name = branch.removeprefix("refs/heads/")
         raise WorkspaceError(
-            f"expected an origin that takes what is pushed, but in {origin} somebody works on the same branch, {name}, and git refuses that. "
-            f"Work on another branch here (`git switch -c NAME`), name a bare repository (`git clone --bare {origin} FOLDER`, "
-            "`git remote set-url origin FOLDER`), or keep to this machine (`git remote remove origin`)."
+            f"git cannot push to {origin}, because the branch {name} is checked out there. "
+            f"Work on another branch here (`git switch -c NAME`), push to a bare repository (`git clone --bare {origin} FOLDER`, "
+            "`git remote set-url origin FOLDER`), or remove the remote (`git remote remove origin`)."
         )
 
 
-def _refuses(origin: Path, branch: str) -> bool:
-    """Say whether a folder refuses a push to a branch because it is checked out there."""
+def _refuses_push(origin: Path, branch: str) -> bool:
+    """Return whether a folder refuses a push to a branch because that branch is checked out there."""
     worked_in = run(origin, "rev-parse", "--is-bare-repository", check=False) == "false"
     forbidden = run(origin, "config", "receive.denyCurrentBranch", check=False) in ("", "true", "refuse")
     return worked_in and forbidden and run(origin, "symbolic-ref", "--quiet", "HEAD", check=False) == branch
 
 
 def push(root: Path) -> bool:
-    """Push the branch and its tags to the remote `origin`, if there is one; say whether there is.
+    """Push the branch and its tags to the remote `origin`; return whether there is one.
 
     Raises:
-        WorkspaceError: the HEAD is detached, or origin refuses.
+        WorkspaceError: HEAD is detached, or origin refuses.
     """
     if not has_origin(root):
         return False
@@ -100,7 +100,7 @@ def fetch_tags(root: Path) -> None:
 
 
 def tags(root: Path) -> dict[str, str]:
-    """Return each tag with the commit that it stands on, the oldest first."""
+    """Return each tag with its commit, the oldest first."""
     lines = run(
         root, "for-each-ref", "refs/tags", "--sort=creatordate", "--format=%(refname:short) %(objectname) %(*objectname)"
     ).splitlines()
@@ -113,22 +113,22 @@ def delete_tag(root: Path, tag: str) -> None:
 
 
 def read_at(root: Path, revision: str, path: str) -> str | None:
-    """Return the text of a git file at a revision, or None where it is not there."""
+    """Return the text of a file at a revision, None if it is not in git there."""
     if run(root, "cat-file", "-t", f"{revision}:./{path}", check=False) != "blob":
         return None
     return run(root, "show", f"{revision}:./{path}")
 
 
 def gto(root: Path, *arguments: str) -> None:
-    """Run GTO, which writes the tags of versions and stages, in a process of its own.
+    """Run GTO, which writes the tags of versions and stages, in a separate process.
 
-    Importing GTO reconfigures the logging of the whole process; while Prefect sends its logs that ends in a deadlock.
+    Importing GTO reconfigures the logging of the whole process, which can end in a deadlock with Prefect's logging.
 
     Raises:
-        WorkspaceError: GTO refused.
+        WorkspaceError: GTO failed.
     """
     command = [sys.executable, "-c", "from gto.cli import app; app()", *arguments]
-    silent = {"ITERATIVE_DO_NOT_TRACK": "1", **os.environ}  # a user's own setting wins
+    silent = {"ITERATIVE_DO_NOT_TRACK": "1", **os.environ}  # a user's setting wins
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=silent)
     if done.returncode:
         raise WorkspaceError(f"gto {arguments[0]}: {(done.stderr or done.stdout).strip()}")

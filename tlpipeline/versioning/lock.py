@@ -1,4 +1,4 @@
-"""A workspace as a place to work in: that it is one, that this user may write it, that one run has it alone, and that there is room."""
+"""Checks and the lock of a workspace: it must exist, be writable, be used by one run at a time, and have room on its disk."""
 
 import errno
 import os
@@ -33,19 +33,19 @@ def require_workspace(root: Path) -> None:
 
 @contextmanager
 def hold(root: Path, wait: float = 0.0) -> Iterator[None]:
-    """Hold the workspace: two runs on one never overlap, whichever entrance they came through. The system frees it when a process dies.
+    """Hold the lock of the workspace, so that two runs never overlap, however they were started. It is released if the process dies.
 
     Args:
         wait: seconds to wait for another run to end.
 
     Raises:
-        WorkspaceError: another process holds it, or it cannot be written.
+        WorkspaceError: another process holds it, or the workspace cannot be written.
     """
     from filelock import FileLock, Timeout
 
     path = (root / LOCK).resolve()
     if os.environ.get(_HOLDER) == str(path):
-        yield  # a process that the holder itself started
+        yield  # the process that holds the lock started this one
         return
     require_writable(root)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def hold(root: Path, wait: float = 0.0) -> Iterator[None]:
     except Timeout as error:
         who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
         raise WorkspaceError(
-            f"expected to have the workspace {root} alone, but {who} is running in it. Wait for it to end, or stop it; then run again."
+            f"Another run is using the workspace {root}: {who}. Wait for it to end, or stop it; then run again."
         ) from error
     try:
         holder.write_text(f"process {os.getpid()} ({_command(sys.argv)})\n", encoding="utf-8")
@@ -69,32 +69,32 @@ def hold(root: Path, wait: float = 0.0) -> Iterator[None]:
 
 
 def _command(words: Sequence[str]) -> str:
-    """Return a command for people: of `python -m prefect.engine` the file alone, engine.py, would say nothing."""
+    """Return a command for people, with the module's name for `python -m prefect.engine` instead of the file engine.py."""
     first, *others = (Path(word) for word in words[:3])
     module = f"{first.parent.name}.{first.stem}".removesuffix(".__main__")
     return " ".join([module if first.suffix == ".py" else first.name, *(word.name for word in others)])
 
 
 def read_only(root: Path) -> Path | None:
-    """Return the first of a workspace's own places that this user may not write, None where all can be."""
+    """Return the first place of a workspace that this user may not write, None if all are writable."""
     places = (root, *(root / name for name in (".tlpipeline", LOCK, ".tlpipeline/cache", ".tlpipeline/models", ".dvc", ".git")))
     return next((place for place in places if place.exists() and not os.access(place, os.W_OK)), None)
 
 
 def require_writable(root: Path) -> None:
-    """Check that this user may write a workspace.
+    """Check that this user may write the workspace.
 
     Raises:
-        WorkspaceError: some of it may only be read.
+        WorkspaceError: some of it is read-only.
     """
     if place := read_only(root):
         raise WorkspaceError(
-            f"expected a workspace that can be written, but {place} can only be read. Change its rights or its owner, or clone the workspace."
+            f"expected a writable workspace, found {place}, which you may only read. Change its permissions or owner, or clone the workspace."
         )
 
 
 def require_unlocked(root: Path) -> None:
-    """Check that no other run is in the workspace.
+    """Check that no other run is using the workspace.
 
     Raises:
         WorkspaceError: one is.
@@ -105,10 +105,10 @@ def require_unlocked(root: Path) -> None:
 
 @contextmanager
 def disk_errors(root: Path) -> Iterator[None]:
-    """Tell a full disk as what it is.
+    """Report a full disk as a WorkspaceError.
 
     Raises:
-        WorkspaceError: the body found no space left, or the quota used up.
+        WorkspaceError: the body found the disk or the quota full.
     """
     try:
         yield
@@ -116,6 +116,6 @@ def disk_errors(root: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise WorkspaceError(
-            f"expected room on the disk of {root}, found none ({error.strerror or os.strerror(errno.ENOSPC)}). What was recorded before is unchanged; free some space "
-            "(`dvc gc --workspace` removes unused versions) and run again."
+            f"The disk of {root} is full ({error.strerror or os.strerror(errno.ENOSPC)}). Earlier records are unchanged. "
+            "Free some space (`dvc gc --workspace` removes unused versions), then run again."
         ) from error
