@@ -20,7 +20,7 @@ TAKE_THE_LOCK = """
 import sys
 from pathlib import Path
 from tlpipeline.errors import RegistryError, WorkspaceError
-from tlpipeline.lock import hold
+from tlpipeline.versioning.lock import hold
 try:
     with hold(Path(sys.argv[1])):
         print("in")
@@ -158,7 +158,7 @@ def test_a_run_that_failed_frees_the_workspace(tmp_path: Path) -> None:
 
 
 def test_a_process_that_died_frees_the_workspace(tmp_path: Path) -> None:
-    code = "import os, sys\nfrom pathlib import Path\nfrom tlpipeline.lock import hold\n"
+    code = "import os, sys\nfrom pathlib import Path\nfrom tlpipeline.versioning.lock import hold\n"
     code += "with hold(Path(sys.argv[1])):\n    os._exit(9)\n"
     assert run_python(tmp_path, "-c", code, str(tmp_path)).returncode == 9
     lock.require_unlocked(tmp_path)
@@ -168,7 +168,7 @@ def test_a_dvc_repro_elsewhere_fails_with_a_clear_message_while_a_run_is_on(work
     with lock.hold(workspace):
         done = run_python(workspace, "-m", "dvc", "repro")
     assert done.returncode != 0
-    assert f"alone, but process {os.getpid()} (" in done.stderr
+    assert f"Another run is using the workspace {workspace}: process {os.getpid()} (" in done.stderr
     assert "Wait for it to end" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (workspace / "dvc.lock").exists()
