@@ -120,9 +120,7 @@ def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published
 ) -> None:
     killed(registered, monkeypatch, "push")
     origin.rename(origin.with_name("gone"))
-    with pytest.raises(
-        RegistryError, match=r"(?s)Cannot publish workspace@v0\.1\.1: .*Its tag was removed; run `git pull`, and run again"
-    ):
+    with pytest.raises(RegistryError, match=r"(?s)Cannot publish workspace@v0\.1\.1: .*Its tag was removed; run `git pull`, and run again"):
         release.evaluate_gate(registered, silent)
     assert list(git.tags(registered)) == ["workspace@v0.1.0"]
     assert versions.resume_publication(registered, True) is None

@@ -236,9 +236,7 @@ class FeatureExtractor:
         names: list[str] = []
         done = 0
         with _ShardWriter(self._store_shard, separate=self.separate_writer) as write:
-            for batch, outputs in _one_step_behind(
-                forward_passes(self.network, images, indices, self.device, self.step)
-            ):
+            for batch, outputs in _one_step_behind(forward_passes(self.network, images, indices, self.device, self.step)):
                 shard.append([out.cpu() for out in outputs])
                 self._require_finite(shard[-1], [images.rows[i] for i in batch])
                 names += [images.rows[i].md5 for i in batch]
