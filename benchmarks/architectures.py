@@ -1,19 +1,19 @@
-"""Do all classifiers of torchvision go through all four cases, and what does a cut save in each?
+"""Do all of torchvision's classifiers go through all four cases, and what does a cut save in each?
+
+Every network that torchvision lists, with random weights from a file, under every row of the table of cases: its taps are described, it is cut as the
+row says (behind the last tap, or behind a middle one with a head that reads there and at two taps before), trained for one real step by
+`train.run` on two workers of a gloo group, exported, and reloaded. Frozen tensors must be those of the start, the others must have moved,
+and the reloaded model must say what the uncut network with its tensors says. Few images, at the smallest size that the network takes.
 
     python -m benchmarks.architectures run [NETWORK ...] [--again] [--memory-gb 12] [--work DIR] [--case CASE ...]
     python -m benchmarks.architectures taps
     python -m benchmarks.architectures table
 
-run    trains each network in each case for one real step, on two workers of a gloo group, with random weights from a file. The network is cut
-       as the case says: behind the last tap, or behind a middle one, with a head that reads there and at two taps before. It is trained by
-       `train.run`, exported, and loaded again. Frozen tensors must stay, the others must move, and the loaded model must predict what the whole
-       network with its tensors predicts. Images are few, at the smallest size that the network takes.
-taps   writes the taps of networks that have not been run. It takes seconds each: PyTorch's meta device counts without computing.
-table  writes docs/architectures.md from the rows.
-
-`run` does what has no row in benchmarks/results/architectures.csv, smallest networks first, so it can be interrupted at any moment. It tries
-again what failed; --again runs everything. It exits with 1 if a row has an error. If two workers need more than --memory-gb, one process
-trains; if that is too much as well, none does, and the row says so.
+`run` appends a row to benchmarks/results/architectures.csv for each network and case that has none yet, smallest networks first, so it can
+be interrupted at any moment; what failed is tried again, and with --again everything that is asked for. It fails if a row says so. Where two workers, each with its gradients and its
+optimizer, need more than --memory-gb, one process takes the step, and where that is too much as well, none does: the row says which.
+`taps` notes the taps of the networks that have not been run, which takes seconds each and no memory: PyTorch's meta device counts without
+computing. `table` writes docs/architectures.md from the rows.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def networks() -> list[str]:
 
 
 def memory_gb(backbone: Backbone, kept: Tap, decision: Decision, workers: int) -> float:
-    """Return an estimate of the memory in GB that these workers and this process need together."""
+    """Return about how much memory these workers and this process need together."""
     copies = COPIES_FROZEN
     if decision.freeze != "kept":
         copies = (COPIES_ADAM if backbone.normalization == "layer" else COPIES_SGD) + (COPIES_BUCKETS if workers > 1 else 0)
@@ -104,7 +104,7 @@ def memory_gb(backbone: Backbone, kept: Tap, decision: Decision, workers: int) -
 
 @dataclass
 class Plan:
-    """The runs of one network.
+    """What is to be run of one network.
 
     Attributes:
         size: side at which it is trained; parameters: of the whole network.
@@ -119,7 +119,7 @@ class Plan:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run what has no row yet; return the number of rows with an error."""
+    """Run what has no row yet; return how many rows say that something failed."""
     path = options.results / ROWS
     wanted = [name for name in networks() if not options.networks or name in options.networks]
     asked = (
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def planned(name: str, cases: Sequence[Case], options: argparse.Namespace) -> Plan:
-    """Measure the taps of a network, and decide for each case where it is cut and how many workers train it."""
+    """Describe a network, note its taps, and decide for each of these cases where it is cut and by how many workers it is trained."""
     row: dict[str, object] = dict.fromkeys(COLUMNS, "") | {"network": name}
     try:
         whole = outline(name)
@@ -181,12 +181,12 @@ def planned(name: str, cases: Sequence[Case], options: argparse.Namespace) -> Pl
 
 
 def recipe_of(case: Case) -> Case:
-    """Return the case with the recipe to check: large_similar keeps the head that the workers validated, so that it can be compared."""
+    """Return the case with the recipe that is checked: large_similar keeps the head that the workers validated, which can be compared then."""
     return replace(case, recipe=replace(case.recipe, solve_again=case.name != "large_similar"))
 
 
 def carry_out(plans: Sequence[Plan], place: Path) -> None:
-    """Train and check what is planned; errors go into the rows."""
+    """Train and check what is planned; what goes wrong is said in the rows."""
     manifest = paint_images(place)
     for plan in plans:
         if plan.decisions:
@@ -212,7 +212,7 @@ def carry_out(plans: Sequence[Plan], place: Path) -> None:
 
 
 def write_start(plan: Plan, manifest: Path, path: Path) -> None:
-    """Write the weights that a network starts from: random, with the running statistics of the training images.
+    """Write the weights that a network starts from: random ones whose running statistics are of the training images.
 
     In a deep network without them hardly anything of an image arrives at the last tap, and no gradient at the first.
     """
@@ -228,7 +228,7 @@ def md5(path: Path) -> str:
 
 
 def train_all(jobs: Sequence[tuple[Plan, str, TrainingConfig]], workers: int, place: Path) -> None:
-    """Train jobs one after the other in a group of so many workers; after an error the rest run in a new group."""
+    """Train in a group of so many workers, one after the other; where one fails, the rest go on in a new group."""
     while jobs:
         started = time.time()
         error = in_group(workers, [(job, place / plan.name / case) for plan, case, job in jobs], place / "spec.json")
@@ -287,7 +287,7 @@ def in_group(size: int, jobs: Sequence[tuple[TrainingConfig, Path]], spec: Path)
 
 
 def checked(plan: Plan, manifest: Path, place: Path) -> None:
-    """Check each export against the initial weights and against the validation of the trainer; errors go into the rows."""
+    """Check each export against the start, and the trainer's own validation; what is wrong goes into the rows."""
     trained = {case: decision for case, decision in plan.decisions.items() if plan.rows[case]["step_ok"] == "yes"}
     if not trained:
         return
@@ -318,7 +318,7 @@ def checked(plan: Plan, manifest: Path, place: Path) -> None:
 
 
 def exported_again(folder: Path, again: Path) -> None:
-    """Check that a loaded model is saved as the same bytes."""
+    """Check that a reloaded model is saved as the same bytes."""
     with undrawn():
         classifier.save(*classifier.load(folder), again)
     same = all((folder / name).read_bytes() == (again / name).read_bytes() for name in (classifier.WEIGHTS, classifier.DESCRIPTION))
@@ -327,7 +327,7 @@ def exported_again(folder: Path, again: Path) -> None:
 
 
 def same_as_in_training(history: Mapping[str, object], chances: Tensor, labels: Sequence[int], again: bool) -> None:
-    """Check that the exported tensors are the trained ones, and that the loaded model has the validation loss of the workers.
+    """Check that what was trained is what was kept, and that reloaded it has the validation loss that the workers saw.
 
     A head that was solved last has seen the validation images: its loss there is only said to be lower than before.
     """
@@ -344,7 +344,7 @@ def same_as_in_training(history: Mapping[str, object], chances: Tensor, labels: 
 
 
 def first_line(error: Exception) -> str:
-    """Return the class and the first line of an error."""
+    """Return the first line of an error, its kind before it."""
     return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"[:300]
 
 
@@ -352,14 +352,14 @@ def first_line(error: Exception) -> str:
 
 
 def note_taps(path: Path, backbone: Backbone, taps: Sequence[Tap]) -> None:
-    """Write the taps of a network at the size of its weights; they replace older rows."""
+    """Write the taps of a network at its weights' own size in place of those that were there."""
     others = [row for row in rows_of(path) if row["network"] != backbone.name]
     own = {"network": backbone.name, "size": backbone.transforms.size, "minimum": backbone.minimum}
     rewrite(path, TAP_COLUMNS, [*others, *({**own, **asdict(tap), "tap": tap.name} for tap in taps)])
 
 
 def note_missing(path: Path) -> None:
-    """Write the taps of all networks that have no rows."""
+    """Note the taps of all networks that have none there."""
     there = {row["network"] for row in rows_of(path)}
     for name in networks():
         if name not in there:
@@ -374,16 +374,17 @@ HEAD = """# Architectures
 
 <!-- Written by `python -m benchmarks.architectures table` from the rows that `python -m benchmarks.architectures run` measured. -->
 
-{networks} classifiers of torchvision {torchvision} in each of the four cases, with random weights. Each is cut, trained for one real step by two
-workers, exported and loaded again. Frozen tensors stay bit for bit the same. The loaded model predicts what the whole network with these
-tensors predicts.
+{networks} classifiers of torchvision {torchvision} under each of the four cases, with random weights: taps described, cut, one real training step by
+two workers, frozen tensors bit for bit those of the start, exported, reloaded, the same predictions as the uncut network with these tensors
+gives.
 
 {counts}
 
-Parameters are in millions, without the old head. Cost is in billions of floating-point operations for one image at the input size of the
-weights; a multiplication and an addition are two operations. `minimum` is the smallest input side in pixels; vision transformers take multiples
-of their patches (the number at the end of their names). The shares are what remains if everything behind a tap is cut off: the tap at about a
-third of the taps, and at about two thirds. All taps are in `benchmarks/results/{taps}`.
+Parameters and forward cost are those of the network without its old head, as `tlpipeline explain` counts them: millions, and billions of
+floating-point operations of one image at the weights' own input size (a multiplication and an addition are two). `minimum` is the smallest
+input side in pixels; vision transformers take multiples of their patches (the number at the end of their names). What is left is in percent
+when everything behind the tap at about a third, and at about two thirds, of the taps is cut off. Every tap of every network:
+`benchmarks/results/{taps}`.
 
 | network | parameters | cost | input | minimum | taps | cut at a third | parameters left | cost left | cut at two thirds | parameters left | cost left | cases |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -424,18 +425,18 @@ def page(results: Path) -> str:
 
 
 def counts(rows: Sequence[Mapping[str, str]], pairs: int) -> str:
-    """Return a sentence with the number of these pairs that passed."""
+    """Say in a sentence how many of these pairs went through."""
     passed = [row for row in rows if row["step_ok"] == "yes"]
     alone = sum(row["workers"] == "1" for row in passed)
     failed, skipped = (sum(row["step_ok"] == answer for row in rows) for answer in ("no", ""))
     return (
-        f"Of {pairs} pairs of a network and a case, {len(passed)} passed, {alone} of them in one process because two do not fit the memory; "
+        f"Of {pairs} pairs of a network and a case {len(passed)} went through, {alone} of them in one process because two do not fit the memory; "
         f"{failed} failed,\n{skipped} do not fit at all, {pairs - len(rows)} have not been run."
     )
 
 
 def remarks(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return a line for each row with an error or with one process, under a heading."""
+    """Return a line for each row that says something, under a heading."""
     said = [(row, row["error"] or ("one process" if row["workers"] == "1" else "")) for row in rows]
     lines = [f"- `{row['network']}`, `{row['case']}`: {text}\n" for row, text in sorted(said, key=lambda pair: pair[0]["network"]) if text]
     return ["\n## What was not trained by two workers\n\n", *lines] if lines else []

@@ -1,11 +1,11 @@
-"""Which case does the pipeline choose on real images, how accurate is the model, and what does it cost?
+"""Which case does the pipeline choose on real images, how good is the model, and what does it cost?
+
+Runs `tlpipeline init` and `tlpipeline run` as a user would on each data set of a folder of `<name>.tar.gz` archives, and prints the table of
+docs/benchmarks.md. A finished row is kept in benchmarks/results/ and not run again: delete it after a change of the product. With --force NAME all
+four cases are forced on one data set in one workspace, one after the other, and each gate's verdict is printed.
 
     python -m benchmarks.cases [--data DIR] [--work DIR] [NAME ...]
     python -m benchmarks.cases --force NAME
-
-Runs `tlpipeline init` and `tlpipeline run` on each data set of a folder of `<name>.tar.gz` archives, and prints a table. A finished row stays
-in benchmarks/results/cases.csv and is not run again: delete it after a change of the product. --force NAME runs all four cases on one data
-set, one after the other in one workspace, and prints the result of each gate.
 """
 
 import argparse
@@ -41,7 +41,7 @@ NO_FLIP = {"sign_digits"}
 
 
 def unpack(archive: Path, target: Path, most: int | None) -> Path:
-    """Unpack the images of an archive, at most `most`: those with the smallest hash of their name."""
+    """Unpack an archive's images; with `most`, those with the smallest hash of their name (classes in proportion, in expectation)."""
     with tarfile.open(archive) as tar:
         members = [m for m in tar.getmembers() if m.isfile()]
         if most is not None:
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def rows() -> list[dict[str, str]]:
-    """Return the rows, [] if there are none."""
+    """Return the rows that are there."""
     if not RESULTS.exists():
         return []
     with RESULTS.open(newline="") as file:

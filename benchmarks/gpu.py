@@ -1,15 +1,14 @@
-"""How close to the hardware is training on a GPU? Images/s of the product and of two upper bounds, in turns in one run.
+"""How close to the hardware is training on a GPU? Images/s of the product beside two bounds that nobody can pass, in turns in one run.
 
     python -m benchmarks.gpu                    fine-tuning and feature extraction of ResNet-50, ConvNeXt-Tiny and ViT-B/16 at 224 pixels
-    python -m benchmarks.gpu --ray              the same, and each job also as a Ray Train job with one worker
-    python -m benchmarks.gpu --device cpu --networks resnet18 --images 64 --size 64 --times 1      a quick test on the CPU
+    python -m benchmarks.gpu --ray              the same, and each job once more as a Ray Train job with one worker
+    python -m benchmarks.gpu --device cpu --networks resnet18 --images 64 --size 64 --times 1      does it run at all?
 
-network  upper bound: the same network, batch, number format and optimizer on tensors that are on the device already
-input    upper bound: the same batches of images, decoded and augmented, without a network
-
-The product should reach 0.9 of the lower bound. Its figure is the one that a run reports. For fine-tuning that is the last epoch. For feature
-extraction it is the pass over the training images, which ends with a padded step and with files written to the disk, so with few images it
-looks slow. Networks have random weights and images are generated, so nothing is downloaded. Several GPUs have not been measured.
+The bounds: `network`, the same network, batch, number format and optimizer on tensors that are on the device already, and `input`, the same
+batches of images, decoded and augmented, without a network. The product should reach 0.9 of the lower one. Its own figure is the one that a
+run reports: of fine-tuning the last epoch, of feature extraction the pass over the training images, which ends with a step that is filled up
+and with files that are safe on the disk, so a few images look slow. Networks have random weights and the JPEGs are made up, so nothing is
+fetched. One GPU; several have not been run.
 """
 
 import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
@@ -63,7 +62,7 @@ ON_DEVICE = 8  # batches that a bare loop goes round
 
 @dataclass
 class Bench:
-    """One network on one folder of images.
+    """What is measured: one network on one folder of images.
 
     Attributes:
         case: large_similar (fine-tuning) or small_similar (feature extraction).
@@ -89,7 +88,7 @@ class Bench:
 
     @cached_property
     def plan(self) -> TrainingPlan:
-        """The plan cuts nothing. Fine-tuning starts from a head of zeros and keeps it, so that no time goes into solving a head."""
+        """Nothing is cut; fine-tuning starts from a head of zeros and keeps it, so that no pass for a solved one is among its own."""
         plan = whole_network(cases.find(self.case), taps.measure_taps(self.backbone, self.size)[-1], self.size)
         return plan if self.frozen else replace(plan, init="plain", recipe=replace(plan.recipe, solve_again=False))
 
@@ -141,7 +140,7 @@ def on_device(bench: Bench, batch: int) -> list[Tensor]:
 
 
 def bare_training(bench: Bench) -> float:
-    """Time forward, backward and the step of the optimizer; nothing waits for the device before the end."""
+    """Forward, backward and the optimizer's step; nothing waits for the device before the end."""
     model, recipe, kind = bench.model(), bench.plan.recipe, bench.backbone.normalization
     blocks = [[f"trunk.{name}" for name in block] for block in taps.parameters_by_tap(bench.backbone, bench.plan.slice)]
     moving = optimizer(model, recipe, kind, 1e-4, blocks if recipe.layer_decay(kind) != 1 else (), fused=bench.device.type == "cuda")
@@ -167,7 +166,7 @@ def bare_training(bench: Bench) -> float:
 
 
 def bare_forward(bench: Bench) -> float:
-    """Time the passes through the layers that a head reads, with pooling, in the batch size and number format of the product."""
+    """Pass images through the layers that a head reads, and pool; in the product's step and number format."""
     model, size = bench.model().eval(), pass_size(bench.device, bench.size)
     read, inputs = with_pooling(model.trunk, model.grids, bench.half), on_device(bench, size)
 
@@ -182,7 +181,7 @@ def bare_forward(bench: Bench) -> float:
 
 
 def input_alone(bench: Bench, kept: bool) -> float:
-    """Time the input of one epoch, or of one pass, without a network; `kept`: with the images decoded, as in the second epoch."""
+    """The training images of one epoch, or of one pass, with nothing done to them; `kept`: as an epoch after the first has them."""
     rows, transforms = bench.manifest.used(TRAIN), bench.transforms
     images = Images(bench.images, rows, transforms)
     batches: Sequence[Sequence[int]] = batch_ranges(len(rows), pass_size(bench.device, bench.size))
@@ -201,7 +200,7 @@ def input_alone(bench: Bench, kept: bool) -> float:
 
 
 def kept_images(bench: Bench) -> Images:
-    """Return the decoded images of fine-tuning; decode them if no turn has done it."""
+    """The images as fine-tuning itself keeps them, decoded here if no turn has done it yet."""
     classes, (train_rows, val_rows) = bench.manifest.classes, (bench.manifest.used(side) for side in (TRAIN, VAL))
     train_labels, val_labels = (np.array([classes.index(r.label) for r in rows]) for rows in (train_rows, val_rows))
     sides = Datasets(bench.images, train_rows, val_rows, train_labels, val_labels, bench.transforms)
@@ -219,7 +218,7 @@ def kept_images(bench: Bench) -> Images:
 
 
 def product(bench: Bench, on_ray: bool) -> tuple[float, float, float]:
-    """Return images/s, the share of the time that waited for data, and the seconds of a whole run."""
+    """Return images/s and the share of the time that waited for data, as a whole run reports them, and the run's seconds in all."""
     with tempfile.TemporaryDirectory(prefix="gpu-") as made:
         place = Path(made)
         job, started = bench.job(place), time.perf_counter()
@@ -243,7 +242,7 @@ def product(bench: Bench, on_ray: bool) -> tuple[float, float, float]:
 
 
 def measure(bench: Bench, options: argparse.Namespace) -> None:
-    """Print a line for the network: medians over turns; each turn measures bounds and product one after the other."""
+    """Print a line for the network: medians over turns, bounds and product one after the other in each."""
     kinds: dict[str, Callable[[], float]] = {}
     waited: list[float] = []
     whole: dict[bool, list[float]] = {False: [], True: []}
@@ -289,7 +288,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> None:
 
 
 def made_up(place: Path, images: int) -> Manifest:
-    """Write JPEGs of 256 x 256 pixels, smooth with a little noise; every sixth is for validation."""
+    """Write JPEGs of 256 x 256, smooth with a little noise, as photographs are; every sixth is for validation."""
     for label in range(CLASSES):
         (place / f"class{label}").mkdir(parents=True, exist_ok=True)
 

@@ -1,30 +1,31 @@
-"""What would others reach on the same images, and at what cost? Ours against fastai, torchvision's reference recipe, and PyTorch's tutorial.
+"""What would others have reached on the same images, and at what cost? Ours against fastai, torchvision's reference recipe, the tutorial.
+
+Every method runs in a process of its own, on the CPU, from the same SqueezeNet 1.0 with ImageNet weights and on the same training,
+validation and test images (research/units.py). Seconds are CPU seconds around the work: start and imports stand apart, the pass over the
+test images and the unpacking are not in it. Who was right is kept for each test image, so that differences are paired.
 
     python -m benchmarks.peers methods [--images 500] [--seeds 0] [--fastai PYTHON] [--only NAME ...] [--methods NAME ...]
     python -m benchmarks.peers tutorial [--seeds 0 1 2] [--side 128]
     python -m benchmarks.peers report
 
-Each method runs in its own process, on the CPU, from the same SqueezeNet 1.0 with ImageNet weights, on the same training, validation and test
-images (research/units.py). Seconds are CPU seconds of the work. Start and imports have a column of their own; the pass over the test images and
-the unpacking are left out. Each test image has a bit that says whether it was classified correctly, so that differences are paired.
+`methods`: five data sets at 96 pixels. The others train the whole network for the usual schedule of so many images (22 epochs with 500), ours as its own recipe says.
 
-`methods`: five data sets at 96 pixels. The others train the whole network for the usual schedule (22 epochs with 500 images).
-
-    ours           the stages profile, choose (with a race if it wants one) and train of a workspace with cluster.workers 0, that is without
-                   Ray; with all reading, writing and hashing
-    fastai         vision_learner(...).fine_tune(epochs) with its defaults (peers_fastai.py), by the interpreter of --fastai PYTHON, which has
-                   fastai and safetensors; left out without it
+    ours           the stages profile, choose (with its race, if it wants one) and train of a workspace as `tlpipeline init` makes it, with
+                   cluster.workers 0, that is without Ray; reading, writing and DVC's keys are in it
+    fastai         vision_learner(...).fine_tune(epochs) with its own defaults (peers_fastai.py), in the environment of --fastai PYTHON, where
+                   fastai and safetensors are installed; without it this method is left out
     torchvision/8  the defaults of references/classification/train.py: SGD, momentum .9, weight decay 1e-4, batch 32, random resized crops,
-                   flips, the rate divided by 10 every 30 epochs, the last epoch counts. Its README takes a rate of .01 for networks without
-                   batch normalization, such as SqueezeNet, for 8 processes of 32 images: .01 / 8 here
-    torchvision    the same at a rate of .01
+                   flips, the rate divided by 10 every 30 epochs, the last epoch counts. Its rate of .1 is for batch normalization; its
+                   README takes .01 for networks without, as SqueezeNet is one, and both are for 8 processes of 32 images: .01 / 8 here
+    torchvision    the same with .01 as it stands
 
-`tutorial`: 400 images of the two largest classes of caltech24. Ours is the train stage with case small_similar forced. The other is PyTorch's
-tutorial on transfer learning with a frozen backbone: a new head, random resized crops and flips, SGD, rate .001 divided by 10 every 7 epochs,
-momentum .9, batch 4, 25 epochs, the best epoch counts. Its head starts as torchvision's SqueezeNet does. With the default of nn.Conv2d, as in the
-tutorial, it predicted one class only (seed 0: 49.9 %). --side 128 is what data.size: auto gives for these images; the tutorial has 224.
+`tutorial`: 400 images of the two largest classes of caltech24. Ours is the train stage with case small_similar forced, against PyTorch's
+tutorial on transfer learning with a frozen backbone: new head, random resized crops and flips, SGD, rate .001 divided by 10 every 7 epochs,
+momentum .9, batch 4, 25 epochs; each is validated, the best one counts. Its head begins as torchvision begins SqueezeNet's, which is kinder
+than the tutorial's nn.Conv2d as it comes: with that one (seed 0) it ended right on exactly the images of one class, 49.9 %. --side 128 is
+what data.size: auto says for these images; the tutorial's own is 224.
 
-Rows go to benchmarks/results/peers.csv. What has a row is not run again without --again: rows do not know which code they are of.
+Rows go to benchmarks/results/peers.csv as they come, and what has a row is not run again but with --again: rows do not know which code they are of.
 """
 
 import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
@@ -85,7 +86,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """The input of a method, as plain values; paths are absolute.
+    """What a method is given, as plain values; paths are absolute.
 
     Attributes:
         epochs: of training the whole network.
@@ -109,7 +110,7 @@ class Job:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and of its children that ended."""
+    """Return the CPU seconds of this process and of those that it waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
@@ -118,7 +119,7 @@ def cpu_seconds() -> float:
 
 
 def ours(job: Job) -> Answer:
-    """Run the stages in a workspace that has these images in these splits."""
+    """Run the stages in a workspace that has these images on these sides."""
     # The stages import these when they first need them.
     for name in ("dvc.repo", "scipy.linalg", "sklearn.linear_model", "torchvision.models"):
         importlib.import_module(name)
@@ -175,7 +176,7 @@ def ours(job: Job) -> Answer:
 
 
 class Files(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """The images of a split; each is read again in every epoch, as torchvision's ImageFolder does."""
+    """Images of a side, each read anew as torchvision's ImageFolder does."""
 
     def __init__(self, job: Job, side: Side, transform: Callable[[Image.Image], Tensor]) -> None:
         self.folder, self.side, self.transform = Path(job.images), side, transform
@@ -190,7 +191,7 @@ class Files(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 def plain(job: Job, batch: int, rate: float, decay: float, step: int, frozen: bool, best: bool) -> Answer:
-    """Train with SGD as torchvision's reference and PyTorch's tutorial do: crops, flips, a stepwise rate, a validation each epoch.
+    """Train with SGD as torchvision's reference and PyTorch's tutorial both do: crops, flips, a rate in steps, a validation an epoch.
 
     Args:
         step: epochs after which the rate is divided by 10.
@@ -239,7 +240,7 @@ def plain(job: Job, batch: int, rate: float, decay: float, step: int, frozen: bo
 
 
 def correct(model: nn.Module, images: torch.utils.data.DataLoader[tuple[Tensor, int]]) -> npt.NDArray[np.bool_]:
-    """Return whether each image is classified correctly."""
+    """Return who is right, in the order of the images."""
     model.eval()
     with torch.inference_mode():
         return torch.cat([model(inputs).argmax(1) == labels for inputs, labels in images]).numpy()
@@ -262,7 +263,7 @@ HERE_RUN: dict[str, Callable[[Job], Answer]] = {OURS: ours, TUTORIAL: tutorial} 
 
 
 def measure(options: argparse.Namespace, part: str, data: str, job: Job, keys: dict[str, object]) -> None:
-    """Run a method in a new process if it has no row or --again is given, and write its row."""
+    """Run a method in a new process, unless it has a row and is not asked for --again, and add its row in place of that one."""
     path = options.results / PEERS
     key = {"part": part, "data": data, **keys, "size": job.size, "test": len(job.test), "method": job.method}
 
@@ -307,7 +308,7 @@ def job_of(options: argparse.Namespace, method: str, manifest: Manifest, images:
 
 
 def capped(manifest: Manifest, most: int) -> Manifest:
-    """Return the manifest with at most so many test images: the first ones, which are stratified."""
+    """Return the manifest with at most so many test images: the first, which are stratified as all of them are."""
     kept = [r for r in manifest.rows if r.split != TEST]
     return dataclasses.replace(manifest, rows=(*kept, *[r for r in manifest.rows if r.split == TEST][:most]))
 
@@ -333,7 +334,7 @@ def methods(options: argparse.Namespace) -> None:
 
 
 def tutorials(options: argparse.Namespace) -> None:
-    """Run the train stage and the recipe of the tutorial on the two largest classes of caltech24."""
+    """Run the train stage and the tutorial's recipe on the two largest classes of caltech24."""
     found = folders(options.data, options.work)
     if "caltech24" not in found:
         sys.exit(f"expected the data set caltech24 in {options.data}, found {', '.join(found) or 'none'}. Set --data or TLPIPELINE_DATA.")
@@ -368,7 +369,7 @@ def exact(won: int, lost: int) -> float:
 
 
 def against(mine: dict[str, str], other: dict[str, str]) -> tuple[int, int, float, float]:
-    """Return the test images that only ours classifies correctly, those that only the other does, the difference in points, and p."""
+    """Return won and lost test images of ours, the difference in points, and p."""
     a, b = (unpack(row["bits"], int(row["test"])) for row in (mine, other))
     won, lost = int((a & ~b).sum()), int((b & ~a).sum())
     return won, lost, 100 * (won - lost) / len(a), exact(won, lost)
@@ -379,7 +380,7 @@ def accuracy(row: dict[str, str]) -> float:
 
 
 def units(rows: Sequence[dict[str, str]], part: str) -> list[dict[str, dict[str, str]]]:
-    """Return the rows of a part: one dictionary by method for each unit that has ours."""
+    """Return the rows of a part by method, a unit each; units without ours are left out."""
     groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
         if row["part"] == part:
@@ -497,7 +498,7 @@ def main() -> None:
 
 
 def check_fastai(python: str | None) -> None:
-    """Print that fastai is left out, or exit if it was asked for and cannot be imported."""
+    """Say that fastai is left out, or stop where it was asked for and cannot be imported."""
     if python is None:
         print("fastai is left out: give --fastai PYTHON, the Python of an environment that has fastai and safetensors")
         return

@@ -1,6 +1,10 @@
-"""One job of peers.py by fastai with its defaults. It needs fastai and safetensors, and nothing of this package.
+"""One job of peers.py by fastai with its own defaults; runs in an environment that has fastai and safetensors, and needs nothing of ours.
 
-PYTHON benchmarks/peers_fastai.py JOB.json ANSWER.json
+    PYTHON benchmarks/peers_fastai.py JOB.json ANSWER.json
+
+Defaults of fastai: the body cut before SqueezeNet's classifier and its own head behind it (concatenated pooling, two linear layers with
+batch normalization and dropout), Adam, base_lr 2e-3 with discriminative rates, one frozen epoch and then the job's epochs, batch 64,
+Resize (random crops of the short side) for each image, aug_transforms for each batch, ImageNet's mean and standard deviation.
 """
 
 import json
@@ -20,19 +24,19 @@ from torchvision.models import squeezenet1_0
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and of its children that ended."""
+    """Return the CPU seconds of this process and of those that it waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Fine-tune; return the seconds, and whether each test image is classified correctly."""
+    """Fine-tune, and return who is right among the test images and the seconds."""
     imported, started = cpu_seconds(), time.monotonic()
     set_seed(job["seed"])
     folder, classes = Path(job["images"]), job["classes"]
 
     def pretrained(weights: str) -> torch.nn.Module:
-        """Return torchvision's network with the weights of the job's file instead of a download."""
+        """Stand for torchvision's function: the weights come from the job's file instead of a download."""
         model = squeezenet1_0()
         model.load_state_dict(load_file(job["weights"]))
         return model

@@ -1,18 +1,18 @@
-"""What does training cost, and what is the least that it could cost? Each figure has a reference, measured in turns in one run.
+"""What does training cost, beside the least that it could cost? Every figure stands next to its reference, measured in turns in one run.
 
-    python -m benchmarks.speed cache      a frozen case with a cold and a warm cache, and with 1 % new images; reference: one bare pass
-    python -m benchmarks.speed memory     peak memory of a frozen case at 1,000, 10,000 and 100,000 images; reference: the bare pass
-    python -m benchmarks.speed loop       images/s of fine-tuning with checkpoints and validation; reference: a bare torch loop, same loader
-    python -m benchmarks.speed workers    two workers with one thread each; reference: one with two threads
-    python -m benchmarks.speed ray        the seconds of a two-worker Ray fit that are not computing, by stage
-    python -m benchmarks.speed busy       such a fit beside as many busy processes as CPUs; reference: workers with the priority that Ray gives
-    python -m benchmarks.speed solvers    the solvers of the profile; reference: its passes through the network
-    python -m benchmarks.speed views      accuracy and cost of random views for a frozen head
-    python -m benchmarks.speed precision  training steps and frozen passes in bfloat16, torch's and ours; reference: float32
-    python -m benchmarks.speed half       the predictions of a head that half precision changes, in the cache or in the passes
+    python -m benchmarks.speed cache    a frozen case with a cold and a warm cache, and with 1 % new images, beside one bare pass
+    python -m benchmarks.speed memory   peak memory of a frozen case at 1,000, 10,000 and 100,000 images, beside the bare pass, and what grows
+    python -m benchmarks.speed loop     images/s of fine-tuning, checkpoints and validation in it, beside a bare torch loop over the same loader
+    python -m benchmarks.speed workers  two workers with a thread each beside one with two threads
+    python -m benchmarks.speed ray      where each second of a two-worker Ray fit goes that is not compute
+    python -m benchmarks.speed busy     such a fit beside as many busy processes as there are CPUs, beside one whose workers have Ray's own priority
+    python -m benchmarks.speed solvers  what the profile's solvers cost beside its passes through the network
+    python -m benchmarks.speed views    what random views bring a frozen head, and what they cost
+    python -m benchmarks.speed precision  training steps in float32, in bfloat16 as torch has it, and as it is used here; frozen passes
+    python -m benchmarks.speed half     what half precision, in the cache or in the passes, would change in a head's answers
 
-Real images and weights come from --data (see research/README.md). The network is SqueezeNet at 96 pixels: the smaller the network, the more
-everything else weighs. Printed are medians over --times runs.
+Real images and weights come from --data (see research/README.md); SqueezeNet at 96 pixels, the smallest network that is of any use, so
+that everything beside the network weighs most. Printed are medians over --times runs, reference and product in turns.
 """
 
 import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
@@ -95,7 +95,7 @@ def job(
 
 
 def bare_pass(network: Callable[[torch.Tensor], object], images: Images) -> None:
-    """Decode, resize, forward: the least possible. Pillow decodes in as many threads as the product has."""
+    """Decode, resize, forward: what nobody can do without. The decoding is one line of Pillow, in as many threads as the product has."""
     from concurrent.futures import ThreadPoolExecutor
 
     transforms = images.transforms
@@ -161,7 +161,7 @@ def cache(options: argparse.Namespace) -> None:
 
 
 def own_memory() -> float:
-    """Return the resident memory of this process without file mappings, in MB."""
+    """Return what is resident without what is mapped from files, in MB."""
     import psutil
 
     now = psutil.Process().memory_info()
@@ -169,7 +169,7 @@ def own_memory() -> float:
 
 
 def peak(work: Callable[[], object]) -> float:
-    """Return the peak of that memory in MB while something runs."""
+    """Return the largest own memory in MB while something runs."""
     most, done = [0.0], threading.Event()
 
     def watch() -> None:
@@ -187,7 +187,7 @@ def peak(work: Callable[[], object]) -> float:
 
 
 def one_peak(options: argparse.Namespace) -> None:
-    """Measure in a process of its own, because memory is seldom given back."""
+    """Measure in a process of its own: memory that was once taken is seldom given back."""
     folder, n, least, kind = Path(options.only[0]), options.only[1], options.only[2], options.only[3]
     backbone = catalogue.load("demonstration", "DEFAULT")
     plan = plan_of(backbone, "small_similar", 32)
@@ -254,7 +254,7 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def solvers(options: argparse.Namespace) -> None:
-    """Time the profile with an empty and with a full cache: without passes only the solvers remain. The sample grows to its limit."""
+    """The profile with an empty and with a full store: what is left of it without passes are its solvers. The sample grows as far as it may."""
     asked = params.load(ROOT / "params.yaml").profile
     backbone, looked = load(options), [0.0]
 
@@ -294,7 +294,7 @@ LOOP_EPOCHS = 4
 def bare_loop(
     model: Classifier, images: Images, labels: np.ndarray, val: Images, val_labels: np.ndarray, recipe: Recipe, half: bool
 ) -> float:
-    """Train by a bare torch loop over the same loader, without checkpoints, progress and schedule; return the accuracy of the last epoch."""
+    """A plain torch loop over the same loader: no checkpoints, no progress, no schedule, no workers. Return the accuracy of its last epoch."""
     moving = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
     size, right = recipe.batch_size(len(images)), 0
     for epoch in range(LOOP_EPOCHS):
@@ -319,7 +319,7 @@ def bare_loop(
 
 
 def loop(options: argparse.Namespace) -> None:
-    """Time all epochs of fine-tuning, with validation and checkpoints; both loops have the images decoded."""
+    """Time all epochs of fine-tuning, each validated, with checkpoints as the product takes them; decoded images are kept for both."""
     folder, manifest = listed(options, "caltech24", options.images)
     rows, others = manifest.used(TRAIN), manifest.used(VAL)
     labels, val_labels = (np.array([manifest.classes.index(r.label) for r in side]) for side in (rows, others))
@@ -417,7 +417,7 @@ STAGES = (
 
 
 def born() -> float:
-    """Return the start time of this process to 0.01 s; psutil rounds to a second."""
+    """Return when this process was made, to a hundredth of a second (psutil rounds the start of the machine to a second)."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
@@ -428,7 +428,7 @@ def stamp(log: str, what: str, at: float | None = None) -> None:
 
 
 def stamped(loop: Callable[[dict[str, object]], object], log: str) -> Callable[[dict[str, object]], None]:
-    """Return a training loop that also writes time stamps. It is pickled by value to the workers, so it imports what it needs."""
+    """Return a training loop that also stamps; it goes to the workers by value, so what it needs of the library it imports itself."""
 
     def with_stamps(config: dict[str, object]) -> None:
         import importlib
@@ -483,7 +483,7 @@ def stamped(loop: Callable[[dict[str, object]], object], log: str) -> Callable[[
 
 
 def stamped_trainer(log: str) -> type:
-    """Return Ray's trainer with time stamps between its callbacks."""
+    """Return Ray's trainer with stamps between its own callbacks; whatever else it does is as it was."""
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution import callback as kinds
 
@@ -557,7 +557,7 @@ def seconds_of(log: str, begun: float, done: float) -> dict[str, float]:
 
 
 def fits(options: argparse.Namespace) -> None:
-    """Start Ray, train twice with it and twice without it in turns (or once, see --only), stop Ray; print the seconds of each stage."""
+    """Start Ray, train twice with it and twice without in turns (or once as --only says), stop Ray; print the seconds of each stage."""
     from tlpipeline.params import ClusterParams
     from tlpipeline.progress import silent
     from tlpipeline.training import ray_train
@@ -592,7 +592,7 @@ def fits(options: argparse.Namespace) -> None:
 
 
 def ray(options: argparse.Namespace) -> None:
-    """Run each turn in a process of its own, so that its first fit is the first."""
+    """Each turn is a process of its own, so that the first fit is really the first."""
     # As in `make`: bytecode is kept. Else each of a fit's five processes compiles Ray and torch again, and its share is three times as long.
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     places = ["--data", options.data, "--weights", options.weights, "--work", options.work]
@@ -625,7 +625,7 @@ def ray(options: argparse.Namespace) -> None:
 
 
 def busy(options: argparse.Namespace) -> None:
-    """Time fits with Ray's priority for workers and with ours in turns, beside as many busy processes as CPUs.
+    """Fits with Ray's priority for its workers and with ours, in turns, while as many other processes as there are CPUs never rest.
 
     What takes longer than --limit is ended there, and counts as that long.
     """
@@ -688,7 +688,7 @@ TESTED: dict[str, Store] = {}
 
 
 def accuracy(model_folder: Path, folder: Path, manifest: Manifest, options: argparse.Namespace) -> float:
-    """Return the test accuracy; the features of the test images stay in memory for the next call."""
+    """Return test accuracy; the frozen features of the test side are kept from one call to the next."""
     from tlpipeline.backbones import classifier as models
 
     model, description = models.load(model_folder)
@@ -728,7 +728,7 @@ def half(options: argparse.Namespace) -> None:
 
 
 def precisions(options: argparse.Namespace) -> None:
-    """Time steps of fine-tuning and passes of a frozen network; weights are random, because the speed does not depend on them."""
+    """Time steps of fine-tuning, and passes of a frozen network; networks have random weights, because how fast they are does not depend on them."""
     names = options.only or ("resnet18", "squeezenet1_0", "mobilenet_v2", "mobilenet_v3_small", "mnasnet1_0", "shufflenet_v2_x1_0", "efficientnet_b0",
                              "regnet_y_400mf", "convnext_tiny")  # fmt: skip
     ways: dict[str, Callable[[], AbstractContextManager[object]]] = {

@@ -1,6 +1,6 @@
-"""The fit of the gain predictor: ridge regression on the rows of many data sets, each data set with the same weight.
+"""How the outlook is fitted: by ridge regression on what data sets were seen to reach, each counting alike.
 
-`python -m research.regret fit` runs it on the committed rows. The package itself fits nothing.
+`python -m research.regret fit` does it on its rows and writes outlook.json; the pipeline itself fits nothing.
 """
 
 import math
@@ -18,20 +18,14 @@ from tlpipeline.choice.predictor import DRAWS, GROWING, HEADS, NEUTRAL, UNUSED, 
 class Observed:
     """A row of the fit.
 
-    All accuracies are between 0 and 1.
-
     Attributes:
-        data: name of the data set.
-        evidence: of the profile.
+        data: which data set; evidence: of the profile.
         frozen: leave-one-out accuracy of the frozen head that would be trained.
-        frozen_test: test accuracy of that head.
-        tuned_test: test accuracy of fine-tuning.
-        test: number of test images.
-        best_test: test accuracy of the best arm.
-        cut_test, multi_test: test accuracy of these heads minus that of the head on the last tap.
-        looks: validation accuracy of fine-tuning at the interim analyses of a race; the last one is at the end of the schedule.
-        validated: validation accuracy of the frozen head.
-        validation: number of validation images.
+        frozen_test, tuned_test: what that head and fine-tuning reached on so many test images.
+        best_test: what the best of all arms reached there.
+        cut_test, multi_test: what the heads of these names won there against the head on the last tap.
+        looks: fine-tuning's validation accuracy at the looks of a race, the last one at the end of its schedule; validated: the frozen
+            head's; on so many images.
     """
 
     data: str
@@ -49,19 +43,14 @@ class Observed:
 
     @property
     def shift(self) -> float:
-        """Log odds of the test accuracy of fine-tuning minus those of the frozen head."""
+        """Log odds of fine-tuning minus those of the frozen head."""
         return log_odds(self.tuned_test, self.test) - log_odds(self.frozen_test, self.test)
 
 
 def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> GainPredictor:
-    """Fit by ridge regression; the residual deviation and the calibration are measured by leaving out one data set at a time.
+    """Fit by ridge regression; what it leaves unexplained and the calibration are measured on data sets left out one after the other.
 
-    Each data set has the same weight, however many rows it has. Outlying shifts are clipped to three robust deviations.
-
-    Args:
-        rows: of at least three data sets, or the predictor is not calibrated.
-        penalty: of the ridge regression, on standardized figures.
-        tolerance: accuracy (0 to 1) by which a choice may be worse than the best.
+    Every data set counts alike, however many rows it has. Outlying shifts are drawn in to three robust deviations.
     """
     model = _ridge(rows, penalty)
     names = sorted({row.data for row in rows})
@@ -93,7 +82,7 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> GainPredi
 
 
 def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]:
-    """Return (level, slope by head similarity, spread) of the gain of one frozen head over another (see `GainPredictor.head_gain`)."""
+    """Return what frozen heads win against each other (see `GainPredictor.head_gain`): (level, slope by S, spread), data sets counting alike."""
     weight = _alike(rows)
     s = np.array([r.evidence.head_similarity or 0.0 for r in rows])
     out = {}
@@ -108,24 +97,23 @@ def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]
 
 
 def _lag(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
-    """Return for each interim analysis (center, spread) of the gain that is still to come, as a share of the errors of the frozen head.
+    """Return how far what a look sees is behind the gain in the end, as a share of the frozen head's errors, and the spread of that.
 
-    The center is the median of the gain on the test images minus the difference on the validation images. It includes what fine-tuning
-    still learns, its last head, and that both heads are solved again with the validation images. The spread is that of the validation
-    accuracy of fine-tuning from the analysis to the end. Only rows with at least 60 validation images are used.
+    The middle is that of the gain on the test side minus the difference on validation: it holds what fine-tuning still learns, its last
+    head, and that both heads are solved once more with validation. The spread is that of fine-tuning's own way from the look to its end. Only validations
+    that are large enough to tell are used.
     """
-    large = [r for r in rows if r.validation >= 60]
-    if len(large) < 5:
+    told = [r for r in rows if r.validation >= 60]
+    if len(told) < 5:
         return NEUTRAL.lag
-    missing = np.array([max(1 - r.frozen, 0.02) for r in large])
-    gain = np.array([r.tuned_test - r.frozen_test for r in large])
+    missing = np.array([max(1 - r.frozen, 0.02) for r in told])
+    gain = np.array([r.tuned_test - r.frozen_test for r in told])
     out = []
-    for part in range(len(large[0].looks)):
-        difference = np.array([r.looks[part] - r.validated for r in large])
-        remaining = np.array([r.looks[-1] - r.looks[part] for r in large]) / missing
-        center = float(np.median((gain - difference) / missing))
-        spread = 1.4826 * float(np.median(np.abs(remaining - np.median(remaining))))
-        out.append((round(center, 4), round(spread, 4)))
+    for part in range(len(told[0].looks)):
+        seen = np.array([r.looks[part] - r.validated for r in told])
+        way = np.array([r.looks[-1] - r.looks[part] for r in told]) / missing
+        middle, spread = float(np.median((gain - seen) / missing)), 1.4826 * float(np.median(np.abs(way - np.median(way))))
+        out.append((round(middle, 4), round(spread, 4)))
     return tuple(out)
 
 
@@ -142,7 +130,7 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> GainPredictor:
     spread = np.sqrt(weight @ (x - center) ** 2).clip(min=1e-3)
     z = (x - center) / spread
     intercept = float(weight @ y)
-    # More images never count against fine-tuning: a figure of size with a negative coefficient is dropped.
+    # More images never speak against fine-tuning: a figure of the size whose coefficient comes out negative is left out.
     used = np.array([name not in UNUSED for name in names])
     while True:
         beta = np.zeros(len(names))
@@ -172,7 +160,7 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> GainPredictor:
 
 
 def _alike(rows: Sequence[Observed]) -> npt.NDArray[np.float64]:
-    """Return weights of sum one by which each data set counts the same."""
+    """Return weights of sum one by which every data set counts alike."""
     counts = Counter(r.data for r in rows)
     weight = np.array([1 / counts[r.data] for r in rows])
     return np.asarray(weight / weight.sum())
@@ -183,7 +171,7 @@ def _named(names: Sequence[str], values: npt.NDArray[np.float64]) -> dict[str, f
 
 
 def _platt(raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Return slope (not negative) and intercept of Platt scaling: logistic regression of the truth on raw log odds, shrunk to 1 and 0."""
+    """Return slant (not negative) and offset by logistic regression of the truth on raw log odds, drawn towards 1 and 0: believing them."""
     from scipy.optimize import minimize
 
     def loss(at: npt.NDArray[np.float64]) -> float:

@@ -164,7 +164,7 @@ def test_the_shipped_model_is_the_one_that_these_rows_give(core: list[replay.Mea
 
 
 def test_the_choice_loses_less_and_costs_less_than_always_fine_tuning(found: dict[str, scores.Figures]) -> None:
-    """Left one data set out. The figures stand in docs/choice.md; a change of the choice that loses them must be seen."""
+    """Left one data set out. The figures are in docs/benchmarks.md; a change of the choice that loses them must be seen."""
     mine, always = found["product (auto)"], found["always LP-FT"]
     assert mine.half.mean() < always.half.mean()
     assert mine.half.mean() <= 0.5

@@ -1,4 +1,4 @@
-"""One network in one case, from its taps to the exported model: shared by test_architectures.py and benchmarks/architectures.py."""
+"""One network under one case, from its taps to a reloaded model: what test_architectures.py and benchmarks/architectures.py check."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,13 +28,13 @@ BATCH = 8
 
 
 def smallest(backbone: Backbone) -> int:
-    """Return the smallest input side: 32 pixels, or what the network needs, in whole patches."""
+    """Return the smallest side that makes sense to the pipeline: 32 pixels, or what the network needs, in whole patches."""
     least = max(backbone.minimum, 32)
     return cutting.input_size(backbone, -(-least // backbone.multiple) * backbone.multiple, 0)
 
 
 def outline(name: str, size: int | None = None) -> Backbone:
-    """Return a network of the catalog on PyTorch's meta device: its tensors have shapes, but no memory and no values."""
+    """Return a network of the catalogue without memory behind its tensors, for PyTorch's meta device: nothing is drawn or computed."""
     try:
         with torch.device("meta"):
             return catalogue.load(name, catalogue.NONE, size=size)
@@ -63,7 +63,7 @@ def described(backbone: Backbone, size: int) -> tuple[Tap, ...]:
 
 
 def paint_images(folder: Path) -> Path:
-    """Write a few images as {train,val,test}/<class>/<index>.png and a manifest; return the path of the manifest."""
+    """Write a few images as {train,val,test}/<class>/<index>.png and their manifest beside; return the manifest's path."""
     for label, name in enumerate(CLASSES):
         for place, (side, counts) in enumerate(IMAGES.items()):
             (folder / "images" / side / name).mkdir(parents=True)
@@ -75,32 +75,32 @@ def paint_images(folder: Path) -> Path:
 
 
 def read_at(names: Sequence[str], case: Case) -> list[str]:
-    """Return the taps that a head reads in this case, deepest first: the last one, or a middle one and two before it."""
+    """Return where a head reads in this case, deepest first: at the last tap, or at a middle one and at two before it."""
     middle = len(names) // 2
     return [names[i] for i in ((middle, middle // 2, 0) if case.keep == "slice" else (len(names) - 1,))]
 
 
 def only_read(backbone: Backbone) -> Backbone:
-    """Return the network with only the taps that some case reads: measuring all taps takes longer."""
+    """Return the network with those taps alone that some case reads: describing them all takes longer."""
     read = {name for case in CASES for name in read_at(backbone.tap_names, case)}
     return replace(backbone, tap_names=tuple(name for name in backbone.tap_names if name in read))
 
 
 def decide(names: Sequence[str], taps: Sequence[Tap], size: int, case: Case) -> Decision:
-    """Return a decision for this case on a network with taps of these names; `taps` must have those that are read."""
+    """Return a decision for this row on a network with taps of these names; those that are read must be described."""
     by_name = {tap.name: tap for tap in taps}
     return decision_for(case, [pooling_at(by_name[name]) for name in read_at(names, case)], size)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of training.
+    """What training left.
 
     Attributes:
-        start: the tensors of the backbone before training.
-        stepped: the tensors of the classifier right after the step, also if validation selected others.
+        start: the backbone's tensors before.
+        stepped: the classifier's right after the step, whether or not validation kept them.
         folder: of the exported model.
-        chances: the probabilities of the trained model before its export; None if it no longer exists.
+        chances: what the trained model said of the images before it was exported, None where it is gone.
     """
 
     start: Mapping[str, Tensor]
@@ -112,7 +112,7 @@ class Trained:
 def step(
     backbone: Backbone, start: Mapping[str, Tensor], decision: Decision, images: Images, labels: Sequence[int], shown: Images, folder: Path
 ) -> Trained:
-    """Build the classifier of the case, train it for one step in this process, predict the images `shown`, and export it."""
+    """Build the case's classifier, take one step on some images in this process, look at those that are shown, and export it."""
     torch.manual_seed(0)
     net = Classifier(backbone, decision.readings, len(CLASSES), decision.freeze == "kept").train()
     nn.init.normal_(net.head.weight, std=0.01)  # a head of zeros passes no gradient on
@@ -125,7 +125,7 @@ def step(
 
 @contextmanager
 def undrawn() -> Iterator[None]:
-    """Build networks without initializing their tensors: loading replaces them all, and initializing takes longest."""
+    """Leave the tensors of networks that are built as the memory was: what is loaded must not depend on them, and drawing takes longest."""
     names = ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_uniform_")
     before = {name: getattr(nn.init, name) for name in names}
     try:
@@ -144,12 +144,12 @@ def inputs(images: Images) -> Tensor:
 
 
 def check(backbone: Backbone, decision: Decision, trained: Trained, images: Images) -> None:
-    """Check that the cut is real, frozen tensors stayed, the others moved, and the exported model predicts as the network does.
+    """Check what training left: the cut is real, frozen is frozen, the rest moved, and the reloaded model says the same of the images.
 
-    The trained tensors replace those of the network: a cut network must compute what the whole network computes at its taps.
+    The network is used up: it gets the trained tensors, because what a cut network says must be what the whole network computes at its taps.
 
     Raises:
-        AssertionError: one of these is not so.
+        AssertionError: saying what is not so.
     """
     trunk = cutting.cut(backbone, [r.tap for r in decision.readings])
     kept, whole = trunk.state_dict().keys(), backbone.module.state_dict().keys()
@@ -191,7 +191,7 @@ def check(backbone: Backbone, decision: Decision, trained: Trained, images: Imag
 
 
 def by_the_whole_network(backbone: Backbone, decision: Decision, stored: Mapping[str, Tensor], batch: Tensor) -> Tensor:
-    """Return the probabilities that follow from the outputs of the whole network at the taps, with the stored tensors."""
+    """Return the probabilities that follow from what the uncut network, given the stored tensors, computes at the taps."""
     seen: dict[str, Tensor] = {}
     for key, value in backbone.module.state_dict().items():
         value.copy_(stored.get(f"trunk.{key}", value))

@@ -10,7 +10,7 @@ from tlpipeline.data.decoding import decode
 
 
 def take(archive: Path, each: int, only: Mapping[str, int] | None = None) -> tuple[list[Image.Image], list[int]]:
-    """Return the first images of each class of the test split, from the archive; labels number the classes in its order."""
+    """The first images of each class of the test side, straight from the archive; labels count classes in their order there."""
     found: list[Image.Image] = []
     labels: list[int] = []
     order: dict[str, int] = dict(only or {})

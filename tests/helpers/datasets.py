@@ -28,7 +28,7 @@ def put(folder: Path, contents: Mapping[str, bytes]) -> Path:
 
 
 def tiny(number: int) -> bytes:
-    """Return a small image; each number has its own."""
+    """Return a small image that no other number has."""
     return b"P6 2 2 255\n" + number.to_bytes(8, "big") + b"\0\0\0\0"
 
 
@@ -37,7 +37,7 @@ def hashes(images: Path) -> dict[str, str]:
 
 
 def with_large_class(folder: Path, **small: list[bytes]) -> Path:
-    """Write small classes beside a class that is large enough."""
+    """Write small classes beside a class that needs no exception."""
     put(folder, {f"large/{i}.ppm": tiny(i) for i in range(60)})
     for label, contents in small.items():
         put(folder, {f"{label}/{i}.ppm": content for i, content in enumerate(contents)})
@@ -45,14 +45,14 @@ def with_large_class(folder: Path, **small: list[bytes]) -> Path:
 
 
 def on(side: str, count: int, start: int = 100_000) -> list[bytes]:
-    """Return small images whose content assigns them to this split."""
+    """Return small images whose content puts them on this side."""
     found = [content for content in map(tiny, range(start, start + 40 * count + 400)) if split_of(md5(content)) == side]
     assert len(found) >= count
     return found[:count]
 
 
 def laid_out(folder: Path, layout: Mapping[str, int]) -> Path:
-    """Write images by `split: images of each of two classes`; no image twice."""
+    """Write `side: images in each of two classes`; no image twice."""
     number = 0
     for side, each in layout.items():
         for label in ("cat", "dog"):

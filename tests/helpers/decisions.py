@@ -17,7 +17,7 @@ from tlpipeline.profiling.profile import Profile
 
 
 def decision_for(case: Case, readings: Sequence[TapPooling], size: int) -> Decision:
-    """Return a decision for this case, whatever the evidence; its head reads these taps, deepest first."""
+    """A decision for this row, whatever the evidence; its head reads here, deepest first."""
     made = choose(planted([0.6, 0.8, 0.9]), RULE)
     return replace(
         made,

@@ -41,7 +41,7 @@ NAMES = tuple(figures(SEEN, 0.9))
 
 
 def model(intercept: float = 0.0, deviation: float = 0.3, slant: float = 1.0, offset: float = 0.0, **coefficients: float) -> GainPredictor:
-    """Return a planted gain predictor. Keywords are names of figures with underscores, and their effect on the log odds."""
+    """An outlook of one's own. Keywords are figures with underscores: their effect on the log odds, from the figures of SEEN at 90 %."""
     by_name = {name.replace(" ", "_"): name for name in NAMES}
     wide = {name: 10.0 for name in NAMES}
     return replace(
@@ -61,7 +61,7 @@ def model(intercept: float = 0.0, deviation: float = 0.3, slant: float = 1.0, of
 
 
 def rising(found: GainPredictor) -> None:
-    """Check on a grid that the probability and the expected gain never fall if only images are added."""
+    """Hold a model to it on a grid: P(large) and the expected gain never fall as images are added and nothing else changes."""
     grid = product((2, 30, 400), (0.4, 0.8, 0.97, 1.0), (None, 0.9), (-0.05, 0.2), (100_000, 50_000_000), (0.0, 0.005, 0.02))
     for classes, frozen, similarity, gain, parameters, tolerance in grid:
         seen = replace(SEEN, classes=classes, head_similarity=similarity, gain=gain, parameters=parameters)
@@ -81,7 +81,7 @@ def head_of(taps: Sequence[str], correct: np.ndarray, held_out: float) -> Head:
 
 
 def from_bits(correct: np.ndarray, last_held_out: float = 0.8, multi: np.ndarray | None = None) -> Profile:
-    """Return a profile of 1,000 images in ten classes; `correct` (images, taps) says which images each tap classified correctly.
+    """A profile of 1,000 images in ten classes whose taps were right on these sample images: (images, taps).
 
     The cut head is as good as its tap and reaches 90 % on held-out images; the multi-tap head is the last tap's unless it is given.
     """
@@ -113,18 +113,18 @@ def from_bits(correct: np.ndarray, last_held_out: float = 0.8, multi: np.ndarray
 
 
 def right(accuracies: Sequence[float], m: int = 512, seed: int = 0) -> np.ndarray:
-    """Return which images taps of these accuracies classify correctly (images, taps): mostly the same ones."""
+    """Who is right at taps of these accuracies, mostly on the same images."""
     difficulty = np.random.default_rng(seed).uniform(size=m)
     noise = np.random.default_rng(seed + 1).normal(0, 0.03, (m, len(accuracies)))
     return (difficulty[:, None] + noise) < np.array(accuracies)
 
 
 def planted(accuracies: Sequence[float], m: int = 512, seed: int = 0, last_held_out: float = 0.8, multi: float | None = None) -> Profile:
-    """Return a profile whose taps and multi-tap head have about these accuracies."""
+    """A profile whose taps, and multi-tap head, are right with these probabilities."""
     bits = right([*accuracies, multi or 0.0], m, seed)
     return from_bits(bits[:, :-1], last_held_out, None if multi is None else bits[:, -1])
 
 
 def exact(counts: Sequence[int], m: int = 512) -> Profile:
-    """Return a profile whose taps classify exactly the first images correctly, as many as `counts` says."""
+    """A profile whose taps are right on exactly the first so many images."""
     return from_bits(np.arange(m)[:, None] < np.array(counts))

@@ -1,6 +1,4 @@
-"""Training jobs in a gloo group, without Ray: `python -m tests.helpers.group RANK SIZE PORT SPEC` is one worker.
-
-SPEC is a JSON file with a list of jobs.
+"""Runs training jobs in a plain gloo group: a member is `python -m tests.helpers.group RANK SIZE PORT SPEC`, SPEC a JSON file with a list of jobs.
 
 Beside `job` and `folder` an item may say `crash`, the number of the checkpoint right after which the run is given up, `break_off`, the images
 whose features each worker has computed in one go when it is given up, `checkpoint_images`, the images after which a part of an epoch is kept,
@@ -29,11 +27,11 @@ from tlpipeline.training.train import run
 
 
 class Interrupted(Exception):
-    """A crash right after a checkpoint, or while features are computed."""
+    """Stands for a crash right after a checkpoint, or in the middle of the features."""
 
 
 class Crashing(LocalContext):
-    """A context that crashes right after so many checkpoints."""
+    """A world that crashes right after so many checkpoints."""
 
     def __init__(self, folder: Path, after: int) -> None:
         super().__init__(folder)
@@ -48,7 +46,7 @@ class Crashing(LocalContext):
 
 @contextmanager
 def breaking_off(images: int) -> Iterator[None]:
-    """Crash as soon as a worker has stored the features of so many images of one pass; 0: never."""
+    """Crash as soon as a worker has passed so many images in one go through the network, and has kept them: a shard is a step here. 0: never."""
     plain = FeatureExtractor.compute
 
     def compute(self: FeatureExtractor, shown: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
@@ -64,7 +62,7 @@ def breaking_off(images: int) -> Iterator[None]:
 
 
 def attempt(item: Mapping[str, Any], rank: int = 0) -> None:
-    """Run a job to its end, or to the crash that its item asks for."""
+    """Run a job to its end, or to where its item says that it is given up."""
     folder = Path(item["folder"])
     scratch = folder / f"scratch{rank}"
     scratch.mkdir(parents=True, exist_ok=True)

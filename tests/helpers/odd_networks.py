@@ -1,4 +1,4 @@
-"""Unusual networks, as users might bring them."""
+"""Networks with manners of their own, as users might bring them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 class Undeclared(nn.Module):
-    """Declares neither taps nor transforms. Blocks run in another order than they are made; one runs twice, one works in place."""
+    """Says neither taps nor transforms; its blocks run in another order than they are made, one twice, one writing into its input."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Undeclared(nn.Module):
 
 
 class Branching(nn.Module):
-    """Branches on its data between two taps."""
+    """Looks at its data between two taps."""
 
     taps = ("first", "second")
     transforms: Mapping[str, Any] = {"size": 16}
@@ -45,7 +45,7 @@ class Branching(nn.Module):
 
 
 class Pair(nn.Module):
-    """Returns two tensors."""
+    """Gives two tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Pair(nn.Module):
 
 
 class Paired(nn.Module):
-    """Its only block returns two tensors, so it cannot be a tap."""
+    """Its only block gives two tensors; as a tap it is none."""
 
     transforms: Mapping[str, Any] = {"size": 16}
 
@@ -71,20 +71,20 @@ class Paired(nn.Module):
 
 
 class Tapped(Paired):
-    """Declares the block with two tensors as a tap."""
+    """Says that the block with two tensors is a tap."""
 
     taps = ("pair",)
 
 
 class Answering(Paired):
-    """Returns a dictionary instead of logits."""
+    """Returns a dictionary in place of logits."""
 
     def forward(self, images: Tensor) -> Any:
         return {"logits": super().forward(images)}
 
 
 class Headless(nn.Module):
-    """Returns pooled features: it has no head."""
+    """Ends with its pooled features; nothing was learnt behind its last tap."""
 
     taps: tuple[str, ...] = ("first", "second")
     transforms: Mapping[str, Any] = {"size": 16}
@@ -99,6 +99,6 @@ class Headless(nn.Module):
 
 
 class Tapless(Headless):
-    """Declares that it has no taps."""
+    """Says that it has no taps."""
 
     taps = ()

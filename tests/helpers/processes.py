@@ -11,7 +11,7 @@ from tests.helpers.workspaces import REPOSITORY
 
 
 def run_python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in another process, without the variable that tells a child that its parent has the lock."""
+    """Run Python in another process that is no child of a lock's holder."""
     environment = {k: v for k, v in os.environ.items() if k != "TLPIPELINE_LOCK_HOLDER"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300)

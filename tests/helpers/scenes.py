@@ -34,7 +34,7 @@ def measured(
     undecided: Callable[[Profile], bool] = lambda _: False,
     tangent: bool = False,
 ) -> Profile:
-    """Return the profile of a folder for the demonstration network, which was trained on CIFAR-10."""
+    """Profile a folder for the demonstration network, which knows the ten classes of CIFAR-10."""
     net = catalogue.load("demonstration", "DEFAULT")
     params = replace(PARAMS, images=images, images_max=4 * images, tangent=tangent)
     manifest = manifest or ingest(folder, {}, lambda done, total: None)
@@ -42,7 +42,7 @@ def measured(
 
 
 def scene(index: int, seed: int = 7, size: int = 32) -> np.ndarray:
-    """Return colored clouds: an image without any class, like a background."""
+    """Colored clouds: what a photograph is to a network that is not asked for it."""
     rng = np.random.default_rng([seed, 1000, index])
     cells = int(rng.integers(2, 7))
     clouds = Image.fromarray(rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
@@ -50,7 +50,7 @@ def scene(index: int, seed: int = 7, size: int = 32) -> np.ndarray:
 
 
 def texture(label: int, size: int = 32) -> np.ndarray:
-    """Return a texture of single pixels: upright or lying stripes, or a chess board. Two poolings remove it."""
+    """The finest stripes there are, upright or lying, or a chess board: gone after two poolings."""
     y, x = np.mgrid[:size, :size]
     return np.array([(-1.0) ** x, (-1.0) ** y, (-1.0) ** (x + y)][label])[..., None]
 
@@ -64,9 +64,9 @@ def write(folder: Path, pairs: Sequence[tuple[str, np.ndarray]], name: str = "pi
 
 
 def own_pairs(each: int = 80, pool: int = 3000) -> list[tuple[str, np.ndarray]]:
-    """Return images of the network's own classes: clouds that it classifies with the highest probability, and that class as their label.
+    """Images of the network's own classes by construction: the clouds that its head takes most surely for one of four of them, that one their label.
 
-    With the highest, because a frozen head must leave nothing to gain. Near the border between two classes fine-tuning may gain or lose.
+    Most surely, because a frozen head must leave nothing to win: on clouds near the border between two classes fine-tuning may win or lose.
     """
     net = catalogue.load("demonstration", "DEFAULT")
     pixels = [scene(i, seed=11).clip(0, 255).astype(np.uint8) for i in range(pool)]
@@ -90,7 +90,7 @@ SIDES = ("train", "train", "val", "test")
 
 
 def sets() -> dict[str, list[tuple[str, np.ndarray]]]:
-    """Return sets of images by what is planted in them."""
+    """Sets of images by what was planted in them."""
     rng = np.random.default_rng(0)
     own = own_pairs()
     names = sorted({label for label, _ in own})
@@ -113,7 +113,7 @@ KNOWN: dict[str, Profile] = {}
 
 @pytest.fixture(scope="session")
 def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
-    """Profiles of all `sets`, measured with the demonstration network."""
+    """Profiles of sets with a known truth, measured on real images; test_choice.py decides on them."""
     if not KNOWN:
         folder = tmp_path_factory.mktemp("known")
         KNOWN.update({name: measured(write(folder, pairs, name), tangent=name in DECIDED) for name, pairs in sets().items()})

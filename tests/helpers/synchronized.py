@@ -1,4 +1,4 @@
-"""Synchronized batch normalization on a CPU: the kernels that torch has only for GPUs, in plain tensor operations."""
+"""Synchronized batch normalization where there is no GPU: what torch computes only there, in plain tensor operations."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,14 +17,14 @@ def _wide(channels: Tensor) -> Tensor:
 
 
 def stats(maps: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and inverse standard deviation of each channel, over the images of this worker."""
+    """Mean and inverse deviation of each channel, of this worker's images."""
     return maps.mean(OVER), (maps.var(OVER, correction=0) + eps).rsqrt()
 
 
 def gather(
     maps: Tensor, means: Tensor, inverses: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and inverse standard deviation over the images of all workers, and update the running statistics."""
+    """Mean and inverse deviation of all workers' images, from each one's; the running statistics move towards them."""
     share, total = (counts / counts.sum())[:, None], float(counts.sum())
     mean = (share * means).sum(0)
     variance = (share * (inverses**-2 - eps + (means - mean) ** 2)).sum(0)
@@ -34,14 +34,14 @@ def gather(
 
 
 def elemt(maps: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> Tensor:
-    """Normalize, scale and shift."""
+    """Normalize, scale and move."""
     return (maps - _wide(mean)) * _wide(inverse * weight) + _wide(bias)
 
 
 def backward_reduce(
     slope: Tensor, maps: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, *asked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the sums of the gradient over this worker's images, and the gradients of scale and bias."""
+    """This worker's sums of the gradient, and the gradients of scale and bias."""
     total, product = slope.sum(OVER), (slope * (maps - _wide(mean))).sum(OVER)
     return total, product, product * inverse, total
 
@@ -49,7 +49,7 @@ def backward_reduce(
 def backward_elemt(
     slope: Tensor, maps: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, total: Tensor, product: Tensor, counts: Tensor
 ) -> Tensor:
-    """Return the gradient of the maps from the sums of all workers."""
+    """The gradient of the maps, from all workers' sums."""
     n = counts.sum()
     return (slope - _wide(total / n) - (maps - _wide(mean)) * _wide(inverse**2 * product / n)) * _wide(inverse * weight)
 
@@ -58,14 +58,14 @@ plain = nn.SyncBatchNorm.forward
 
 
 def forward(self: nn.SyncBatchNorm, maps: Tensor) -> Tensor:
-    """Run the forward pass that torch runs on a GPU."""
+    """Do what is done on a GPU."""
     with patch.object(torch._C, "_get_privateuse1_backend_name", lambda: "cpu"):
         return plain(self, maps)
 
 
 @contextmanager
 def synchronized() -> Iterator[None]:
-    """Synchronize batch normalization as if the workers were GPUs with few images each."""
+    """Have batch normalization synchronized as if the workers were GPUs with few images each."""
     kernels = {
         "batch_norm_stats": stats,
         "batch_norm_gather_stats_with_counts": gather,

@@ -39,7 +39,7 @@ def config_of(content: Mapping[str, Any]) -> TrainingConfig:
 
 
 def decided(case: Case, **recipe: Any) -> Decision:
-    """Return a decision for this case on the demonstration network; its last head is not solved unless `recipe` asks for it."""
+    """A decision for this row on the demonstration network. No head is solved last unless it is asked for: what was trained is looked at."""
     made = decision_for(case, READ_CUT if case.keep == "slice" else READ_LAST, 32)
     return replace(made, recipe=replace(case.recipe, **{"solve_again": False} | recipe))
 
@@ -57,7 +57,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def in_group(size: int, items: list[dict[str, Any]], spec: Path) -> None:
-    """Run jobs in a gloo group of so many processes."""
+    """Run jobs in a group of so many processes."""
     spec.write_text(json.dumps(items))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,5 +77,5 @@ def in_group(size: int, items: list[dict[str, Any]], spec: Path) -> None:
 
 
 def _succeeded(member: subprocess.Popen[bytes]) -> None:
-    """Wait for a process; raise if it failed."""
+    """Wait for a process, and raise where it failed."""
     assert member.wait() == 0
