@@ -142,6 +142,7 @@ def stage(
 
     if name not in stages.STAGES:
         raise PipelineError(f"expected a stage, found {name!r}; {nearest(name, stages.STAGES)}")
+    _tell_old_settings(workspace)
     with _Bar() as bar:
         try:
             stages.run(workspace, name, bar)
@@ -344,8 +345,18 @@ def cache_clear(workspace: Workspace = Path()) -> None:
 # --- printing -------------------------------------------------------------------------------------------------------------------------
 
 
+def _tell_old_settings(workspace: Path) -> None:
+    """Print a line for each setting of an earlier version in params.yaml."""
+    from tlpipeline.params import remarks
+
+    if (path := workspace / "params.yaml").is_file():
+        for line in remarks(path):
+            print(line, file=sys.stderr)
+
+
 def _prepare(workspace: Path) -> None:
     """Set what Prefect must know before it is imported; a user's own settings win."""
+    _tell_old_settings(workspace)
     home = workspace.resolve() / ".tlpipeline" / "prefect"
     quiet = {
         "PREFECT_HOME": str(home),

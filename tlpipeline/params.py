@@ -22,14 +22,18 @@ from tlpipeline.errors import ParamsError, nearest
 AUTO = "auto"
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 _SHOWN_CHARACTERS = 80
-# Settings of earlier versions, and what to do instead. An old file may still hold them.
-RETIRED: dict[str, str] = {
-    "profile.shift": "it decided nothing, and is measured no more.",
-    "profile.affinity": "it decided nothing, and is measured no more.",
-    "profile.reference": "it decided nothing, and is measured no more.",
+# Settings of earlier versions, which an old file may still hold: those with another name now, and those without effect.
+RENAMED: dict[str, str] = {
+    "train.precision": "backbone.precision",
+    "train.override.optimiser": "train.override.optimizer",
+}
+RETIRED: dict[str, str] = {  # name: why, or what to do instead
+    "profile.shift": "it decided nothing.",
+    "profile.affinity": "it decided nothing.",
+    "profile.reference": "it decided nothing.",
     "choose.rule": "the measurements decide.",
-    "choose.prefer": "set choose.tolerance: 0 is what `accuracy` was, five times the value what `cost` was.",
-    "choose.race_above": "it had no effect.",
+    "choose.prefer": "set choose.tolerance to 0 for what `accuracy` was, to five times its value for what `cost` was.",
+    "choose.race_above": "it never changed a choice.",
     "choose.textbook_images": "it belonged to choose.rule.",
     "choose.textbook_similarity": "it belonged to choose.rule.",
 }
@@ -89,6 +93,9 @@ class BackboneParams:
     weights: Annotated[
         Name, Setting("DEFAULT, a torchvision weights name, a path to a .safetensors or weights-only file, or none (random)", shown=True)
     ] = "DEFAULT"
+    precision: Annotated[
+        Literal["auto", "float32"], Setting("auto: bfloat16 where the processor computes in it; float32: always single precision")
+    ] = "auto"
     weights_md5: Annotated[
         StrictStr,
         Field(pattern="^(none|[0-9a-f]{32})$"),
@@ -126,7 +133,9 @@ class ChooseParams:
     tolerance: Annotated[Points, Setting("percentage points of accuracy that the cheaper case may lose", shown=True)] = 0.5
     effort: Annotated[
         Literal["quick", "auto", "full"],
-        Setting("quick: choose without training; auto: train both ways and compare where the evidence is open; full: always compare"),
+        Setting(
+            "quick: choose without training; auto: train both ways and compare if the evidence is open; full: always compare", shown=True
+        ),
     ] = "auto"
     race_below: Annotated[Share, Setting("the choice is open only if P(fine-tuning gains more than the tolerance) is below this")] = 0.75
     race_images: Annotated[
@@ -159,9 +168,6 @@ class TrainParams:
         Setting("images a step, over all workers; auto: 32 below 5,000 training images, else 64", shown=True),
     ] = "auto"
     flip: Annotated[StrictBool, Setting("mirror images at random in fine-tuning; false for text, digits and signs", shown=True)] = True
-    precision: Annotated[
-        Literal["auto", "float32"], Setting("auto: bfloat16 where the processor computes in it; float32: always single precision")
-    ] = "auto"
     views: Annotated[
         StrictInt, Field(ge=0, le=64), Setting("random views of each training image for a frozen head, besides the image itself")
     ] = 0
@@ -221,7 +227,14 @@ class CacheParams:
 class ClusterParams:
     """Where training runs. Nothing here changes what is trained except the number of workers."""
 
-    workers: Annotated[StrictInt, Field(ge=0), Setting("Ray Train workers; 0 trains in this process", shown=True)] = 0
+    workers: Annotated[
+        StrictInt,
+        Field(ge=0),
+        Setting(
+            "Ray Train workers; 0 trains in this process. More pay off with several GPUs or long training; they take about 10 s to start",
+            shown=True,
+        ),
+    ] = 0
     gpu: Annotated[StrictBool | Auto, Setting("a GPU for each worker: auto, true or false", shown=True)] = "auto"
     max_failures: Annotated[StrictInt, Field(ge=0), Setting("times that dead workers are replaced before a run gives up")] = 2
     storage: Annotated[
@@ -263,37 +276,55 @@ def load(path: Path) -> Params:
 
 
 _PARAMS = TypeAdapter(Params)
-_SECTIONS = {f.name: typing.cast(type, f.type) for f in dataclasses.fields(Params)}
 
 
-def ignored(path: Path) -> list[str]:
-    """Return a line for each setting in params.yaml that exists no more: its name, and what to do instead.
+def remarks(path: Path) -> list[str]:
+    """Return a line for each setting of an earlier version in params.yaml: its name now, or what to do instead.
 
     Raises:
         ParamsError: the file is missing, empty or not YAML.
     """
-    _, retired = _current(path)
-    return [f"{path.name}: {name} is ignored: {RETIRED[name]}" for name in retired]
+    _, old = _current(path)
+    return [
+        f"{path.name}: {name} is now {RENAMED[name]}; its value is used"
+        if name in RENAMED
+        else f"{path.name}: {name} has no effect any more: {RETIRED[name]}"
+        for name in old
+    ]
 
 
 def _current(path: Path) -> tuple[dict[Any, Any], list[str]]:
-    """Return the sections of the file without the retired settings, and the names of those."""
+    """Return the sections of the file under today's names, without the retired settings; and the old names that it holds."""
     if not path.is_file():
         raise ParamsError(f"expected the settings in {path}, found no such file. Create a workspace with `tlpipeline init DIR`.")
     content = _read(path)
     if not isinstance(content, dict):
         raise ParamsError(
-            f"{path.name}: expected sections such as {', '.join(list(_SECTIONS)[:4])}, found {_shown(content)}. "
+            f"{path.name}: expected sections such as {', '.join(list(sections())[:4])}, found {_shown(content)}. "
             f"`git show HEAD:{path.name}` prints the last version that was committed."
         )
     # A section whose lines are all commented out is YAML's null.
-    content = {key: {} if value is None and key in _SECTIONS else value for key, value in content.items()}
-    retired = [f"{section}.{key}" for section, keys in content.items() if isinstance(keys, dict) for key in keys]
-    retired = [name for name in retired if name in RETIRED]
-    for name in retired:
-        section, _, key = name.partition(".")
-        content[section] = {k: value for k, value in content[section].items() if k != key}
-    return content, retired
+    content = {key: {} if value is None and key in sections() else value for key, value in content.items()}
+    old = []
+    for name in (*RENAMED, *RETIRED):
+        section, key = _place(content, name)
+        if key in section:
+            old.append(name)
+            value = section.pop(key)
+            if name in RENAMED:
+                content.setdefault(RENAMED[name].partition(".")[0], {})
+                section, key = _place(content, RENAMED[name])
+                section.setdefault(key, value)
+    return content, old
+
+
+def _place(content: dict[Any, Any], name: str) -> tuple[dict[Any, Any], str]:
+    """Return the section that holds a setting, empty where there is none, and the setting's key in it."""
+    *places, key = name.split(".")
+    section: Any = content
+    for place in places:
+        section = section.get(place) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else {}, key
 
 
 def _read(path: Path) -> Any:
@@ -328,9 +359,9 @@ def _explained(error: ValidationError) -> str:
     """Return the first mistake in plain words: the path, what was expected, what was found."""
     first = error.errors(include_url=False, include_context=False)[0]
     value, section, *keys = first["input"], *map(str, first["loc"])
-    if section not in _SECTIONS:
-        return f"{section}: there is no such section; {nearest(section, _SECTIONS)}"
-    known = settings(_SECTIONS[section])
+    if section not in sections():
+        return f"{section}: there is no such section; {nearest(section, sections())}"
+    known = settings(sections()[section])
     if not keys:
         return f"{section}: expected a section with settings such as {', '.join(list(known)[:4])}, found {_shown(value)}."
     if keys[0] not in known:
@@ -356,6 +387,11 @@ def _shown(value: Any) -> str:
 
 
 # --- what a reader is told ------------------------------------------------------------------------------------------------------------
+
+
+def sections() -> dict[str, type]:
+    """Return the sections of params.yaml by name, each with its class."""
+    return {f.name: typing.cast(type, f.type) for f in dataclasses.fields(Params)}
 
 
 def settings(section: type) -> dict[str, Setting]:

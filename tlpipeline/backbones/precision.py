@@ -25,7 +25,7 @@ def extracts_in_bfloat16(device: torch.device, precision: str) -> bool:
     On CPUs it is between half and 3.3 times as fast, and changes the last digits of the features that the choice was fitted on.
 
     Args:
-        precision: train.precision of params.yaml.
+        precision: backbone.precision of params.yaml.
     """
     return precision == AUTO and device.type == "cuda" and computes_in_bfloat16(device)
 

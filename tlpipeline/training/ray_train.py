@@ -102,7 +102,7 @@ def run(job: TrainingConfig, cluster: ClusterParams, name: str, folder: Path, pr
     try:
         if cluster.workers == 0:
             return _in_process(job, use_gpu, folder / name)
-        progress(Event(stage, 0, 0, f"starting {cluster.workers} Ray worker{'s' * (cluster.workers > 1)}"))
+        progress(Event(stage, 0, 0, f"starting {cluster.workers} Ray worker{'s' * (cluster.workers > 1)}, which takes about 10 s"))
         while True:
             try:
                 return _on_workers(job, cluster, use_gpu, name, folder)

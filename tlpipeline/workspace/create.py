@@ -4,15 +4,12 @@ It is a git and DVC repository with dvc.yaml, params.yaml and prefect.yaml in it
 """
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from tlpipeline.errors import DataError, WorkspaceError
 from tlpipeline.files import unlink
@@ -21,7 +18,7 @@ from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry import versions
 from tlpipeline.training.recipe import Recipe, override
 from tlpipeline.versioning import dvc, git, lock
-from tlpipeline.workspace import stages
+from tlpipeline.workspace import settings, stages
 
 TEMPLATE = Path(__file__).with_name("template")
 TRACKED = (
@@ -84,27 +81,27 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
 
 def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
     from tlpipeline.data import digits, splits
+    from tlpipeline.data.decoding import cpus
 
     for name in ("dvc.yaml", "params.yaml", "prefect.yaml"):
         shutil.copy(TEMPLATE / name, root / name)
     shutil.copy(TEMPLATE / "gitignore", root / ".gitignore")
     shutil.copy(TEMPLATE / "dvcignore", root / ".dvcignore")
+    changes: dict[str, Any] = {"backbone.name": backbone, "backbone.weights": weights}
     if images is None:
         digits.write(root / "images")
-        _set(root, "train", "flip", False)
+        # The demonstration shows two workers; its digits must not be mirrored.
+        changes |= {"train.flip": False, "cluster.workers": min(2, cpus())}
     else:
         shutil.copytree(images, root / "images")
-        _set(root, "data", "name", _name_from(root))
+        changes["data.name"] = _name_from(root)
         deployments = root / "prefect.yaml"
         deployments.write_text(deployments.read_text(encoding="utf-8").replace("digits", _name_from(root)), encoding="utf-8")
-    _set(root, "backbone", "name", backbone)
     if isinstance(weights, Path):
         (root / "weights").mkdir()
         shutil.copy(weights, root / "weights" / weights.name)
-        _set(root, "backbone", "weights", f"weights/{weights.name}")
-        _set(root, "backbone", "weights_md5", md5)
-    else:
-        _set(root, "backbone", "weights", weights)
+        changes |= {"backbone.weights": f"weights/{weights.name}", "backbone.weights_md5": md5}
+    settings.change(root / stages.PARAMS, changes)
     dvc.init(root, remote or str(root / ".dvc-remote"))
     (root / ".dvc" / "plots").mkdir(exist_ok=True)
     for name in PLOTS:
@@ -122,25 +119,6 @@ def _name_from(root: Path) -> str:
     """Make a model's name of the folder's: lower-case letters, digits and dashes."""
     name = "".join(c if c.isalnum() and c.isascii() else "-" for c in root.resolve().name.lower()).strip("-")
     return name if name and name[0].isalpha() else f"images-{name}".strip("-")
-
-
-def _set(root: Path, section: str, key: str, value: str | bool) -> None:
-    """Change one value of params.yaml, however the file is laid out; its comments are kept."""
-    if isinstance(value, str):
-        # YAML has its own mind about words such as `no`, about colons and hashes, and in flow style about commas and brackets.
-        value = value if yaml.safe_load(value) == value and not set(value) & set(":#,[]{}") else json.dumps(value, ensure_ascii=False)
-    else:
-        value = str(value).lower()
-    path = root / stages.PARAMS
-    text = path.read_text(encoding="utf-8")
-    node: Any = yaml.compose(text, yaml.SafeLoader)
-    for name in (section, key):
-        node = {found.value: below for found, below in node.value}[name]
-    start, end = node.start_mark.index, node.end_mark.index
-    rest = text[end:].lstrip(" ")
-    if rest.startswith("#"):  # which stays in its column where there is room
-        rest = " " * max(2, len(text) - len(rest) - start - len(value)) + rest
-    path.write_text(text[:start] + value + rest, encoding="utf-8")
 
 
 def _md5(path: Path) -> str:

@@ -21,10 +21,11 @@ from typing import Any
 from tlpipeline.choice.decision import Decision
 from tlpipeline.errors import DataError
 from tlpipeline.files import is_truncated_json, unlink, write_json
-from tlpipeline.params import Params, load
+from tlpipeline.params import ChooseParams, Params, load
 from tlpipeline.progress import Event, Progress
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.versioning import dvc, lock
+from tlpipeline.workspace import settings
 
 PARAMS = "params.yaml"
 SPLITS = "splits.csv"
@@ -111,13 +112,14 @@ def profile(root: Path, progress: Progress) -> None:
     backbone, size = _backbone_and_size(root, params, manifest)
 
     def undecided(seen: Profile) -> bool:
-        return decide.undecided(seen, params.choose)
+        # By the defaults: a profile measures, and stays valid when the settings of `choose` change.
+        return decide.undecided(seen, ChooseParams())
 
     device = _device(params)
     with open_cache(root) as kept:
         found = measure.measure(
             backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, kept,
-            extracts_in_bfloat16(device, params.train.precision),
+            extracts_in_bfloat16(device, params.backbone.precision),
         )  # fmt: skip
     with _output(root, PROFILE) as (written,):
         written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -211,7 +213,7 @@ def _job(root: Path, params: Params, decision: Decision, history: Path) -> Train
         epochs=params.train.epochs,
         batch_size=params.train.batch_size,
         flip=params.train.flip,
-        precision=params.train.precision,
+        precision=params.backbone.precision,
         history=str(history),
         views=params.train.views,
         budget_minutes=params.train.budget_minutes,
@@ -263,6 +265,7 @@ def run(root: Path, name: str, progress: Progress) -> None:
     """
     lock.require_workspace(root)
     with lock.hold(root), lock.disk_errors(root), timed(root, name):
+        settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
         dvc.require_inputs(root, name)
         STAGES[name](root, progress)
 
@@ -275,6 +278,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
             STAGES[name](root, progress)
 
     with lock.disk_errors(root):
+        settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
         ran = dvc.run_stage(root, name, run_timed)
     if name in ("choose", "train") and ran:
         shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed, and train nothing
