@@ -302,7 +302,9 @@ def test_workers_without_room_begin_again_in_as_many_parts_as_they_ask_for(
     told: list[Event] = []
     assert ray_train.run(job(decided(CASES[0]), "parts"), TWO, "name", tmp_path / "runs", told.append) == tmp_path
     assert tried == [1, 2, 4]
-    assert told[0] == Event("train", 0, 0, "starting 2 Ray workers, which takes about 10 s")  # which takes longer than anyone likes to see nothing
+    assert told[0] == Event(
+        "train", 0, 0, "starting 2 Ray workers, which takes about 10 s"
+    )  # which takes longer than anyone likes to see nothing
 
 
 def test_an_error_that_says_more_than_its_text_comes_back_whole(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
 from tests.helpers.datasets import on, put, tiny
 from tests.helpers.images import paint
@@ -318,36 +319,6 @@ def test_images_that_were_not_versioned_are_before_others_take_their_place(works
     assert (workspace / "before" / "class0" / "only here.png").is_file()
 
 
-@pytest.mark.parametrize("name", ["no", "on # off", "1.5", "plain", "größer"])
-def test_what_init_writes_into_params_is_read_as_it_was_meant(name: str, workspace: Path) -> None:
-    create._set(workspace, "backbone", "weights", name)
-    assert stages.params_of(workspace).backbone.weights == name
-
-
-@pytest.mark.parametrize("style", ["as it is", "four spaces", "flow", "flow in lines", "quoted"])
-def test_a_value_is_written_into_params_however_they_are_laid_out(style: str, workspace: Path) -> None:
-    path = workspace / "params.yaml"
-    text, whole = path.read_text(), yaml.safe_load(path.read_text())
-    flow = json.dumps(whole["backbone"])
-    path.write_text(
-        {
-            "as it is": text,
-            "four spaces": text.replace("\n  ", "\n    "),
-            "flow": re.sub(r"(?s)\nbackbone:\n.*?\n\n", f"\nbackbone: {flow}  # all of it\n\n", text),
-            "flow in lines": re.sub(r"(?s)\nbackbone:\n.*?\n\n", "\nbackbone: " + flow.replace(", ", ",\n  ") + "\n\n", text),
-            "quoted": text.replace("\n  weights: DEFAULT ", '\n  "weights":   "DEFAULT" '),
-        }[style]
-    )
-    before = path.read_text()
-    create._set(workspace, "backbone", "weights", "weights/a, b.json")
-    whole["backbone"]["weights"] = "weights/a, b.json"
-    assert yaml.safe_load(path.read_text()) == whole
-    assert [line for line in path.read_text().splitlines() if "#" in line and "weights" not in line] == [
-        line for line in before.splitlines() if "#" in line and "weights" not in line
-    ]
-    assert path.read_text().count("#") == before.count("#")
-
-
 # --- one stage ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -628,19 +599,68 @@ def test_nothing_of_the_finished_training_run_is_left(entrances: Entrances) -> N
     assert not (entrances.flow / stages.RUNS).exists()
 
 
-def test_a_changed_parameter_makes_exactly_the_stages_stale_that_name_it(entrances: Entrances, tmp_path: Path) -> None:
-    for key, value, stale in (
+@pytest.mark.parametrize(
+    ("key", "value", "stale"),
+    [
         ("choose.case", "small_similar", ["choose"]),
-        ("choose.gain", "2.5", ["profile", "choose"]),
+        ("choose.gain", "2.5", ["choose"]),  # a profile measures; the settings of choose do not change it
+        ("profile.tangent", "false", ["profile"]),
+        ("backbone.precision", "float32", ["profile", "choose", "train"]),
         ("train.seed", "1", ["choose", "train"]),
         ("evaluate.confidence", "0.9", ["evaluate"]),
         ("gate.margin", "2.0", []),
+        ("cache.max_gb", "5", []),
         ("cluster.max_failures", "5", []),
-    ):
-        root = tmp_path / key
-        shutil.copytree(entrances.flow, root, symlinks=True)
-        set_param(root, key, value)
-        assert dvc_status(root) == stale, key
+    ],
+)
+def test_a_setting_makes_exactly_the_stages_stale_that_use_it_whether_the_file_listed_it_or_not(
+    entrances: Entrances, tmp_path: Path, key: str, value: str, stale: list[str]
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(entrances.flow, root, symlinks=True)
+    set_param(root, key, value)
+    assert dvc_status(root) == stale
+
+
+@pytest.mark.parametrize("entrance", ["flow", "dvc"])
+def test_a_setting_that_is_taken_out_of_the_file_has_its_default_and_dvc_goes_on(
+    entrances: Entrances, tmp_path: Path, entrance: str
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(entrances.flow, root, symlinks=True)
+    content = YAML(typ="safe").load(root / "params.yaml")
+    del content["choose"]["tolerance"]
+    content["evaluate"] = None  # as if all its lines were commented out
+    YAML().dump(content, root / "params.yaml")
+    if entrance == "flow":
+        assert bring_all_up_to_date(root) == ["choose", "evaluate"]
+    else:
+        assert re.findall(r"Running stage '(\w+)'", repro(root)) == ["choose", "evaluate"]
+    assert dvc_status(root) == []
+    assert stages.params_of(root).choose.tolerance == 0.5
+
+
+def test_a_section_that_the_file_does_not_hold_is_added_empty(entrances: Entrances, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(entrances.flow, root, symlinks=True)
+    path = root / "params.yaml"
+    content = YAML(typ="safe").load(path)
+    del content["evaluate"]
+    YAML().dump(content, path)
+    assert stages.bring_up_to_date(root, "evaluate", silent)
+    assert path.read_text().endswith("\n\nevaluate: {}\n")
+    assert dvc_status(root) == []
+
+
+def test_dvc_runs_an_experiment_with_a_changed_setting(entrances: Entrances, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(entrances.flow, root, symlinks=True)
+    git.commit(root, "Record the run", create.TRACKED)
+    printed = run_python(root, "-m", "dvc", "exp", "run", "-S", "train.seed=1", "-S", "+choose.gain=2.5")
+    assert printed.returncode == 0, printed.stderr
+    params = stages.params_of(root)
+    assert (params.train.seed, params.choose.gain) == (1, 2.5)
+    assert dvc_status(root) == []
 
 
 def test_a_parameter_that_is_edited_while_its_stage_runs_is_refused_and_nothing_is_recorded(entrances: Entrances, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_user_makes_a_workspace_runs_the_pipeline_and_predicts_beside_modules_
 
     assert "is ready" in run(tmp_path, "tlpipeline", "init", "digits")
     params = tmp_path / "digits" / "params.yaml"
-    params.write_text(params.read_text().replace("  workers: 2 ", "  workers: 0 "))
+    params.write_text(params.read_text().replace("workers: 2", "workers: 0"))
     assert "digits@v0.1.0" in run(tmp_path, "python", "-m", "tlpipeline", "run", "--workspace", "digits")
     assert "digits@v0.1.0" in run(tmp_path, "tlpipeline", "registry", "list", "--workspace", "digits")
     assert "is in prod now" in run(tmp_path, "tlpipeline", "registry", "promote", "digits@latest", "--workspace", "digits")

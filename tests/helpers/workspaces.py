@@ -5,17 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ruamel.yaml import YAML
+
+from tlpipeline.workspace import settings
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def set_param(workspace: Path, key: str, value: str) -> None:
-    """Change one value of params.yaml, given as section.key."""
-    section, _, name = key.partition(".")
-    lines = (workspace / "params.yaml").read_text().splitlines()
-    start = lines.index(next(line for line in lines if line.startswith(f"{section}:")))
-    at = next(i for i in range(start, len(lines)) if lines[i].startswith(f"  {name}:"))
-    lines[at] = f"  {name}: {value}"
-    (workspace / "params.yaml").write_text("\n".join(lines) + "\n")
+    """Change one value of params.yaml, given as section.key and as YAML."""
+    settings.change(workspace / "params.yaml", {key: YAML(typ="safe").load(value)})
 
 
 def dvc_status(workspace: Path) -> list[str]:
