@@ -81,7 +81,7 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
 
 def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
     from tlpipeline.data import digits, splits
-    from tlpipeline.data.decoding import cpus
+    from tlpipeline.data.decoding import available_cpus
 
     for name in ("dvc.yaml", "params.yaml", "prefect.yaml"):
         shutil.copy(TEMPLATE / name, root / name)
@@ -91,7 +91,7 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
     if images is None:
         digits.write(root / "images")
         # The demonstration shows two workers; its digits must not be mirrored.
-        changes |= {"train.flip": False, "cluster.workers": min(2, cpus())}
+        changes |= {"train.flip": False, "cluster.workers": min(2, available_cpus())}
     else:
         shutil.copytree(images, root / "images")
         changes["data.name"] = _name_from(root)
