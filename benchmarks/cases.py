@@ -20,6 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from tlpipeline.workspace import settings
+from tlpipeline.workspace.stages import PARAMS
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "cases.csv"
 COLUMNS = ("data", "backbone", "images", "train", "classes", "size", "case", "slice", "p_similar", "p_large", "accuracy", "low", "high",
@@ -67,16 +70,10 @@ def workspace(name: str, data: Path, work: Path, workers: int) -> Path:
     images = unpack(data / f"{name}.tar.gz", work / name, MOST.get(name))
     folder = work / "workspaces" / name.replace("_", "-")
     tlpipeline("init", str(folder), "--images", str(images), "--backbone", backbone, "--weights", str(data / weights))
-    change(folder, "workers", str(workers))
+    settings.change(folder / PARAMS, {"cluster.workers": workers})
     if name in NO_FLIP:
-        change(folder, "flip", "false")
+        settings.change(folder / PARAMS, {"train.flip": False})
     return folder
-
-
-def change(folder: Path, key: str, value: str) -> None:
-    path = folder / "params.yaml"
-    lines = [f"  {key}: {value}" if line.startswith(f"  {key}:") else line for line in path.read_text().splitlines()]
-    path.write_text("\n".join(lines) + "\n")
 
 
 def row(name: str, folder: Path, seconds: float) -> dict[str, object]:
@@ -101,10 +98,9 @@ def row(name: str, folder: Path, seconds: float) -> dict[str, object]:
 def forced(name: str, data: Path, work: Path, workers: int) -> None:
     folder = workspace(name, data, work, workers)
     # `better` would rightly reject what only ties: here all need only be not worse by 5 points than the first, which goes to prod.
-    change(folder, "rule", "not_worse")
-    change(folder, "margin", "5.0")
+    settings.change(folder / PARAMS, {"gate.rule": "not_worse", "gate.margin": 5.0})
     for case in ("small_similar", "small_different", "large_similar", "large_different"):
-        change(folder, "case", case)
+        settings.change(folder / PARAMS, {"choose.case": case})
         started = time.monotonic()
         done = tlpipeline("run", "--workspace", str(folder))
         found = row(name, folder, time.monotonic() - started)
