@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from tlpipeline.workspace import settings
-from tlpipeline.workspace.stages import PARAMS
+from tlpipeline.workspace.layout import PARAMS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "cases.csv"

@@ -126,7 +126,7 @@ def ours(job: Job) -> Answer:
     from tlpipeline.data import dataset, splits
     from tlpipeline.evaluation import metrics
     from tlpipeline.progress import silent
-    from tlpipeline.workspace import create, stages
+    from tlpipeline.workspace import create, layout, stages
 
     imported = cpu_seconds()
     sides = {TRAIN: job.train, VAL: job.val, TEST: job.test}
@@ -142,11 +142,11 @@ def ours(job: Job) -> Answer:
         settings = {"size": job.size, "seed": job.seed, "flip": str(job.flip).lower(), "case": job.case, "workers": 0, "gpu": "false"}
         for key, value in settings.items():
             change(root, key, str(value))
-        (root / stages.SPLITS).unlink()
+        (root / layout.SPLITS).unlink()
         lines = [splits.SplitException(md5, side, job.classes[label]) for side, rows in sides.items() for _, md5, label in rows]
-        splits.write_exceptions(root / stages.SPLITS, lines)
+        splits.write_exceptions(root / layout.SPLITS, lines)
         stages.ingest(root, silent)
-        found = {row.md5: row.split for row in dataset.read_manifest(root / stages.MANIFEST).rows}
+        found = {row.md5: row.split for row in dataset.read_manifest(root / layout.MANIFEST).rows}
         if found != wanted:
             sys.exit(f"expected the images on the sides that splits.csv says, {Counter(wanted.values())}, found {Counter(found.values())}.")
         spent, started = {}, time.monotonic()
@@ -156,13 +156,13 @@ def ours(job: Job) -> Answer:
             spent[f"{name}_s"] = cpu_seconds() - before
         wall = time.monotonic() - started
         stages.evaluate(root, silent)
-        said = metrics.read_predictions(root / stages.PREDICTIONS)
+        said = metrics.read_predictions(root / layout.PREDICTIONS)
         right = dict(zip(said.md5, said.predicted == said.labels, strict=True))
-        decision = stages.read_case(root)
+        decision = layout.read_case(root)
         if decision.freeze == "kept":
             # Once more, as it would be without the features that the profile has left.
             create.clear_cache(root)
-            shutil.rmtree(root / stages.RUNS)
+            shutil.rmtree(root / layout.RUNS)
             before = cpu_seconds()
             stages.train(root, silent)
             spent["cold_s"] = cpu_seconds() - before

@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 
 from tlpipeline.errors import Unreachable
 from tlpipeline.progress import Event, Progress, silent
-from tlpipeline.workspace import create, release, stages
+from tlpipeline.workspace import create, layout, release, stages
 
 # Whoever starts a flow in this process may listen: the command line sets its progress bar here.
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
@@ -90,7 +90,7 @@ def choose(workspace: Path) -> str:
     if race.id is not None:  # a decision without a race needs no bar
         race.end(ran)
     create_markdown_artifact(release.decision_markdown(workspace), key="decision", description="Which case, and why")
-    return str(stages.read_case(workspace).case)
+    return str(layout.read_case(workspace).case)
 
 
 @task(task_run_name="train-{case}")
@@ -104,7 +104,7 @@ def evaluate(workspace: Path) -> float:
     """Measure the model on the test side; return its accuracy."""
     _follow(workspace, "evaluate", "evaluate")
     create_markdown_artifact(release.evaluation_markdown(workspace), key="evaluation", description="Metrics on the held-out test side")
-    return float(stages.read_json(workspace, stages.METRICS)["accuracy"])
+    return float(layout.read_json(workspace, layout.METRICS)["accuracy"])
 
 
 @task(task_run_name="gate")

@@ -38,7 +38,7 @@ from tlpipeline.errors import DataError
 from tlpipeline.params import ProfileParams
 from tlpipeline.profiling import measure
 from tlpipeline.progress import silent
-from tlpipeline.workspace import stages
+from tlpipeline.workspace import layout
 
 CPU = torch.device("cpu")
 FIRST, LAST = TapPooling("conv1", 32, (1, 2)), TapPooling("fc2", 128, (1,))
@@ -653,13 +653,13 @@ def test_how_large_the_cache_is_is_not_measured_at_each_shard(limit: float, tmp_
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_stage_leaves_no_more_than_the_bound_whether_it_fails_or_not(fails: bool, tmp_path: Path) -> None:
-    (tmp_path / stages.PARAMS).write_text("cache: {max_gb: 0.00001}\n")
-    with pytest.raises(DataError) if fails else nullcontext(), stages.open_cache(tmp_path) as kept:
+    (tmp_path / layout.PARAMS).write_text("cache: {max_gb: 0.00001}\n")
+    with pytest.raises(DataError) if fails else nullcontext(), layout.open_cache(tmp_path) as kept:
         for number in range(4):
             kept.column("key", "label").add([md5(number)], numbers(1, 1000, number))
         if fails:
             raise DataError("something went wrong")
-    assert 0 < sum(k.bytes for k in cache.info(tmp_path / stages.CACHE)) <= 10_000
+    assert 0 < sum(k.bytes for k in cache.info(tmp_path / layout.CACHE)) <= 10_000
 
 
 def test_rows_are_mapped_not_read(tmp_path: Path) -> None:

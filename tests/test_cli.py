@@ -21,7 +21,7 @@ from tests.helpers.workspaces import set_param
 from tlpipeline import cli
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.versioning import git, lock
-from tlpipeline.workspace import stages
+from tlpipeline.workspace import layout
 
 HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
 VERBS = {
@@ -557,7 +557,7 @@ def test_a_training_run_leaves_its_own_checkpoints_and_no_older_ones(call: Calla
     (runs / "race-tuned-0123.jsonl").write_text("{}\n")
     assert call("stage", "train", "-w", registered).code == 0
     names = sorted(path.name for path in runs.iterdir())
-    case = stages.read_case(registered).case
+    case = layout.read_case(registered).case
     assert names
     assert all(name.startswith(f"{case}-") and "0123" not in name for name in names), names
 

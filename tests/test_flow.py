@@ -27,7 +27,7 @@ from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, silent
 from tlpipeline.registry import versions
 from tlpipeline.report import page as report
-from tlpipeline.workspace import release, stages
+from tlpipeline.workspace import layout, release, stages
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -152,14 +152,14 @@ def test_decision_and_evaluation_are_artifacts_and_the_stages_show_their_progres
         "evaluation": "markdown",
         **dict.fromkeys(BARS, "progress"),
     }
-    case = stages.read_case(first.workspace)
+    case = layout.read_case(first.workspace)
     assert case.reason in found["decision"].data
     assert all(f"| {name} |" in found["decision"].data for name in case.probabilities)
-    accuracy = stages.read_json(first.workspace, stages.METRICS)["accuracy"]
+    accuracy = layout.read_json(first.workspace, layout.METRICS)["accuracy"]
     assert f"accuracy {accuracy:.1%}" in found["evaluation"].data
     assert all(label in found["evaluation"].data for label in ("class0", "class1", "class2"))
     assert [float(found[key].data) for key in BARS] == [100] * len(BARS)
-    images = stages.read_json(first.workspace, stages.METRICS)["images"]
+    images = layout.read_json(first.workspace, layout.METRICS)["images"]
     assert (found["ingest"].description, found["evaluate"].description) == ("72 of 72 files read", f"{images} of {images} test images")
 
 
@@ -215,15 +215,15 @@ def test_dvc_shows_the_plane_the_probes_with_the_cut_and_the_probabilities(first
     workspace = copy(first.workspace, tmp_path / "workspace")
     set_param(workspace, "choose.slice", "conv2")
     assert stages.bring_up_to_date(workspace, "choose", silent)
-    case = stages.read_case(workspace)
+    case = layout.read_case(workspace)
     assert (case.case, case.slice) == ("small_different", "conv2")
 
-    (point,) = [r for r in rows(workspace / stages.PLANE) if r["what"] == "data set"]
+    (point,) = [r for r in rows(workspace / layout.PLANE) if r["what"] == "data set"]
     assert (float(point["large"]), float(point["similar"])) == (case.large, case.similar)
-    assert [r["name"] for r in rows(workspace / stages.PLANE) if r["what"] == "chosen case"] == ["small_different"]
-    uses = {r["layer"]: r["use"] for r in rows(workspace / stages.PROBE)}
+    assert [r["name"] for r in rows(workspace / layout.PLANE) if r["what"] == "chosen case"] == ["small_different"]
+    uses = {r["layer"]: r["use"] for r in rows(workspace / layout.PROBE)}
     assert uses == {"01 conv1": "read", "02 conv2": "read", "03 conv3": "cut off", "04 fc1": "cut off", "05 fc2": "cut off"}
-    assert {r["case"]: float(r["probability"]) for r in rows(workspace / stages.CASES)} == case.probabilities
+    assert {r["case"]: float(r["probability"]) for r in rows(workspace / layout.CASES)} == case.probabilities
 
     page = Path(dvc(workspace, "plots", "show", "--out", str(tmp_path / "plots")).splitlines()[-1].removeprefix("file://"))
     shown = page.read_text(encoding="utf-8")
@@ -251,7 +251,7 @@ def test_a_rejection_is_committed_with_its_verdict_but_makes_no_tag(first: Run, 
     assert git(rejected.workspace, "log", "-1", "--format=%s").startswith("Rejected: large_similar")
     assert {"dvc.lock", "case.json"} <= set(git(rejected.workspace, "diff", "--name-only", "HEAD~1").splitlines())
     assert json.loads(git(rejected.workspace, "show", "HEAD:case.json"))["forced"] == ["choose.case"]
-    assert json.loads(git(rejected.workspace, "show", "HEAD:metrics.json")) == stages.read_json(rejected.workspace, stages.METRICS)
+    assert json.loads(git(rejected.workspace, "show", "HEAD:metrics.json")) == layout.read_json(rejected.workspace, layout.METRICS)
     assert git(rejected.workspace, "status", "--porcelain") == ""
     assert not dvc_status(rejected.workspace)
 
@@ -281,7 +281,7 @@ def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_
     assert [row[:3] for row in rows] == [("workspace@v0.2.0", "", "large_similar"), ("workspace@v0.1.0", "prod", "small_similar")]
     assert release.model_card(workspace, "workspace#prod").startswith("# workspace@v0.1.0")
     assert "large_similar" in release.model_card(workspace, "workspace@v0.2")
-    taps = stages.head_taps(workspace)
+    taps = layout.head_taps(workspace)
     assert len(taps) > 1, "the head that is solved last reads several"
     assert f"the head reads {', '.join(taps)} |" in release.model_card(workspace, "workspace@v0.2")
     assert (versions.model_folder(workspace, old) / "weights.safetensors").read_bytes() != (
@@ -297,9 +297,9 @@ def test_an_accepted_version_goes_to_prod_at_once_where_the_gate_says_so(registe
     run = retrain(registered)
     assert run.result.version == "workspace@v0.2.0"
     assert git(registered, "tag", "--points-at", "HEAD").splitlines() == ["workspace#prod#1", "workspace@v0.2.0"]
-    case = stages.read_case(registered)
+    case = layout.read_case(registered)
     assert case.case == "small_different"
-    assert case.slice != stages.read_json(registered, stages.PROFILE)["taps"][-1]["name"], "the later layers are gone"
+    assert case.slice != layout.read_json(registered, layout.PROFILE)["taps"][-1]["name"], "the later layers are gone"
 
 
 # --- a race ---------------------------------------------------------------------------------------------------------------------------
@@ -321,9 +321,9 @@ def test_a_race_is_seen_while_it_runs_and_in_the_decision(workspace: Path) -> No
     assert texts[0].startswith("race: ")
     assert any("look" in text for text in texts)
 
-    case = stages.read_case(workspace)
+    case = layout.read_case(workspace)
     assert case.race is not None
-    assert 1 <= len(json.loads((workspace / stages.CASE).read_text())["race"]["looks"]) <= 3
+    assert 1 <= len(json.loads((workspace / layout.CASE).read_text())["race"]["looks"]) <= 3
     found = artifacts(run)
     assert (found["race"].type, float(found["race"].data)) == ("progress", 100)
     assert found["race"].description == case.reason
@@ -337,10 +337,10 @@ def test_whoever_starts_from_other_weights_is_told_why_there_is_no_race(first: R
     workspace = copy(first.workspace, tmp_path / "workspace")
     set_param(workspace, "choose.effort", "full")
     set_param(workspace, "train.override", "{init: plain}")
-    profile = Profile.from_json(stages.read_json(workspace, stages.PROFILE))
-    assert decide.choose(profile, stages.params_of(workspace).choose).race_wanted
+    profile = Profile.from_json(layout.read_json(workspace, layout.PROFILE))
+    assert decide.choose(profile, layout.params_of(workspace).choose).race_wanted
     assert stages.bring_up_to_date(workspace, "choose", silent)
-    case = stages.read_case(workspace)
+    case = layout.read_case(workspace)
     assert (case.race, case.race_wanted) == (None, False)
     assert "There was none: train.override.init starts from other weights than the prediction knows." in release.decision_markdown(
         workspace
@@ -383,7 +383,7 @@ def test_data_that_cannot_be_pushed_stop_the_run_after_some_tries(workspace: Pat
     ("{}", "accuracy"), ("{imbalance: 1.0}", "balanced_accuracy"), ("{imbalance: 1.0, balance: none}", "accuracy"),
 ])  # fmt: skip
 def test_classes_count_alike_at_the_gate_where_training_weighs_them_alike(override: str, metric: str, registered: Path) -> None:
-    trained = Counter(row.label for row in read_manifest(registered / stages.MANIFEST).used("train"))
+    trained = Counter(row.label for row in read_manifest(registered / layout.MANIFEST).used("train"))
     assert min(trained.values()) < max(trained.values()) < 10 * min(trained.values())
     git(registered, "tag", "--delete", "workspace@v0.1.0")
     set_param(registered, "train.override", override)
@@ -490,7 +490,7 @@ def test_the_report_is_one_file_with_nothing_outside_it(first: Run, rejected: Ru
 def test_the_report_holds_verdict_case_reason_matrix_classes_and_seconds(first: Run, rejected: Run) -> None:
     for run in (first, rejected):
         page = _Page(Path(run.result.report))
-        case = stages.read_case(run.workspace)
+        case = layout.read_case(run.workspace)
         for part in (case.case, case.reason, run.result.outcome, "Confusion matrix", "Seconds"):
             assert " ".join(unescape(part).split()) in page.text, part
         assert all(label in page.text for label in ("class0", "class1", "class2"))
@@ -503,7 +503,7 @@ def test_the_report_holds_verdict_case_reason_matrix_classes_and_seconds(first: 
 
 def test_the_report_says_how_fast_training_was_and_how_long_it_waited_for_data(first: Run, rejected: Run) -> None:
     for run in (first, rejected):
-        measured = stages.read_json(run.workspace, stages.RUN)["training"]
+        measured = layout.read_json(run.workspace, layout.RUN)["training"]
         assert report.pace(measured) in _Page(Path(run.result.report)).text
     assert re.fullmatch(
         r"Training took [1-9]\d* images a second; its first worker waited for data \d+% of the time\.", report.pace(measured)
@@ -515,6 +515,6 @@ def test_the_confusion_matrix_of_the_report_counts_every_test_image_once(first: 
     assert table
     cells = re.findall(r"<td[^>]*>(\d*)</td>", table[1])
     assert len(cells) == 9
-    metrics = stages.read_json(first.workspace, stages.METRICS)
+    metrics = layout.read_json(first.workspace, layout.METRICS)
     assert sum(int(cell or 0) for cell in cells) == metrics["images"]
     assert sum(int(cell or 0) for cell in cells[::4]) == round(metrics["accuracy"] * metrics["images"])

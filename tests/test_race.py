@@ -325,7 +325,7 @@ def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch
 def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it(tmp_path: Path) -> None:
     """Through the stages and DVC's lock: choose writes race/, train starts from it, a second look finds nothing to do."""
     from tests.conftest import paint, set_param
-    from tlpipeline.workspace import create, stages
+    from tlpipeline.workspace import create, layout, stages
 
     pictures = tmp_path / "pictures"
     for label in range(3):
@@ -341,16 +341,16 @@ def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it
     told: list[Event] = []
     for name in stages.STAGES:
         assert stages.bring_up_to_date(root, name, told.append)
-        assert sum(kept.bytes for kept in cache.info(root / stages.CACHE)) <= 50_000, name
-    case = stages.read_case(root)
+        assert sum(kept.bytes for kept in cache.info(root / layout.CACHE)) <= 50_000, name
+    case = layout.read_case(root)
     assert case.race is not None
     assert case.race.winner in ("frozen", "tuned")
-    assert (root / stages.RACE / checkpoint.STATE).exists()
+    assert (root / layout.RACE / checkpoint.STATE).exists()
     assert any("look" in event.text for event in told if event.stage == "choose")
-    state = json.loads((root / stages.RACE / checkpoint.STATE).read_text())
+    state = json.loads((root / layout.RACE / checkpoint.STATE).read_text())
     model = load_file(root / "model" / "weights.safetensors")
     if case.race.winner == "frozen":
-        raced = load_file(root / stages.RACE / "model" / "weights.safetensors")
+        raced = load_file(root / layout.RACE / "model" / "weights.safetensors")
         assert all(torch.equal(model[name], raced[name]) for name in raced)
     else:
         assert state["epoch"] >= 1

@@ -12,7 +12,7 @@ from tlpipeline.errors import RegistryError
 from tlpipeline.progress import silent
 from tlpipeline.registry import versions
 from tlpipeline.versioning import git
-from tlpipeline.workspace import release, stages
+from tlpipeline.workspace import layout, release
 
 
 def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_is_fetched_first(
@@ -175,7 +175,7 @@ def test_a_version_that_gto_takes_out_of_a_stage_holds_it_no_more_and_is_not_rol
 
 
 def test_a_version_that_gto_withdraws_is_neither_listed_nor_champion_and_its_number_is_not_given_again(two: Path) -> None:
-    case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
+    case, classes = layout.read_case(two).case, list(layout.read_metrics(two)["classes"])
     git.gto(two, "deprecate", "workspace", "v0.1.1")
     assert standing(two) == [("workspace@v0.1.0", ("prod",))]
     assert str(versions.champion(two, "workspace")) == str(versions.resolve(two, "workspace@latest")) == "workspace@v0.1.0"
@@ -185,7 +185,7 @@ def test_a_version_that_gto_withdraws_is_neither_listed_nor_champion_and_its_num
 
 
 def test_a_model_that_gto_withdraws_is_registered_no_more_and_a_run_does_not_register_it_again(two: Path) -> None:
-    case, classes = stages.read_case(two).case, list(stages.read_metrics(two)["classes"])
+    case, classes = layout.read_case(two).case, list(layout.read_metrics(two)["classes"])
     git.gto(two, "deprecate", "workspace")
     assert standing(two) == []
     assert versions.champion(two, "workspace") is None

@@ -45,7 +45,7 @@ from tlpipeline.training.optim import schedule
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.train import run
 from tlpipeline.training.trainer import TimeBudget, Trainer, batch_size
-from tlpipeline.workspace import stages
+from tlpipeline.workspace import layout, stages
 
 SEVERAL = (TapPooling("fc2", 128, (1,)), TapPooling("conv3", 128, (1, 2)))
 
@@ -832,12 +832,12 @@ def test_the_metric_is_the_same_on_any_number_of_workers_and_counts_each_test_im
         root = tmp_path / workers
         root.mkdir()
         (root / "images").symlink_to(worlds.images)
-        shutil.copy(Path(__file__).parent.parent / stages.PARAMS, root)
-        shutil.copy(worlds.place / stages.MANIFEST, root)
-        shutil.copytree(worlds.finished(f"{name} {workers}") / "model", root / stages.MODEL)
+        shutil.copy(Path(__file__).parent.parent / layout.PARAMS, root)
+        shutil.copy(worlds.place / layout.MANIFEST, root)
+        shutil.copytree(worlds.finished(f"{name} {workers}") / "model", root / layout.MODEL)
         stages.evaluate(root, silent)
-        found.append(stages.read_metrics(root))
-        said.append(read_predictions(root / stages.PREDICTIONS))
+        found.append(layout.read_metrics(root))
+        said.append(read_predictions(root / layout.PREDICTIONS))
     assert found[0]["images"] == len(rows)
     assert 0 < found[0]["accuracy"] < 1  # else nothing could differ
     for metrics, predictions in zip(found, said, strict=True):
@@ -1026,7 +1026,7 @@ def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, p
 
     set_param(workspace, "choose.case", "small_similar")
     stages.ingest(workspace, silent)
-    manifest = dataset.read_manifest(workspace / stages.MANIFEST)
+    manifest = dataset.read_manifest(workspace / layout.MANIFEST)
     train, val, test = ({row.md5 for row in manifest.used(side)} for side in splits.SPLIT_NAMES)
     profiled = train | {row.md5 for row in manifest.used("val") if splits.in_selection_half(row.md5)}
     wanted = {"profile": profiled, "choose": set(), "train": val - profiled, "evaluate": test}
@@ -1035,7 +1035,7 @@ def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, p
         assert sorted(passed) == sorted(images), name
         passed.clear()
     set_param(workspace, "train.seed", "1")
-    shutil.rmtree(workspace / stages.RUNS)
+    shutil.rmtree(workspace / layout.RUNS)
     for name in wanted:
         stages.STAGES[name](workspace, silent)
     assert not passed

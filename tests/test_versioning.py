@@ -27,13 +27,13 @@ from tlpipeline.params import load
 from tlpipeline.progress import silent
 from tlpipeline.versioning import dvc as versioning
 from tlpipeline.versioning import git, lock
-from tlpipeline.workspace import create, release, stages
+from tlpipeline.workspace import create, layout, release, stages
 
 # As little as the pipeline can do: what is tested is who runs it.
 CHEAP = {"profile.images": "16", "profile.images_max": "16", "choose.draws": "100", "train.epochs": "1", "cluster.workers": "0"}
 OUTPUTS = [
-    stages.MANIFEST, stages.QUARANTINE, stages.PROFILE, stages.PROBE, stages.CASE, stages.MODEL, stages.HISTORY, stages.METRICS,
-    stages.CLASSES, stages.PREDICTIONS, stages.CONFUSION, stages.RACE, stages.PLANE, stages.CASES,
+    layout.MANIFEST, layout.QUARANTINE, layout.PROFILE, layout.PROBE, layout.CASE, layout.MODEL, layout.HISTORY, layout.METRICS,
+    layout.CLASSES, layout.PREDICTIONS, layout.CONFUSION, layout.RACE, layout.PLANE, layout.CASES,
 ]  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_a_stage_before_its_dependencies_is_refused_with_what_is_missing(workspa
 
 
 def test_a_small_class_gets_its_sides_once_and_lines_are_only_appended(workspace: Path) -> None:
-    splits = workspace / stages.SPLITS
+    splits = workspace / layout.SPLITS
     assert splits.read_text() == "md5,split,label\n"
     put(workspace / "images", {f"small/{i}.ppm": content for i, content in enumerate(on(TRAIN, 4))})
     _, remarks = create.commit_data(workspace)
@@ -209,7 +209,7 @@ def test_a_small_class_gets_its_sides_once_and_lines_are_only_appended(workspace
     create.commit_data(workspace)
     assert splits.read_text().startswith(first)
     assert [line.split(",")[1:] for line in splits.read_text()[len(first) :].splitlines()] == [[VAL, "tiny"], [TRAIN, "tiny"]]
-    assert git.read_at(workspace, "HEAD", stages.SPLITS) == splits.read_text().strip()
+    assert git.read_at(workspace, "HEAD", layout.SPLITS) == splits.read_text().strip()
 
 
 def test_new_images_are_versioned_committed_and_published(workspace: Path) -> None:
@@ -334,26 +334,26 @@ def test_the_working_directory_does_not_matter(ingested: Path, monkeypatch: Any,
 
 
 def test_an_output_that_was_deleted_comes_back_from_the_cache_without_a_run(ingested: Path) -> None:
-    before = (ingested / stages.MANIFEST).read_bytes()
-    (ingested / stages.MANIFEST).unlink()
+    before = (ingested / layout.MANIFEST).read_bytes()
+    (ingested / layout.MANIFEST).unlink()
     assert "ingest" in dvc_status(ingested)
     assert not versioning.run_stage(ingested, "ingest", never)
-    assert (ingested / stages.MANIFEST).read_bytes() == before
+    assert (ingested / layout.MANIFEST).read_bytes() == before
 
 
 def test_an_output_that_was_edited_comes_back_from_the_cache_without_a_run(ingested: Path) -> None:
-    before = (ingested / stages.MANIFEST).read_bytes()
-    (ingested / stages.MANIFEST).unlink()
-    (ingested / stages.MANIFEST).write_bytes(b"edited")
+    before = (ingested / layout.MANIFEST).read_bytes()
+    (ingested / layout.MANIFEST).unlink()
+    (ingested / layout.MANIFEST).write_bytes(b"edited")
     assert not versioning.run_stage(ingested, "ingest", never)
-    assert (ingested / stages.MANIFEST).read_bytes() == before
+    assert (ingested / layout.MANIFEST).read_bytes() == before
 
 
 def test_an_output_that_no_cache_has_is_made_again(ingested: Path) -> None:
     before = lock_text(ingested)
-    (ingested / stages.QUARANTINE).unlink()
+    (ingested / layout.QUARANTINE).unlink()
     assert stages.bring_up_to_date(ingested, "ingest", silent)
-    assert (ingested / stages.QUARANTINE).read_text() == "path,reason\n"
+    assert (ingested / layout.QUARANTINE).read_text() == "path,reason\n"
     assert lock_text(ingested) == before
 
 
@@ -361,7 +361,7 @@ def test_a_changed_dependency_makes_the_stage_run(ingested: Path) -> None:
     paint(0, 500).save(ingested / "images" / "class0" / "new.png")
     assert "ingest" in dvc_status(ingested)
     assert stages.bring_up_to_date(ingested, "ingest", silent)
-    assert len(dataset.read_manifest(ingested / stages.MANIFEST).rows) == 73
+    assert len(dataset.read_manifest(ingested / layout.MANIFEST).rows) == 73
     assert not versioning.run_stage(ingested, "ingest", never)
 
 
@@ -394,28 +394,28 @@ def test_what_changes_while_the_stage_runs_is_refused_and_nothing_is_recorded(in
 
 
 def test_a_stage_that_fails_is_not_recorded_and_leaves_its_old_outputs(ingested: Path) -> None:
-    before = contents(ingested, stages.MANIFEST, stages.QUARANTINE), lock_text(ingested)
+    before = contents(ingested, layout.MANIFEST, layout.QUARANTINE), lock_text(ingested)
     for path in (ingested / "images" / "class0").iterdir():
         path.write_bytes(b"")
     with pytest.raises(DataError):
         stages.bring_up_to_date(ingested, "ingest", silent)
-    assert (contents(ingested, stages.MANIFEST, stages.QUARANTINE), lock_text(ingested)) == before
+    assert (contents(ingested, layout.MANIFEST, layout.QUARANTINE), lock_text(ingested)) == before
 
 
 def test_seconds_go_to_a_file_that_neither_git_nor_dvc_keeps(ingested: Path) -> None:
-    assert set(stages.read_json(ingested, stages.RUN)["seconds"]) == {"ingest"}
-    assert git.run(ingested, "check-ignore", stages.RUN) == stages.RUN
-    assert stages.RUN not in (ingested / "dvc.yaml").read_text()
+    assert set(layout.read_json(ingested, layout.RUN)["seconds"]) == {"ingest"}
+    assert git.run(ingested, "check-ignore", layout.RUN) == layout.RUN
+    assert layout.RUN not in (ingested / "dvc.yaml").read_text()
     stages.bring_up_to_date(ingested, "ingest", silent)
-    assert stages.read_json(ingested, stages.RUN)["seconds"] == {"ingest": None}
+    assert layout.read_json(ingested, layout.RUN)["seconds"] == {"ingest": None}
 
 
 def test_a_run_json_that_a_kill_tore_is_taken_for_empty(registered: Path) -> None:
     for left in ("", '{"seconds": {"ingest": 0.'):
-        (registered / stages.RUN).write_text(left)
+        (registered / layout.RUN).write_text(left)
         assert not stages.bring_up_to_date(registered, "profile", silent)
-        assert stages.read_run(registered) == {"seconds": {"profile": None}}
-        (registered / stages.RUN).write_text(left)
+        assert layout.read_run(registered) == {"seconds": {"profile": None}}
+        (registered / layout.RUN).write_text(left)
         registration = release.Registration("workspace@v0.1.0", False, "", None, "again")
         assert release.summary(registered, registration, release.write_report(registered, registration)).seconds == {}
 
@@ -449,10 +449,10 @@ def no_space(*_: Any, **__: Any) -> None:
 
 def check_that_a_full_disk_costs_nothing(root: Path) -> None:
     paint(0, 500).save(root / "images" / "class0" / "new.png")
-    before = contents(root, stages.MANIFEST, stages.QUARANTINE), lock_text(root)
+    before = contents(root, layout.MANIFEST, layout.QUARANTINE), lock_text(root)
     with pytest.raises(WorkspaceError, match=r"The disk of .* is full \(No space left on device\).* Free some space"):
         stages.bring_up_to_date(root, "ingest", silent)
-    assert (contents(root, stages.MANIFEST, stages.QUARANTINE), lock_text(root)) == before
+    assert (contents(root, layout.MANIFEST, layout.QUARANTINE), lock_text(root)) == before
     assert not (root / ".tlpipeline" / "draft").exists()
 
 
@@ -543,10 +543,10 @@ def test_both_entrances_write_the_same_lock(entrances: Entrances) -> None:
 
 
 def test_both_entrances_train_the_same_model(entrances: Entrances) -> None:
-    digest = versioning.stage_output(entrances.flow, "train", stages.MODEL)
-    assert digest == versioning.stage_output(entrances.dvc, "train", stages.MODEL)
+    digest = versioning.stage_output(entrances.flow, "train", layout.MODEL)
+    assert digest == versioning.stage_output(entrances.dvc, "train", layout.MODEL)
     assert digest.endswith(".dir")
-    assert contents(entrances.flow, stages.MODEL) == contents(entrances.dvc, stages.MODEL)
+    assert contents(entrances.flow, layout.MODEL) == contents(entrances.dvc, layout.MODEL)
 
 
 def test_every_output_is_the_same_to_the_byte_whichever_process_wrote_it(entrances: Entrances) -> None:
@@ -564,21 +564,21 @@ def test_the_same_run_twice_gives_the_same_bytes(entrances: Entrances) -> None:
 
 
 def test_after_the_flow_dvc_has_nothing_to_report_and_nothing_to_run(entrances: Entrances) -> None:
-    before, kept = lock_text(entrances.flow), contents(entrances.flow, str(stages.CACHE))
+    before, kept = lock_text(entrances.flow), contents(entrances.flow, str(layout.CACHE))
     assert not dvc_status(entrances.flow)
     printed = repro(entrances.flow)
     assert "Running stage" not in printed
     assert "Data and pipelines are up to date." in printed
     assert lock_text(entrances.flow) == before
-    assert contents(entrances.flow, str(stages.CACHE)) == kept != {}
+    assert contents(entrances.flow, str(layout.CACHE)) == kept != {}
 
 
 def test_what_dvc_runs_again_finds_the_features_that_are_kept(entrances: Entrances, tmp_path: Path) -> None:
     """DVC deletes what a stage writes before it runs it; the cache is none of that, and nothing is computed or written there anew."""
     shutil.copytree(entrances.dvc, tmp_path / "copy", symlinks=True)
-    kept = contents(tmp_path / "copy", str(stages.CACHE))
+    kept = contents(tmp_path / "copy", str(layout.CACHE))
     assert "Running stage 'train'" in repro(tmp_path / "copy", "--force", "--single-item", "train")
-    assert contents(tmp_path / "copy", str(stages.CACHE)) == kept != {}
+    assert contents(tmp_path / "copy", str(layout.CACHE)) == kept != {}
 
 
 def test_after_dvc_the_flow_has_nothing_to_run(entrances: Entrances) -> None:
@@ -591,12 +591,12 @@ def test_a_run_leaves_only_what_is_to_be_committed(entrances: Entrances) -> None
     for root in (entrances.flow, entrances.dvc):
         lines = git.run(root, "status", "--short", "--untracked-files=all").splitlines()
         assert sorted(line.split()[-1] for line in lines) == sorted(
-            ["params.yaml", "dvc.lock", stages.QUARANTINE, stages.PROFILE, stages.CASE, stages.METRICS, stages.CLASSES]
+            ["params.yaml", "dvc.lock", layout.QUARANTINE, layout.PROFILE, layout.CASE, layout.METRICS, layout.CLASSES]
         )
 
 
 def test_nothing_of_the_finished_training_run_is_left(entrances: Entrances) -> None:
-    assert not (entrances.flow / stages.RUNS).exists()
+    assert not (entrances.flow / layout.RUNS).exists()
 
 
 @pytest.mark.parametrize(
@@ -637,7 +637,7 @@ def test_a_setting_that_is_taken_out_of_the_file_has_its_default_and_dvc_goes_on
     else:
         assert re.findall(r"Running stage '(\w+)'", repro(root)) == ["choose", "evaluate"]
     assert dvc_status(root) == []
-    assert stages.params_of(root).choose.tolerance == 0.5
+    assert layout.params_of(root).choose.tolerance == 0.5
 
 
 def test_a_section_that_the_file_does_not_hold_is_added_empty(entrances: Entrances, tmp_path: Path) -> None:
@@ -658,7 +658,7 @@ def test_dvc_runs_an_experiment_with_a_changed_setting(entrances: Entrances, tmp
     git.commit(root, "Record the run", create.TRACKED)
     printed = run_python(root, "-m", "dvc", "exp", "run", "-S", "train.seed=1", "-S", "+choose.gain=2.5")
     assert printed.returncode == 0, printed.stderr
-    params = stages.params_of(root)
+    params = layout.params_of(root)
     assert (params.train.seed, params.choose.gain) == (1, 2.5)
     assert dvc_status(root) == []
 
@@ -685,12 +685,12 @@ def test_a_parameter_that_is_edited_while_its_stage_runs_is_refused_and_nothing_
 def test_a_recorded_hash_can_be_asked_of_now_and_of_a_commit(entrances: Entrances, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(entrances.flow, root, symlinks=True)
-    manifest = versioning.stage_output(root, "ingest", stages.MANIFEST)
-    assert manifest == versioning.stage_input(root, "train", stages.MANIFEST) != ""
+    manifest = versioning.stage_output(root, "ingest", layout.MANIFEST)
+    assert manifest == versioning.stage_input(root, "train", layout.MANIFEST) != ""
     assert versioning.stage_input(root, "ingest", "images") == versioning.data_hash(root, "images")
     assert versioning.stage_output(root, "ingest", "no-such-output") == ""
-    assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == ""
+    assert versioning.stage_output(root, "ingest", layout.MANIFEST, "HEAD") == ""
     git.commit(root, "Record the run", create.TRACKED)
     (root / "dvc.lock").unlink()
-    assert versioning.stage_output(root, "ingest", stages.MANIFEST) == ""
-    assert versioning.stage_output(root, "ingest", stages.MANIFEST, "HEAD") == manifest
+    assert versioning.stage_output(root, "ingest", layout.MANIFEST) == ""
+    assert versioning.stage_output(root, "ingest", layout.MANIFEST, "HEAD") == manifest

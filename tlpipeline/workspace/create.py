@@ -18,11 +18,11 @@ from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry import versions
 from tlpipeline.training.recipe import Recipe, override
 from tlpipeline.versioning import dvc, git, lock
-from tlpipeline.workspace import settings, stages
+from tlpipeline.workspace import layout, settings
 
 TEMPLATE = Path(__file__).with_name("template")
 TRACKED = (
-    "dvc.lock", "dvc.yaml", stages.PARAMS, stages.SPLITS, stages.QUARANTINE, stages.PROFILE, stages.CASE, stages.METRICS, stages.CLASSES,
+    "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.QUARANTINE, layout.PROFILE, layout.CASE, layout.METRICS, layout.CLASSES,
     versions.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
 PLOTS = ("plane.json", "probe.json", "cases.json")  # how `dvc plots show` draws the decision
@@ -101,7 +101,7 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
         (root / "weights").mkdir()
         shutil.copy(weights, root / "weights" / weights.name)
         changes |= {"backbone.weights": f"weights/{weights.name}", "backbone.weights_md5": md5}
-    settings.change(root / stages.PARAMS, changes)
+    settings.change(root / layout.PARAMS, changes)
     dvc.init(root, remote or str(root / ".dvc-remote"))
     (root / ".dvc" / "plots").mkdir(exist_ok=True)
     for name in PLOTS:
@@ -110,7 +110,7 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
     if isinstance(weights, Path):
         dvc.add(root, f"weights/{weights.name}")
         tracked += [f"weights/{weights.name}.dvc", "weights/.gitignore"]
-    splits.write_exceptions(root / stages.SPLITS, [])
+    splits.write_exceptions(root / layout.SPLITS, [])
     git.commit(root, "New workspace", tracked)
     commit_data(root, "First images")
 
@@ -137,7 +137,7 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     """
     from tlpipeline.data import dataset, splits
 
-    params = stages.params_of(root)
+    params = layout.params_of(root)
     images = params.data.images
     if dvc.is_stage_output(root, images):
         dvc.reproduce_upstream(root, images)  # a stage writes them; there is nothing to add
@@ -154,12 +154,12 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
             "be trained on all the same. Take that line out of the .dvcignore, or move these files out of the folder."
         )
     digest = dvc.add(root, images)
-    known = splits.read_exceptions(root / stages.SPLITS)
+    known = splits.read_exceptions(root / layout.SPLITS)
     new, remarks = splits.needed_exceptions(
         root / images, dvc.tracked_files(root, images), known, lambda: _trained_on(root, params.data.name)
     )
-    splits.write_exceptions(root / stages.SPLITS, new)
-    git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), stages.SPLITS])
+    splits.write_exceptions(root / layout.SPLITS, new)
+    git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), layout.SPLITS])
     dvc.push(root)
     return digest, remarks
 
@@ -181,7 +181,7 @@ def replace_images(root: Path, images: Path) -> None:
     """
     from tlpipeline.data import dataset
 
-    name = stages.params_of(root).data.images
+    name = layout.params_of(root).data.images
     target = root / name
     if images.resolve() == target.resolve():
         return
@@ -213,7 +213,7 @@ def _preview(images: Path) -> dict[str, str]:
 
 def count_images(root: Path) -> int:
     """Return the number of versioned files of the data set."""
-    return len(dvc.tracked_files(root, stages.params_of(root).data.images))
+    return len(dvc.tracked_files(root, layout.params_of(root).data.images))
 
 
 # --- before and while something runs in it --------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def check(root: Path, images: Path | None = None) -> None:
 
     lock.require_workspace(root)
     git.require_branch(root)
-    params = stages.params_of(root)
+    params = layout.params_of(root)
     if params.choose.case != AUTO:
         cases.find(params.choose.case)
     override(Recipe(), "pretrained", params.train.override, freeze=False)
@@ -274,7 +274,7 @@ def exclusive(root: Path, wait_minutes: float, images: Path | None = None) -> It
 
 def model_name(root: Path) -> str:
     """Return the name under which the workspace's models are registered."""
-    return stages.params_of(root).data.name
+    return layout.params_of(root).data.name
 
 
 def missing_trigger(root: Path) -> str:
@@ -297,13 +297,13 @@ def cache_rows(root: Path) -> tuple[list[tuple[str, str, str, str]], str]:
 
     from tlpipeline.data import cache
 
-    limit = stages.params_of(root).cache.max_gb
-    found = cache.info(root / stages.CACHE)
+    limit = layout.params_of(root).cache.max_gb
+    found = cache.info(root / layout.CACHE)
     rows = [
         (k.label, str(k.files), f"{k.bytes / 1e6:.1f}", datetime.fromtimestamp(k.used).isoformat(sep=" ", timespec="minutes"))
         for k in found
     ]
-    return rows, f"{sum(k.bytes for k in found) / 1e9:.3f} of {limit:g} GB (cache.max_gb) in {root / stages.CACHE}"
+    return rows, f"{sum(k.bytes for k in found) / 1e9:.3f} of {limit:g} GB (cache.max_gb) in {root / layout.CACHE}"
 
 
 def clear_cache(root: Path) -> str:
@@ -314,8 +314,8 @@ def clear_cache(root: Path) -> str:
     """
     from tlpipeline.data import cache
 
-    stages.params_of(root)
+    layout.params_of(root)
     with lock.hold(root):  # a run keeps what it computes there
-        size = sum(k.bytes for k in cache.info(root / stages.CACHE))
-        cache.clear(root / stages.CACHE)
+        size = sum(k.bytes for k in cache.info(root / layout.CACHE))
+        cache.clear(root / layout.CACHE)
     return f"{size / 1e6:.1f} MB deleted; the next run computes what it needs again"

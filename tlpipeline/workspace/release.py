@@ -21,7 +21,7 @@ from tlpipeline.evaluation import gate
 from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import versions
 from tlpipeline.versioning import dvc, git, lock
-from tlpipeline.workspace import stages
+from tlpipeline.workspace import layout, stages
 from tlpipeline.workspace.create import TRACKED, model_name
 
 REPORT = "report.html"
@@ -49,22 +49,22 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
     from tlpipeline.data import dataset, splits
     from tlpipeline.evaluation import metrics as evaluate
 
-    params = stages.params_of(root)
+    params = layout.params_of(root)
     if begun := versions.resume_publication(root, params.gate.promote == "auto"):
         progress(
             Event("gate", 1, 1, f"{begun[0]} is published, which an interrupted run had registered{' and promoted' if begun[1] else ''}")
         )
-    if versions.find_registered(root, params.data.name, dvc.stage_output(root, "train", stages.MODEL)):
+    if versions.find_registered(root, params.data.name, dvc.stage_output(root, "train", layout.MODEL)):
         return None
-    challenger = evaluate.read_predictions(root / stages.PREDICTIONS)
-    manifest = dataset.read_manifest(root / stages.MANIFEST)
+    challenger = evaluate.read_predictions(root / layout.PREDICTIONS)
+    manifest = dataset.read_manifest(root / layout.MANIFEST)
     trained = Counter(row.label for row in manifest.used(splits.TRAIN))
-    recipe = stages.with_recipe(stages.read_case(root), params).recipe
+    recipe = layout.with_recipe(layout.read_case(root), params).recipe
     uneven = max(trained.values()) > recipe.head_imbalance * min(trained.values())
     git.fetch_tags(root)  # the champion may have been promoted elsewhere
     best = versions.champion(root, params.data.name)
     if best is None:
-        return gate.compare_with_majority(challenger, stages.read_metrics(root)["majority_class"], params.gate, uneven)
+        return gate.compare_with_majority(challenger, layout.read_metrics(root)["majority_class"], params.gate, uneven)
     rows = manifest.used(splits.TEST)
     told = lambda done: progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))  # noqa: E731
     champion = stages.predict_rows(root, versions.model_folder(root, best), rows, told)
@@ -73,10 +73,10 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
 
 def register(root: Path, verdict: gate.Verdict | None) -> Registration:
     """Register the model where the gate accepted it; commit lock, metrics and data either way."""
-    params = stages.params_of(root)
+    params = layout.params_of(root)
     name = params.data.name
     tracked = [*TRACKED, f"{params.data.images}.dvc"]
-    already = versions.find_registered(root, name, dvc.stage_output(root, "train", stages.MODEL))
+    already = versions.find_registered(root, name, dvc.stage_output(root, "train", layout.MODEL))
     if verdict is None and already is not None:
         git.commit(root, "Record the run", tracked)
         if already.number not in [version.number for version in versions.versions(root, name)]:
@@ -85,8 +85,8 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
             )
         return Registration(str(already), False, "", None, f"this model is registered already as {already}: nothing to do.")
     assert verdict is not None, "the gate must speak before a new model is registered"
-    case = stages.read_case(root)
-    metrics = stages.read_metrics(root)
+    case = layout.read_case(root)
+    metrics = layout.read_metrics(root)
     if not verdict.accepted:
         git.commit(root, f"Rejected: {case.case}, accuracy {metrics['accuracy']:.4f}", tracked)
         dvc.push(root)
@@ -103,17 +103,17 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
 
 def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
     """Return all that is needed to rebuild this model, and how good it is."""
-    params = stages.params_of(root)
+    params = layout.params_of(root)
     return {
         "name": params.data.name,
-        "case": stages.read_case(root),
-        "read": stages.head_taps(root),
+        "case": layout.read_case(root),
+        "read": layout.head_taps(root),
         "bounded": training_limits(root),
-        "metrics": stages.read_metrics(root),
+        "metrics": layout.read_metrics(root),
         "verdict": verdict,
         "data": dvc.data_hash(root, params.data.images),
-        "model": dvc.stage_output(root, "train", stages.MODEL),
-        "params_md5": hashlib.md5((root / stages.PARAMS).read_bytes(), usedforsecurity=False).hexdigest(),
+        "model": dvc.stage_output(root, "train", layout.MODEL),
+        "params_md5": hashlib.md5((root / layout.PARAMS).read_bytes(), usedforsecurity=False).hexdigest(),
         "params": dataclasses.asdict(params),
         "seed": params.train.seed,
         "parent": git.head(root),
@@ -136,8 +136,8 @@ def training_limits(root: Path) -> tuple[str, ...]:
     """Return what bounded the training of the workspace's model: time or memory that ran out."""
     from tlpipeline.training.recipe import BUDGET
 
-    remarks = tuple(stages.read_json(root, f"{stages.MODEL}/model.json").get("remarks", ()))
-    raced = (stages.read_json(root, stages.CASE).get("race") or {}).get("ended", "")
+    remarks = tuple(layout.read_json(root, f"{layout.MODEL}/model.json").get("remarks", ()))
+    raced = (layout.read_json(root, layout.CASE).get("race") or {}).get("ended", "")
     return remarks + ((f"the race: {raced}",) if raced.startswith(BUDGET) else ())
 
 
@@ -146,9 +146,9 @@ def version_rows(root: Path) -> list[tuple[str, ...]]:
     lock.require_workspace(root)
     rows: list[tuple[str, ...]] = []
     for version in reversed(versions.versions(root, model_name(root))):
-        case = json.loads(git.read_at(root, version.commit, stages.CASE) or "{}")
-        m = json.loads(git.read_at(root, version.commit, stages.METRICS) or "{}")
-        data = dvc.stage_input(root, "ingest", stages.params_of(root).data.images, version.commit)
+        case = json.loads(git.read_at(root, version.commit, layout.CASE) or "{}")
+        m = json.loads(git.read_at(root, version.commit, layout.METRICS) or "{}")
+        data = dvc.stage_input(root, "ingest", layout.params_of(root).data.images, version.commit)
         rows.append(
             (
                 str(version),
@@ -180,9 +180,9 @@ def write_report(root: Path, registration: Registration) -> Path:
     from tlpipeline.profiling.profile import Profile
     from tlpipeline.report import page as report
 
-    params = stages.params_of(root)
-    manifest = dataset.read_manifest(root / stages.MANIFEST, root / stages.QUARANTINE)
-    found = evaluate.read_predictions(root / stages.PREDICTIONS)
+    params = layout.params_of(root)
+    manifest = dataset.read_manifest(root / layout.MANIFEST, root / layout.QUARANTINE)
+    found = evaluate.read_predictions(root / layout.PREDICTIONS)
     rows = {row.md5: row for row in manifest.used(splits.TEST)}
     errors = [
         report.Mistake(
@@ -197,17 +197,17 @@ def write_report(root: Path, registration: Registration) -> Path:
     page = report.page(
         name=params.data.name,
         registration=registration,
-        case=stages.with_recipe(stages.read_case(root), params),
-        read=stages.head_taps(root),
-        profile=Profile.from_json(stages.read_json(root, stages.PROFILE)),
-        metrics=stages.read_metrics(root),
+        case=layout.with_recipe(layout.read_case(root), params),
+        read=layout.head_taps(root),
+        profile=Profile.from_json(layout.read_json(root, layout.PROFILE)),
+        metrics=layout.read_metrics(root),
         matrix=evaluate.confusion(found).tolist(),
         manifest=manifest,
-        history=(root / stages.HISTORY).read_text(encoding="utf-8"),
+        history=(root / layout.HISTORY).read_text(encoding="utf-8"),
         mistakes=errors,
         remarks=manifest.remarks + distribution_shift(root) + training_limits(root),
-        seconds=stages.read_run(root).get("seconds", {}),
-        training=stages.read_run(root).get("training", {}),
+        seconds=layout.read_run(root).get("seconds", {}),
+        training=layout.read_run(root).get("training", {}),
         data_hash=dvc.data_hash(root, params.data.images),
         commit=git.head(root),
     )
@@ -245,9 +245,9 @@ def distribution_shift(root: Path) -> tuple[str, ...]:
     """
     import csv
 
-    with (root / stages.HISTORY).open(newline="", encoding="utf-8") as file:
+    with (root / layout.HISTORY).open(newline="", encoding="utf-8") as file:
         validated = max(float(line["accuracy"]) for line in csv.DictReader(file))
-    metrics = stages.read_metrics(root)
+    metrics = layout.read_metrics(root)
     if validated <= metrics["accuracy_high"] + 0.05:
         return ()
     return (
@@ -260,9 +260,9 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     """Return what a run ended with."""
     from tlpipeline.data import dataset
 
-    manifest = dataset.read_manifest(root / stages.MANIFEST, root / stages.QUARANTINE)
-    metrics = stages.read_metrics(root)
-    case = stages.read_case(root)
+    manifest = dataset.read_manifest(root / layout.MANIFEST, root / layout.QUARANTINE)
+    metrics = layout.read_metrics(root)
+    case = layout.read_case(root)
     verdict = registration.verdict
     against = ""
     if verdict is not None:
@@ -284,7 +284,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         new=registration.new,
         outcome=registration.reason,
         report=str(report),
-        seconds=stages.read_run(root).get("seconds", {}),
+        seconds=layout.read_run(root).get("seconds", {}),
     )
 
 
@@ -296,25 +296,25 @@ def load_decision(root: Path) -> tuple[Any, Any]:
     """
     from tlpipeline.profiling.profile import Profile
 
-    for name in (stages.PROFILE, stages.CASE):
+    for name in (layout.PROFILE, layout.CASE):
         if not (root / name).is_file():
             lock.require_workspace(root)
             raise WorkspaceError(
                 f"expected a decision in {root / name}, found no such file. `tlpipeline run` or `dvc repro choose` makes the decision."
             )
     try:
-        case, profile = stages.read_case(root), Profile.from_json(stages.read_json(root, stages.PROFILE))
+        case, profile = layout.read_case(root), Profile.from_json(layout.read_json(root, layout.PROFILE))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WorkspaceError(
-            f"expected {stages.PROFILE} and {stages.CASE} in {root} as this version writes them, found others ({error!r}). "
+            f"expected {layout.PROFILE} and {layout.CASE} in {root} as this version writes them, found others ({error!r}). "
             "`dvc repro --force choose` writes them anew."
         ) from error
     if case.slice not in [tap.name for tap in profile.taps]:
         raise WorkspaceError(
-            f"expected a decision about {profile.backbone} in {root / stages.CASE}, found one that keeps it up to {case.slice}, which it does not "
+            f"expected a decision about {profile.backbone} in {root / layout.CASE}, found one that keeps it up to {case.slice}, which it does not "
             "have: it is older than the profile. `dvc repro choose` decides anew."
         )
-    return stages.with_recipe(case, stages.params_of(root)), profile
+    return layout.with_recipe(case, layout.params_of(root)), profile
 
 
 def decision_markdown(root: Path) -> str:
@@ -328,7 +328,7 @@ def evaluation_markdown(root: Path) -> str:
     """Return the evaluation for people, as markdown."""
     from tlpipeline.choice import explain
 
-    metrics = stages.read_metrics(root)
+    metrics = layout.read_metrics(root)
     lines = [
         f"**accuracy {metrics['accuracy']:.1%}** ({metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}, {metrics['images']} test images), "
         f"balanced {metrics['balanced_accuracy']:.1%}, macro F1 {metrics['macro_f1']:.3f}, calibration error {metrics['calibration_error']:.3f}",
@@ -357,8 +357,8 @@ def predict_images(root: Path, model: str, images: Sequence[Path]) -> tuple[list
 
     images = predict.list_images(images)
     writable = lock.read_only(root) is None
-    cached = writable and (root / stages.PARAMS).is_file()
+    cached = writable and (root / layout.PARAMS).is_file()
     with TemporaryDirectory() as elsewhere:
         folder = predict.find_model(model, root, None if writable else Path(elsewhere))
-        with stages.open_cache(root) if cached else nullcontext() as kept:
+        with layout.open_cache(root) if cached else nullcontext() as kept:
             return predict.predict_readable(folder, images, kept)

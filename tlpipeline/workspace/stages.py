@@ -6,10 +6,8 @@ beside its place and moved there when it is complete, so an interrupted stage le
 
 import csv
 import dataclasses
-import gc
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import time
@@ -20,67 +18,42 @@ from typing import Any
 
 from tlpipeline.choice.decision import Decision
 from tlpipeline.errors import DataError
-from tlpipeline.files import is_truncated_json, unlink, write_json
-from tlpipeline.params import ChooseParams, Params, load
+from tlpipeline.files import unlink
+from tlpipeline.params import ChooseParams, Params
 from tlpipeline.progress import Event, Progress
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.versioning import dvc, lock
 from tlpipeline.workspace import settings
+from tlpipeline.workspace.layout import (
+    CACHE,
+    CASE,
+    CASES,
+    CLASSES,
+    CONFUSION,
+    GIGABYTE,
+    HISTORY,
+    MANIFEST,
+    METRICS,
+    MODEL,
+    PARAMS,
+    PLANE,
+    PREDICTIONS,
+    PROBE,
+    PROFILE,
+    QUARANTINE,
+    RACE,
+    RUNS,
+    SPLITS,
+    open_cache,
+    params_of,
+    read_case,
+    record_run,
+    with_recipe,
+)
+from tlpipeline.workspace.outputs import atomic_outputs
 
-PARAMS = "params.yaml"
-SPLITS = "splits.csv"
-MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
-PROFILE = "profile.json"
-CASE, RACE = "case.json", "race"
-PLANE, PROBE, CASES = "plots/plane.csv", "plots/probe.csv", "plots/cases.csv"
-MODEL, HISTORY = "model", "plots/history.csv"
-METRICS, CLASSES = "metrics.json", "classes.json"
-PREDICTIONS, CONFUSION = "predictions.parquet", "plots/confusion.csv"
-RUN = "run.json"
-OWN = Path(".tlpipeline")
-GIGABYTE = 1e9
 # The packages that decide what a training run or a race does: an interrupted one is resumed only by the same code.
 TRAINING_CODE = ("data", "backbones", "training", "profiling", "choice")
-RUNS = OWN / "runs"
-CACHE = OWN / "cache"
-
-
-def params_of(root: Path) -> Params:
-    """Read the workspace's params.yaml."""
-    return load(root / PARAMS)
-
-
-@contextmanager
-def _output(root: Path, *names: str) -> Iterator[list[Path]]:
-    """Give a draft place for each output; move them all into place if the body succeeds, or none of them."""
-    drafts = root / OWN / "draft"
-    unlink(drafts)
-    (drafts / "old").mkdir(parents=True)
-    places = [drafts / name.replace("/", "_") for name in names]
-    try:
-        with lock.disk_errors(root):
-            yield places
-            _exchange([(place, root / name, drafts / "old" / place.name) for place, name in zip(places, names, strict=True)])
-    finally:
-        shutil.rmtree(drafts, ignore_errors=True)
-
-
-def _exchange(moves: Sequence[tuple[Path, Path, Path]]) -> None:
-    """Move each new output to its target and what stood there aside; if one cannot be moved, put all the old ones back."""
-    begun: list[tuple[Path, Path]] = []
-    try:
-        for new, target, aside in moves:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if os.path.lexists(target):
-                os.replace(target, aside)
-            begun.append((target, aside))
-            os.replace(new, target)
-    except BaseException:
-        for target, aside in begun:
-            unlink(target)
-            if os.path.lexists(aside):
-                os.replace(aside, target)
-        raise
 
 
 # --- the five stages ------------------------------------------------------------------------------------------------------------------
@@ -95,7 +68,7 @@ def ingest(root: Path, progress: Progress) -> None:
     manifest = dataset.ingest(
         root / params.data.images, exceptions, lambda done, total: progress(Event("ingest", done, total, f"{done} of {total} files read"))
     )
-    with _output(root, MANIFEST, QUARANTINE) as (table, quarantine):
+    with atomic_outputs(root, MANIFEST, QUARANTINE) as (table, quarantine):
         dataset.write_manifest(manifest, table, quarantine)
 
 
@@ -121,7 +94,7 @@ def profile(root: Path, progress: Progress) -> None:
             backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, kept,
             extracts_in_bfloat16(device, params.backbone.precision),
         )  # fmt: skip
-    with _output(root, PROFILE) as (written,):
+    with atomic_outputs(root, PROFILE) as (written,):
         written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
@@ -137,7 +110,7 @@ def choose(root: Path, progress: Progress) -> None:
         decision = dataclasses.replace(
             decision, race_wanted=False, no_race="train.override.init starts from other weights than the prediction knows"
         )
-    with _output(root, CASE, RACE, PLANE, PROBE, CASES) as (written, raced, *plots):
+    with atomic_outputs(root, CASE, RACE, PLANE, PROBE, CASES) as (written, raced, *plots):
         raced.mkdir()
         if decision.race_wanted:
             runs = (root / RUNS).resolve()
@@ -172,8 +145,8 @@ def train(root: Path, progress: Progress) -> None:
     with open_cache(root):
         finished = ray_train.run(job, params.cluster, name, runs, progress)
     lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
-    with _output(root, MODEL, HISTORY) as (model, curve):
-        _note(root, "training", lines["speed"])
+    with atomic_outputs(root, MODEL, HISTORY) as (model, curve):
+        record_run(root, "training", lines["speed"])
         shutil.copytree(finished / "model", model)
         _write_csv(
             curve,
@@ -238,7 +211,7 @@ def evaluate(root: Path, progress: Progress) -> None:
     content = measuring.compute_metrics(found, params.evaluate.confidence, measuring.class_counts(manifest.used(splits.TRAIN)))
     # Apart from the others, so that `dvc metrics show` stays readable with many classes.
     classes = content.pop("classes")
-    with _output(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (written, by_class, table, matrix):
+    with atomic_outputs(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (written, by_class, table, matrix):
         written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         by_class.write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
         measuring.write_predictions(found, table)
@@ -283,7 +256,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
     if name in ("choose", "train") and ran:
         shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed, and train nothing
     if not ran:
-        _note(root, name, None)
+        record_run(root, name, None)
     return ran
 
 
@@ -292,73 +265,7 @@ def timed(root: Path, name: str) -> Iterator[None]:
     """Write the seconds of the body to run.json."""
     started = time.monotonic()
     yield
-    _note(root, name, round(time.monotonic() - started, 2))
-
-
-def _note(root: Path, name: str, found: Any) -> None:
-    """Write what differs from run to run to run.json: a stage's seconds, or the speed of its training."""
-    content = {} if name == "ingest" else read_run(root)
-    if isinstance(found, dict):
-        content[name] = found
-    else:
-        content.setdefault("seconds", {})[name] = found
-    write_json(content, root / RUN)
-
-
-# --- what others read -----------------------------------------------------------------------------------------------------------------
-
-
-def read_case(root: Path) -> Decision:
-    """Return the decision that case.json holds."""
-
-    return Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
-
-
-def with_recipe(decision: Decision, params: Params) -> Decision:
-    """Return a decision with what `train.override` changes of its recipe.
-
-    Other weights to start from may not go with its case, which train refuses; that must not keep anyone from reading why it was chosen.
-    """
-
-    return decision.overridden({name: value for name, value in params.train.override.items() if name != "init"})
-
-
-def head_taps(root: Path) -> tuple[str, ...]:
-    """Return the taps that the model's head reads, deepest first."""
-    return tuple(reading["tap"] for reading in read_json(root, f"{MODEL}/model.json")["readings"])
-
-
-def read_metrics(root: Path) -> dict[str, Any]:
-    """Return metrics.json, with the figures of each class as `classes`."""
-    return read_json(root, METRICS) | {"classes": read_json(root, CLASSES)}
-
-
-def read_json(root: Path, name: str) -> dict[str, Any]:
-    """Return the content of a JSON file of the workspace, {} where it is missing."""
-    path = root / name
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def read_run(root: Path) -> dict[str, Any]:
-    """Return what run.json holds of the last run; it is no input of anything, so one that is only partly there holds nothing."""
-    return {} if is_truncated_json(root / RUN) else read_json(root, RUN)
-
-
-@contextmanager
-def open_cache(root: Path) -> Iterator[Any]:
-    """Give the workspace's cache of features and decoded images; afterwards, errors included, it is cut down to cache.max_gb."""
-    import torch
-
-    from tlpipeline.data import cache
-
-    limit = params_of(root).cache.max_gb * GIGABYTE
-    try:
-        yield cache.Store(root / CACHE if limit else None, limit)
-    finally:
-        cache.prune(root / CACHE, limit)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            gc.collect()
-            torch.cuda.empty_cache()  # the workers of the next stage may train on the same GPU
+    record_run(root, name, round(time.monotonic() - started, 2))
 
 
 def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callable[[int], None]) -> Any:

@@ -1,0 +1,98 @@
+"""The layout of a workspace: names of its files, and functions that read them."""
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlpipeline.choice.decision import Decision
+from tlpipeline.files import is_truncated_json, write_json
+from tlpipeline.params import Params, load
+
+if TYPE_CHECKING:
+    from tlpipeline.data.cache import Store
+
+PARAMS = "params.yaml"
+SPLITS = "splits.csv"
+MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
+PROFILE = "profile.json"
+CASE, RACE = "case.json", "race"
+PLANE, PROBE, CASES = "plots/plane.csv", "plots/probe.csv", "plots/cases.csv"
+MODEL, HISTORY = "model", "plots/history.csv"
+METRICS, CLASSES = "metrics.json", "classes.json"
+PREDICTIONS, CONFUSION = "predictions.parquet", "plots/confusion.csv"
+RUN = "run.json"
+OWN = Path(".tlpipeline")
+GIGABYTE = 1e9
+RUNS = OWN / "runs"
+CACHE = OWN / "cache"
+
+
+def params_of(root: Path) -> Params:
+    """Read the workspace's params.yaml."""
+    return load(root / PARAMS)
+
+
+def read_case(root: Path) -> Decision:
+    """Return the decision that case.json holds."""
+
+    return Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
+
+
+def with_recipe(decision: Decision, params: Params) -> Decision:
+    """Return a decision with what `train.override` changes of its recipe.
+
+    Other weights to start from may not go with its case, which train refuses; that must not keep anyone from reading why it was chosen.
+    """
+
+    return decision.overridden({name: value for name, value in params.train.override.items() if name != "init"})
+
+
+def head_taps(root: Path) -> tuple[str, ...]:
+    """Return the taps that the model's head reads, deepest first."""
+    return tuple(reading["tap"] for reading in read_json(root, f"{MODEL}/model.json")["readings"])
+
+
+def read_metrics(root: Path) -> dict[str, Any]:
+    """Return metrics.json, with the figures of each class as `classes`."""
+    return read_json(root, METRICS) | {"classes": read_json(root, CLASSES)}
+
+
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """Return the content of a JSON file of the workspace, {} where it is missing."""
+    path = root / name
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def read_run(root: Path) -> dict[str, Any]:
+    """Return what run.json holds of the last run; it is no input of anything, so one that is only partly there holds nothing."""
+    return {} if is_truncated_json(root / RUN) else read_json(root, RUN)
+
+
+def record_run(root: Path, name: str, found: Any) -> None:
+    """Write what differs from run to run to run.json: a stage's seconds, or the speed of its training."""
+    content = {} if name == "ingest" else read_run(root)
+    if isinstance(found, dict):
+        content[name] = found
+    else:
+        content.setdefault("seconds", {})[name] = found
+    write_json(content, root / RUN)
+
+
+@contextmanager
+def open_cache(root: Path) -> "Iterator[Store]":
+    """Give the workspace's cache of features and decoded images; afterwards, errors included, it is cut down to cache.max_gb."""
+    import torch
+
+    from tlpipeline.data import cache
+
+    limit = params_of(root).cache.max_gb * GIGABYTE
+    try:
+        yield cache.Store(root / CACHE if limit else None, limit)
+    finally:
+        cache.prune(root / CACHE, limit)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            gc.collect()
+            torch.cuda.empty_cache()  # the workers of the next stage may train on the same GPU
