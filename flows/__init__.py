@@ -1,1 +1,1 @@
-"""Order: which task after which, the branch into the case, and the event that data have changed."""
+"""The Prefect flow: the order of the tasks, and the event that reports changed data."""

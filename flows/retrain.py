@@ -1,4 +1,4 @@
-"""The retraining flow. Deployed by prefect.yaml: every night, and when `tlpipeline data commit` says that data have changed."""
+"""The retraining flow. prefect.yaml deploys it to run every night, and whenever `tlpipeline data commit` reports changed data."""
 
 import signal
 from pathlib import Path
@@ -22,12 +22,12 @@ def _run_name() -> str:
 
 @flow(name="retrain", flow_run_name=_run_name, log_prints=False)
 def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: float = 0) -> Summary:
-    """Version the data, profile them, choose and train their case, evaluate, and register the model if it is really better.
+    """Version and profile the data, choose and train a case, evaluate the model, and register it if it is better.
 
     Args:
         workspace: a folder made by `tlpipeline init`.
-        images: a folder that replaces the workspace's images first.
-        wait_minutes: how long to wait for another run in the same workspace.
+        images: folder whose copy replaces the workspace's images first; None keeps them.
+        wait_minutes: how long to wait for another run in this workspace.
     """
     workspace = workspace.resolve()
     with exclusive(workspace, wait_minutes, images):
@@ -43,13 +43,13 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
 
 
 def reach() -> None:
-    """Check that the Prefect server answers; where none is configured, Prefect starts its temporary one for it.
+    """Check that the Prefect server answers. If none is configured, Prefect starts a temporary one.
 
     Raises:
-        WorkspaceError: it does not.
+        WorkspaceError: it does not answer.
     """
-    # A terminal sends Ctrl-C, and SIGHUP where it is closed, to every process of the run. The temporary server inherits this mask and stays
-    # to be told that the run was interrupted: Prefect asks a dead one again and again, for minutes.
+    # A terminal sends Ctrl-C, and SIGHUP when it is closed, to every process of the run. The temporary server inherits this mask, so it
+    # still accepts the report of the interruption; Prefect would retry for minutes to reach a dead server.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         client = get_client(sync_client=True)
@@ -58,18 +58,18 @@ def reach() -> None:
     with client:
         if error := client.api_healthcheck():
             raise WorkspaceError(
-                f"expected a Prefect server at {client.api_url}, but: {error}. Start it (`prefect server start`), or unset PREFECT_API_URL "
+                f"Cannot reach a Prefect server at {client.api_url}: {error}. Start it (`prefect server start`), or unset PREFECT_API_URL "
                 "to run without one."
             ) from error
 
 
 def announce(name: str, data_hash: str, images: int) -> None:
-    """Tell the Prefect server that a data set has changed; the on-data deployment starts a run, which reads the data as they are then.
+    """Report changed data to the Prefect server, whose on-data deployment then starts a run.
 
-    Sent as a request that is answered: an event that is only queued is lost without a word where the server is down.
+    The event is sent as a request with an answer: Prefect's queued events are lost silently if the server is down.
 
     Raises:
-        WorkspaceError: the server cannot be reached, or refuses.
+        WorkspaceError: the server cannot be reached, or refuses the event.
     """
     event = Event(
         event=UPDATED, resource=Resource({"prefect.resource.id": f"tlpipeline.data.{name}"}), payload={"hash": data_hash, "images": images}
@@ -79,6 +79,6 @@ def announce(name: str, data_hash: str, images: int) -> None:
             client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
         except httpx.HTTPError as error:
             raise WorkspaceError(
-                f"expected a Prefect server at {client.api_url} to tell that the data have changed, but: {error}. The data are versioned all "
-                "the same; start the server, or unset PREFECT_API_URL, and run `tlpipeline data commit` again."
+                f"Cannot report the changed data to the Prefect server at {client.api_url}: {error}. The data are versioned. "
+                "Start the server, or unset PREFECT_API_URL, and run `tlpipeline data commit` again."
             ) from error

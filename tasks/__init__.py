@@ -1,1 +1,1 @@
-"""Resilience: one call into the library each, with run names, retries where a second try can succeed, and artifacts for the Prefect UI."""
+"""The Prefect tasks: each is one call into the library, with a run name, retries and artifacts."""

@@ -589,7 +589,7 @@ def test_a_server_that_does_not_answer_is_said(workspace: Path, words: list[str]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "emitted" not in done.stdout
     message = refused(Said(done.returncode, done.stdout, done.stderr))
-    assert "expected a Prefect server at http://127.0.0.1:9/api" in message
+    assert "Cannot reach a Prefect server at http://127.0.0.1:9/api" in message
     assert says in message
 
 

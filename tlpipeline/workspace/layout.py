@@ -36,17 +36,15 @@ def params_of(root: Path) -> Params:
 
 
 def read_case(root: Path) -> Decision:
-    """Return the decision that case.json holds."""
-
+    """Return the decision in case.json."""
     return Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
 
 
 def with_recipe(decision: Decision, params: Params) -> Decision:
-    """Return a decision with what `train.override` changes of its recipe.
+    """Return a decision with the changes of `train.override` to its recipe, for display.
 
-    Other weights to start from may not go with its case, which train refuses; that must not keep anyone from reading why it was chosen.
+    `init` is left out: it may not fit the case. The train stage refuses it then, but the decision must stay readable.
     """
-
     return decision.overridden({name: value for name, value in params.train.override.items() if name != "init"})
 
 
@@ -56,34 +54,34 @@ def head_taps(root: Path) -> tuple[str, ...]:
 
 
 def read_metrics(root: Path) -> dict[str, Any]:
-    """Return metrics.json, with the figures of each class as `classes`."""
+    """Return metrics.json, with the metrics of each class as `classes`."""
     return read_json(root, METRICS) | {"classes": read_json(root, CLASSES)}
 
 
 def read_json(root: Path, name: str) -> dict[str, Any]:
-    """Return the content of a JSON file of the workspace, {} where it is missing."""
+    """Return the content of a JSON file of the workspace, {} if it is missing."""
     path = root / name
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def read_run(root: Path) -> dict[str, Any]:
-    """Return what run.json holds of the last run; it is no input of anything, so one that is only partly there holds nothing."""
+    """Return run.json, {} if it is missing or truncated: nothing depends on it."""
     return {} if is_truncated_json(root / RUN) else read_json(root, RUN)
 
 
-def record_run(root: Path, name: str, found: Any) -> None:
-    """Write what differs from run to run to run.json: a stage's seconds, or the speed of its training."""
+def record_run(root: Path, name: str, value: Any) -> None:
+    """Record in run.json what differs between equal runs: the seconds of a stage, or the speed of its training."""
     content = {} if name == "ingest" else read_run(root)
-    if isinstance(found, dict):
-        content[name] = found
+    if isinstance(value, dict):
+        content[name] = value
     else:
-        content.setdefault("seconds", {})[name] = found
+        content.setdefault("seconds", {})[name] = value
     write_json(content, root / RUN)
 
 
 @contextmanager
 def open_cache(root: Path) -> "Iterator[Store]":
-    """Give the workspace's cache of features and decoded images; afterwards, errors included, it is cut down to cache.max_gb."""
+    """Yield the workspace's cache of features and decoded images; afterwards it is pruned to cache.max_gb, even after an error."""
     import torch
 
     from tlpipeline.data import cache
@@ -95,4 +93,4 @@ def open_cache(root: Path) -> "Iterator[Store]":
         cache.prune(root / CACHE, limit)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             gc.collect()
-            torch.cuda.empty_cache()  # the workers of the next stage may train on the same GPU
+            torch.cuda.empty_cache()  # free it for the workers of the next stage

@@ -1,4 +1,4 @@
-"""Outputs of a stage, which are moved into place all together or not at all."""
+"""Atomic outputs: the files of a stage are moved into place together, or not at all."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from tlpipeline.workspace.layout import OWN
 
 @contextmanager
 def atomic_outputs(root: Path, *names: str) -> Iterator[list[Path]]:
-    """Give a draft place for each output; move them all into place if the body succeeds, or none of them."""
+    """Yield a draft path for each output; move all outputs into place if the body succeeds, else none."""
     drafts = root / OWN / "draft"
     unlink(drafts)
     (drafts / "old").mkdir(parents=True)
@@ -27,17 +27,17 @@ def atomic_outputs(root: Path, *names: str) -> Iterator[list[Path]]:
 
 
 def _exchange(moves: Sequence[tuple[Path, Path, Path]]) -> None:
-    """Move each new output to its target and what stood there aside; if one cannot be moved, put all the old ones back."""
-    begun: list[tuple[Path, Path]] = []
+    """Move each new output to its target, and the old one aside. If a move fails, restore all old outputs."""
+    replaced: list[tuple[Path, Path]] = []
     try:
         for new, target, aside in moves:
             target.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(target):
                 os.replace(target, aside)
-            begun.append((target, aside))
+            replaced.append((target, aside))
             os.replace(new, target)
     except BaseException:
-        for target, aside in begun:
+        for target, aside in replaced:
             unlink(target)
             if os.path.lexists(aside):
                 os.replace(aside, target)

@@ -1,7 +1,7 @@
-"""The stages: files in, files out. `dvc.yaml` and the flow call the same functions.
+"""The five stages of the pipeline. `dvc.yaml` and the flow call the same functions.
 
-Stages are pure: what they write depends on their inputs alone. Seconds go to run.json, which git and DVC ignore. An output is written
-beside its place and moved there when it is complete, so an interrupted stage leaves nothing half-written.
+What a stage writes depends on its inputs alone; seconds go to run.json, which git and DVC ignore. Its outputs are moved into place
+together when they are complete, so an interrupted stage leaves nothing half-written.
 """
 
 import csv
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tlpipeline.choice.decision import Decision
 from tlpipeline.errors import DataError
@@ -52,7 +52,14 @@ from tlpipeline.workspace.layout import (
 )
 from tlpipeline.workspace.outputs import atomic_outputs
 
-# The packages that decide what a training run or a race does: an interrupted one is resumed only by the same code.
+if TYPE_CHECKING:
+    import torch
+
+    from tlpipeline.backbones.taps import Backbone
+    from tlpipeline.data.dataset import Manifest, Row
+    from tlpipeline.evaluation.metrics import Predictions
+
+# The packages that determine what a training run does: an interrupted run is resumed only by the same code.
 TRAINING_CODE = ("data", "backbones", "training", "profiling", "choice")
 
 
@@ -60,7 +67,7 @@ TRAINING_CODE = ("data", "backbones", "training", "profiling", "choice")
 
 
 def ingest(root: Path, progress: Progress) -> None:
-    """List the images: manifest.parquet, and quarantine.csv with a reason for each file that is left out."""
+    """List the images in manifest.parquet, and rejected files with the reason in quarantine.csv."""
     from tlpipeline.data import dataset, splits
 
     params = params_of(root)
@@ -73,7 +80,7 @@ def ingest(root: Path, progress: Progress) -> None:
 
 
 def profile(root: Path, progress: Progress) -> None:
-    """Measure the data set on a bounded sample: profile.json."""
+    """Measure the data set on a limited sample: profile.json."""
     from tlpipeline.backbones.precision import extracts_in_bfloat16
     from tlpipeline.choice import decide
     from tlpipeline.data import dataset
@@ -84,64 +91,66 @@ def profile(root: Path, progress: Progress) -> None:
     manifest = dataset.read_manifest(root / MANIFEST)
     backbone, size = _backbone_and_size(root, params, manifest)
 
-    def undecided(seen: Profile) -> bool:
+    def undecided(partial_profile: Profile) -> bool:
         # By the defaults: a profile measures, and stays valid when the settings of `choose` change.
-        return decide.undecided(seen, ChooseParams())
+        return decide.undecided(partial_profile, ChooseParams())
 
     device = _device(params)
-    with open_cache(root) as kept:
-        found = measure.measure(
-            backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, kept,
+    with open_cache(root) as store:
+        measured = measure.measure(
+            backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, store,
             extracts_in_bfloat16(device, params.backbone.precision),
         )  # fmt: skip
-    with atomic_outputs(root, PROFILE) as (written,):
-        written.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+    with atomic_outputs(root, PROFILE) as (path,):
+        path.write_text(json.dumps(measured.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def choose(root: Path, progress: Progress) -> None:
-    """Decide the case: case.json and its plots, and in race/ what was trained to decide it, for the train stage to go on with."""
+    """Decide the case: case.json and its plots, and in race/ the checkpoints of a race, which the train stage reuses."""
     from tlpipeline.choice import decide, explain, policy, race
     from tlpipeline.profiling.profile import Profile
 
     params = params_of(root)
-    found = Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
-    decision = decide.choose(found, params.choose)
+    measured = Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
+    decision = decide.choose(measured, params.choose)
     if decision.race_wanted and "init" in params.train.override:
         decision = dataclasses.replace(
             decision, race_wanted=False, no_race="train.override.init starts from other weights than the prediction knows"
         )
-    with atomic_outputs(root, CASE, RACE, PLANE, PROBE, CASES) as (written, raced, *plots):
-        raced.mkdir()
+    with atomic_outputs(root, CASE, RACE, PLANE, PROBE, CASES) as (path, race_folder, *plots):
+        race_folder.mkdir()
         if decision.race_wanted:
             runs = (root / RUNS).resolve()
             name = _code_key(dvc.stage_key(root, "choose"), params)
 
             def start(arm: Decision) -> TrainingConfig:
-                return _job(root, params, arm.overridden(params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
+                return _training_config(root, params, arm.overridden(params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
 
             with open_cache(root):
-                decision = race.run(found, policy.weigh(found, params.choose), start, params.cluster, name, runs, raced, progress)
+                decision = race.run(
+                    measured, policy.weigh(measured, params.choose), start, params.cluster, name, runs, race_folder, progress
+                )
         progress(Event("choose", 1, 1, decision.reason))
-        written.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
-        # DVC's plots sort the taps by name: their numbers go first.
-        read = explain.probe_rows(found, with_recipe(decision, params))
-        taps = [{"layer": f"{i:02d} {row['tap']}"} | row for i, row in enumerate(read, 1)]
+        path.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
+        # DVC's plots sort taps by name, so numbers come first.
+        probe = explain.probe_rows(measured, with_recipe(decision, params))
+        taps = [{"layer": f"{i:02d} {row['tap']}"} | row for i, row in enumerate(probe, 1)]
         for plot, rows in zip(plots, (explain.plane_rows(decision), taps, explain.case_rows(decision)), strict=True):
             _write_csv(plot, list(rows[0]), [list(row.values()) for row in rows])
 
 
 def train(root: Path, progress: Progress) -> None:
-    """Train the decided case: model/, and the history of its epochs; what a race trained of it is gone on with."""
+    """Train the decided case: model/, and the history of its epochs. A checkpoint of the race is reused."""
     from tlpipeline.training import ray_train
 
     params = params_of(root)
     decision = read_case(root).overridden(params.train.override)
-    for said in _without_effect(root, params, decision):
-        progress(Event("train", 0, 0, said))
+    for remark in _without_effect(root, params, decision):
+        progress(Event("train", 0, 0, remark))
     runs = (root / RUNS).resolve()
     name = f"{decision.case}-{_code_key(dvc.stage_key(root, 'train'), params)}"
     start = str((root / RACE).resolve()) if decision.race is not None else ""
-    job = dataclasses.replace(_job(root, params, decision, runs / f"{name}.jsonl"), start=start)
+    job = dataclasses.replace(_training_config(root, params, decision, runs / f"{name}.jsonl"), start=start)
     with open_cache(root):
         finished = ray_train.run(job, params.cluster, name, runs, progress)
     lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
@@ -153,27 +162,27 @@ def train(root: Path, progress: Progress) -> None:
             ["epoch", "arm", "loss", "accuracy", "log_loss"],
             [[h["epoch"], h["arm"], h["loss"], h["accuracy"], h["log_loss"]] for h in lines["history"]],
         )
-    # `dvc repro` has yet to record this run, which is handed over if that fails; no one will ask for the others.
+    # `dvc repro` has yet to record this run, and needs it again if that fails. Other runs are obsolete.
     for other in runs.iterdir():
         if not other.name.startswith(name):
             unlink(other)
 
 
 def _without_effect(root: Path, params: Params, decision: Decision) -> list[str]:
-    """Say which settings change nothing in this case."""
+    """Return remarks about settings that change nothing in this case."""
     from tlpipeline.training.recipe import unused_overrides
 
-    kept, views, changes = decision.freeze == "kept", params.train.views, params.train.override
-    said = []
+    frozen, views, changes = decision.freeze == "kept", params.train.views, params.train.override
+    remarks = []
     if changes and (unused := unused_overrides(decision.plan, changes, _backbone(root, params).normalization, views)):
-        why = "whose head is solved, not trained" if kept else "with this network and these settings"
-        said.append(f"train.override: {', '.join(unused)} changes nothing in {decision.case}, {why}")
-    if views and not kept:
-        said.append(f"train.views changes nothing in {decision.case}, whose random views are new in each epoch")
-    return said
+        reason = "whose head is solved, not trained" if frozen else "with this network and these settings"
+        remarks.append(f"train.override: {', '.join(unused)} changes nothing in {decision.case}, {reason}")
+    if views and not frozen:
+        remarks.append(f"train.views changes nothing in {decision.case}, whose random views are new in each epoch")
+    return remarks
 
 
-def _job(root: Path, params: Params, decision: Decision, history: Path) -> TrainingConfig:
+def _training_config(root: Path, params: Params, decision: Decision, history: Path) -> TrainingConfig:
     return TrainingConfig(
         workspace=str(root.resolve()),
         images=str((root / params.data.images).resolve()),
@@ -196,7 +205,7 @@ def _job(root: Path, params: Params, decision: Decision, history: Path) -> Train
 
 
 def evaluate(root: Path, progress: Progress) -> None:
-    """Measure the model on the test side: metrics.json, classes.json, predictions.parquet, the confusion matrix."""
+    """Measure the model on the test split: metrics.json, classes.json, predictions.parquet, the confusion matrix."""
     from tlpipeline.data import dataset, splits
     from tlpipeline.evaluation import metrics as measuring
 
@@ -204,18 +213,18 @@ def evaluate(root: Path, progress: Progress) -> None:
     manifest = dataset.read_manifest(root / MANIFEST)
     rows = manifest.used(splits.TEST)
     if not rows:
-        raise DataError("expected test images, found none: nothing could be evaluated. Add images, then `tlpipeline data commit`.")
-    found = predict_rows(
+        raise DataError("expected test images, found none: there is nothing to evaluate. Add images, then run `tlpipeline data commit`.")
+    predictions = predict_rows(
         root, root / MODEL, rows, lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images"))
     )
-    content = measuring.compute_metrics(found, params.evaluate.confidence, measuring.class_counts(manifest.used(splits.TRAIN)))
-    # Apart from the others, so that `dvc metrics show` stays readable with many classes.
+    content = measuring.compute_metrics(predictions, params.evaluate.confidence, measuring.class_counts(manifest.used(splits.TRAIN)))
+    # In a separate file, so that `dvc metrics show` stays readable with many classes.
     classes = content.pop("classes")
-    with atomic_outputs(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (written, by_class, table, matrix):
-        written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        by_class.write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
-        measuring.write_predictions(found, table)
-        measuring.write_confusion(found, matrix)
+    with atomic_outputs(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (path, classes_path, predictions_path, confusion_path):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        classes_path.write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+        measuring.write_predictions(predictions, predictions_path)
+        measuring.write_confusion(predictions, confusion_path)
 
 
 STAGES: dict[str, Callable[[Path, Progress], None]] = {
@@ -227,14 +236,15 @@ STAGES: dict[str, Callable[[Path, Progress], None]] = {
 }
 
 
-# --- running them ---------------------------------------------------------------------------------------------------------------------
+# --- running a stage ------------------------------------------------------------------------------------------------------------------
 
 
 def run(root: Path, name: str, progress: Progress) -> None:
-    """Run one stage, as `dvc repro` does: no look at whether it is up to date. Its seconds go to run.json.
+    """Run one stage even if it is up to date, as `dvc repro` asks for; its seconds go to run.json.
 
     Raises:
-        WorkspaceError: it is no workspace, or what the stage reads is not there. PipelineError: as the stage finds.
+        WorkspaceError: this is not a workspace, or an input of the stage is missing.
+        PipelineError: an error of the stage.
     """
     lock.require_workspace(root)
     with lock.hold(root), lock.disk_errors(root), timed(root, name):
@@ -244,7 +254,7 @@ def run(root: Path, name: str, progress: Progress) -> None:
 
 
 def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
-    """Run one stage where it is stale, record it in dvc.lock, and say whether it ran; as the flow does."""
+    """Run one stage if it is stale, record it in dvc.lock, and return whether it ran. The flow calls this."""
 
     def run_timed() -> None:
         with timed(root, name):
@@ -254,7 +264,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
         settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
         ran = dvc.run_stage(root, name, run_timed)
     if name in ("choose", "train") and ran:
-        shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed, and train nothing
+        shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed without training
     if not ran:
         record_run(root, name, None)
     return ran
@@ -268,8 +278,8 @@ def timed(root: Path, name: str) -> Iterator[None]:
     record_run(root, name, round(time.monotonic() - started, 2))
 
 
-def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callable[[int], None]) -> Any:
-    """Return what a model says of these rows of the manifest."""
+def predict_rows(root: Path, folder: Path, rows: "Sequence[Row]", progress: Callable[[int], None]) -> "Predictions":
+    """Return a model's predictions for rows of the manifest; `progress` is called with the number of images done."""
     from tlpipeline.backbones import classifier as models
     from tlpipeline.data.loader import Images
     from tlpipeline.evaluation import metrics as measuring
@@ -278,34 +288,34 @@ def predict_rows(root: Path, folder: Path, rows: Sequence[Any], progress: Callab
     device = _device(params)
     classifier, description = models.load(folder)
     images = Images(root / params.data.images, rows, description.transforms)
-    with open_cache(root) as kept:
-        chances = models.probabilities(classifier.to(device), images, device, progress, kept)
-    return measuring.make_predictions(rows, description.classes, chances.numpy())
+    with open_cache(root) as store:
+        probabilities = models.probabilities(classifier.to(device), images, device, progress, store)
+    return measuring.make_predictions(rows, description.classes, probabilities.numpy())
 
 
-def _backbone(root: Path, params: Params, size: int | None = None) -> Any:
+def _backbone(root: Path, params: Params, size: int | None = None) -> "Backbone":
     from tlpipeline.backbones import catalogue
 
     b = params.backbone
     return catalogue.load(b.name, b.weights, md5=b.weights_md5, root=root, size=size, seed=params.train.seed)
 
 
-def _backbone_and_size(root: Path, params: Params, manifest: Any) -> tuple[Any, int]:
-    """Return the network and the side at which images enter it."""
+def _backbone_and_size(root: Path, params: Params, manifest: "Manifest") -> "tuple[Backbone, int]":
+    """Return the network and its input side in pixels."""
     from tlpipeline.backbones import taps as cutting
     from tlpipeline.data import splits
 
     backbone = _backbone(root, params)
     short = [min(row.width, row.height) for row in manifest.used(splits.TRAIN)]
     if not short:
-        raise DataError("expected training images to profile, found none. See quarantine.csv for what was left out.")
+        raise DataError("expected training images to profile, found none. See quarantine.csv for the files that were rejected.")
     size = cutting.input_size(backbone, params.data.size, statistics.median(short))
     if size != backbone.transforms.size and backbone.name.startswith("vit"):
         backbone = _backbone(root, params, size)
     return backbone, size
 
 
-def _device(params: Params) -> Any:
+def _device(params: Params) -> "torch.device":
     import torch
 
     from tlpipeline.backbones.precision import enable_tf32
@@ -314,7 +324,7 @@ def _device(params: Params) -> Any:
 
 
 def _code_key(key: str, params: Params) -> str:
-    """Mix the key of data and params with the code that trains and the number of workers: the name of a run that may be resumed."""
+    """Return the name of a run from its data, params, number of workers and code: only an equal run is resumed."""
     digest = hashlib.md5(f"{key}:{params.cluster.workers}".encode(), usedforsecurity=False)
     package = Path(__file__).parent.parent
     for path in sorted(path for name in TRAINING_CODE for path in (package / name).rglob("*") if path.suffix in (".py", ".json")):
