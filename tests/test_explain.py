@@ -496,7 +496,7 @@ def test_mistakes_of_the_command_are_one_sentence_with_a_way_out(
     assert f"expected a decision in {tmp_path / 'case.json'}, found no such file" in refused("-w", tmp_path)
     for damaged in ('{"case": "small_similar"}', "{", "[]"):
         (tmp_path / "case.json").write_text(damaged)
-        assert "as this version writes them, found others" in refused("-w", tmp_path)
+        assert "as this version writes it, found another content" in refused("-w", tmp_path)
     put(tmp_path, replace(decision(), slice="layer4"), profile())
     assert "found one that keeps it up to layer4, which it does not have" in refused("-w", tmp_path)
 

@@ -2,18 +2,21 @@
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlpipeline.choice.decision import Decision
-from tlpipeline.files import is_truncated_json, write_json
+from tlpipeline.errors import WorkspaceError
+from tlpipeline.files import is_truncated_json, unlink, write_json
 from tlpipeline.params import Params, load
 
 if TYPE_CHECKING:
     from tlpipeline.data.cache import Store
+    from tlpipeline.profiling.profile import Profile
 
+T = TypeVar("T")
 PARAMS = "params.yaml"
 SPLITS = "splits.csv"
 MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
@@ -35,9 +38,44 @@ def params_of(root: Path) -> Params:
     return load(root / PARAMS)
 
 
+def read_profile(root: Path) -> "Profile":
+    """Return the measurements in profile.json.
+
+    Raises:
+        WorkspaceError: another version of tlpipeline wrote it.
+    """
+    from tlpipeline.profiling.profile import Profile
+
+    return _parsed(Profile.from_json, root / PROFILE)
+
+
 def read_case(root: Path) -> Decision:
-    """Return the decision in case.json."""
-    return Decision.from_json(json.loads((root / CASE).read_text(encoding="utf-8")))
+    """Return the decision in case.json.
+
+    Raises:
+        WorkspaceError: another version of tlpipeline wrote it.
+    """
+    return _parsed(Decision.from_json, root / CASE)
+
+
+def _parsed(from_json: Callable[[Any], T], path: Path) -> T:
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WorkspaceError(
+            f"expected {path} as this version writes it, found another content ({error!r}). `tlpipeline run` writes it anew; "
+            "for `dvc repro`, delete the file first."
+        ) from error
+
+
+def delete_outdated(root: Path, stage: str) -> None:
+    """Delete the profile or the decision if another version wrote it, so that its stage runs again."""
+    for name, path, read in (("profile", PROFILE, read_profile), ("choose", CASE, read_case)):
+        if name == stage and (root / path).is_file():
+            try:
+                read(root)
+            except WorkspaceError:
+                unlink(root / path)
 
 
 def with_recipe(decision: Decision, params: Params) -> Decision:

@@ -177,7 +177,6 @@ def write_report(root: Path, registration: Registration) -> Path:
     """Write report.html: one self-contained page about the run."""
     from tlpipeline.data import dataset, splits
     from tlpipeline.evaluation import metrics as evaluate
-    from tlpipeline.profiling.profile import Profile
     from tlpipeline.report import page as report
 
     params = layout.params_of(root)
@@ -199,7 +198,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         registration=registration,
         case=layout.with_recipe(layout.read_case(root), params),
         read=layout.head_taps(root),
-        profile=Profile.from_json(layout.read_json(root, layout.PROFILE)),
+        profile=layout.read_profile(root),
         metrics=layout.read_metrics(root),
         matrix=evaluate.confusion(found).tolist(),
         manifest=manifest,
@@ -294,21 +293,13 @@ def load_decision(root: Path) -> tuple[Any, Any]:
     Raises:
         WorkspaceError: it is no workspace, nothing was decided in it yet, or by another version or profile.
     """
-    from tlpipeline.profiling.profile import Profile
-
     for name in (layout.PROFILE, layout.CASE):
         if not (root / name).is_file():
             lock.require_workspace(root)
             raise WorkspaceError(
                 f"expected a decision in {root / name}, found no such file. `tlpipeline run` or `dvc repro choose` makes the decision."
             )
-    try:
-        case, profile = layout.read_case(root), Profile.from_json(layout.read_json(root, layout.PROFILE))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WorkspaceError(
-            f"expected {layout.PROFILE} and {layout.CASE} in {root} as this version writes them, found others ({error!r}). "
-            "`dvc repro --force choose` writes them anew."
-        ) from error
+    case, profile = layout.read_case(root), layout.read_profile(root)
     if case.slice not in [tap.name for tap in profile.taps]:
         raise WorkspaceError(
             f"expected a decision about {profile.backbone} in {root / layout.CASE}, found one that keeps it up to {case.slice}, which it does not "

@@ -44,9 +44,11 @@ from tlpipeline.workspace.layout import (
     RACE,
     RUNS,
     SPLITS,
+    delete_outdated,
     open_cache,
     params_of,
     read_case,
+    read_profile,
     record_run,
     with_recipe,
 )
@@ -108,10 +110,9 @@ def profile(root: Path, progress: Progress) -> None:
 def choose(root: Path, progress: Progress) -> None:
     """Decide the case: case.json and its plots, and in race/ the checkpoints of a race, which the train stage reuses."""
     from tlpipeline.choice import decide, explain, policy, race
-    from tlpipeline.profiling.profile import Profile
 
     params = params_of(root)
-    measured = Profile.from_json(json.loads((root / PROFILE).read_text(encoding="utf-8")))
+    measured = read_profile(root)
     decision = decide.choose(measured, params.choose)
     if decision.race_wanted and "init" in params.train.override:
         decision = dataclasses.replace(
@@ -262,6 +263,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
 
     with lock.disk_errors(root):
         settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
+        delete_outdated(root, name)
         ran = dvc.run_stage(root, name, run_timed)
     if name in ("choose", "train") and ran:
         shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed without training
