@@ -13,12 +13,23 @@ from tlpipeline.stats import wilson
 
 FAR = ("always frozen", "size only (n >= 1000)", "random")  # so much regret that the others would share a corner
 PRODUCT, BASELINE = "#b3372f", "#2563a8"
+# Alignment of the names that would cover another name or bar: (horizontal, vertical); all others stand to the right of the middle of the bar.
+LABELS = {
+    "product (auto)": ("left", "bottom"),
+    "product (quick)": ("right", "top"),
+    "always multi": ("left", "bottom"),
+    "always plain FT": ("right", "bottom"),
+    "textbook 2x2, our recipe": ("left", "top"),
+    "P_max >= .88": ("right", "center"),
+    "P_max >= .88, our recipe": ("right", "bottom"),
+    "oracle, our recipe": ("right", "top"),
+}
 
 
 def draw(figures: Mapping[str, Figures], path: Path) -> None:
     """Write the chart as SVG; the same figures give the same file."""
     with mpl.rc_context({"svg.hashsalt": "tlpipeline", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10}):
-        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        figure = Figure(figsize=(12, 5.6), layout="constrained")
         costs, probabilities = figure.subplots(1, 2, width_ratios=(5, 4))
         _regret_against_cost(costs, {name: f for name, f in figures.items() if not name.startswith(FAR)})
         _reliability(probabilities, figures["product (auto)"])
@@ -30,12 +41,11 @@ def _regret_against_cost(axes: Axes, figures: Mapping[str, Figures]) -> None:
     for name, f in figures.items():
         low, high, cost = max(f.half.mean(), 0.0), f.raw.mean(), f.cost.mean()
         color = PRODUCT if name.startswith("product") else BASELINE
-        axes.plot([cost, cost], [low, high], color=color, linewidth=3)
-        # The two settings of the product lie close together: one name above its bar, one beside it.
-        quick = name.endswith("(quick)")
-        at, align, vertical = ((cost, high), "right", "bottom") if quick else ((cost, (low + high) / 2), "left", "center")
-        axes.annotate(name, at, xytext=(-4 if quick else 4, 0), textcoords="offset points", ha=align, va=vertical, color=color)
-    axes.set(xlim=(0, 1.2), ylim=(0, None), xlabel="cost in forward passes (always LP-FT = 100 %)", ylabel="mean regret (points)")
+        axes.plot([cost, cost], [low, high], color=color, linewidth=3, marker="_", markersize=5)
+        side, place = LABELS.get(name, ("left", "center"))
+        at = {"top": low, "bottom": high, "center": (low + high) / 2}[place]
+        axes.annotate(name, (cost, at), xytext=(4 if side == "left" else -4, 0), textcoords="offset points", ha=side, va=place, color=color)
+    axes.set(xlim=(0, 1.2), ylim=(-0.12, None), xlabel="cost in forward passes (always LP-FT = 100 %)", ylabel="mean regret (points)")
     axes.set_title("Mean regret against cost: from the lower to the upper bound")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(color="#e3e7ec")
