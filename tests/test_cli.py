@@ -310,7 +310,7 @@ def test_init_takes_everything_back_from_a_folder_that_was_there_and_from_those_
 def test_init_below_a_file_is_refused(call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path]) -> None:
     (tmp_path / "file").write_text("no folder")
     message = refused(call("init", tmp_path / "file" / "new", "--images", make_images(2, 4)))
-    assert f"expected to make the folder {tmp_path / 'file' / 'new'}, but: Not a directory. Choose another one." in message
+    assert f"Cannot create the folder {tmp_path / 'file' / 'new'}: Not a directory. Choose another one." in message
 
 
 def test_init_names_what_to_install_for_a_remote(
@@ -598,7 +598,7 @@ def test_a_name_for_which_no_deployment_waits_is_said(workspace: Path) -> None:
 
     assert create.missing_trigger(workspace) == ""
     set_param(workspace, "data.name", "work")  # which "workspace" begins with
-    assert "waits for tlpipeline.data.work: data.name was another" in create.missing_trigger(workspace)
+    assert "waits for tlpipeline.data.work: data.name was changed" in create.missing_trigger(workspace)
     deployments = workspace / "prefect.yaml"
     deployments.write_text(deployments.read_text().replace("tlpipeline.data.workspace", "tlpipeline.data.*"))
     assert create.missing_trigger(workspace) == ""

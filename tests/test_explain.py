@@ -488,9 +488,7 @@ def test_mistakes_of_the_command_are_one_sentence_with_a_way_out(
         (tmp_path / name).mkdir()
     (tmp_path / "dvc.yaml").touch()
     message = refused("-w", tmp_path)
-    assert (
-        f"expected a decision in {tmp_path / 'profile.json'}, found no such file. `tlpipeline run` or `dvc repro choose` makes" in message
-    )
+    assert f"expected a decision in {tmp_path / 'profile.json'}, found no such file. Run `tlpipeline run` or `dvc repro choose`" in message
     put(tmp_path, decision(), profile())
     (tmp_path / "case.json").unlink()
     assert f"expected a decision in {tmp_path / 'case.json'}, found no such file" in refused("-w", tmp_path)
@@ -498,7 +496,7 @@ def test_mistakes_of_the_command_are_one_sentence_with_a_way_out(
         (tmp_path / "case.json").write_text(damaged)
         assert "as this version writes it, found another content" in refused("-w", tmp_path)
     put(tmp_path, replace(decision(), slice="layer4"), profile())
-    assert "found one that keeps it up to layer4, which it does not have" in refused("-w", tmp_path)
+    assert "found one that cuts at layer4, which is not one of its taps" in refused("-w", tmp_path)
 
 
 def test_the_evaluation_in_markdown_is_a_table_whatever_the_classes_are_called(tmp_path: Path) -> None:

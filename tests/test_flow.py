@@ -187,7 +187,7 @@ def test_a_second_run_does_nothing(first: Run, second: Run) -> None:
     assert second.state == "COMPLETED"
     assert {name: second.result.seconds[name] for name in stages.STAGES} == dict.fromkeys(stages.STAGES)
     assert (second.result.version, second.result.new) == ("workspace@v0.1.0", False)
-    assert "registered already" in second.result.outcome
+    assert "already registered" in second.result.outcome
     assert git(second.workspace, "tag") == "workspace@v0.1.0"
     assert git(second.workspace, "rev-parse", "HEAD") == git(first.workspace, "rev-parse", "HEAD")
     assert [r.name for r in task_runs(second)] == ORDER

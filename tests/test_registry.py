@@ -87,7 +87,7 @@ def test_what_a_killed_run_registered_is_published_and_promoted_by_the_next(
     killed(registered, monkeypatch, point)
     told: list[Any] = []
     assert release.evaluate_gate(registered, told.append) is None
-    assert told[0].text.startswith("workspace@v0.1.1 is published, which an interrupted run had registered")
+    assert told[0].text.startswith("workspace@v0.1.1 of an interrupted run is published now")
     assert sorted(git.tags(origin)) == ["workspace#prod#1", "workspace@v0.1.0", "workspace@v0.1.1"]
     assert str(versions.resolve(registered, "workspace#prod")) == "workspace@v0.1.1"
     assert git.head(origin) == git.head(registered)

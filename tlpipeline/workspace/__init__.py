@@ -1,1 +1,1 @@
-"""A workspace: its files, its stages, and what a run does."""
+"""A workspace: its files, settings and stages, and the steps of a run."""

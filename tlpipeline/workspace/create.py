@@ -1,6 +1,6 @@
-"""A workspace: made, checked, held by one run at a time; its images versioned, its cache looked at.
+"""Creating a workspace, checking it before a run, and versioning its images.
 
-It is a git and DVC repository with dvc.yaml, params.yaml and prefect.yaml in it.
+A workspace is a git and DVC repository with dvc.yaml, params.yaml and prefect.yaml.
 """
 
 import hashlib
@@ -25,24 +25,25 @@ TRACKED = (
     "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.QUARANTINE, layout.PROFILE, layout.CASE, layout.METRICS, layout.CLASSES,
     versions.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
-PLOTS = ("plane.json", "probe.json", "cases.json")  # how `dvc plots show` draws the decision
+PLOTS = ("plane.json", "probe.json", "cases.json")  # templates with which `dvc plots show` draws the decision
 
 
-# --- a new one ------------------------------------------------------------------------------------------------------------------------
+# --- creating -------------------------------------------------------------------------------------------------------------------------
 
 
 def init(root: Path, images: Path | None, backbone: str, weights: str, remote: str | None, progress: Progress = silent) -> None:
-    """Make a workspace: a git and DVC repository with dvc.yaml, params.yaml, prefect.yaml and versioned images.
+    """Create a workspace: a git and DVC repository with dvc.yaml, params.yaml, prefect.yaml and versioned images.
 
     Args:
-        root: an empty or new folder.
-        images: copied in; None takes the embedded sample.
-        backbone, weights: as in params.yaml; a weights file is copied in, versioned, and pinned by its md5.
-        remote: DVC remote; None is the folder .dvc-remote inside the workspace.
+        root: a new or empty folder.
+        images: folder to copy; None is the embedded sample.
+        backbone, weights: as in params.yaml; a weights file is copied, versioned, and pinned by its md5.
+        remote: DVC remote; None is the folder .dvc-remote in the workspace.
 
     Raises:
-        WorkspaceError: the folder is not empty, it cannot be made, or its remote not be reached. DataError: there are no images.
-        BackboneError: the network or its weights are not to be had.
+        WorkspaceError: the folder is not empty or cannot be created, or its remote cannot be reached.
+        DataError: there are no usable images.
+        BackboneError: the network or its weights cannot be loaded.
     """
     from tlpipeline.backbones import catalogue
     from tlpipeline.data import dataset
@@ -54,13 +55,13 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     if images is not None and not images.is_dir():
         raise DataError(
             f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
-            "Give --images a folder that holds one folder of images per class."
+            "Give --images a folder with one folder of images per class."
         )
     if images is not None and root.resolve().is_relative_to(images.resolve()):
-        raise WorkspaceError(f"expected a folder outside the images to copy them to, found {root} inside {images}. Choose another one.")
+        raise WorkspaceError(f"expected a workspace outside the folder of images, found {root} inside {images}. Choose another one.")
     source = Path(weights)
     md5 = _md5(source) if source.is_file() else catalogue.NONE
-    # Everything that can be wrong is found before anything is written.
+    # All inputs are checked before anything is written.
     if remote is not None:
         dvc.check_remote(remote)
     catalogue.load(backbone, weights, md5=md5)
@@ -70,11 +71,11 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WorkspaceError(f"expected to make the folder {root}, but: {error.strerror}. Choose another one.") from error
+        raise WorkspaceError(f"Cannot create the folder {root}: {error.strerror}. Choose another one.") from error
     try:
         _fill(root, images, backbone, source if source.is_file() else weights, md5, remote)
     except BaseException:
-        for path in missing[:1] or list(root.iterdir()):  # what was made here goes, a folder that was there stays
+        for path in missing[:1] or list(root.iterdir()):  # remove what was created; an existing folder stays
             unlink(path)
         raise
 
@@ -116,7 +117,7 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
 
 
 def _name_from(root: Path) -> str:
-    """Make a model's name of the folder's: lower-case letters, digits and dashes."""
+    """Return a model name from the folder's name: lower-case letters, digits and dashes."""
     name = "".join(c if c.isalnum() and c.isascii() else "-" for c in root.resolve().name.lower()).strip("-")
     return name if name and name[0].isalpha() else f"images-{name}".strip("-")
 
@@ -126,7 +127,7 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-# --- its images -----------------------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------------------------
 
 
 def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]:
@@ -134,24 +135,28 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
 
     Returns:
         The hash of the data set, and remarks for people.
+
+    Raises:
+        DataError: there are links to folders, or files that DVC ignores.
+        WorkspaceError: DVC or git refuses.
     """
     from tlpipeline.data import dataset, splits
 
     params = layout.params_of(root)
     images = params.data.images
     if dvc.is_stage_output(root, images):
-        dvc.reproduce_upstream(root, images)  # a stage writes them; there is nothing to add
+        dvc.reproduce_upstream(root, images)  # a stage writes the images, so there is nothing to add
         return dvc.data_hash(root, images), []
-    found = dataset.list_files(root / images)
+    files = dataset.list_files(root / images)
     if linked := dataset.linked_folders(root / images):
         raise DataError(
-            f"expected folders in {root / images}, found {len(linked)} links to folders, such as {linked[0]}: DVC does not follow them, so what "
-            "is behind them would be trained on but not versioned. Put the folder itself there, or name the images with `tlpipeline run --images`."
+            f"expected folders in {root / images}, found {len(linked)} links to folders, such as {linked[0]}. DVC does not follow links, so their "
+            "images would be used but not versioned. Copy the folders there, or give the images by `tlpipeline run --images`."
         )
-    if hidden := dvc.ignored_files(root, images, found):
+    if ignored := dvc.ignored_files(root, images, files):
         raise DataError(
-            f"expected that DVC versions all of {root / images}, but a .dvcignore keeps it from {len(hidden)} files, such as {hidden[0]}, which would "
-            "be trained on all the same. Take that line out of the .dvcignore, or move these files out of the folder."
+            f"A .dvcignore excludes {len(ignored)} files of {root / images} from versioning, such as {ignored[0]}. They would still be used for "
+            "training. Remove that line from the .dvcignore, or move the files out of the folder."
         )
     digest = dvc.add(root, images)
     known = splits.read_exceptions(root / layout.SPLITS)
@@ -165,7 +170,7 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
 
 
 def _recorded(images: str) -> list[str]:
-    """Return the files in which DVC records a folder that was added."""
+    """Return the files in which DVC records an added folder."""
     return [f"{images}.dvc", str(Path(images).parent / ".gitignore")]
 
 
@@ -177,7 +182,7 @@ def replace_images(root: Path, images: Path) -> None:
     """Replace the workspace's images by a copy of another folder.
 
     Raises:
-        DataError: no data set can be made of that folder; the workspace keeps its own images then.
+        DataError: that folder is not a usable data set; then nothing is replaced.
     """
     from tlpipeline.data import dataset
 
@@ -187,9 +192,9 @@ def replace_images(root: Path, images: Path) -> None:
         return
     dataset.ingest(images, _preview(images), lambda done, total: None)
     if target.is_dir() and not dvc.is_stage_output(root, name) and dvc.has_changed(root, name):
-        # What was added since the last time is nowhere else.
+        # Images added since the last commit exist nowhere else.
         dvc.add(root, name)
-        git.commit(root, "Images before others took their place", _recorded(name))
+        git.commit(root, "Images before their replacement", _recorded(name))
     draft = target.with_name(f".{target.name}.draft")
     unlink(draft)
     try:
@@ -202,7 +207,7 @@ def replace_images(root: Path, images: Path) -> None:
 
 
 def _preview(images: Path) -> dict[str, str]:
-    """Return the sides that splits.csv would give small classes, so that a folder can be checked before it is taken over."""
+    """Return the splits that splits.csv would give to small classes, to check a folder before it is copied."""
     from tlpipeline.data import dataset, decoding, splits
 
     paths = [p for p in dataset.list_files(images) if p.stat().st_size]
@@ -212,22 +217,22 @@ def _preview(images: Path) -> dict[str, str]:
 
 
 def count_images(root: Path) -> int:
-    """Return the number of versioned files of the data set."""
+    """Return the number of versioned files in the data set."""
     return len(dvc.tracked_files(root, layout.params_of(root).data.images))
 
 
-# --- before and while something runs in it --------------------------------------------------------------------------------------------
+# --- checks and the lock --------------------------------------------------------------------------------------------------------------
 
 
 def check(root: Path, images: Path | None = None) -> None:
-    """Check what can be checked before anything runs: the repository, params.yaml, the workers, the images' folder.
+    """Check before a run: the repository, params.yaml, the workers, and the folder of images.
 
     Args:
         root: the workspace.
-        images: a folder that is to replace the workspace's images.
+        images: folder that will replace the workspace's images; None keeps them.
 
     Raises:
-        WorkspaceError, ParamsError, BackboneError, ClusterError, DataError: as the checks find.
+        WorkspaceError, ParamsError, BackboneError, ClusterError, DataError: a check failed.
     """
     from tlpipeline.backbones import catalogue, taps
     from tlpipeline.choice import cases
@@ -245,22 +250,23 @@ def check(root: Path, images: Path | None = None) -> None:
         b = params.backbone
         taps.resolve_tap(catalogue.load(b.name, b.weights, md5=b.weights_md5, root=root), params.choose.slice)
     ray_train.preflight(params.cluster)
-    own = root / params.data.images
+    folder = root / params.data.images
     if images is not None:
         dataset.list_files(images)
-    elif not own.is_dir() and not dvc.is_stage_output(root, params.data.images):
-        raise DataError(f"expected the images in {own}, found no such folder; {dvc.pull_hint(root)}. Or name others with --images.")
+    elif not folder.is_dir() and not dvc.is_stage_output(root, params.data.images):
+        raise DataError(f"expected the images in {folder}, found no such folder; {dvc.pull_hint(root)}. Or give other images by --images.")
 
 
 @contextmanager
 def exclusive(root: Path, wait_minutes: float, images: Path | None = None) -> Iterator[None]:
-    """Hold the workspace for a whole run, and stop the Ray runtime that the run may have started.
+    """Check a workspace and hold its lock during a run; stop the Ray runtime at the end.
 
     Args:
-        images: a folder that is to replace the workspace's images.
+        wait_minutes: how long to wait for another run to end.
+        images: folder that will replace the workspace's images; None keeps them.
 
     Raises:
-        WorkspaceError: it is no workspace, or another run is in it.
+        WorkspaceError: this is not a workspace, or another run is using it.
     """
     from tlpipeline.training import ray_train
 
@@ -273,18 +279,18 @@ def exclusive(root: Path, wait_minutes: float, images: Path | None = None) -> It
 
 
 def model_name(root: Path) -> str:
-    """Return the name under which the workspace's models are registered."""
+    """Return the name of the workspace's models in the registry."""
     return layout.params_of(root).data.name
 
 
 def missing_trigger(root: Path) -> str:
-    """Say that no deployment of prefect.yaml waits for the event of these data, as where data.name was changed; "" where one does."""
+    """Return a warning if no deployment in prefect.yaml waits for the event of these data, else ""."""
     name, path = model_name(root), root / "prefect.yaml"
     if not path.is_file() or re.search(rf"tlpipeline\.data\.({re.escape(name)}(?![\w-])|\*)", path.read_text(encoding="utf-8")):
         return ""
     return (
-        f"no deployment in {path} waits for tlpipeline.data.{name}: data.name was another when it was written. Put the name there, and "
-        "`prefect --no-prompt deploy --all` in the workspace"
+        f"no deployment in {path} waits for tlpipeline.data.{name}: data.name was changed since it was written. Put the new name there, then "
+        "run `prefect --no-prompt deploy --all` in the workspace"
     )
 
 

@@ -1,6 +1,6 @@
-"""The acts: what a run does to the world outside its stages. Judge, register, report.
+"""The last steps of a run: gate, register, report.
 
-Acts are no DVC stages: they read the champion, make commits and tags, and talk to remotes.
+They are not DVC stages, because they read the champion, make commits and tags, and use remotes.
 """
 
 import dataclasses
@@ -16,8 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tlpipeline.choice.decision import Decision
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.evaluation import gate
+from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import versions
 from tlpipeline.versioning import dvc, git, lock
@@ -32,7 +34,15 @@ REPORT = "report.html"
 
 @dataclass(frozen=True)
 class Registration:
-    """What became of the model: the version it is registered as (or was already), the tag of its promotion, and what was decided."""
+    """The result of registration.
+
+    Attributes:
+        version: of the model, new or registered earlier; "" if it is not registered.
+        new: whether this run registered it.
+        promoted: tag of its promotion, "" if there is none.
+        verdict: of the gate, None if the model was registered earlier.
+        reason: one sentence for people.
+    """
 
     version: str
     new: bool
@@ -42,18 +52,16 @@ class Registration:
 
 
 def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
-    """Compare the workspace's model with the champion on the same test images; None where this very model is registered already.
+    """Compare the workspace's model with the champion on the same test images; return None if the model is already registered.
 
-    What a killed run registered is published first: it may be the champion.
+    A version that a killed run registered is published first: it may be the champion.
     """
     from tlpipeline.data import dataset, splits
     from tlpipeline.evaluation import metrics as evaluate
 
     params = layout.params_of(root)
-    if begun := versions.resume_publication(root, params.gate.promote == "auto"):
-        progress(
-            Event("gate", 1, 1, f"{begun[0]} is published, which an interrupted run had registered{' and promoted' if begun[1] else ''}")
-        )
+    if resumed := versions.resume_publication(root, params.gate.promote == "auto"):
+        progress(Event("gate", 1, 1, f"{resumed[0]} of an interrupted run is published now{' and promoted' if resumed[1] else ''}"))
     if versions.find_registered(root, params.data.name, dvc.stage_output(root, "train", layout.MODEL)):
         return None
     challenger = evaluate.read_predictions(root / layout.PREDICTIONS)
@@ -61,30 +69,33 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
     trained = Counter(row.label for row in manifest.used(splits.TRAIN))
     recipe = layout.with_recipe(layout.read_case(root), params).recipe
     uneven = max(trained.values()) > recipe.head_imbalance * min(trained.values())
-    git.fetch_tags(root)  # the champion may have been promoted elsewhere
+    git.fetch_tags(root)  # another clone may have promoted the champion
     best = versions.champion(root, params.data.name)
     if best is None:
         return gate.compare_with_majority(challenger, layout.read_metrics(root)["majority_class"], params.gate, uneven)
     rows = manifest.used(splits.TEST)
-    told = lambda done: progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))  # noqa: E731
-    champion = stages.predict_rows(root, versions.model_folder(root, best), rows, told)
+
+    def on_progress(done: int) -> None:
+        progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))
+
+    champion = stages.predict_rows(root, versions.model_folder(root, best), rows, on_progress)
     return gate.compare_with_champion(challenger, champion, str(best), versions.trained_on(root, best), params.gate, uneven)
 
 
 def register(root: Path, verdict: gate.Verdict | None) -> Registration:
-    """Register the model where the gate accepted it; commit lock, metrics and data either way."""
+    """Register the model if the gate accepted it; commit dvc.lock, metrics and data in any case."""
     params = layout.params_of(root)
     name = params.data.name
     tracked = [*TRACKED, f"{params.data.images}.dvc"]
-    already = versions.find_registered(root, name, dvc.stage_output(root, "train", layout.MODEL))
-    if verdict is None and already is not None:
+    registered = versions.find_registered(root, name, dvc.stage_output(root, "train", layout.MODEL))
+    if verdict is None and registered is not None:
         git.commit(root, "Record the run", tracked)
-        if already.number not in [version.number for version in versions.versions(root, name)]:
+        if registered.number not in [version.number for version in versions.versions(root, name)]:
             return Registration(
-                "", False, "", None, f"this model was registered as {already}, which was withdrawn: it is not registered again."
+                "", False, "", None, f"this model was registered as {registered}, which was withdrawn; it is not registered again."
             )
-        return Registration(str(already), False, "", None, f"this model is registered already as {already}: nothing to do.")
-    assert verdict is not None, "the gate must speak before a new model is registered"
+        return Registration(str(registered), False, "", None, f"this model is already registered as {registered}: nothing to do.")
+    assert verdict is not None, "a new model needs the gate's verdict"
     case = layout.read_case(root)
     metrics = layout.read_metrics(root)
     if not verdict.accepted:
@@ -102,7 +113,7 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
 
 
 def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
-    """Return all that is needed to rebuild this model, and how good it is."""
+    """Return the content of the model card: everything needed to rebuild the model, and its metrics."""
     params = layout.params_of(root)
     return {
         "name": params.data.name,
@@ -123,17 +134,17 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
 
 def _environment(packages: Sequence[str]) -> dict[str, str]:
     """Return the installed versions of these packages."""
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def training_limits(root: Path) -> tuple[str, ...]:
-    """Return what bounded the training of the workspace's model: time or memory that ran out."""
+    """Return remarks on what limited the training of the model: time or memory that ran out."""
     from tlpipeline.training.recipe import BUDGET
 
     remarks = tuple(layout.read_json(root, f"{layout.MODEL}/model.json").get("remarks", ()))
@@ -181,17 +192,17 @@ def write_report(root: Path, registration: Registration) -> Path:
 
     params = layout.params_of(root)
     manifest = dataset.read_manifest(root / layout.MANIFEST, root / layout.QUARANTINE)
-    found = evaluate.read_predictions(root / layout.PREDICTIONS)
+    predictions = evaluate.read_predictions(root / layout.PREDICTIONS)
     rows = {row.md5: row for row in manifest.used(splits.TEST)}
     errors = [
         report.Mistake(
-            rows[found.md5[i]].path,
-            found.classes[found.labels[i]],
-            found.classes[found.predicted[i]],
-            float(found.probabilities[i].max()),
-            report.thumbnail(dataset.read_image(root / params.data.images, rows[found.md5[i]])),
+            rows[predictions.md5[i]].path,
+            predictions.classes[predictions.labels[i]],
+            predictions.classes[predictions.predicted[i]],
+            float(predictions.probabilities[i].max()),
+            report.thumbnail(dataset.read_image(root / params.data.images, rows[predictions.md5[i]])),
         )
-        for i in evaluate.worst_mistakes(found, 24)
+        for i in evaluate.worst_mistakes(predictions, 24)
     ]
     page = report.page(
         name=params.data.name,
@@ -200,7 +211,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         read=layout.head_taps(root),
         profile=layout.read_profile(root),
         metrics=layout.read_metrics(root),
-        matrix=evaluate.confusion(found).tolist(),
+        matrix=evaluate.confusion(predictions).tolist(),
         manifest=manifest,
         history=(root / layout.HISTORY).read_text(encoding="utf-8"),
         mistakes=errors,
@@ -238,9 +249,9 @@ class Summary:
 
 
 def distribution_shift(root: Path) -> tuple[str, ...]:
-    """Say so where the model does significantly worse on the test side than on the validation side: the two are then not of one kind.
+    """Return a remark if the test accuracy is significantly below the validation accuracy: then the splits differ in kind.
 
-    The best of several validations is a little optimistic, so five points are allowed beyond the test interval.
+    The best of several validations is optimistic, so five points are allowed beyond the test interval.
     """
     import csv
 
@@ -251,12 +262,12 @@ def distribution_shift(root: Path) -> tuple[str, ...]:
         return ()
     return (
         f"shift: {validated:.1%} on validation but {metrics['accuracy']:.1%} on test: the test images differ from the training images "
-        "in kind, or the training side holds near copies",
+        "in kind, or the training split has near copies",
     )
 
 
 def summary(root: Path, registration: Registration, report: Path) -> Summary:
-    """Return what a run ended with."""
+    """Return the summary of a run."""
     from tlpipeline.data import dataset
 
     manifest = dataset.read_manifest(root / layout.MANIFEST, root / layout.QUARANTINE)
@@ -265,8 +276,8 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     verdict = registration.verdict
     against = ""
     if verdict is not None:
-        own = f"balanced accuracy {verdict.challenger_score:.1%} against " if verdict.metric == gate.BALANCED else "against "
-        against = f"{own}{verdict.champion_score:.1%} of {verdict.champion} on {verdict.images} images"
+        metric = f"balanced accuracy {verdict.challenger_score:.1%} against " if verdict.metric == gate.BALANCED else "against "
+        against = f"{metric}{verdict.champion_score:.1%} of {verdict.champion} on {verdict.images} images"
     return Summary(
         images=len([r for r in manifest.rows if not r.duplicate_of]),
         classes=len(manifest.classes),
@@ -287,36 +298,36 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     )
 
 
-def load_decision(root: Path) -> tuple[Any, Any]:
-    """Return the decision and the profile that it rests on.
+def load_decision(root: Path) -> tuple[Decision, Profile]:
+    """Return the decision and its profile.
 
     Raises:
-        WorkspaceError: it is no workspace, nothing was decided in it yet, or by another version or profile.
+        WorkspaceError: this is not a workspace, there is no decision yet, or another version or profile made it.
     """
     for name in (layout.PROFILE, layout.CASE):
         if not (root / name).is_file():
             lock.require_workspace(root)
             raise WorkspaceError(
-                f"expected a decision in {root / name}, found no such file. `tlpipeline run` or `dvc repro choose` makes the decision."
+                f"expected a decision in {root / name}, found no such file. Run `tlpipeline run` or `dvc repro choose` to make it."
             )
     case, profile = layout.read_case(root), layout.read_profile(root)
     if case.slice not in [tap.name for tap in profile.taps]:
         raise WorkspaceError(
-            f"expected a decision about {profile.backbone} in {root / layout.CASE}, found one that keeps it up to {case.slice}, which it does not "
-            "have: it is older than the profile. `dvc repro choose` decides anew."
+            f"expected a decision about {profile.backbone} in {root / layout.CASE}, found one that cuts at {case.slice}, which is not one of its "
+            "taps: the decision is older than the profile. Run `dvc repro choose` to decide again."
         )
     return layout.with_recipe(case, layout.params_of(root)), profile
 
 
 def decision_markdown(root: Path) -> str:
-    """Return the decision for people, as markdown."""
+    """Return the decision as markdown."""
     from tlpipeline.choice import explain
 
     return explain.markdown(*load_decision(root))
 
 
 def evaluation_markdown(root: Path) -> str:
-    """Return the evaluation for people, as markdown."""
+    """Return the evaluation as markdown."""
     from tlpipeline.choice import explain
 
     metrics = layout.read_metrics(root)
