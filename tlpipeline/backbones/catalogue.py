@@ -1,7 +1,7 @@
 """The catalogue of pretrained networks: `load` builds a network with its taps, at which `taps.cut` cuts it.
 
-There are three sources: `demonstration` (the textbook network, whose weights come with the package), every torchvision classifier
-by torchvision's name, and your own network as `my_package.nets:resnet20`. Two attributes describe your own network:
+Three kinds of names are known: `demonstration` (the textbook network, with weights in the package), the torchvision classifiers by
+their names, and your own network as `my_package.nets:resnet20`. Two attributes describe your own network:
 
     class ResNet20(nn.Module):
         taps = ("layer1", "layer2", "layer3")                                  # names of submodules, first to last
@@ -388,9 +388,9 @@ def _load_weights(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> 
     extra = [k for k in state if k in set(loaded.unexpected_keys)]
     if missing or extra or shapes:
         parts = [
-            f"{len(missing)} missing keys, first {', '.join(missing[:3])}" if missing else "",
-            f"{len(extra)} unknown keys, first {', '.join(extra[:3])}" if extra else "",
-            f"{len(shapes)} keys of another shape: {'; '.join(shapes[:3])}" if shapes else "",
+            f"{len(missing)} missing, first {', '.join(missing[:3])}" if missing else "",
+            f"{len(extra)} unknown, first {', '.join(extra[:3])}" if extra else "",
+            f"{len(shapes)} of another shape: {'; '.join(shapes[:3])}" if shapes else "",
         ]
         raise BackboneError(
             f"expected weights of {name}, found another architecture's: {'; '.join(p for p in parts if p)}. "

@@ -104,8 +104,8 @@ class _BlockTracer(fx.Tracer):
 def cut(backbone: Backbone, taps: Sequence[str], *, logits: bool = False) -> fx.GraphModule:
     """Return the network up to the deepest of these taps, without the layers after it.
 
-    The module shares its tensors with the backbone. It maps images (batch, 3, size, size) to a tuple with one tensor per tap, in the
-    given order, as (batch, channel, height, width) or (batch, channel). With `logits`, the source head's logits follow.
+    The module shares its tensors with the backbone. It maps images (batch, 3, size, size) to a tuple with one tensor per tap in the
+    given order. Its shape is (batch, channel, height, width) or (batch, channel). With `logits`, the source head's logits follow.
 
     torch.fx replaces `nn.Module.__call__` for some milliseconds. Only one thread cuts at a time, and no other thread may call a network.
 
@@ -282,7 +282,7 @@ def resolve_tap(backbone: Backbone, name: str) -> str:
 def input_size(backbone: Backbone, wanted: int | str, median_short_side: float) -> int:
     """Return the input side of the network in pixels.
 
-    `auto` is the smaller of two sizes: that of the weights, and the median short side of the images rounded up to a multiple of 32.
+    `auto` is the size of the weights, or the median short side of the images rounded up to a multiple of 32 if that is smaller.
     It is at least the network's minimum. For a network that learned positions it is always the size of the weights.
 
     Raises:

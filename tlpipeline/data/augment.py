@@ -15,7 +15,7 @@ from torch import Tensor
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.loader import Augment
 
-# The strongest effect of each operation: degrees clockwise, shift in x and y as shares of the side, tangent of the shear in x and y.
+# The strongest effect of each operation: degrees clockwise; shift in x and y as shares of the side; tangents of the shear.
 SHIFTS = {
     "rotate": (-30.0, 0.0, 0.0, 0.0, 0.0),
     "translate_x": (0.0, 150 / 331, 0.0, 0.0, 0.0),

@@ -34,8 +34,8 @@ def decode(content: bytes, min_side: int | None = None) -> Image.Image:
     16-bit grays are scaled from their full range (0 to 65535), floating-point images from their own range.
 
     Args:
-        min_side: short side in pixels that suffices. A JPEG is then decoded at a half, a quarter or an eighth of its size where
-            that leaves enough pixels, which is several times faster.
+        min_side: short side in pixels that suffices. A JPEG is then decoded at a half, a quarter or an eighth of its size,
+            where enough pixels remain. This is several times faster.
 
     Raises:
         UnidentifiedImageError: the content is not an image.

@@ -1,7 +1,7 @@
 """The only module that calls DVC: versions of data, and stages recorded after they ran.
 
-DVC's Python API is not guaranteed to be stable, so all calls are in this file. A stage that ran in this process is recorded at once, if
-the dependencies still have the hashes from before it ran; never by a general `dvc commit`.
+DVC's Python API is not guaranteed to be stable, so all calls are in this file. A stage that ran in this process is recorded
+at once, but only if its dependencies did not change meanwhile. `dvc commit` would record whatever is there.
 """
 
 import json

@@ -67,8 +67,8 @@ def require_branch(root: Path) -> None:
         name = branch.removeprefix("refs/heads/")
         raise WorkspaceError(
             f"git cannot push to {origin}, because the branch {name} is checked out there. "
-            f"Work on another branch here (`git switch -c NAME`), push to a bare repository (`git clone --bare {origin} FOLDER`, "
-            "`git remote set-url origin FOLDER`), or remove the remote (`git remote remove origin`)."
+            "Work on another branch here (`git switch -c NAME`), or remove the remote (`git remote remove origin`). "
+            f"Or push to a bare repository (`git clone --bare {origin} FOLDER`, `git remote set-url origin FOLDER`)."
         )
 
 

@@ -1,4 +1,4 @@
-"""Checks and the lock of a workspace: it must exist, be writable, be used by one run at a time, and have room on its disk."""
+"""The lock of a workspace, which one run holds at a time, and checks that it exists and is writable."""
 
 import errno
 import os
@@ -56,7 +56,7 @@ def hold(root: Path, wait: float = 0.0) -> Iterator[None]:
     except Timeout as error:
         who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
         raise WorkspaceError(
-            f"Another run is using the workspace {root}: {who}. Wait for it to end, or stop it; then run again."
+            f"Another run is using the workspace {root.resolve()}: {who}. Wait for it to end, or stop it; then run again."
         ) from error
     try:
         holder.write_text(f"process {os.getpid()} ({_command(sys.argv)})\n", encoding="utf-8")

@@ -314,7 +314,7 @@ def load_decision(root: Path) -> tuple[Decision, Profile]:
     if case.slice not in [tap.name for tap in profile.taps]:
         raise WorkspaceError(
             f"expected a decision about {profile.backbone} in {root / layout.CASE}, found one that cuts at {case.slice}, which is not one of its "
-            "taps: the decision is older than the profile. Run `dvc repro choose` to decide again."
+            "taps. The decision is older than the profile. Run `dvc repro choose` to decide again."
         )
     return layout.with_recipe(case, layout.params_of(root)), profile
 
