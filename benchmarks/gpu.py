@@ -11,9 +11,6 @@ and with files that are safe on the disk, so a few images look slow. Networks ha
 fetched. One GPU; several have not been run.
 """
 
-import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
-
-# isort: split
 import argparse
 import json
 import os

@@ -28,9 +28,6 @@ what data.size: auto says for these images; the tutorial's own is 224.
 Rows go to benchmarks/results/peers.csv as they come, and what has a row is not run again but with --again: rows do not know which code they are of.
 """
 
-import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
-
-# isort: split
 import argparse
 import copy
 import dataclasses
@@ -123,7 +120,7 @@ def ours(job: Job) -> Answer:
     # The stages import these when they first need them.
     for name in ("dvc.repo", "scipy.linalg", "sklearn.linear_model", "torchvision.models"):
         importlib.import_module(name)
-    from tlpipeline.data import dataset, splits
+    from tlpipeline.data import cache, dataset, splits
     from tlpipeline.evaluation import metrics
     from tlpipeline.progress import silent
     from tlpipeline.workspace import create, layout, stages
@@ -161,7 +158,7 @@ def ours(job: Job) -> Answer:
         decision = layout.read_case(root)
         if decision.freeze == "kept":
             # Once more, as it would be without the features that the profile has left.
-            create.clear_cache(root)
+            cache.clear(root / layout.CACHE)
             shutil.rmtree(root / layout.RUNS)
             before = cpu_seconds()
             stages.train(root, silent)

@@ -15,9 +15,6 @@ Real images and weights come from --data (see research/README.md); SqueezeNet at
 that everything beside the network weighs most. Printed are medians over --times runs, reference and product in turns.
 """
 
-import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
-
-# isort: split
 import argparse
 import json
 import os

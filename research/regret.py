@@ -15,9 +15,6 @@ report   prints the figures of all rules and draws docs/images/regret.svg
 `profile` and `collect` do what has no row yet, so they can be interrupted at any moment; at the end they sort the rows.
 """
 
-import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
-
-# isort: split
 import argparse
 import sys
 import tempfile

@@ -1,8 +1,5 @@
 """Shared fixtures: small images with a known truth, a workspace, the real data, one Prefect server for the whole session."""
 
-import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
-
-# isort: split
 import os
 import shutil
 from collections.abc import Callable, Iterator

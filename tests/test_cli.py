@@ -114,8 +114,51 @@ def test_help_imports_nothing_heavy() -> None:
     assert imported(code) == set()
 
 
-def test_the_package_imports_nothing_heavy() -> None:
-    assert imported("import tlpipeline; tlpipeline.PipelineError") == set()
+@pytest.mark.parametrize("words", [[], ["data"], ["registry"], ["cache"]])
+def test_without_a_verb_the_help_is_shown_and_nothing_is_wrong(call: Callable[..., Said], words: list[str]) -> None:
+    said = call(*words)
+    assert said.code == 0
+    assert said.out.startswith("Usage: tlpipeline")
+    assert said.err == ""
+    assert call(*words, "-h").out == call(*words, "--help").out == said.out
+
+
+def test_no_line_of_help_is_cut(call: Callable[..., Said]) -> None:
+    for words in ([], ["data"], ["registry"], ["cache"]):
+        assert not re.search(r"\.\.\.$", call(*words, "--help").out, re.M)
+
+
+def test_the_version_is_that_of_the_installed_package(call: Callable[..., Said]) -> None:
+    from importlib.metadata import version
+
+    import tlpipeline
+
+    assert call("--version").out == f"tlpipeline {version('tlpipeline')}\n"
+    assert tlpipeline.__version__ == version("tlpipeline")
+
+
+def test_a_shell_completes_the_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = os.environ | {"_TLPIPELINE_COMPLETE": "complete_bash", "COMP_WORDS": "tlpipeline reg", "COMP_CWORD": "1"}
+    command = str(Path(sys.executable).with_name("tlpipeline"))
+    done = subprocess.run([command], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["registry"]
+    assert "--install-completion" in subprocess.run([command, "--help"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, ["PASSIVE", "1000"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["PASSIVE", "7"]),
+    ],
+)
+def test_the_command_line_makes_threads_wait_asleep_unless_the_user_has_set_how(before: dict[str, str], after: list[str]) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {key: value for key, value in os.environ.items() if key not in names} | before
+    code = f"import sys, os; sys.argv = ['tlpipeline', '-h']; from tlpipeline.cli import main\ntry: main()\nexcept SystemExit: print(*[os.environ.get(n) for n in {names}])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1].split() == after
 
 
 def test_the_verbs_are_frozen() -> None:
@@ -772,7 +815,7 @@ def test_registry_lists_shows_promotes_and_refuses_to_roll_back_to_nothing(
 
 
 def test_registry_of_a_new_workspace_is_empty(call: Callable[..., Said], workspace: Path) -> None:
-    assert call("registry", "list", "-w", workspace).out == "nothing is registered yet\n"
+    assert call("registry", "list", "-w", workspace).out == "No model is registered yet.\n"
     assert "nothing is registered yet: `tlpipeline run`" in refused(call("registry", "show", "workspace@v1", "-w", workspace))
 
 
@@ -815,12 +858,12 @@ def test_not_on_a_terminal_what_a_stage_said_last_stands_before_the_next_stage(c
     ("copies", "rejected", "says"),
     [(0, 0, "12 in 3 classes"), (1, 0, "1 exact copy not counted"), (2, 1, "2 exact copies not counted, 1 file left out (quarantine.csv)")],
 )
-def test_a_run_accounts_for_every_file(copies: int, rejected: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_accounts_for_every_file(copies: int, rejected: int, says: str) -> None:
     from tlpipeline.workspace.release import Summary
 
     words = {"remarks": (), "case": "c", "reason": "r", "champion": "", "version": "", "new": False, "outcome": "o", "report": "p"}
-    cli._print_summary(Summary(12, 3, copies, rejected, accuracy=1.0, low=0.9, high=1.0, seconds={}, **words))  # type: ignore[arg-type]
-    assert capsys.readouterr().out.splitlines()[0].rstrip().endswith(says)
+    summary = Summary(12, 3, copies, rejected, accuracy=1.0, low=0.9, high=1.0, seconds={}, **words)  # type: ignore[arg-type]
+    assert str(summary).splitlines()[0].endswith(says)
 
 
 def test_dvc_draws_no_bars_of_its_own_between_ours() -> None:

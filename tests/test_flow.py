@@ -20,6 +20,7 @@ from uuid import UUID
 import pytest
 
 from tests.helpers.workspaces import dvc_status, set_param
+from tlpipeline.api import Workspace
 from tlpipeline.choice import decide
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.errors import DataError, WorkspaceError
@@ -277,13 +278,16 @@ def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_
     assert versions.resolve(workspace, "workspace#prod").number == old.number
     assert git(workspace, "tag", "--list", "*#prod#*").splitlines() == [f"workspace#prod#{n}" for n in (1, 2, 3)], "history only grows"
 
-    rows = release.version_rows(workspace)
-    assert [row[:3] for row in rows] == [("workspace@v0.2.0", "", "large_similar"), ("workspace@v0.1.0", "prod", "small_similar")]
-    assert release.model_card(workspace, "workspace#prod").startswith("# workspace@v0.1.0")
-    assert "large_similar" in release.model_card(workspace, "workspace@v0.2")
+    registry = Workspace(workspace).registry
+    assert [(v.name, v.stages, v.case) for v in registry.versions()] == [
+        ("workspace@v0.2.0", (), "large_similar"),
+        ("workspace@v0.1.0", ("prod",), "small_similar"),
+    ]
+    assert registry.show("workspace#prod").startswith("# workspace@v0.1.0")
+    assert "large_similar" in registry.show("workspace@v0.2")
     taps = layout.head_taps(workspace)
     assert len(taps) > 1, "the head that is solved last reads several"
-    assert f"the head reads {', '.join(taps)} |" in release.model_card(workspace, "workspace@v0.2")
+    assert f"the head reads {', '.join(taps)} |" in registry.show("workspace@v0.2")
     assert (versions.model_folder(workspace, old) / "weights.safetensors").read_bytes() != (
         workspace / "model" / "weights.safetensors"
     ).read_bytes()

@@ -1,58 +1,37 @@
 """tlpipeline keeps image classifiers retrained.
 
-The library: measure a data set against a pretrained network, choose one of the four cases of transfer learning, train it, evaluate it.
-Nothing here imports Prefect or Ray; heavy modules are imported when a name is first used.
+`Workspace` and `load_model` are the way in (`tlpipeline.api` has an example). Importing the package loads nothing heavy and sets no
+environment variable: a module is imported when one of its names is first used.
 """
 
-import os
 from typing import TYPE_CHECKING, Any
 
-# Threads that wait for each other soon go to sleep instead of spinning: beside another busy process, two spinning threads on two cores take five
-# times as long as one (docs/decisions/0010). Whoever has said how threads wait is heard. OpenMP reads this when torch is first imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 if TYPE_CHECKING:
-    from tlpipeline.backbones.catalogue import load as load_backbone
-    from tlpipeline.backbones.classifier import load as load_model
+    from tlpipeline.api import Workspace, load_model
     from tlpipeline.choice.cases import CASES
-    from tlpipeline.choice.decide import choose
-    from tlpipeline.choice.decision import Decision
-    from tlpipeline.data.dataset import ingest
     from tlpipeline.errors import PipelineError
-    from tlpipeline.profiling.measure import measure
-    from tlpipeline.profiling.profile import Profile
 
-_WHERE = {
-    "CASES": ("choice.cases", "CASES"),
-    "Decision": ("choice.decision", "Decision"),
-    "PipelineError": ("errors", "PipelineError"),
-    "Profile": ("profiling.profile", "Profile"),
-    "choose": ("choice.decide", "choose"),
-    "ingest": ("data.dataset", "ingest"),
-    "load_backbone": ("backbones.catalogue", "load"),
-    "load_model": ("backbones.classifier", "load"),
-    "measure": ("profiling.measure", "measure"),
+    __version__: str
+
+_MODULES = {
+    "CASES": "tlpipeline.choice.cases",
+    "PipelineError": "tlpipeline.errors",
+    "Workspace": "tlpipeline.api",
+    "load_model": "tlpipeline.api",
 }
 
-__all__ = [
-    "CASES",
-    "Decision",
-    "PipelineError",
-    "Profile",
-    "choose",
-    "ingest",
-    "load_backbone",
-    "load_model",
-    "measure",
-]
+__all__ = ["CASES", "PipelineError", "Workspace", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'tlpipeline' has no attribute {name!r}")
     import importlib
 
-    module, attribute = _WHERE[name]
-    return getattr(importlib.import_module(f"tlpipeline.{module}"), attribute)
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("tlpipeline")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'tlpipeline' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,14 +14,17 @@ from typing import Annotated, Any
 
 import typer
 
+from tlpipeline.display import Displayed
+from tlpipeline.environment import set_thread_waiting
 from tlpipeline.errors import DataError, PipelineError
 from tlpipeline.files import is_disk_full, is_out_of_memory, is_permission_error
 from tlpipeline.progress import Event
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-data = typer.Typer(no_args_is_help=True, help="Version the images.")
-registry = typer.Typer(no_args_is_help=True, help="List, show, promote and roll back registered models.")
-cache = typer.Typer(no_args_is_help=True, help="See and empty the cache of features and decoded images.")
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(context_settings=_SETTINGS, rich_markup_mode=None, pretty_exceptions_enable=False)
+data = typer.Typer(context_settings=_SETTINGS, help="Version the images.")
+registry = typer.Typer(context_settings=_SETTINGS, help="List, show, promote and roll back models.")
+cache = typer.Typer(context_settings=_SETTINGS, help="Show and empty the cache.")
 app.add_typer(data, name="data")
 app.add_typer(registry, name="registry")
 app.add_typer(cache, name="cache")
@@ -29,11 +32,12 @@ app.add_typer(cache, name="cache")
 _INTERRUPTED = 130
 _KEPT = "interrupted; checkpoints are kept, and the next run goes on from the last one"
 
-Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the workspace.")]
+Folder = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the workspace.")]
 
 
 def main() -> None:
     """Run a command; a mistake that the user can mend is one message and exit code 2, Ctrl-C is 130."""
+    set_thread_waiting()  # before a command imports torch, which reads it
     try:
         code = app(standalone_mode=False)
     except PipelineError as error:
@@ -87,97 +91,100 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+@app.callback(invoke_without_command=True)
+def tlpipeline(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Keep image classifiers retrained."""
+    if version:
+        from tlpipeline import __version__
+
+        print(f"tlpipeline {__version__}")
+        raise typer.Exit
+    _help_if_bare(context)
+
+
+@data.callback(invoke_without_command=True)
+@registry.callback(invoke_without_command=True)
+@cache.callback(invoke_without_command=True)
+def _help_if_bare(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="New or empty folder.")],
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of <class>/<image>, copied in; without it the embedded sample of handwritten digits.")
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of <class>/<image>, which is copied; without it the embedded sample.")] = None,
     backbone: Annotated[str, typer.Option(help="demonstration, a torchvision classifier, or package.module:callable.")] = "demonstration",
     weights: Annotated[str, typer.Option(help="DEFAULT, a torchvision weights name, a weights file, or none.")] = "DEFAULT",
-    remote: Annotated[str | None, typer.Option(help="DVC remote (folder or URL); without it a folder inside the workspace.")] = None,
+    remote: Annotated[str | None, typer.Option(help="DVC remote, a folder or URL; without it a folder inside the workspace.")] = None,
 ) -> None:
-    """Make a workspace: a git and DVC repository with the pipeline, its settings, and versioned images."""
-    from tlpipeline.workspace import create
+    """Make a workspace.
+
+    It is a git and DVC repository that holds the pipeline, its settings, and the versioned images.
+    """
+    from tlpipeline.api import Workspace
 
     with _Bar() as bar:
-        create.init(folder, images, backbone, weights, remote, bar)
-    print(f"workspace {folder} is ready. Settings: {folder / 'params.yaml'}. Next: tlpipeline run --workspace {shlex.quote(str(folder))}")
+        root = Workspace.init(folder, images, backbone, weights, remote, bar).root
+    print(f"workspace {root} is ready. Settings: {root / 'params.yaml'}. Next: tlpipeline run --workspace {shlex.quote(str(root))}")
 
 
 @app.command()
 def run(
-    workspace: Workspace = Path(),
+    workspace: Folder = Path(),
     images: Annotated[Path | None, typer.Option(help="Folder that replaces the workspace's images first.")] = None,
 ) -> None:
-    """Run the whole flow: version, profile, choose, train, evaluate, gate, register, report."""
-    _prepare(workspace)
-    from tlpipeline.versioning import lock
-    from tlpipeline.workspace.create import check
+    """Run the whole flow.
 
-    check(workspace, images)  # a mistake is told before the Prefect server starts
-    lock.require_unlocked(workspace)
-    from tlpipeline.flows.retrain import reach, retrain
-    from tlpipeline.tasks.pipeline import listener
+    It versions the images, profiles them, chooses a case, trains, evaluates, compares with the model in production, registers, and reports.
+    """
+    from tlpipeline.api import Workspace
 
-    with _ends_in_order():
-        reach()
-        with _Bar() as bar:
-            token = listener.set(bar)
-            try:
-                summary = retrain(workspace=workspace, images=images)
-            finally:
-                listener.reset(token)
-    _print_summary(summary)
+    _tell_old_settings(workspace)
+    with _ends_in_order(), _Bar() as bar:
+        summary = Workspace(workspace).run(images, bar)
+    _show(summary)
 
 
 @app.command()
 def stage(
     name: Annotated[str, typer.Argument(help="ingest, profile, choose, train or evaluate.")],
-    workspace: Workspace = Path(),
+    workspace: Folder = Path(),
 ) -> None:
     """Run one stage, as dvc.yaml does."""
-    from tlpipeline.errors import nearest
-    from tlpipeline.workspace import stages
+    from tlpipeline.api import Workspace
 
-    if name not in stages.STAGES:
-        raise PipelineError(f"expected a stage, found {name!r}; {nearest(name, stages.STAGES)}")
     _tell_old_settings(workspace)
     with _Bar() as bar:
-        try:
-            stages.run(workspace, name, bar)
-        finally:
-            _leave_ray()
+        Workspace(workspace).stage(name, bar)
 
 
 @app.command()
 def explain(
-    workspace: Workspace = Path(),
+    workspace: Folder = Path(),
     markdown: Annotated[bool, typer.Option("--markdown", help="As markdown.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="The decision and the points of its two plots, as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The decision and the points of its plots, as JSON.")] = False,
 ) -> None:
-    """Say in plain words what was decided and why: the numbers, the plane, the probe curve, what would change it."""
-    from tlpipeline.choice import explain as words
-    from tlpipeline.workspace import release
+    """Say which case was chosen, and why."""
+    from tlpipeline.api import Workspace
 
     if markdown and json:
         raise PipelineError("expected one of --markdown and --json, found both. Leave one out.")
-    decision, profile = release.load_decision(workspace)
+    explanation = Workspace(workspace).explain()
     if json:
         from json import dumps
 
-        plots = {"plane": words.plane_rows(decision), "probes": words.probe_rows(profile, decision)}
-        print(dumps({"decision": decision.to_json(), **plots}, indent=2))
-        return
-    if markdown:
-        said = words.markdown(decision, profile)
+        print(dumps(explanation.to_json(), indent=2))
+    elif markdown:
+        _write(explanation.markdown())
     else:
         from shutil import get_terminal_size
 
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        said = words.text(decision, profile, get_terminal_size((100, 24)).columns, color)
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal that cannot show a drawing shows question marks
-    print(said.encode(encoding, "replace").decode(encoding), end="")
+        _write(explanation.text(get_terminal_size((100, 24)).columns, color))
 
 
 @app.command(hidden=True)
@@ -211,26 +218,29 @@ def predict(
     model: Annotated[str, typer.Argument(help="A model folder, name@v1, or name#prod.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     json: Annotated[bool, typer.Option("--json", help="All probabilities, as JSON.")] = False,
-    workspace: Workspace = Path(),
+    workspace: Folder = Path(),
 ) -> None:
-    """Print class and probability of images; of files that cannot be read it is said why, and the exit code is 2."""
-    from tlpipeline.workspace import release
+    """Print the class and probability of images.
 
-    found, left = release.predict_images(workspace, model, images)
+    Files that cannot be read are named with the reason on standard error; the exit code is then 2.
+    """
+    from tlpipeline.api import load_model
+
+    predictions, reasons = load_model(model, workspace).predict_readable(images)
     if json:
         import dataclasses
         from json import dumps
 
-        print(dumps([dataclasses.asdict(p) for p in found], indent=2))
+        print(dumps([dataclasses.asdict(p) for p in predictions], indent=2))
     else:
-        for prediction in found:
-            print(f"{prediction.path}  {prediction.label}  {prediction.probability:.4f}")
-    if left:
-        for path, why in left.items():
+        for prediction in predictions:
+            print(prediction)
+    if reasons:
+        for path, why in reasons.items():
             _say(f"{path}: {why}")
         raise DataError(
-            f"expected {len(found) + len(left)} images, of which {len(left)} cannot be read; the {len(found)} others are predicted. "
-            "Replace those files or leave them out."
+            f"expected {len(predictions) + len(reasons)} images, of which {len(reasons)} cannot be read; the {len(predictions)} others are "
+            "predicted. Replace those files or leave them out."
         )
 
 
@@ -239,107 +249,79 @@ def predict(
 
 @data.command("commit")
 def data_commit(
-    workspace: Workspace = Path(),
+    workspace: Folder = Path(),
     message: Annotated[str | None, typer.Option("--message", "-m", help="Of the git commit.")] = None,
 ) -> None:
-    """Version the images as they are now, push them, and tell a Prefect server, if one is configured, that they changed."""
-    _prepare(workspace)
-    from tlpipeline.versioning import lock
-    from tlpipeline.workspace import create
+    """Version the images as they are now.
 
-    lock.require_workspace(workspace)
-    with lock.hold(workspace):
-        digest, remarks = create.commit_data(workspace, message)
-        images = create.count_images(workspace)
-    for remark in remarks:
-        print(remark)
-    print(f"data {digest}: {images} files")
-    if os.environ.get("PREFECT_API_URL"):
-        from tlpipeline.flows.retrain import announce
+    They are pushed to the DVC remote. A Prefect server, if PREFECT_API_URL names one, is told that they changed.
+    """
+    from tlpipeline.api import Workspace
 
-        announce(create.model_name(workspace), digest, images)
-        print("event tlpipeline.data.updated emitted")
-        if unheard := create.missing_trigger(workspace):
-            print(unheard)
-    else:
-        print("no event emitted: PREFECT_API_URL is not set")
+    _tell_old_settings(workspace)
+    print(Workspace(workspace).commit_data(message))
 
 
 # --- registry -------------------------------------------------------------------------------------------------------------------------
 
 
 @registry.command("list")
-def registry_list(workspace: Workspace = Path()) -> None:
+def registry_list(workspace: Folder = Path()) -> None:
     """List the registered versions, newest first."""
-    from tlpipeline.workspace import release
+    from tlpipeline.api import Workspace
 
-    rows = release.version_rows(workspace)
-    if not rows:
-        print("nothing is registered yet")
-        return
-    _table(("version", "stages", "case", "accuracy", "interval", "data", "commit"), rows)
+    _show(Workspace(workspace).registry.versions())
 
 
 @registry.command("show")
-def registry_show(
-    version: Annotated[str, typer.Argument(help="name@v1, name@latest or name#prod.")], workspace: Workspace = Path()
-) -> None:
+def registry_show(version: Annotated[str, typer.Argument(help="name@v1, name@latest or name#prod.")], workspace: Folder = Path()) -> None:
     """Print the model card of a version."""
-    from tlpipeline.workspace import release
+    from tlpipeline.api import Workspace
 
-    print(release.model_card(workspace, version))
+    print(Workspace(workspace).registry.show(version))
 
 
 @registry.command("promote")
 def registry_promote(
-    version: Annotated[str, typer.Argument(help="name@v1 or name@latest.")],
+    version: Annotated[str, typer.Argument(help="name@v1, name@latest, v1 or latest.")],
     stage: Annotated[str, typer.Option(help="Stage to put it into.")] = "prod",
-    workspace: Workspace = Path(),
+    workspace: Folder = Path(),
 ) -> None:
     """Put a version into a stage."""
-    from tlpipeline.registry import versions as models
-    from tlpipeline.versioning import lock
+    from tlpipeline.api import Workspace
 
-    lock.require_workspace(workspace)
-    found = models.resolve(workspace, version)
-    print(f"{found} is in {stage} now ({models.promote(workspace, found, stage)})")
+    print(Workspace(workspace).promote(version, stage))
 
 
 @registry.command("rollback")
 def registry_rollback(
-    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    name: Annotated[str | None, typer.Argument(help="Name of the model; without it the workspace's.")] = None,
     stage: Annotated[str, typer.Option(help="Stage to roll back.")] = "prod",
-    workspace: Workspace = Path(),
+    workspace: Folder = Path(),
 ) -> None:
     """Put the version back that was in a stage before."""
-    from tlpipeline.registry import versions as models
-    from tlpipeline.versioning import lock
+    from tlpipeline.api import Workspace
 
-    lock.require_workspace(workspace)
-    before, now = models.rollback(workspace, name, stage)
-    print(f"{now} is in {stage} again, instead of {before}")
+    print(Workspace(workspace).registry.rollback(name, stage))
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------------------------
 
 
 @cache.command("info")
-def cache_info(workspace: Workspace = Path()) -> None:
-    """Say what is kept, what was used last first, and how much of cache.max_gb it takes."""
-    from tlpipeline.workspace import create
+def cache_info(workspace: Folder = Path()) -> None:
+    """Show what the cache holds, and how much of cache.max_gb."""
+    from tlpipeline.api import Workspace
 
-    rows, summary = create.cache_rows(workspace)
-    if rows:
-        _table(("what", "files", "MB", "last used"), rows)
-    print(summary)
+    _show(Workspace(workspace).cache.info())
 
 
 @cache.command("clear")
-def cache_clear(workspace: Workspace = Path()) -> None:
-    """Delete all of it; the next run computes it again."""
-    from tlpipeline.workspace import create
+def cache_clear(workspace: Folder = Path()) -> None:
+    """Delete the cache; the next run computes it again."""
+    from tlpipeline.api import Workspace
 
-    print(create.clear_cache(workspace))
+    print(f"{Workspace(workspace).cache.clear() / 1e6:.1f} MB deleted; the next run computes what it needs again")
 
 
 # --- printing -------------------------------------------------------------------------------------------------------------------------
@@ -351,34 +333,24 @@ def _tell_old_settings(workspace: Path) -> None:
 
     if (path := workspace / "params.yaml").is_file():
         for line in remarks(path):
-            print(line, file=sys.stderr)
+            _say(line)
 
 
-def _prepare(workspace: Path) -> None:
-    """Set what Prefect must know before it is imported; a user's own settings win."""
-    _tell_old_settings(workspace)
-    home = workspace.resolve() / ".tlpipeline" / "prefect"
-    quiet = {
-        "PREFECT_HOME": str(home),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-        "DVC_NO_ANALYTICS": "1",
-        "ITERATIVE_DO_NOT_TRACK": "1",
-    }
-    if "PREFECT_LOGGING_LEVEL" not in os.environ:
-        # The terminal shows our bar and one message for a mistake; a server still gets every line.
-        quiet["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-    for key, value in quiet.items():
-        os.environ.setdefault(key, value)
+def _show(value: Displayed) -> None:
+    """Print a value: as rich draws it on a terminal, as plain text for other programs."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(value)
+    else:
+        _write(f"{value}\n")
 
 
-def _leave_ray() -> None:
-    if "ray" in sys.modules:
-        from tlpipeline.training import ray_train
-
-        ray_train.shutdown()
+def _write(text: str) -> None:
+    """Print text; a terminal that cannot show a character of it shows a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="")
 
 
 class _Bar:
@@ -435,52 +407,3 @@ class _Bar:
 
     def _line(self, stage: str, text: str) -> None:
         print(f"{stage:<9} {text}", file=sys.stderr, flush=True)
-
-
-def _print_summary(summary: Any) -> None:
-    seconds = ", ".join(f"{name} {'up to date' if s is None else f'{s:.1f}'}" for name, s in summary.seconds.items())
-    rows = [
-        (
-            "images",
-            f"{summary.images} in {summary.classes} classes"
-            + (f", {_counted(summary.copies, 'exact copy', 'exact copies')} not counted" if summary.copies else "")
-            + (f", {_counted(summary.rejected, 'file', 'files')} left out (quarantine.csv)" if summary.rejected else ""),
-        ),
-        *[("", remark) for remark in summary.remarks],
-        ("case", summary.case),
-        ("why", summary.reason),
-        (
-            "accuracy",
-            f"{summary.accuracy:.1%} ({summary.low:.1%} to {summary.high:.1%})" + (f", {summary.champion}" if summary.champion else ""),
-        ),
-        ("version", summary.version + ("" if summary.new else " (unchanged)") if summary.version else "none registered"),
-        ("", summary.outcome),
-        ("report", summary.report),
-        ("seconds", seconds),
-    ]
-    _table((), rows)
-
-
-def _counted(number: int, one: str, more: str) -> str:
-    return f"{number} {one if number == 1 else more}"
-
-
-def _table(header: tuple[str, ...], rows: Any) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*header, box=None, show_header=bool(header), pad_edge=False, header_style="bold")
-    if not header:
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console = Console()
-    if console.is_terminal:
-        console.print(table)
-        return
-    console = Console(width=160)
-    with console.capture() as written:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in written.get().splitlines()))  # a column's padding is nothing to other programs

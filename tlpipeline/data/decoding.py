@@ -47,11 +47,12 @@ def decode(content: bytes, min_side: int | None = None) -> Image.Image:
             scale = min_side / min(opened.size)
             opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
         opened.load()
-        image: Image.Image = ImageOps.exif_transpose(opened)
-        return _to_rgb(image)
+        return to_rgb(opened)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image turned upright, as 8-bit RGB on white; the rules are those of `decode`."""
+    image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):

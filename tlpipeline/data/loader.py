@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import PIL
@@ -60,6 +61,13 @@ def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
         return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
+class PixelSource(Protocol):
+    """Gives images decoded: squeezed ones for `augment`, else prepared ones."""
+
+    def pixels(self, row: Row) -> Pixels:
+        """Return the image of a row, (side, side, 3)."""
+
+
 class Images:
     """Images of manifest rows as network inputs, decoded by threads a few batches ahead.
 
@@ -67,11 +75,11 @@ class Images:
         root: folder that the rows' paths start from.
         augment: makes a random square view from the image (possibly squeezed), its row, the side in pixels, and the turn. The n-th
             repetition of an image in an epoch has the index plus n times the number of images.
-        decoded: cache of decoded images: squeezed squares for `augment`, else resized and cropped; None decodes the files each time.
+        decoded: source of decoded images: squeezed squares for `augment`, else resized and cropped; None decodes the files each time.
     """
 
     def __init__(
-        self, root: Path, rows: Sequence[Row], transforms: Transforms, augment: Augment | None = None, decoded: "DecodedCache | None" = None
+        self, root: Path, rows: Sequence[Row], transforms: Transforms, augment: Augment | None = None, decoded: PixelSource | None = None
     ) -> None:
         self.root, self.rows, self.transforms, self.augment, self.decoded = root, rows, transforms, augment, decoded
         self.waited = 0.0

@@ -1,29 +1,46 @@
 """Prediction: the transforms travel inside the model, so what is predicted is what was evaluated."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from PIL import Image
 
-from tlpipeline.backbones import classifier as model
-from tlpipeline.data import decoding
+from tlpipeline.backbones import classifier
+from tlpipeline.data import dataset, decoding
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Images
+from tlpipeline.data.decoding import Pixels
+from tlpipeline.data.loader import Images, resize_and_crop
+from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import DataError
 from tlpipeline.registry import versions
+
+Picture: TypeAlias = "str | Path | Image.Image | Pixels"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image: its most likely class, that class's probability, and all of them."""
+    """What a model says of one image.
+
+    Attributes:
+        path: of the file, "" for an image in memory.
+        label: the most likely class; probability: of that class.
+        probabilities: of each class.
+    """
 
     path: str
     label: str
     probability: float
     probabilities: dict[str, float]
+
+    def __str__(self) -> str:
+        return f"{self.path}  {self.label}  {self.probability:.4f}".lstrip()
 
 
 def find_model(text: str, root: Path, place: Path | None = None) -> Path:
@@ -55,44 +72,112 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def predict(folder: Path, images: Sequence[Path], store: Store | None = None) -> list[Prediction]:
-    """Predict image files.
+class Model:
+    """A trained classifier, loaded once.
 
     Args:
-        store: where the features of images that were seen before are, and those of the others go.
+        folder: of the model.
+        store: gives the cache of a workspace, where features of images are kept that a frozen network computed; by default none.
+
+    Attributes:
+        classes: names of the classes, in the order of the network's outputs.
 
     Raises:
-        DataError: a file is missing or no image. RegistryError: there is no model in the folder.
+        RegistryError: there is no model in the folder.
     """
-    classifier, description = model.load(folder)
-    pictures = Images(Path(), [_row(path) for path in images], description.transforms)
-    chances = model.probabilities(classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
-    return [
-        Prediction(
-            str(path),
-            description.classes[max(range(len(row)), key=row.__getitem__)],
-            max(row),
-            dict(zip(description.classes, row, strict=True)),
+
+    def __init__(self, folder: Path, store: Callable[[], AbstractContextManager[Store | None]] = nullcontext) -> None:
+        self._classifier, self._description = classifier.load(folder)
+        self._store = store
+        self.classes = self._description.classes
+
+    def __repr__(self) -> str:
+        return f"Model({self._description.architecture}, {len(self.classes)} classes)"
+
+    def predict(self, images: "Picture | Sequence[Picture]") -> list[Prediction]:
+        """Predict images; each goes through the transforms that the model was trained with.
+
+        Args:
+            images: one or several of: a path of an image file, a PIL image, an 8-bit array (H, W, 3) in RGB or (H, W) in gray.
+
+        Raises:
+            DataError: a file is missing or no image, or an array has another shape or type.
+        """
+        several = [images] if isinstance(images, str | Path | Image.Image | np.ndarray) else list(images)
+        if not several:
+            return []
+        rows, memory = [], _Memory(self._description.transforms)
+        for image in several:
+            rows.append(_row(Path(image).expanduser()) if isinstance(image, str | Path) else memory.add(image))
+        pictures = Images(Path(), rows, self._description.transforms, decoded=memory if memory.prepared else None)
+        # What is in memory was not read from a file that the workspace knows: nothing of it is kept.
+        with nullcontext() if memory.prepared else self._store() as store:
+            chances = classifier.probabilities(self._classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
+        return [
+            Prediction(row.path, self.classes[max(range(len(p)), key=p.__getitem__)], max(p), dict(zip(self.classes, p, strict=True)))
+            for row, p in zip(rows, chances, strict=True)
+        ]
+
+    def predict_readable(self, images: Sequence[Path]) -> tuple[list[Prediction], dict[Path, str]]:
+        """Predict the files that are images; of each other one, return in words why it is none.
+
+        Args:
+            images: files, and folders of them.
+
+        Raises:
+            DataError: none of them can be read, or a folder holds none.
+        """
+        files = list_images(images)
+        try:
+            return self.predict(files), {}
+        except DataError:
+            # Only now is it worth decoding all of them once more; what was computed until then is in the store.
+            reasons = {path: why for path in files if (why := _unreadable(path))}
+            readable = [path for path in files if path not in reasons]
+            if not readable or not reasons:
+                raise
+            return self.predict(readable), reasons
+
+
+class _Memory:
+    """Images that are in memory, prepared for the network; those of files are read when they are asked for."""
+
+    def __init__(self, transforms: Transforms) -> None:
+        self.transforms = transforms
+        self.prepared: dict[str, Pixels] = {}
+
+    def add(self, image: Image.Image | Pixels) -> Row:
+        """Prepare an image; return a row that stands for it.
+
+        Raises:
+            DataError: it is no image.
+        """
+        if isinstance(image, np.ndarray):
+            image = _image_of(image)
+        if not isinstance(image, Image.Image):
+            raise DataError(f"expected a path, a PIL image or an array, found {type(image).__name__}. Convert it first.")
+        try:
+            pixels = resize_and_crop(decoding.to_rgb(image), self.transforms)
+        except decoding.UNREADABLE as error:
+            raise DataError(f"expected a PIL image that can be read, but: {decoding.describe_error(error)}. Leave it out.") from error
+        digest = hashlib.md5(pixels.tobytes(), usedforsecurity=False).hexdigest()
+        self.prepared[digest] = pixels
+        return Row("", digest, "", "", image.width, image.height, image.mode, "")
+
+    def pixels(self, row: Row) -> Pixels:
+        """Return the image of a row, as `Images` asks for it."""
+        if not row.path:
+            return self.prepared[row.md5]
+        return resize_and_crop(dataset.read_image(Path(), row, 2 * self.transforms.resize), self.transforms)
+
+
+def _image_of(array: Pixels) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or 0 in array.shape:
+        raise DataError(
+            f"expected an array of uint8 with shape (height, width, 3) in RGB or (height, width) in gray, found {array.dtype} with shape "
+            f"{array.shape}. Scale floats by 255 and move the channels last."
         )
-        for path, row in zip(images, chances, strict=True)
-    ]
-
-
-def predict_readable(folder: Path, images: Sequence[Path], store: Store | None = None) -> tuple[list[Prediction], dict[Path, str]]:
-    """Predict the files that are images, and say of each other one in words why it is none; the arguments are those of `predict`.
-
-    Raises:
-        DataError: none of them can be read. RegistryError: there is no model in the folder.
-    """
-    try:
-        return predict(folder, images, store), {}
-    except DataError:
-        # Only now is it worth decoding all of them once more; what was computed until then is in the store.
-        left = {path: why for path in images if (why := _unreadable(path))}
-        images = [path for path in images if path not in left]
-        if not images or not left:
-            raise
-        return predict(folder, images, store), left
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 def _unreadable(path: Path) -> str:

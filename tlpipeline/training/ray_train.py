@@ -25,6 +25,7 @@ import torch
 from tlpipeline import errors
 from tlpipeline.backbones.precision import enable_tf32
 from tlpipeline.data.decoding import available_cpus
+from tlpipeline.environment import thread_waiting
 from tlpipeline.errors import ClusterError, OutOfMemory, PipelineError
 from tlpipeline.files import DISK_FULL, is_truncated_json, write_json
 from tlpipeline.params import AUTO, ClusterParams
@@ -206,7 +207,7 @@ def _on_workers(job: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name
         storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
         _repair(Path(storage) / name)
         threads = max(1, available_cpus() // cluster.workers)
-        waiting = {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ}
+        waiting = {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ} | thread_waiting(os.environ)
         trainer = TorchTrainer(
             _loop,
             train_loop_config={"job": job},

@@ -292,36 +292,3 @@ def missing_trigger(root: Path) -> str:
         f"no deployment in {path} waits for tlpipeline.data.{name}: data.name was changed since it was written. Put the new name there, then "
         "run `prefect --no-prompt deploy --all` in the workspace"
     )
-
-
-# --- what it keeps --------------------------------------------------------------------------------------------------------------------
-
-
-def cache_rows(root: Path) -> tuple[list[tuple[str, str, str, str]], str]:
-    """Return what the cache of a workspace holds, a row each (what, files, MB, last used), and a sentence about all of it."""
-    from datetime import datetime
-
-    from tlpipeline.data import cache
-
-    limit = layout.params_of(root).cache.max_gb
-    found = cache.info(root / layout.CACHE)
-    rows = [
-        (k.label, str(k.files), f"{k.bytes / 1e6:.1f}", datetime.fromtimestamp(k.used).isoformat(sep=" ", timespec="minutes"))
-        for k in found
-    ]
-    return rows, f"{sum(k.bytes for k in found) / 1e9:.3f} of {limit:g} GB (cache.max_gb) in {root / layout.CACHE}"
-
-
-def clear_cache(root: Path) -> str:
-    """Delete the cache of a workspace; return a sentence about it.
-
-    Raises:
-        WorkspaceError: a run is in the workspace.
-    """
-    from tlpipeline.data import cache
-
-    layout.params_of(root)
-    with lock.hold(root):  # a run keeps what it computes there
-        size = sum(k.bytes for k in cache.info(root / layout.CACHE))
-        cache.clear(root / layout.CACHE)
-    return f"{size / 1e6:.1f} MB deleted; the next run computes what it needs again"

@@ -5,18 +5,16 @@ They are not DVC stages, because they read the champion, make commits and tags, 
 
 import dataclasses
 import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tlpipeline.choice.decision import Decision
+from tlpipeline.display import Displayed, table
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.evaluation import gate
 from tlpipeline.profiling.profile import Profile
@@ -24,7 +22,10 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import versions
 from tlpipeline.versioning import dvc, git, lock
 from tlpipeline.workspace import layout, stages
-from tlpipeline.workspace.create import TRACKED, model_name
+from tlpipeline.workspace.create import TRACKED
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 REPORT = "report.html"
 
@@ -152,35 +153,6 @@ def training_limits(root: Path) -> tuple[str, ...]:
     return remarks + ((f"the race: {raced}",) if raced.startswith(BUDGET) else ())
 
 
-def version_rows(root: Path) -> list[tuple[str, ...]]:
-    """Return a row for each registered version, newest first: version, stages, case, accuracy, interval, data, commit."""
-    lock.require_workspace(root)
-    rows: list[tuple[str, ...]] = []
-    for version in reversed(versions.versions(root, model_name(root))):
-        case = json.loads(git.read_at(root, version.commit, layout.CASE) or "{}")
-        m = json.loads(git.read_at(root, version.commit, layout.METRICS) or "{}")
-        data = dvc.stage_input(root, "ingest", layout.params_of(root).data.images, version.commit)
-        rows.append(
-            (
-                str(version),
-                ", ".join(version.stages),
-                case.get("case", ""),
-                f"{m['accuracy']:.1%}" if m else "",
-                f"{m['accuracy_low']:.1%} to {m['accuracy_high']:.1%}" if m else "",
-                data[:10],
-                version.commit[:10],
-            )
-        )
-    return rows
-
-
-def model_card(root: Path, text: str) -> str:
-    """Return the model card of a version (name@v1, name#prod)."""
-    lock.require_workspace(root)
-    version = versions.resolve(root, text)
-    return git.read_at(root, version.commit, versions.CARD) or f"{version} has no {versions.CARD}"
-
-
 # --- report ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -227,8 +199,20 @@ def write_report(root: Path, registration: Registration) -> Path:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a run ends with, for the terminal."""
+class Summary(Displayed):
+    """What a run ended with.
+
+    Attributes:
+        images, classes: distinct images, and their classes; copies, rejected: files that are not counted, and that cannot be used.
+        remarks: sentences about the data and the training.
+        case, reason: what was decided, and why.
+        accuracy, low, high: on the test images, with its confidence interval.
+        champion: what the accuracy was compared with, "" if with nothing.
+        version: as which the model is registered, "" if it is not; new: whether this run registered it.
+        outcome: what the comparison led to.
+        report: path of the report page.
+        seconds: of each step; None where it was up to date.
+    """
 
     images: int
     classes: int
@@ -246,6 +230,27 @@ class Summary:
     outcome: str
     report: str
     seconds: dict[str, float | None]
+
+    def __rich__(self) -> "RenderableType":
+        left_out = [_counted(self.copies, "exact copy", "exact copies") + " not counted"] if self.copies else []
+        left_out += [_counted(self.rejected, "file", "files") + " left out (quarantine.csv)"] if self.rejected else []
+        against = [self.champion] if self.champion else []
+        rows = [
+            ("images", ", ".join([f"{self.images} in {self.classes} classes", *left_out])),
+            *[("", remark) for remark in self.remarks],
+            ("case", self.case),
+            ("why", self.reason),
+            ("accuracy", ", ".join([f"{self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%})", *against])),
+            ("version", self.version + ("" if self.new else " (unchanged)") if self.version else "none registered"),
+            ("", self.outcome),
+            ("report", self.report),
+            ("seconds", ", ".join(f"{name} {'up to date' if s is None else f'{s:.1f}'}" for name, s in self.seconds.items())),
+        ]
+        return table((), rows)
+
+
+def _counted(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
 
 
 def distribution_shift(root: Path) -> tuple[str, ...]:
@@ -342,25 +347,3 @@ def evaluation_markdown(root: Path) -> str:
         figures = f"{c['precision']:.3f} | {c['recall']:.3f}" if c["images"] else "not evaluated | "
         lines += [f"| {explain.cell(label)} | {c['images']} | {figures} |"]
     return "\n".join(lines)
-
-
-# --- predicting -----------------------------------------------------------------------------------------------------------------------
-
-
-def predict_images(root: Path, model: str, images: Sequence[Path]) -> tuple[list[Any], dict[Path, str]]:
-    """Return what a model (a folder, name@v1, name#prod) says of image files and of all files below folders, and why of which it says nothing.
-
-    In a workspace that can be written its cache is used.
-
-    Raises:
-        DataError: none of them can be read. RegistryError: there is no such model.
-    """
-    from tlpipeline.registry import predict
-
-    images = predict.list_images(images)
-    writable = lock.read_only(root) is None
-    cached = writable and (root / layout.PARAMS).is_file()
-    with TemporaryDirectory() as elsewhere:
-        folder = predict.find_model(model, root, None if writable else Path(elsewhere))
-        with layout.open_cache(root) if cached else nullcontext() as kept:
-            return predict.predict_readable(folder, images, kept)

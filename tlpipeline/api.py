@@ -1,0 +1,551 @@
+"""The package for Python users: a workspace is an object, and a model predicts files, PIL images and arrays.
+
+>>> import tlpipeline as tl
+>>> ws = tl.Workspace.init("catalogue", images="~/pictures")
+>>> summary = ws.run()
+>>> print(summary.version, summary.case)
+catalogue@v0.1.0 small_similar
+
+`summary`, `ws.explain()` and `ws.registry.versions()` are typed values. They print as text, and notebooks draw them:
+
+>>> summary.classes
+3
+>>> ws.explain().decision.case
+'small_similar'
+>>> [version.name for version in ws.registry.versions()]
+['catalogue@v0.1.0']
+
+A stage of a model is where it is used. `prod` is the one that predictions ask for most:
+
+>>> print(ws.promote("latest"))
+catalogue@v0.1.0 is in prod now (catalogue#prod#1)
+
+A model is loaded once and predicts many times, with the transforms that it was trained with:
+
+>>> import numpy as np
+>>> from PIL import Image
+>>> model = tl.load_model("catalogue#prod", workspace="catalogue")
+>>> model.classes
+('class0', 'class1', 'class2')
+>>> path = "catalogue/images/class1/003.png"
+>>> [p.label for p in model.predict([path, Image.open(path), np.asarray(Image.open(path))])]
+['class1', 'class1', 'class1']
+
+A mistake is a `PipelineError`, whose message says what was expected, what was found, and how to go on:
+
+>>> tl.Workspace("nowhere")
+Traceback (most recent call last):
+...
+tlpipeline.errors.WorkspaceError: expected a workspace at nowhere, found no such folder. Create one with `tlpipeline init DIR`, or name one with --workspace.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from tlpipeline.display import Displayed, table
+from tlpipeline.errors import PipelineError, nearest
+from tlpipeline.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tlpipeline.choice.decision import Decision
+    from tlpipeline.data.cache import ColumnInfo
+    from tlpipeline.params import Params
+    from tlpipeline.profiling.profile import Profile
+    from tlpipeline.registry.predict import Model
+    from tlpipeline.workspace.release import Summary
+
+PROD = "prod"
+
+
+def _expanded(path: str | Path) -> Path:
+    return Path(path).expanduser()
+
+
+class Workspace:
+    """A folder that holds a data set, its settings, and everything that was made from them: a git and DVC repository.
+
+    Args:
+        folder: made by `Workspace.init` or `tlpipeline init`.
+
+    Attributes:
+        root: the folder.
+        registry: the registered versions of its model.
+        cache: the features and decoded images that it keeps.
+
+    Raises:
+        WorkspaceError: the folder is no workspace.
+    """
+
+    def __init__(self, folder: str | Path = ".") -> None:
+        from tlpipeline.versioning import lock
+
+        self.root = _expanded(folder)
+        lock.require_workspace(self.root)
+        self.registry = Registry(self)
+        self.cache = Cache(self)
+
+    def __repr__(self) -> str:
+        return f"Workspace({str(self.root)!r})"
+
+    @classmethod
+    def init(
+        cls,
+        folder: str | Path,
+        images: str | Path | None = None,
+        backbone: str = "demonstration",
+        weights: str | Path = "DEFAULT",
+        remote: str | Path | None = None,
+        progress: Progress = silent,
+    ) -> Workspace:
+        """Make a workspace.
+
+        Args:
+            folder: new or empty.
+            images: a folder of `<class>/<image>`, which is copied; None takes the embedded sample of handwritten digits.
+            backbone: "demonstration", a torchvision classifier, or "package.module:callable".
+            weights: "DEFAULT", a name of torchvision weights, a weights file, or "none".
+            remote: the DVC remote, a folder or a URL; None is a folder inside the workspace.
+
+        Raises:
+            WorkspaceError: the folder is not empty or cannot be made, or the remote cannot be reached.
+            DataError: the images make no data set.
+            BackboneError: the network or its weights do not exist.
+        """
+        from tlpipeline.workspace import create
+
+        pictures = None if images is None else _expanded(images)
+        # A URL and a name of weights have no ~ and stay as they are.
+        kept = None if remote is None else os.path.expanduser(remote)
+        create.init(_expanded(folder), pictures, backbone, os.path.expanduser(weights), kept, progress)
+        return cls(folder)
+
+    @property
+    def params(self) -> Params:
+        """The settings in params.yaml, read anew.
+
+        Raises:
+            ParamsError: the file is missing or wrong.
+        """
+        from tlpipeline.workspace import stages
+
+        return layout.params_of(self.root)
+
+    @property
+    def name(self) -> str:
+        """The name under which models are registered: `data.name` in params.yaml."""
+        return self.params.data.name
+
+    # --- running ----------------------------------------------------------------------------------------------------------------------
+
+    def run(self, images: str | Path | None = None, progress: Progress = silent) -> Summary:
+        """Run the whole flow: version the data, profile, choose, train, evaluate, compare, register, report.
+
+        Without PREFECT_API_URL, Prefect starts a temporary server for it. The first run in a process decides where Prefect keeps its
+        records: in its workspace, unless PREFECT_HOME says otherwise.
+
+        Args:
+            images: a folder that replaces the workspace's images first.
+
+        Raises:
+            PipelineError: as the stage that fails says.
+        """
+        from tlpipeline.environment import set_prefect
+        from tlpipeline.versioning import lock
+        from tlpipeline.workspace import create
+
+        pictures = None if images is None else _expanded(images)
+        create.check(self.root, pictures)  # a mistake is reported before the Prefect server starts
+        lock.require_unlocked(self.root)
+        set_prefect(self.root)
+        from tlpipeline.flows.retrain import reach, retrain
+        from tlpipeline.tasks.pipeline import listener
+
+        reach()
+        token = listener.set(progress)
+        try:
+            return retrain(workspace=self.root, images=pictures)
+        finally:
+            listener.reset(token)
+
+    def stage(self, name: str, progress: Progress = silent) -> None:
+        """Run one stage, whether it is up to date or not, as `dvc repro` does.
+
+        Args:
+            name: "ingest", "profile", "choose", "train" or "evaluate".
+
+        Raises:
+            PipelineError: there is no such stage, or as the stage says.
+        """
+        from tlpipeline.workspace import stages
+
+        if name not in stages.STAGES:
+            raise PipelineError(f"expected a stage, found {name!r}; {nearest(name, stages.STAGES)}")
+        try:
+            stages.run(self.root, name, progress)
+        finally:
+            if "ray" in sys.modules:
+                from tlpipeline.training import ray_train
+
+                ray_train.shutdown()
+
+    def explain(self) -> Explanation:
+        """Return which case was decided, and why.
+
+        Raises:
+            WorkspaceError: nothing was decided yet, or by another version.
+        """
+        from tlpipeline.workspace import release
+
+        return Explanation(*release.load_decision(self.root))
+
+    # --- data -------------------------------------------------------------------------------------------------------------------------
+
+    def commit_data(self, message: str | None = None) -> DataCommit:
+        """Version the images as they are now and push them; tell a Prefect server that they changed, if PREFECT_API_URL names one.
+
+        Args:
+            message: of the git commit.
+
+        Raises:
+            DataError: the images cannot be versioned. WorkspaceError: a run is in the workspace, or a remote or server does not answer.
+        """
+        from tlpipeline.environment import set_prefect
+        from tlpipeline.versioning import lock
+        from tlpipeline.workspace import create
+
+        with lock.hold(self.root):
+            digest, remarks = create.commit_data(self.root, message)
+            images = create.count_images(self.root)
+        if not os.environ.get("PREFECT_API_URL"):
+            return DataCommit(digest, images, tuple(remarks), announced=False)
+        set_prefect(self.root)
+        from tlpipeline.flows.retrain import announce
+
+        announce(self.name, digest, images)
+        if missing := create.missing_trigger(self.root):
+            remarks.append(missing)
+        return DataCommit(digest, images, tuple(remarks), announced=True)
+
+    # --- models -----------------------------------------------------------------------------------------------------------------------
+
+    def load_model(self, model: str | Path = f"#{PROD}") -> Model:
+        """Load a model of this workspace.
+
+        Args:
+            model: "latest", "v1", "#prod", "name@v1", "name#prod", or a folder.
+
+        Raises:
+            RegistryError: there is no such version.
+        """
+        return load_model(self.registry.full_name(model) if isinstance(model, str) else model, self.root)
+
+    def promote(self, version: str = "latest", stage: str = PROD) -> Promotion:
+        """Put a version into a stage; the same as `registry.promote`."""
+        return self.registry.promote(version, stage)
+
+    def rollback(self, stage: str = PROD) -> Rollback:
+        """Put the version back that was in a stage before; the same as `registry.rollback`."""
+        return self.registry.rollback(stage=stage)
+
+
+def load_model(model: str | Path, workspace: str | Path = ".") -> Model:
+    """Load a model: a folder, or a version of a workspace's registry.
+
+    Args:
+        model: a folder, "name@v1.2.0", "name@v1" (the newest of them), "name@latest", or "name#prod".
+        workspace: whose registry is asked and whose cache is used, if it may be written.
+
+    Raises:
+        RegistryError: there is no such model.
+    """
+    from tlpipeline.registry import predict
+    from tlpipeline.versioning import lock
+    from tlpipeline.workspace import stages
+
+    root = _expanded(workspace)
+    writable = lock.read_only(root) is None
+    cached = writable and (root / layout.PARAMS).is_file()
+    with TemporaryDirectory() as elsewhere:
+        folder = predict.find_model(str(_expanded(model)), root, None if writable else Path(elsewhere))
+        return predict.Model(folder, (lambda: layout.open_cache(root)) if cached else nullcontext)
+
+
+class Registry:
+    """The registered versions of a workspace's model: git tags, as GTO writes them."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._root = workspace.root
+
+    def full_name(self, version: str) -> str:
+        """Return "name@latest", "name@v1" or "name#prod" for "latest", "v1" or "#prod"; other texts stay as they are."""
+        if version.startswith("#"):
+            return f"{self._workspace.name}{version}"
+        return f"{self._workspace.name}@{version}" if re.fullmatch(r"latest|v\d+(\.\d+)*", version) else version
+
+    def versions(self) -> Versions:
+        """Return the registered versions, newest first."""
+        import json
+
+        from tlpipeline.registry import versions
+        from tlpipeline.versioning import dvc, git
+        from tlpipeline.workspace import stages
+
+        params = self._workspace.params
+        rows = []
+        for version in reversed(versions.versions(self._root, params.data.name)):
+            case = json.loads(git.read_at(self._root, version.commit, layout.CASE) or "{}")
+            metrics = json.loads(git.read_at(self._root, version.commit, layout.METRICS) or "{}")
+            rows.append(
+                RegisteredVersion(
+                    name=str(version),
+                    stages=version.stages,
+                    case=case.get("case", ""),
+                    accuracy=metrics.get("accuracy"),
+                    low=metrics.get("accuracy_low"),
+                    high=metrics.get("accuracy_high"),
+                    data=dvc.stage_input(self._root, "ingest", params.data.images, version.commit),
+                    commit=version.commit,
+                )
+            )
+        return Versions(rows)
+
+    def show(self, version: str) -> str:
+        """Return the model card of a version, as markdown.
+
+        Raises:
+            RegistryError: there is no such version.
+        """
+        from tlpipeline.registry import versions
+        from tlpipeline.versioning import git
+
+        known = versions.resolve(self._root, self.full_name(version))
+        return git.read_at(self._root, known.commit, versions.CARD) or f"{known} has no {versions.CARD}"
+
+    def promote(self, version: str = "latest", stage: str = PROD) -> Promotion:
+        """Put a version into a stage.
+
+        Args:
+            version: "latest", "v1", "name@v1" or "name@latest".
+
+        Raises:
+            RegistryError: there is no such version, or the tag cannot be pushed.
+        """
+        from tlpipeline.registry import versions
+
+        known = versions.resolve(self._root, self.full_name(version))
+        return Promotion(str(known), stage, versions.promote(self._root, known, stage))
+
+    def rollback(self, name: str | None = None, stage: str = PROD) -> Rollback:
+        """Put the version back that was in a stage before.
+
+        Args:
+            name: of the model; None is the workspace's.
+
+        Raises:
+            RegistryError: no version was in the stage before.
+        """
+        from tlpipeline.registry import versions
+
+        before, now = versions.rollback(self._root, name or self._workspace.name, stage)
+        return Rollback(str(before), str(now), stage)
+
+
+class Cache:
+    """The features and decoded images that a workspace keeps, so that the next run need not compute them."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    def info(self) -> CacheInfo:
+        """Return what the cache holds."""
+        from tlpipeline.data import cache
+        from tlpipeline.workspace import stages
+
+        folder = self._workspace.root / layout.CACHE
+        return CacheInfo(tuple(cache.info(folder)), self._workspace.params.cache.max_gb, folder)
+
+    def clear(self) -> int:
+        """Delete the cache; return how many bytes it took.
+
+        Raises:
+            WorkspaceError: a run is in the workspace.
+        """
+        from tlpipeline.data import cache
+        from tlpipeline.versioning import lock
+
+        held = self.info()
+        with lock.hold(self._workspace.root):  # a run keeps what it computes there
+            cache.clear(held.folder)
+        return held.bytes
+
+
+# --- values ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation(Displayed):
+    """The decided case, the profile it rests on, and both in words."""
+
+    decision: Decision
+    profile: Profile
+
+    def text(self, width: int = 100, color: bool = False) -> str:
+        """Return the explanation for a terminal of so many columns."""
+        from tlpipeline.choice import explain
+
+        return explain.text(self.decision, self.profile, width, color)
+
+    def markdown(self) -> str:
+        """Return the explanation as GitHub-flavored markdown."""
+        from tlpipeline.choice import explain
+
+        return explain.markdown(self.decision, self.profile)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the decision and the points of its plots as plain values."""
+        from tlpipeline.choice import explain
+
+        plots = {"plane": explain.plane_rows(self.decision), "probes": explain.probe_rows(self.profile, self.decision)}
+        return {"decision": self.decision.to_json(), **plots}
+
+    def __str__(self) -> str:
+        return self.text().rstrip("\n")
+
+    def __rich__(self) -> RenderableType:
+        from rich.text import Text
+
+        return Text.from_ansi(self.text(color=True).rstrip("\n"))
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A registered version of a model.
+
+    Attributes:
+        name: such as "catalogue@v0.1.0".
+        stages: those that it is in now.
+        case: the transfer-learning case that it was trained as.
+        accuracy, low, high: on the test images, with its confidence interval; None where the version has no metrics.
+        data: hash of the data set.
+        commit: of git.
+    """
+
+    name: str
+    stages: tuple[str, ...]
+    case: str
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    data: str
+    commit: str
+
+
+class Versions(Displayed, tuple[RegisteredVersion, ...]):
+    """Registered versions, newest first."""
+
+    __slots__ = ()
+
+    def __rich__(self) -> RenderableType:
+        if not self:
+            return "No model is registered yet."
+        rows = [
+            (
+                v.name,
+                ", ".join(v.stages),
+                v.case,
+                "" if v.accuracy is None else f"{v.accuracy:.1%}",
+                "" if v.low is None or v.high is None else f"{v.low:.1%} to {v.high:.1%}",
+                v.data[:10],
+                v.commit[:10],
+            )
+            for v in self
+        ]
+        return table(("version", "stages", "case", "accuracy", "interval", "data", "commit"), rows)
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A version that was put into a stage, and the git tag that records it."""
+
+    version: str
+    stage: str
+    tag: str
+
+    def __str__(self) -> str:
+        return f"{self.version} is in {self.stage} now ({self.tag})"
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A version that was taken out of a stage, and the one that is in it again."""
+
+    before: str
+    now: str
+    stage: str
+
+    def __str__(self) -> str:
+        return f"{self.now} is in {self.stage} again, instead of {self.before}"
+
+
+@dataclass(frozen=True)
+class DataCommit:
+    """A versioned state of the images.
+
+    Attributes:
+        digest: hash of the data set.
+        images: number of files.
+        remarks: sentences for people.
+        announced: whether a Prefect server was told.
+    """
+
+    digest: str
+    images: int
+    remarks: tuple[str, ...]
+    announced: bool
+
+    def __str__(self) -> str:
+        event = "event tlpipeline.data.updated emitted" if self.announced else "no event emitted: PREFECT_API_URL is not set"
+        return "\n".join([f"data {self.digest}: {self.images} files", event, *self.remarks])
+
+
+@dataclass(frozen=True)
+class CacheInfo(Displayed):
+    """What a cache holds, what was used last first.
+
+    Attributes:
+        entries: each with a label, a number of files, bytes, and when it was used last.
+        max_gb: the limit, `cache.max_gb` in params.yaml.
+    """
+
+    entries: tuple[ColumnInfo, ...]
+    max_gb: float
+    folder: Path
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that it takes."""
+        return sum(entry.bytes for entry in self.entries)
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        rows = [(e.label, str(e.files), f"{e.bytes / 1e6:.1f}", _minutes(e.used)) for e in self.entries]
+        total = Text(f"{self.bytes / 1e9:.3f} of {self.max_gb:g} GB (cache.max_gb) in {self.folder}", no_wrap=True, overflow="ignore")
+        return Group(table(("what", "files", "MB", "last used"), rows), total) if rows else total
+
+
+def _minutes(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).isoformat(sep=" ", timespec="minutes")
