@@ -137,7 +137,7 @@ class Workspace:
         Raises:
             ParamsError: the file is missing or wrong.
         """
-        from tlpipeline.workspace import stages
+        from tlpipeline.workspace import layout
 
         return layout.params_of(self.root)
 
@@ -271,7 +271,7 @@ def load_model(model: str | Path, workspace: str | Path = ".") -> Model:
     """
     from tlpipeline.registry import predict
     from tlpipeline.versioning import lock
-    from tlpipeline.workspace import stages
+    from tlpipeline.workspace import layout
 
     root = _expanded(workspace)
     writable = lock.read_only(root) is None
@@ -300,7 +300,7 @@ class Registry:
 
         from tlpipeline.registry import versions
         from tlpipeline.versioning import dvc, git
-        from tlpipeline.workspace import stages
+        from tlpipeline.workspace import layout
 
         params = self._workspace.params
         rows = []
@@ -371,7 +371,7 @@ class Cache:
     def info(self) -> CacheInfo:
         """Return what the cache holds."""
         from tlpipeline.data import cache
-        from tlpipeline.workspace import stages
+        from tlpipeline.workspace import layout
 
         folder = self._workspace.root / layout.CACHE
         return CacheInfo(tuple(cache.info(folder)), self._workspace.params.cache.max_gb, folder)
