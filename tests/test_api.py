@@ -32,6 +32,7 @@ sys.exit(0 if result.attempted > 10 and not result.failed else 1)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_example_of_the_module_runs_as_in_a_notebook(tmp_path: Path) -> None:
     for label in range(3):
         (tmp_path / "pictures" / f"class{label}").mkdir(parents=True)

@@ -125,7 +125,7 @@ def test_without_a_verb_the_help_is_shown_and_nothing_is_wrong(call: Callable[..
 
 def test_no_line_of_help_is_cut(call: Callable[..., Said]) -> None:
     for words in ([], ["data"], ["registry"], ["cache"]):
-        assert not re.search(r"\.\.\.$", call(*words, "--help").out, re.M)
+        assert not re.search(r"^  .*\.\.\.$", call(*words, "--help").out, re.M)
 
 
 def test_the_version_is_that_of_the_installed_package(call: Callable[..., Said]) -> None:

@@ -39,7 +39,7 @@ def main() -> None:
     """Run a command; a mistake that the user can mend is one message and exit code 2, Ctrl-C is 130."""
     set_thread_waiting()  # before a command imports torch, which reads it
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="tlpipeline", standalone_mode=False)
     except PipelineError as error:
         _say(f"error: {error}")
         sys.exit(2)
