@@ -178,10 +178,10 @@ def product(model: GainPredictor, rule: ChooseParams, one: Measured) -> Chosen:
     before += one.cost(frozen)
     spent = one.profiled + one.seconds(frozen)
     solved = int(row["train"]) + images
-    for part, epoch in enumerate(policy.look_epochs(epochs), policy.LOOKS - len(policy.look_epochs(epochs))):
+    for part, epoch in enumerate(policy.interim_epochs(epochs), policy.LOOKS - len(policy.interim_epochs(epochs))):
         bits = [unpack(text, images)[one.judges] for text in (one.arms[frozen]["bits"], row["looks"].split()[part])]
-        seen = policy.look(weighed, part, epoch, epochs, *bits)
-        winner, _ = policy.verdict(weighed, part, seen)
+        seen = policy.interim_analysis(weighed, part, epoch, epochs, *bits)
+        winner, _ = policy.stopping_rule(weighed, part, seen)
         if winner == "tuned":
             return Chosen("tuned", before + one.cost("tuned"), spent + one.seconds("tuned"), model.settled(seen.safe), raced=True)
         if winner == "frozen":

@@ -11,6 +11,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from tlpipeline.errors import Unreachable
 from tlpipeline.evaluation.gate import Verdict
 from tlpipeline.progress import Event, Progress, silent
+from tlpipeline.registry.versions import Registration
 from tlpipeline.workspace import create, layout, release, stages
 
 # Receives the progress of all stages: the command line sets its progress bar here.
@@ -116,14 +117,14 @@ def gate(workspace: Path) -> Verdict | None:
 
 
 @task(task_run_name="register", retries=2, retry_delay_seconds=10, retry_condition_fn=_is_unreachable)
-def register(workspace: Path, verdict: Verdict | None) -> release.Registration:
+def register(workspace: Path, verdict: Verdict | None) -> Registration:
     """Register the model if the gate accepted it."""
     with stages.timed(workspace, "register"):
         return release.register(workspace, verdict)
 
 
 @task(task_run_name="report")
-def report(workspace: Path, registration: release.Registration) -> release.Summary:
+def report(workspace: Path, registration: Registration) -> release.Summary:
     """Write report.html; return the summary of the run."""
     with stages.timed(workspace, "report"):
         path = release.write_report(workspace, registration)

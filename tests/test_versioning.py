@@ -25,6 +25,7 @@ from tlpipeline.errors import BackboneError, DataError, Unreachable, WorkspaceEr
 from tlpipeline.files import unlink
 from tlpipeline.params import load
 from tlpipeline.progress import silent
+from tlpipeline.registry.versions import Registration
 from tlpipeline.versioning import dvc as versioning
 from tlpipeline.versioning import git, lock
 from tlpipeline.workspace import create, layout, release, stages
@@ -414,7 +415,7 @@ def test_a_run_json_that_a_kill_tore_is_taken_for_empty(registered: Path) -> Non
         assert not stages.bring_up_to_date(registered, "profile", silent)
         assert layout.read_run(registered) == {"seconds": {"profile": None}}
         (registered / layout.RUN).write_text(left)
-        registration = release.Registration("workspace@v0.1.0", False, "", None, "again")
+        registration = Registration("workspace@v0.1.0", False, "", None, "again")
         assert release.summary(registered, registration, release.write_report(registered, registration)).seconds == {}
 
 

@@ -1,15 +1,15 @@
 """The choice: which case applies and where the network is cut, by the evidence of a profile.
 
-The rungs of evidence, cheapest first: frozen heads are measured (probes), fine-tuning is predicted (outlook.py), and where that leaves it
-open the two are raced (race.py). The cheapest way is taken whose expected loss against the best is within `choose.tolerance`.
+Two comparisons decide. Fine-tuning has to gain more than `choose.tolerance` over the best frozen head (size), and cutting layers off has to gain
+more than `choose.gain` over the last tap (similarity). What is measured is cheap (probes), what is predicted is cheaper (predictor.py), and where
+the prediction leaves it open both ways are trained and compared (race.py).
 """
 
 import numpy as np
 
 from tlpipeline.choice.cases import CASES, DIFFERENT, LARGE, SIMILAR, SMALL, Case, find
-from tlpipeline.choice.decision import Arm, Decision, Race
-from tlpipeline.choice.policy import DecisionPolicy, weak_labels, weigh
-from tlpipeline.choice.reasons import changes, doubts, reason, weaknesses
+from tlpipeline.choice.decision import Arm, CutGain, Decision, Race, TuningGain
+from tlpipeline.choice.policy import DecisionPolicy, has_signal, turning, weak_labels, weigh
 from tlpipeline.errors import BackboneError
 from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.profiling.profile import Probe, Profile, SliceTest, slice_test
@@ -37,81 +37,105 @@ def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | 
     """Return the decision for a data set that is large (fine-tuning pays) or not; after a race, with what it found."""
     rule = weighed.rule
     test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
-    chance = weighed.large_after(race)
-    axes = {LARGE: chance, SMALL: 1 - chance, SIMILAR: weighed.similar, DIFFERENT: 1 - weighed.similar}
     wanted = forced_tap(profile, rule.slice) if rule.slice != AUTO else None
-    case = _row(weighed, large) if rule.case == AUTO else find(rule.case)
+    tuning, cutting = tuning_gain(weighed, large, race), cut_gain(weighed, test, large)
+    case = case_of(tuning, cutting) if rule.case == AUTO else find(rule.case)
     if wanted and rule.case == AUTO:
         # Who forces a slice wants a case that slices, where there is one for this size of data.
         case = next((c for c in CASES if c.size == case.size and c.keep == "slice"), case)
     asked = ("case", "slice") if case.keep == "slice" else ("case",)
-    forced = tuple(f"choose.{key}" for key in asked if getattr(rule, key) != AUTO)
-    head, sliced, remark = _head(profile, weighed, case, test, wanted)
-    several = head == "multi" or case.freeze == "nothing"
-    readings = profile.head_at(sliced or profile.taps[-1].name) if sliced or several else profile.last_head
-    kept = next(t for t in profile.taps if t.name == (sliced or profile.taps[-1].name))
-    arms = arms_of(profile, weighed)
+    head = "cut" if case.keep == "slice" else "multi" if case.freeze == "kept" and weighed.head == "multi" else "last"
+    # Where the evidence asks for no slice but the user does: the best earlier tap there is.
+    last = profile.taps[-1].name
+    at = (wanted or test.tap or profile.taps[max(0, len(profile.taps) - 2)].name) if head == "cut" else last
+    kept = next(t for t in profile.taps if t.name == at)
     regret, within = _standing(profile, weighed, race, head if case.freeze == "kept" else "", kept)
     return Decision(
         case=case.name,
-        slice=kept.name,
+        slice=at,
         head=head,
-        readings=readings,
+        readings=profile.last_head if head == "last" and case.freeze == "kept" else profile.head_at(at),
         size=profile.size,
         freeze=case.freeze,
         init=case.init,
         recipe=case.recipe,
-        probabilities=_probabilities(weighed, axes),
-        similar=round(weighed.similar, 4),
-        large=round(chance, 4),
-        arms=arms,
+        tuning=tuning,
+        cutting=cutting,
+        arms=arms_of(profile, weighed),
         regret=regret,
-        within=within,
+        p_within_tolerance=within,
         race=race,
         race_wanted=race is None and not weighed.no_race,
         no_race="" if race else weighed.no_race,
+        judges_needed=weighed.judges_needed,
+        evpi=round(weighed.evpi(weighed.gains), 4),
+        turning=None if race else turning(weighed, large),
         saved_parameters=round(1 - kept.parameters / max(profile.parameters, 1), 4),
         saved_ops=round(1 - kept.forward_ops / max(profile.forward_ops, 1), 4),
-        reason=reason(profile, weighed, large, case, test, head, sliced, race)
-        + remark
-        + ("." if not forced else f" (forced by {' and '.join(forced)})."),
-        changes=changes(profile, weighed, case, test, large, race),
-        warnings=(*weaknesses(profile), *doubts(weighed)),
-        forced=forced,
+        outside=weighed.prediction.outside,
+        weak=(*weak_evidence(profile, weighed), *(("slice_unused",) if wanted and case.keep != "slice" else ())),
+        forced=tuple(f"choose.{key}" for key in asked if getattr(rule, key) != AUTO),
     )
 
 
-def _probabilities(weighed: DecisionPolicy, axes: dict[str, float]) -> dict[str, float]:
-    """Return the probability of each case. Whether small data are sliced is settled by then: the row for which it is has all of small's."""
-    out = {c.name: axes[c.size] * axes[c.likeness] for c in CASES}
-    out |= {c.name: 0.0 for c in CASES if c.size == SMALL} | {_row(weighed, large=False).name: axes[SMALL]}
-    return {name: round(chance, 4) for name, chance in out.items()}
+def case_of(tuning: TuningGain, cutting: CutGain) -> Case:
+    """Return the row for these two answers."""
+    kind = (LARGE if tuning.exceeds else SMALL, DIFFERENT if cutting.exceeds else SIMILAR)
+    return next(case for case in CASES if (case.size, case.likeness) == kind)
 
 
-def _row(weighed: DecisionPolicy, large: bool) -> Case:
-    """Return the row for this size and likeness; a slice that is not made leaves its data to the row that cuts nothing."""
-    likeness = SIMILAR if weighed.similar >= 0.5 or weak_labels(weighed.evidence) else DIFFERENT
-    case = next(c for c in CASES if (c.size, c.likeness) == (LARGE if large else SMALL, likeness))
-    if case.keep == "slice" and weighed.head != "cut":
-        return next(c for c in CASES if c.size == case.size and c.keep == "end")
-    if case.size == SMALL and weighed.head == "cut":
-        return next(c for c in CASES if c.size == case.size and c.keep == "slice")
-    return case
+def tuning_gain(weighed: DecisionPolicy, large: bool, race: Race | None) -> TuningGain:
+    """Return what fine-tuning is expected to gain, beside the tolerance: predicted, or after a race what is left of the prediction."""
+    seen = weighed.prediction
+    counted, why = seen.gain, "prediction"
+    if race is not None:
+        why = "race"
+        if race.looks:
+            counted = race.looks[-1].frozen_regret - race.looks[-1].tuned_regret
+    elif not has_signal(weighed.evidence):
+        counted, why = min(seen.gain, 0.0), "no_signal"
+    gain, low, high, counted = (round(float(value), 6) for value in (seen.gain, seen.low, seen.high, counted))
+    return TuningGain(gain, low, high, counted, weighed.tolerance, large, why)
 
 
-def _head(profile: Profile, weighed: DecisionPolicy, case: Case, test: SliceTest, wanted: str | None) -> tuple[str, str | None, str]:
-    """Return which taps the head reads, the slice point if anything is cut off, and a remark."""
-    taps = profile.taps
-    if case.keep == "slice":
-        # Where the evidence asks for no slice but the user does: the best earlier tap there is.
-        tap = wanted or test.tap or taps[max(0, len(taps) - 2)].name
-        return "cut", tap, ""
-    remark = f"; choose.slice is not used, because {case.name} cuts nothing off" if wanted else ""
-    if case.freeze == "nothing":
-        return "last", None, remark
-    if test.similar < 0.5 and weighed.rule.case == AUTO and weighed.head == "last":
-        remark += f"; slicing {test.why_not(weighed.rule.alpha, weighed.rule.gain / 100)}, so nothing is cut off"
-    return "multi" if weighed.head == "multi" else "last", None, remark
+def cut_gain(weighed: DecisionPolicy, test: SliceTest, large: bool) -> CutGain:
+    """Return what cutting is expected to gain, beside choose.gain.
+
+    A frozen network is cut only where the gain is significant, confirmed, and no head on several taps makes up for it. Where everything is
+    trained nothing is cut; the gain, corrected for taking the best of several taps, then says only whether the data are different.
+    """
+    rule, border = weighed.rule, weighed.rule.gain / 100
+    if test.tap is None:
+        why = "one_tap"
+    elif weak_labels(weighed.evidence):
+        why = "weak_labels"
+    elif large:
+        why = "corrected"
+    elif test.significance >= rule.alpha:
+        why = "not_significant"
+    elif test.gain < border:
+        why = "below_border"
+    elif not test.confirmed:
+        why = "not_confirmed"
+    else:
+        why = "confirmed" if weighed.head == "cut" else "several_taps"
+    counted = {"confirmed": test.gain, "below_border": test.gain, "corrected": test.corrected}.get(why, min(test.gain, 0.0))
+    exceeds = weighed.different if large else weighed.head == "cut"
+    gain, corrected, counted = (round(value, 6) for value in (test.gain, test.corrected, counted))
+    return CutGain(test.tap, test.best_earlier, gain, corrected, round(test.significance, 4), counted, border, exceeds, why)
+
+
+def weak_evidence(profile: Profile, weighed: DecisionPolicy) -> tuple[str, ...]:
+    """Return codes of what makes the evidence weak (see explain.WEAK)."""
+    weak = {
+        "unprobed_classes": profile.probed < profile.classes,
+        "no_held_out": profile.cut is not None and not profile.held_out,
+        "one_tap": len(profile.taps) == 1,
+        "no_source_head": profile.head_similarity is None,
+        "no_signal": not has_signal(weighed.evidence),
+        "few_judges": weighed.no_race == "few_judges",
+    }
+    return (*weak_labels(profile), *(code for code, true in weak.items() if true))
 
 
 def forced_tap(profile: Profile, wanted: str) -> str:

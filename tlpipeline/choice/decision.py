@@ -29,14 +29,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Look:
-    """A planned look of the race.
+    """An interim analysis of the race.
 
     Attributes:
         epoch: of fine-tuning, of so many; images: of the judging half of validation.
         frozen, tuned: accuracy there; error: paired standard error of their difference.
         chance: probability that fine-tuning ends better by more than the tolerance, the prediction included; safe: that it does not end
             worse by more than the tolerance.
-        frozen_regret, tuned_regret: expected loss of choosing either.
+        frozen_regret, tuned_regret: expected loss of choosing either; their difference is the expected gain of fine-tuning.
     """
 
     epoch: int
@@ -53,7 +53,15 @@ class Look:
 
 @dataclass(frozen=True)
 class Race:
-    """What was raced: the looks, who won, why it ended, and its cost in forward passes of one image."""
+    """Fine-tuning and the frozen head, both trained and compared.
+
+    Attributes:
+        looks: the interim analyses.
+        winner: frozen or tuned.
+        ended: why the comparison ended: ahead, futile (fine-tuning will not gain more than the tolerance), expected (undecided at the end:
+            by the expected gain), budget or early_stopping.
+        cost: forward passes of one image.
+    """
 
     looks: tuple[Look, ...]
     winner: str
@@ -62,24 +70,97 @@ class Race:
 
 
 @dataclass(frozen=True)
+class TuningGain:
+    """What fine-tuning is expected to gain over the frozen head: the axis of size. All as shares of accuracy (0 to 1).
+
+    Attributes:
+        gain, low, high: predicted, with the central 80 % interval.
+        counted: what is compared with the border: the prediction, or what a race left of it; 0 without signal.
+        border: the tolerance.
+        exceeds: whether fine-tuning is worth it.
+        why: prediction, no_signal or race.
+    """
+
+    gain: float
+    low: float
+    high: float
+    counted: float
+    border: float
+    exceeds: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class CutGain:
+    """What cutting layers off is expected to gain over the last tap: the axis of similarity. All as shares of accuracy (0 to 1).
+
+    Attributes:
+        tap: the slice point; earlier: the earlier tap with the best probe; None where there is one tap only.
+        gain: accuracy of that probe minus the last tap's; corrected: the same, corrected for taking the best of several taps.
+        significance: family-wise p-value of `no earlier tap is better`.
+        counted: what is compared with the border: `gain` where the network would be frozen, 0 where the test did not confirm it; `corrected`
+            where everything is trained, where it says which recipe fits.
+        border: choose.gain.
+        exceeds: whether the data are different, and a frozen network is cut.
+        why: confirmed, corrected, one_tap, weak_labels, not_significant, below_border, not_confirmed, or several_taps (a head that reads several
+            taps and cuts nothing off gains more than the tolerance over the cut).
+    """
+
+    tap: str | None
+    earlier: str | None
+    gain: float
+    corrected: float
+    significance: float
+    counted: float
+    border: float
+    exceeds: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class OutOfRange:
+    """A figure that lies outside of what the gain predictor was fitted on; `value` is None where it could not be measured."""
+
+    name: str
+    value: float | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Turning:
+    """What would change the decision.
+
+    Attributes:
+        images: training images at which the prediction changes sides, None if nowhere; fitted: the most that the predictor was fitted on.
+        tolerance: choose.tolerance (as a share) at which it changes sides, None where no tolerance does.
+    """
+
+    images: int | None
+    fitted: int
+    tolerance: float | None
+
+
+@dataclass(frozen=True)
 class Decision:
-    """What `choose` decided: the content of case.json.
+    """What `choose` decided, as numbers and codes: the content of case.json. explain.py makes sentences of it.
 
     Attributes:
         case: name of the row.
-        slice: the tap behind which the network is cut (the last tap where nothing is sliced off).
+        slice: the tap behind which the network is cut (the last tap where nothing is cut off).
         head: last, cut or multi: which of the heads is trained; last where everything is.
         readings: what a head could read, deepest tap first (see `read`).
         size: input side in pixels.
         freeze, init, recipe: of the row.
-        probabilities: of each case; similar and large: of the two axes.
-        arms: what was weighed; regret: points expected to be lost against the best of them (0 to 1).
-        within: probability that the chosen arm is not worse than the best by more than the tolerance (0 to 1).
-        race: what was raced, if anything; race_wanted: the evidence leaves it open, and a race could tell; no_race: why there was none.
+        tuning, cutting: the two comparisons from which the case follows, unless it is forced.
+        arms: the ways to train that were compared; regret: expected loss against the best of them (0 to 1).
+        p_within_tolerance: probability that the chosen arm is not worse than the best by more than the tolerance.
+        race: both ways trained and compared, if they were; race_wanted: whether they should be.
+        no_race: why not: forced, quick, clear, few_judges or other_weights; judges_needed: validation images that it takes.
+        evpi: what knowing the gain of fine-tuning beforehand would be worth, as a share of accuracy.
+        turning: what would change the decision; None after a race.
         saved_parameters, saved_ops: shares of the network that the cut takes away.
-        reason: one English sentence with the numbers.
-        changes: what would change the decision, a sentence each.
-        warnings: what makes the choice weak, if anything.
+        outside: figures outside of the predictor's range; weak: codes of weak evidence (see explain.WEAK).
         forced: keys of params.yaml that overrode the evidence.
     """
 
@@ -91,20 +172,21 @@ class Decision:
     freeze: str
     init: str
     recipe: Recipe
-    probabilities: dict[str, float]
-    similar: float
-    large: float
+    tuning: TuningGain
+    cutting: CutGain
     arms: tuple[Arm, ...]
     regret: float
-    within: float
+    p_within_tolerance: float
     race: Race | None
     race_wanted: bool
     no_race: str
+    judges_needed: int
+    evpi: float
+    turning: Turning | None
     saved_parameters: float
     saved_ops: float
-    reason: str
-    changes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    outside: tuple[OutOfRange, ...]
+    weak: tuple[str, ...]
     forced: tuple[str, ...]
 
     @property
@@ -138,12 +220,15 @@ class Decision:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Decision":
         """Read what `to_json` gave."""
-        race = content["race"]
+        race, turning = content["race"], content["turning"]
         structured = {
             "readings": tuple(TapPooling(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
             "recipe": Recipe(**content["recipe"]),
+            "tuning": TuningGain(**content["tuning"]),
+            "cutting": CutGain(**content["cutting"]),
             "arms": tuple(Arm(**arm) for arm in content["arms"]),
             "race": None if race is None else Race(**race | {"looks": tuple(Look(**look) for look in race["looks"])}),
+            "turning": None if turning is None else Turning(**turning),
+            "outside": tuple(OutOfRange(**figure) for figure in content["outside"]),
         }
-        plain = {key: tuple(content[key]) for key in ("changes", "warnings", "forced")}
-        return cls(**{**content, **structured, **plain})
+        return cls(**{**content, **structured, "weak": tuple(content["weak"]), "forced": tuple(content["forced"])})

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tlpipeline.choice.cases import CASES, LARGE, SIMILAR, find
-from tlpipeline.choice.decision import Decision
+from tlpipeline.choice import reasons
+from tlpipeline.choice.cases import CASES, LARGE, SIMILAR
+from tlpipeline.choice.decision import CutGain, Decision, TuningGain
 from tlpipeline.profiling.profile import Profile
 
 ARMS = {"frozen": "frozen", "cut": "cut", "multi": "multi-tap", "tuned": "fine-tuned"}
 LEAST, MOST, MARKDOWN = 40, 110, 76  # columns; longer lines are hard to read
-_HALF = 4  # lines of half the plane
 _SAFE = str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*", "\n": " "})
 # Prefect's fixed-width font, and others, has no drawing characters: what replaces them has another width.
 _PLAIN = str.maketrans("┌┬┐├┼┤└┴┘─│●█·╌", "+++++++++-|o#.-")
@@ -111,23 +111,57 @@ def cell(words: str) -> str:
     return words.translate(_SAFE)
 
 
+def to_json(decision: Decision, profile: Profile) -> dict[str, Any]:
+    """Return the decision's numbers, its sentences, and the points of its plots."""
+    return {
+        "decision": decision.to_json(),
+        "summary": reasons.summary(decision, profile),
+        "changes": reasons.changes(decision, profile),
+        "warnings": reasons.warnings(decision, profile),
+        "plane": plane_rows(decision),
+        "probes": probe_rows(profile, decision),
+    }
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis of gains in points, its border in the middle, and where the counted gain stands on it.
+
+    Attributes:
+        border, low, high: in points; the ends lie equally far from the border.
+        value: the counted gain, drawn on the side of the border that was chosen even where both are equal in print.
+    """
+
+    border: float
+    low: float
+    high: float
+    value: float
+
+    def place(self, points: float) -> float:
+        """Return where a gain lies between the ends: 0 to 1, one half at the border."""
+        return min(max((points - self.low) / (self.high - self.low), 0.0), 1.0)
+
+
+def scale(axis: TuningGain | CutGain) -> Scale:
+    """Return the scale of an axis, wide enough for its gain and its interval."""
+    border, counted = 100 * axis.border, 100 * axis.counted
+    ends = (axis.low, axis.high) if isinstance(axis, TuningGain) and axis.why == "prediction" else ()
+    reach = 1.2 * max(0.5, *(abs(100 * end - border) for end in (axis.counted, *ends)))
+    least = reach / 12  # so that the marker does not stand on the border
+    return Scale(border, border - reach, border + reach, max(counted, border + least) if axis.exceeds else min(counted, border - least))
+
+
 def plane_rows(decision: Decision) -> list[dict[str, Any]]:
-    """Return the points of the plane: the four cases in its corners, and this data set by its two probabilities."""
-    corners = [
-        {
-            "large": float(c.size == LARGE),
-            "similar": float(c.likeness == SIMILAR),
-            "name": c.name,
-            "what": f"{'chosen ' * (c.name == decision.case)}case",
-        }
-        for c in CASES
-    ]
-    return [*corners, {"large": decision.large, "similar": decision.similar, "name": "this data set", "what": "data set"}]
-
-
-def case_rows(decision: Decision) -> list[dict[str, Any]]:
-    """Return the probability of each case, and which one was chosen."""
-    return [{"case": c, "probability": p, "chosen": "yes" if c == decision.case else "no"} for c, p in decision.probabilities.items()]
+    """Return the four cases as rectangles between the borders and the ends of the two axes, and this data set as a point, all in points."""
+    x, y = scale(decision.tuning), scale(decision.cutting)
+    rows = []
+    for case in CASES:
+        left, right = (x.border, x.high) if case.size == LARGE else (x.low, x.border)
+        bottom, top = (y.low, y.border) if case.likeness == SIMILAR else (y.border, y.high)
+        what = f"{'chosen ' * (case.name == decision.case)}case"
+        rows.append({"tuning": left, "cutting": bottom, "right": right, "top": top, "name": case.name, "what": what})
+    point = {"tuning": x.value, "cutting": y.value, "right": x.value, "top": y.value, "name": "this data set", "what": "data set"}
+    return [{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in (*rows, point)]
 
 
 def probe_rows(profile: Profile, decision: Decision) -> list[dict[str, Any]]:
@@ -140,19 +174,18 @@ def probe_rows(profile: Profile, decision: Decision) -> list[dict[str, Any]]:
 
 def sections(decision: Decision, profile: Profile, width: int = MARKDOWN) -> tuple[Section, ...]:
     """Return what there is to say, the decision first; drawings for so many columns."""
-    found = [
+    said, weak = reasons.changes(decision, profile), reasons.warnings(decision, profile)
+    written = [
         _what(decision, profile),
-        Section("why", "Why", (decision.reason,)),
-        Section("arms", "What was weighed", _arms(decision, profile)),
-        Section("changes", "What would change it", (Lines(decision.changes),) * bool(decision.changes)),
-        Section("cases", "How sure the case is", _cases(decision, width)),
-        Section("plane", "The plane of size and similarity", (_plane(decision, width), *off_the_plane(decision))),
-        Section("probes", "Where the labels can be read", _curve(decision, profile, width)),
-        Section("race", "The race", _race(decision)),
+        Section("axes", "The two comparisons that decide", _axes(decision, width)),
+        Section("arms", "What each way to train is expected to reach", _arms(decision, profile)),
+        Section("race", "Were both ways trained and compared?", _race(decision, profile)),
+        Section("probes", "How well each layer tells the classes apart", _curve(decision, profile, width)),
+        Section("changes", "What would change the decision", (Lines(said),) * bool(said)),
         Section("measured", "What else was measured", (Lines(_measured(profile)),) * bool(_measured(profile))),
-        Section("warnings", "Warnings", (Lines(decision.warnings),) * bool(decision.warnings)),
+        Section("warnings", "Warnings", (Lines(weak),) * bool(weak)),
     ]
-    return tuple(section for section in found if section.parts)
+    return tuple(section for section in written if section.parts)
 
 
 # --- the decision ---------------------------------------------------------------------------------------------------------------------
@@ -170,21 +203,51 @@ def is_cut(decision: Decision, profile: Profile) -> bool:
     return decision.slice != profile.taps[-1].name
 
 
-def _what(decision: Decision, profile: Profile) -> Section:
-    whole = f"all {profile.parameters:,} parameters stay"
+def action(decision: Decision, profile: Profile) -> str:
+    """Return what is done with the network."""
     if decision.freeze == "nothing":
         tried = decision.init == "auto" and profile.images >= decision.recipe.scratch_from
-        scratch = ", and from random weights where that does not beat the frozen head" if tried else ""
-        last = f" When that is done, a head on {' + '.join(r.tap for r in decision.read)} is solved." * decision.recipe.solve_again
-        return Section("what", f"{decision.case}: the whole network is fine-tuned{scratch}", (f"Only the old head goes: {whole}.{last}",))
-    done = f"everything frozen, a new head on {' + '.join(r.tap for r in decision.readings)}"
-    if not is_cut(decision, profile):
-        return Section("what", f"{decision.case}: {done}", (f"Only the old head goes: {whole}.",))
-    saved = (
-        f"The cut saves {decision.saved_parameters:.1%} of the network's {profile.parameters:,} parameters and {decision.saved_ops:.1%} of "
-        "the operations of its forward pass, in training and in use."
+        return "the whole network is fine-tuned" + (", and trained from random weights where that is better" if tried else "")
+    head = f"the network stays frozen, a new head reads {' + '.join(r.tap for r in decision.readings)}"
+    return f"cut behind {decision.slice}, {head}" if is_cut(decision, profile) else head
+
+
+def _what(decision: Decision, profile: Profile) -> Section:
+    if is_cut(decision, profile):
+        kept = (
+            f"The cut removes {decision.saved_parameters:.1%} of the {profile.parameters:,} parameters and saves {decision.saved_ops:.1%} of the "
+            "operations of a forward pass."
+        )
+    else:
+        kept = f"Only the old head is replaced; all {profile.parameters:,} parameters below it stay."
+        if decision.freeze == "nothing" and decision.recipe.solve_again:
+            kept += f" After fine-tuning, a final head is solved on {' + '.join(r.tap for r in decision.read)}."
+    return Section("what", f"{decision.case}: {action(decision, profile)}", (reasons.summary(decision, profile), kept))
+
+
+def _axes(decision: Decision, width: int) -> tuple[str | Table, ...]:
+    """Draw each gain beside its border: left of it means no, right of it yes."""
+    length = 2 * (max(min(width - 46, 40), 8) // 2) + 1
+    rows = []
+    for name, axis, yes, no in (
+        ("fine-tuning", decision.tuning, "fine-tune", "freeze"),
+        ("cutting", decision.cutting, "different", "similar"),
+    ):
+        at = scale(axis)
+        drawn = ["·"] * length
+        if isinstance(axis, TuningGain) and axis.why == "prediction":
+            left, right = (round(at.place(100 * end) * (length - 1)) for end in (axis.low, axis.high))
+            drawn[left : right + 1] = ["─"] * (right - left + 1)
+        drawn[length // 2] = "│"
+        drawn[round(at.place(at.value) * (length - 1))] = "●"
+        rows.append(("", name, f"{100 * axis.counted:+.1f}", "".join(drawn), f"{at.border:.1f}", yes if axis.exceeds else no))
+    note = (
+        "Gains in points of accuracy. │ is the border: choose.tolerance for fine-tuning against the best frozen head, choose.gain for cutting "
+        "against the last layer. ● right of it means yes."
     )
-    return Section("what", f"{decision.case}: cut behind {decision.slice}, {done}", (saved,))
+    if decision.forced:
+        note += f" {' and '.join(decision.forced)} overrules this."
+    return Table(("", "gain of", "counts", "", "border", "says"), tuple(rows), (2, 4), (1, 2, 3, 4, 5), drawn=True), note
 
 
 def _cost(decision: Decision) -> float:
@@ -204,80 +267,26 @@ def _arms(decision: Decision, profile: Profile) -> tuple[str | Table, ...]:
     )
     if mine is None:
         note += f" What is chosen, a cut behind {decision.slice}, is none of these: its accuracy was not measured."
-    return Table(("", "arm", "expected", "interval", "cost"), rows, (2, 3, 4), (1, 2, 4)), note
-
-
-def _cases(decision: Decision, width: int) -> tuple[str | Table, ...]:
-    length = min(width - 31, 40)
-    bars = {name: f"{'█' * round(chance * length):·<{length}}" for name, chance in decision.probabilities.items()}
-    rows = tuple(("→" * (name == decision.case), name, f"{decision.probabilities[name]:.2f}", bar) for name, bar in bars.items())
-    ladder = f"P(large): {decision.large:.2f} with the probes{'' if decision.race is None else ' and the race'}."
-    loss = f"Expected loss against the best arm: {decision.regret * 100:.2f} points; with P {decision.within:.2f} it is within choose.tolerance."
-    return Table(("", "case", "P", ""), rows, (2,), (1, 2, 3), drawn=True), ladder, loss
-
-
-def _race(decision: Decision) -> tuple[str | Table, ...]:
-    race = decision.race
-    if race is None:
-        if decision.race_wanted:
-            return ("There was none yet: the choice is open, and `tlpipeline run` or `dvc repro choose` would race for it.",)
-        return (f"There was none: {decision.no_race}.",)
-    words = (
-        f"Won by {'fine-tuning' if race.winner == 'tuned' else 'the frozen head'}: {race.ended}. It cost {race.cost:,.0f} forward passes of "
-        f"one image, {race.cost / _cost(decision):.0%} of a fine-tuning run; training goes on from what the winner trained."
+    loss = (
+        f"The choice is expected to lose {decision.regret * 100:.1f} points against the best of these, and with probability "
+        f"{decision.p_within_tolerance:.2f} not more than the tolerance."
     )
-    if not race.looks:
-        return (words,)
+    return Table(("", "way to train", "expected", "interval", "cost"), rows, (2, 3, 4), (1, 2, 4)), loss, note
+
+
+def _race(decision: Decision, profile: Profile) -> tuple[str | Table, ...]:
+    race, sentence = decision.race, reasons.race_sentence(decision, profile)
+    if race is None or not race.looks:
+        return (sentence,)
     rows = tuple(
         (f"{s.epoch} of {s.epochs}", f"{s.frozen:.1%}", f"{s.tuned:.1%}", f"{(s.tuned - s.frozen) * 100:+.1f} ± {s.error * 100:.1f}", f"{s.chance:.2f}")
         for s in race.looks
     )  # fmt: skip
     note = (
-        f"Accuracy on {race.looks[-1].images} validation images that selected nothing; their difference in points with its standard error; "
-        "P: fine-tuning ends better by more than choose.tolerance."
+        f"Accuracy on {race.looks[-1].images} validation images that selected nothing; the difference in points with its standard error. P: "
+        "fine-tuning ends better by more than choose.tolerance."
     )
-    return words, Table(("epoch", "frozen", "tuned", "difference", "P"), rows, (1, 2, 3, 4), (1, 2, 4)), note
-
-
-# --- the plane ------------------------------------------------------------------------------------------------------------------------
-
-
-def off_the_plane(decision: Decision) -> tuple[str, ...]:
-    """Say why the chosen case is not the one in whose quadrant the data set lies, if it is not."""
-    case = find(decision.case)
-    lies = next(c for c in CASES if (c.size == LARGE, c.likeness == SIMILAR) == (decision.large >= 0.5, decision.similar >= 0.5))
-    if lies == case:
-        return ()
-    if decision.forced:
-        why = f"it was forced by {' and '.join(decision.forced)}"
-    elif lies.size != case.size:
-        why = "what decides about the size is the expected gain of fine-tuning, not which side is more probable"
-    else:
-        why = "it is cut exactly where an earlier tap is significantly better, held-out images confirm it, and no multi-tap head is better still"
-    return (f"It lies with {lies.name}, but {case.name} is chosen: {why}.",)
-
-
-def _plane(decision: Decision, width: int) -> Lines:
-    half = min((width - 3) // 2, 26)
-    column, row = _place(decision.large, half), 2 * _HALF - _place(decision.similar, _HALF)
-    cells = [[*(" " * half), "│", *(" " * half)] for _ in range(2 * _HALF + 1)]
-    cells[_HALF] = [*("─" * half), "┼", *("─" * half)]
-    for case in CASES:
-        first, left = (0 if case.likeness == SIMILAR else _HALF + 1), (half + 1 if case.size == LARGE else 0)
-        # The name gives way to the marker.
-        cells[first + (2 if row == first + 1 else 1)][left : left + half] = (case.name + " *" * (case.name == decision.case)).center(half)
-    cells[row][column] = "●"
-    sides = [("├", "┤") if i == _HALF else ("│", "│") for i in range(len(cells))]
-    drawn = [f"{left}{''.join(line)}{right}" for (left, right), line in zip(sides, cells, strict=True)]
-    top, bottom = (f"{a}{'─' * half}{b}{'─' * half}{c}" for a, b, c in ("┌┬┐", "└┴┘"))
-    below = [f"P(large) {decision.large:.2f} →".rjust(2 * half + 3), "● this data set   * chosen"]
-    return Lines((f"↑ P(similar) {decision.similar:.2f}", top, *drawn, bottom, *below), drawn=True)
-
-
-def _place(share: float, half: int) -> int:
-    """Return the place of a share between two halves of so many places with a border between them; one half counts to the second."""
-    second = share >= 0.5
-    return max(min(int((share - 0.5 * second) * 2 * half), half - 1), 0) + (half + 1) * second
+    return sentence, Table(("epoch", "frozen", "tuned", "difference", "P"), rows, (1, 2, 3, 4), (1, 2, 4)), note
 
 
 # --- the probes -----------------------------------------------------------------------------------------------------------------------
@@ -311,15 +320,15 @@ def _curve(decision: Decision, profile: Profile, width: int) -> tuple[str | Tabl
 def _measured(profile: Profile) -> tuple[str, ...]:
     said = []
     if len(profile.hunger) > 1:
-        points = ", ".join(f"{accuracy:.1%} with {images} images" for images, accuracy in profile.hunger)
-        said.append(f"Learning curve of the head on several taps: {points}; the last doubling brought {profile.slope * 100:+.1f} points.")
+        curve = ", ".join(f"{accuracy:.1%} with {images} images" for images, accuracy in profile.hunger)
+        said.append(f"Learning curve of a head on several taps: {curve}. The last doubling gained {profile.slope * 100:+.1f} points.")
     if profile.head_similarity is not None:
         said.append(
-            f"Head similarity S = {profile.head_similarity:.2f}: share of the labels' entropy that the source's own classes explain."
+            f"Head similarity S = {profile.head_similarity:.2f}: the share of the labels' entropy that the source's own classes explain (0 to 1)."
         )
     if (tangent := profile.tangent) is not None:
         said.append(
-            f"Tangent probe, what gradients say that fine-tuning could read, on {tangent.images} images: {tangent.accuracy:.1%}, where the "
-            f"multi-tap features reach {tangent.frozen:.1%}."
+            f"Empirical NTK: the gradients of {tangent.images} images tell the classes apart with {tangent.accuracy:.1%}, where the features of "
+            f"several taps reach {tangent.frozen:.1%}."
         )
     return tuple(said)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tlpipeline.choice import predictor
 from tlpipeline.choice.cases import CASES, DIFFERENT, LARGE, SIMILAR, SMALL, Case
-from tlpipeline.choice.decision import Look, Race
+from tlpipeline.choice.decision import Look, Turning
 from tlpipeline.choice.predictor import Evidence, GainPredictor, Prediction
 from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.profiling.probes import Matrix
@@ -18,9 +18,10 @@ from tlpipeline.stats import Bits
 
 TEXTBOOK_IMAGES, TEXTBOOK_SIMILARITY = 1000, 0.5
 LOOKS = 3
-SPENT = (1 / 6, 1 / 3, 1 / 2)  # shares of choose.alpha that the looks of a race may spend
+ALPHA_SPENDING = (1 / 6, 1 / 3, 1 / 2)  # shares of choose.alpha that the interim analyses of a race may spend
 LEAST_PER_CLASS = 5
-LEAST_JUDGES, FEW_JUDGES = 2, 20  # of a race that is asked for, and of one because labels are few
+LEAST_JUDGES, WEAK_JUDGES = 2, 20  # of a race that is asked for, and of one because labels are few
+FEW_JUDGES = "few_judges"
 SIGNAL = 0.3  # log odds by which the tangent probe must beat heads that read nothing to count as something read
 
 
@@ -70,18 +71,9 @@ class DecisionPolicy:
         return self.prediction.gain > self.tolerance and has_signal(self.evidence)
 
     @property
-    def chance_of_large(self) -> float:
-        """P(large): fine-tuning wins more than the tolerance."""
-        return 1 - self.prediction.within
-
-    def large_after(self, race: Race | None) -> float:
-        """Return P(large), after the race where there was one."""
-        return race.looks[-1].chance if race is not None and race.looks else self.chance_of_large
-
-    @property
-    def similar(self) -> float:
-        """P(similar): no earlier tap is better by `gain` points."""
-        return self.evidence.similar
+    def different(self) -> bool:
+        """Whether an earlier tap is better than the last by `gain` points, corrected for taking the best of several."""
+        return self.evidence.similar < 0.5 and not weak_labels(self.evidence)
 
     def settled(self, tuned: bool) -> float:
         """Return P(this choice, without a race, is not worse than the best of all arms by more than the tolerance): the prediction's, calibrated.
@@ -107,8 +99,8 @@ class DecisionPolicy:
         weights = np.exp(odds - odds.max())
         return np.asarray(weights / weights.sum())
 
-    def stake(self, gains: Matrix) -> float:
-        """Return what knowing fine-tuning's gain beforehand would be worth, as a share: the expected loss of the better of the two choices.
+    def evpi(self, gains: Matrix) -> float:
+        """Return the expected value of perfect information about fine-tuning's gain, as a share: the expected loss of the better choice.
 
         A choice loses what the gain lies on its wrong side of the tolerance, which is the price at which fine-tuning is worth having.
         """
@@ -116,46 +108,36 @@ class DecisionPolicy:
         return float(min(beyond.clip(min=0).mean(), (-beyond).clip(min=0).mean()))
 
     @property
-    def unclear(self) -> bool:
+    def open(self) -> bool:
         """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway.
 
-        Open: not knowing costs more than the tolerance, and P(fine-tuning wins more than that) lies below the bound, or the data are unlike
+        Open: not knowing costs more than the tolerance, and fine-tuning does not gain more than that almost surely, or the data are unlike
         those of the fit; or nothing was read, or the labels are too few to read anything.
         """
         seen = self.prediction
-        between = self.stake(self.gains) > self.tolerance and 1 - seen.within < self.rule.race_below
-        unlike = bool(seen.outside) and self.stake(self.model.gains(self.evidence, self.frozen, size=True)) > self.tolerance
+        between = self.evpi(self.gains) > self.tolerance and 1 - seen.within < self.rule.race_below
+        unlike = bool(seen.outside) and self.evpi(self.model.gains(self.evidence, self.frozen, size=True)) > self.tolerance
         weak = bool(weak_labels(self.evidence)) or not has_signal(self.evidence)
         return self.rule.effort == "full" or between or unlike or weak
 
     @property
     def no_race(self) -> str:
-        """Why there is no race, "" where there is to be one."""
+        """Why the two are not trained and compared: forced, quick, clear or few_judges; "" where they are to be."""
         if self.rule.case != AUTO:
-            return "the case is forced"
+            return "forced"
         if self.rule.effort == "quick":
-            return "choose.effort is quick"
-        if not self.unclear:
-            return (
-                f"the prediction is clear enough: knowing the better way beforehand would be worth {100 * self.stake(self.gains):.1f} points, at a "
-                f"tolerance of {100 * self.tolerance:g}, where P(fine-tuning wins more than that) is {1 - self.prediction.within:.2f}"
-            )
-        return self.too_few_to_race
+            return "quick"
+        if not self.open:
+            return "clear"
+        return FEW_JUDGES if self.evidence.validation < self.judges_needed else ""
 
     @property
-    def too_few_to_race(self) -> str:
-        """That there are too few images to judge a race, "" if there are enough."""
+    def judges_needed(self) -> int:
+        """How many validation images that select nothing it takes to judge a race."""
         # Who asks for a race gets one, and where the probes are too weak to decide fewer judges than else tell more.
-        asked, weak = self.rule.effort == "full", bool(weak_labels(self.evidence))
-        least = LEAST_JUDGES if asked else min(FEW_JUDGES, self.rule.race_images) if weak else self.rule.race_images
-        if self.evidence.validation >= least:
-            return ""
-        if asked or weak:
-            return f"{self.evidence.validation} validation images are left to judge it, and it takes {least}"
-        return (
-            f"{self.evidence.validation} validation images are left to judge it, and fewer than {self.rule.race_images} "
-            "(choose.race_images) tell less than the prediction, which decides"
-        )
+        if self.rule.effort == "full":
+            return LEAST_JUDGES
+        return min(WEAK_JUDGES, self.rule.race_images) if weak_labels(self.evidence) else self.rule.race_images
 
 
 def weigh(profile: Profile, rule: ChooseParams, model: GainPredictor | None = None) -> DecisionPolicy:
@@ -175,16 +157,9 @@ def has_signal(seen: Evidence) -> bool:
 
 
 def weak_labels(seen: Evidence | Profile) -> tuple[str, ...]:
-    """Say why the labels are too few for the probes, if they are."""
-    weak = []
-    if seen.classes > seen.sampled / 2:
-        weak.append(f"profile too weak: {seen.classes} classes in a sample of {seen.sampled} images")
-    if seen.images / seen.classes < LEAST_PER_CLASS:
-        weak.append(
-            f"profile too weak: {seen.images / seen.classes:.1f} training images per class, fewer than {LEAST_PER_CLASS}; "
-            "label more; where validation images are left to judge, small_similar and large_similar are raced"
-        )
-    return tuple(weak)
+    """Return why the labels are too few for the probes, if they are: many_classes, few_per_class."""
+    weak = {"many_classes": seen.classes > seen.sampled / 2, "few_per_class": seen.images / seen.classes < LEAST_PER_CLASS}
+    return tuple(code for code, true in weak.items() if true)
 
 
 def textbook(seen: Evidence | Profile) -> Case:
@@ -227,10 +202,31 @@ def turning_point(weighed: DecisionPolicy) -> int | None:
     return None
 
 
+def turning(weighed: DecisionPolicy, large: bool) -> Turning:
+    """Return the number of images and the tolerance at which the decision changes sides.
+
+    Without a race alone: after one, the prediction does not say what more images would do.
+    """
+    gain = weighed.prediction.gain
+    tolerance = None if gain <= 0 else frozen_from(weighed) if large else gain
+    return Turning(turning_point(weighed), round(10 ** weighed.model.highest.get("log10 images", 5.0)), tolerance)
+
+
+def frozen_from(weighed: DecisionPolicy) -> float:
+    """Return the tolerance (as a share) above which a frozen head would be chosen: a larger one may take a simpler head, which loses more."""
+    lost = weighed.prediction.gain
+    for _ in range(3):  # there are three heads
+        other = dataclasses.replace(weighed, rule=dataclasses.replace(weighed.rule, tolerance=min(100 * lost + 1e-6, 100.0)))
+        if not other.large:
+            break
+        lost = other.prediction.gain
+    return lost
+
+
 # --- the race's arithmetic --------------------------------------------------------------------------------------------------------------
 
 
-def look(weighed: DecisionPolicy, part: int, epoch: int, epochs: int, frozen: Bits, tuned: Bits) -> Look:
+def interim_analysis(weighed: DecisionPolicy, part: int, epoch: int, epochs: int, frozen: Bits, tuned: Bits) -> Look:
     """Return what a look of the race says: the prediction, corrected by what the judging images say (Bayes).
 
     A short trial lies: what fine-tuning still gains from this look to the end of its schedule was measured together with the prediction.
@@ -261,21 +257,22 @@ def look(weighed: DecisionPolicy, part: int, epoch: int, epochs: int, frozen: Bi
     )
 
 
-def look_epochs(epochs: int) -> list[int]:
+def interim_epochs(epochs: int) -> list[int]:
     """Return the epochs of the planned looks: a third, two thirds, the end of the schedule; fewer where it is shorter than three epochs."""
     return sorted({max(round(epochs * part / LOOKS), 1) for part in range(1, LOOKS + 1)})
 
 
-def verdict(weighed: DecisionPolicy, part: int, last: Look) -> tuple[str, str]:
-    """Return (winner, why) after a look, ("", "") while the race goes on; at the end an undecided race goes to the cheaper arm."""
-    spent = weighed.rule.alpha * SPENT[part]
+def stopping_rule(weighed: DecisionPolicy, part: int, last: Look) -> tuple[str, str]:
+    """Return (winner, why) after an interim analysis, ("", "") while the race goes on (see `decision.Race`).
+
+    At the end an undecided race goes to the cheaper arm, unless the expected gain of fine-tuning exceeds the tolerance.
+    """
+    spent = weighed.rule.alpha * ALPHA_SPENDING[part]
     if last.chance >= 1 - spent:
-        return "tuned", f"fine-tuning is ahead for good (P {last.chance:.2f})"
+        return "tuned", "ahead"
     if last.chance <= spent:
-        return "frozen", f"fine-tuning will not win more than {weighed.tolerance * 100:g} points (P {last.chance:.2f})"
+        return "frozen", "futile"
     if part < LOOKS - 1:
         return "", ""
     expected = float(weighed.posterior(part, last.tuned - last.frozen, last.error) @ weighed.gains)
-    if expected > weighed.tolerance:
-        return "tuned", f"undecided at the end, fine-tuning expected to win {expected * 100:.1f} points"
-    return "frozen", f"undecided at the end (fine-tuning expected to win {expected * 100:.1f} points), so the cheaper one"
+    return "tuned" if expected > weighed.tolerance else "frozen", "expected"

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tlpipeline.choice.decision import OutOfRange
 from tlpipeline.profiling.probes import Matrix
 from tlpipeline.profiling.profile import Profile, SliceTest
 from tlpipeline.stats import paired
@@ -174,7 +175,7 @@ class Prediction:
         gain, low, high: expected tuned minus frozen, with its central 80 % interval.
         frozen_regret, tuned_regret: expected loss of choosing either.
         within: calibrated probability that the frozen head is not worse by more than the tolerance; safe: that fine-tuning is not.
-        outside: what lies outside the data that the model was fitted on, in words.
+        outside: what lies outside the data that the model was fitted on.
     """
 
     frozen: float
@@ -186,7 +187,7 @@ class Prediction:
     tuned_regret: float
     within: float
     safe: float
-    outside: tuple[str, ...]
+    outside: tuple[OutOfRange, ...]
 
 
 @dataclass(frozen=True)
@@ -309,19 +310,22 @@ class GainPredictor:
         """
         return float(_share(self.settled_slant * log_odds(own, DRAWS) + self.settled_offset))
 
-    def outside(self, seen: Evidence, frozen: float) -> tuple[str, ...]:
-        """Say which figures lie outside the rows of the fit, by more than a tenth of their range."""
-        words = []
+    def outside(self, seen: Evidence, frozen: float) -> tuple[OutOfRange, ...]:
+        """Return the figures that lie outside the rows of the fit by more than a tenth of their range; counts as counts, not as logarithms."""
+
+        def plain(name: str, value: float) -> float:
+            return round(10**value if name.startswith("log10 ") else value, 2)
+
         values = ranged(seen, figures(seen, frozen))
-        for name in self._beyond(seen, frozen):
-            plain = name.removeprefix("log10 ")
-            here, least, most = (
-                f"{10**v:,.0f}" if name != plain else f"{v:.2f}" for v in (values[name], self.lowest[name], self.highest[name])
-            )
-            words.append(f"{plain} {here} lies outside the {least} to {most} that the choice was fitted on")
+        out = [
+            OutOfRange(name.removeprefix("log10 "), *(plain(name, v) for v in (values[name], self.lowest[name], self.highest[name])))
+            for name in self._beyond(seen, frozen)
+        ]
         if seen.head_similarity is None and self.data:
-            words.append("without a source head the head similarity is unknown, and the choice was fitted on networks that have one")
-        return tuple(words)
+            out.append(
+                OutOfRange("head similarity", None, self.lowest.get("head similarity", 0.0), self.highest.get("head similarity", 1.0))
+            )
+        return tuple(out)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tlpipeline.choice import decide, policy
+from tlpipeline.choice import decide, policy, reasons
 from tlpipeline.choice.decision import Decision, Look, Race
 from tlpipeline.choice.policy import DecisionPolicy
 from tlpipeline.data import splits
@@ -45,17 +45,17 @@ class InterimAnalysis:
 
     def on_epoch_end(self, epoch: EpochEnd) -> bool:
         """Record a look where one is planned; stop if it decides the race."""
-        state, planned = epoch.state, policy.look_epochs(epoch.epochs)
+        state, planned = epoch.state, policy.interim_epochs(epoch.epochs)
         if state.epoch not in planned:
             return False
         judges = np.array([not splits.in_selection_half(row.md5) for row in epoch.validation])
         frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (self.frozen_correct, epoch.correct))
         part = policy.LOOKS - len(planned) + planned.index(state.epoch)
-        look = policy.look(self.policy, part, state.epoch, epoch.epochs, frozen, tuned)
-        winner, ended = policy.verdict(self.policy, part, look)
+        look = policy.interim_analysis(self.policy, part, state.epoch, epoch.epochs, frozen, tuned)
+        winner, ended = policy.stopping_rule(self.policy, part, look)
         looks = [*state.records.get(RACE, {"looks": []})["looks"], asdict(look)]
         state.records[RACE] = {"looks": looks, "winner": winner, "ended": ended}
-        text = f"look {part + 1}: fine-tuned {look.tuned:.1%}, frozen {look.frozen:.1%}, {ended or 'still open'}"
+        text = f"look {part + 1}: fine-tuned {look.tuned:.1%}, frozen {look.frozen:.1%}, {reasons.ENDED[ended] if ended else 'still open'}"
         epoch.on_progress(state.epoch, epoch.epochs, text, important=True)
         return bool(winner)
 
@@ -97,8 +97,7 @@ def run(
     cost = cost_of(arms["frozen"], images, others) + images + others + state["epoch"] * (3 * images + others)
     winner, ended = record["winner"], record["ended"]
     if not winner:  # what had no time to be raced has none to be trained; and what stops early was not ahead
-        by = BUDGET if any(said.startswith(BUDGET) for said in state["remarks"]) else "early stopping"
-        winner, ended = "frozen", f"{by} ended it undecided"
+        winner, ended = "frozen", "budget" if any(said.startswith(BUDGET) for said in state["remarks"]) else "early_stopping"
     race = Race(looks, winner, ended, float(cost))
     shutil.copytree({"frozen": frozen, "tuned": tuned}[race.winner], kept, dirs_exist_ok=True)
     return decide.decide(profile, weighed, race.winner == "tuned", race)

@@ -1,139 +1,174 @@
-"""The decision in words: the reason with its numbers, what would change it, and what makes the evidence weak."""
+"""The decision in sentences, made from its numbers and those of the profile: why this case, what would change it, and what makes it weak."""
 
-import dataclasses
+from tlpipeline.choice.decision import CutGain, Decision, OutOfRange, TuningGain
+from tlpipeline.profiling.profile import Profile
+from tlpipeline.training.recipe import BUDGET
 
-from tlpipeline.choice.cases import SMALL, Case
-from tlpipeline.choice.decision import Race
-from tlpipeline.choice.policy import DecisionPolicy, has_signal, turning_point, weak_labels
-from tlpipeline.profiling.profile import Profile, SliceTest
+ENDED = {
+    "ahead": "fine-tuning is clearly ahead",
+    "futile": "fine-tuning will hardly gain more than the tolerance",
+    "expected": "the comparison stayed open to the end, so the expected gain decided",
+    "budget": f"{BUDGET} ended it before it was decided, so the cheaper way is taken",
+    "early_stopping": "fine-tuning stopped early before it was decided, so the cheaper way is taken",
+}
+NO_RACE = {
+    "forced": "The case is set by choose.case.",
+    "quick": "choose.effort is quick.",
+    "clear": "The prediction is clear enough: knowing the gain beforehand would be worth {evpi:.1f} points, with a tolerance of {tolerance:g}.",
+    "few_judges": "{validation} validation images are left to judge by, and it takes {judges_needed}.",
+    "other_weights": "train.override.init starts from weights that the prediction does not know.",
+}
+WEAK = {
+    "many_classes": "The profile is weak: {classes} classes in a sample of {sampled} images.",
+    "few_per_class": "The profile is weak: {per_class:.1f} training images for each class, fewer than 5. Label more images.",
+    "unprobed_classes": "The sample of {sampled} images holds {probed} of {classes} classes, which makes the probes look better. Set "
+    "profile.images_max higher.",
+    "no_held_out": "No validation images are left to confirm a cut, so nothing is cut off.",
+    "one_tap": "{backbone} has one tap, so no cut could be looked for. Name more in its class: taps = (...).",
+    "no_source_head": "{backbone} comes without its source head, so the head similarity S is unknown and counts as 0.",
+    "no_signal": "No signal: the best head ({best:.1%}) is not clearly better than the largest class alone ({majority:.1%}). The cheapest case is "
+    "taken unless training both ways shows better. Check the labels.",
+    "few_judges": "The choice is open, but fine-tuning was not tried: {validation} validation images are left to judge by, and it takes "
+    "{judges_needed}.",
+    "slice_unused": "choose.slice is not used, because {case} cuts nothing off.",
+}
 
 
-def reason(
-    profile: Profile, weighed: DecisionPolicy, large: bool, case: Case, test: SliceTest, head: str, sliced: str | None, race: Race | None
-) -> str:
-    """Return the decision in one sentence with its numbers, without its full stop.
+def summary(decision: Decision, profile: Profile) -> str:
+    """Return why this case: what fine-tuning and what cutting are expected to gain, and what follows from it."""
+    tuning, so_tuned = tuning_sentence(decision, profile)
+    cutting, so_cut = cutting_sentence(decision, profile)
+    if decision.forced:
+        return f"{decision.case} is set by {' and '.join(decision.forced)}. {tuning}. {cutting}."
+    return f"{tuning}, so {so_tuned}. {cutting}, so {so_cut}."
 
-    Args:
-        large: what the evidence says; a forced case may be one for data of the other size.
-    """
-    seen = weighed.prediction
-    frozen = profile.head(weighed.head)
-    chance = weighed.large_after(race)
-    size = (
-        f"a head on frozen features reaches {frozen.accuracy:.1%} ({' + '.join(frozen.taps)}), fine-tuning is expected to win "
-        f"{seen.gain * 100:+.1f} points ({seen.low * 100:+.1f} to {seen.high * 100:+.1f}), "
-        f"{'' if has_signal(weighed.evidence) else 'as it would be for noise, '}so {profile.images} images of {profile.classes} "
-        f"classes are {'large' if large else 'small'} for a network of {_count(profile.parameters)} parameters "
-        f"(P(large) {chance:.2f})"
-    )
-    earlier = test.best_earlier
-    likeness = (
-        "it has one tap only"
-        if earlier is None
-        else (
-            f"the best earlier tap {earlier} {'gains' if test.gain >= 0 else 'loses'} {abs(test.gain) * 100:.1f} points against the last, "
-            f"{profile.taps[-1].name}, so the data are {'similar to' if weighed.similar >= 0.5 else 'different from'} what the network knows "
-            f"(P(similar) {weighed.similar:.2f})"
+
+def tuning_sentence(decision: Decision, profile: Profile) -> tuple[str, str]:
+    """Return what fine-tuning is expected to gain, beside the tolerance, and what follows, both without a full stop."""
+    tuning, border = decision.tuning, f"the tolerance of {100 * decision.tuning.border:g}"
+    follows = "the whole network is trained" if tuning.exceeds else "the network stays frozen"
+    predicted = f"{points(tuning.gain)} ({span(tuning.low, tuning.high)})"
+    if tuning.why == "race" and decision.race is not None:
+        race, looks = decision.race, decision.race.looks
+        seen = f": {100 * (looks[-1].tuned - looks[-1].frozen):+.1f} points on {looks[-1].images} validation images" if looks else ""
+        return f"Fine-tuning and the frozen head were both trained{seen}; {ENDED[race.ended]}", follows
+    if tuning.why == "no_signal":
+        return "No head recognizes the labels better than chance, so a predicted gain of fine-tuning does not count", follows
+    if tuning.gain <= 0 and not tuning.exceeds:
+        return f"Fine-tuning is expected to gain nothing ({span(tuning.low, tuning.high)} points)", follows
+    return f"Fine-tuning is expected to gain {predicted}, {_beside(tuning)} {border}", follows
+
+
+def cutting_sentence(decision: Decision, profile: Profile) -> tuple[str, str]:
+    """Return what cutting is expected to gain, and what follows, both without a full stop."""
+    cutting, last = decision.cutting, profile.taps[-1].name
+    if cutting.exceeds:
+        follows = (
+            "the data are unlike the source and the recipe is the stronger one"
+            if decision.tuning.exceeds
+            else f"the layers behind {cutting.tap} are cut off"
         )
-    )
-    raced = "" if race is None else f"; raced over {len(race.looks)} look{'s' * (len(race.looks) != 1)}: {race.ended}"
-    several = f" that reads {len(profile.multi.taps)} taps" if head == "multi" else ""
-    done = {
-        ("end", "kept"): f"everything is frozen and a new head{several} is trained",
-        ("slice", "kept"): f"the layers behind {sliced} are cut off, the rest is frozen and a new head is trained",
-        ("end", "nothing"): "a new head is trained and then the whole network is fine-tuned",
-    }[case.keep, case.freeze]
-    return f"{case.name}: {size}; {likeness}{raced}; {done}"
+    else:
+        follows = "the data are like the source and the recipe is the gentle one" if decision.tuning.exceeds else "all layers stay"
+    if cutting.why == "one_tap":
+        return "The network has one tap, where nothing can be cut off", follows
+    if cutting.why == "weak_labels":
+        return "There are too few labels to say what a cut would gain", follows
+    beats = f"The best earlier layer, {cutting.earlier}, reads the labels {points(abs(cutting.gain))} {'worse' if cutting.gain < 0 else 'better'}"
+    beats += f" than the last, {last}"
+    border = f"the {100 * cutting.border:g} point{'s' * (cutting.border != 0.01)} required"
+    why = {
+        "confirmed": f"Cutting behind {cutting.tap} gains {points(cutting.gain)} against the last layer, {last}, {_beside(cutting)} {border}",
+        "corrected": f"{beats} ({100 * cutting.corrected:.1f} corrected for taking the best of {len(profile.taps) - 1}), {_beside(cutting)} {border}",
+        "not_significant": beats + ("" if cutting.gain <= 0 else f", which may be chance (p = {cutting.significance:.2f})"),
+        "below_border": f"{beats}, {_beside(cutting)} {border}",
+        "not_confirmed": f"{beats}, but other images do not confirm it",
+        "several_taps": f"{beats}, but a head on {' + '.join(profile.multi.taps)} makes up for it without a cut",
+    }
+    return why[cutting.why], follows
 
 
-def changes(profile: Profile, weighed: DecisionPolicy, case: Case, test: SliceTest, large: bool, race: Race | None) -> tuple[str, ...]:
-    """Say what would change the decision: more images, another tolerance, another answer of the slice test."""
-    rule, seen = weighed.rule, weighed.prediction
-    said = []
+def _beside(axis: TuningGain | CutGain) -> str:
+    """Say on which side of its border a gain lies; where both look the same in print, without a contradiction."""
+    same = f"{100 * axis.counted:.1f}" == f"{100 * axis.border:.1f}"
+    return ("just above" if same else "more than") if axis.exceeds else ("not above" if same else "less than")
+
+
+def race_sentence(decision: Decision, profile: Profile) -> str:
+    """Return who won when both ways were trained, or why they were not."""
+    race = decision.race
     if race is None:
-        turn = turning_point(weighed)
-        most = 10 ** weighed.model.highest.get("log10 images", 5.0)
-        if not large and turn is not None:
+        if decision.race_wanted:
+            return "Not yet: the choice is open, and `tlpipeline run` or `dvc repro choose` trains both ways."
+        figures = {"evpi": 100 * decision.evpi, "tolerance": 100 * decision.tuning.border}
+        words = NO_RACE[decision.no_race].format(**figures, validation=profile.validation, judges_needed=decision.judges_needed)
+        return f"No. {words}"
+    whole = next(arm.cost for arm in decision.arms if arm.name == "tuned")
+    winner = "Fine-tuning" if race.winner == "tuned" else "The frozen head"
+    return (
+        f"Yes. {winner} won: {ENDED[race.ended]}. It cost {race.cost:,.0f} forward passes of one image, {race.cost / whole:.0%} of a fine-tuning "
+        "run. Training continues from the winner's checkpoint."
+    )
+
+
+def changes(decision: Decision, profile: Profile) -> tuple[str, ...]:
+    """Return what would change the decision: more images, another tolerance, or no cut."""
+    said, turning, large = [], decision.turning, decision.tuning.exceeds
+    if turning is not None and not decision.forced:
+        more = turning.images
+        if more is not None and large:
+            said.append(f"With fewer than about {_rounded(more):,} training images a frozen head would do.")
+        elif more is not None:
             said.append(
-                f"With about {_round(turn - profile.images):,} more images fine-tuning would win, if the learning curve goes on as it did."
+                f"With about {_rounded(more - profile.images):,} more images fine-tuning would pay, if the learning curve continues as it is."
             )
-        elif not large and profile.images < most:
-            said.append(f"Up to the {most:,.0f} images that the choice was fitted on, more of them alone would not make fine-tuning win.")
-        elif large and turn is not None:
-            said.append(f"With fewer than about {_round(turn):,} images a frozen head would do.")
-    # The tolerance is what the user trades: it says directly what the other choice costs.
-    if race is None and large and seen.gain > 0:
-        lost = _price(weighed)
+        elif not large and profile.images < turning.fitted:
+            said.append(
+                f"More images alone would not make fine-tuning pay, up to the {turning.fitted:,} that the prediction was fitted on."
+            )
+        if turning.tolerance is not None and large:
+            lost = 100 * turning.tolerance
+            said.append(f"With choose.tolerance above {lost:.1f} a frozen head would be chosen; it is expected to lose {lost:.1f} points.")
+        elif turning.tolerance is not None and decision.tuning.why == "prediction":
+            at = 100 * turning.tolerance
+            said.append(f"With choose.tolerance below {at:{'.1f' if at >= 0.1 else '.1g'}} the whole network would be fine-tuned.")
+    if decision.head == "cut" and profile.cut is not None and profile.cut.taps[0] == decision.slice:
         said.append(
-            f"With choose.tolerance above {lost * 100:.1f} points a frozen head would be chosen; it is expected to lose "
-            f"{lost * 100:.1f} points."
+            f"Without the cut a frozen head is expected to reach {profile.last.accuracy:.1%} instead of {profile.cut.accuracy:.1%}."
         )
-    elif race is None and not large and seen.gain > 0:
-        turn_at = seen.gain * 100
-        said.append(f"With choose.tolerance below {turn_at:{'.1f' if turn_at >= 0.1 else '.1g'}} points fine-tuning would be chosen.")
-    if case.size == SMALL and weighed.head == "cut":
-        said.append(
-            f"Without the slice at {test.tap} the head would be expected at {profile.last.accuracy:.1%} instead of {weighed.evidence.cut:.1%}."
-        )
-    elif case.size == SMALL and test.tap is not None:
-        said.append(
-            f"Slicing {test.why_not(rule.alpha, rule.gain / 100)}."
-            if not weighed.slices
-            else f"Slicing at {test.tap} is beaten by the head on several taps."
-        )
-    elif case.size != SMALL and not weighed.slices and weighed.evidence.cut > weighed.frozen and not weak_labels(profile):
-        # Its probe is the best of several on the same images, and in the table it may reach what fine-tuning is expected to.
-        said.append(f"The cut does not count: slicing {test.why_not(rule.alpha, rule.gain / 100)}.")
     return tuple(said)
 
 
-def _price(weighed: DecisionPolicy) -> float:
-    """Return the tolerance (as a share) above which a frozen head would be chosen: a larger one may take a simpler head, which loses more."""
-    lost = weighed.prediction.gain
-    for _ in range(3):  # there are three heads
-        other = dataclasses.replace(weighed, rule=dataclasses.replace(weighed.rule, tolerance=100 * lost + 1e-6))
-        if not other.large:
-            break
-        lost = other.prediction.gain
-    return lost
+def warnings(decision: Decision, profile: Profile) -> tuple[str, ...]:
+    """Return what makes the evidence weak, a sentence each."""
+    figures = {
+        "backbone": profile.backbone, "classes": profile.classes, "sampled": profile.sampled, "per_class": profile.images / profile.classes,
+        "probed": profile.probed, "best": max(head.accuracy for head in profile.heads), "majority": profile.majority,
+        "validation": profile.validation, "judges_needed": decision.judges_needed, "case": decision.case,
+    }  # fmt: skip
+    return (*(WEAK[code].format(**figures) for code in decision.weak), *(_out_of_range(figure) for figure in decision.outside))
 
 
-def _round(count: float) -> int:
+def _out_of_range(figure: OutOfRange) -> str:
+    if figure.value is None:
+        return "Out of range: the prediction was fitted on networks with a source head, which this one has not."
+    digits = ".2f" if figure.name == "head similarity" else ",.0f"
+    here, low, high = (f"{value:{digits}}" for value in (figure.value, figure.low, figure.high))
+    return f"Out of range: {figure.name} {here}; the prediction was fitted on {low} to {high}."
+
+
+def points(share: float) -> str:
+    """Return a share as percentage points."""
+    return f"{100 * share:.1f} points"
+
+
+def span(low: float, high: float) -> str:
+    """Return an interval of shares in points."""
+    sign = "+" if low < 0 else ""
+    return f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
+
+
+def _rounded(count: float) -> int:
     """Round to two digits: nothing more is known."""
     scale = 10 ** max(len(str(int(count))) - 2, 0)
     return int(max(round(count / scale), 1) * scale)
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e6:.2f} M"
-
-
-def weaknesses(profile: Profile) -> tuple[str, ...]:
-    """Say what makes the profile weak evidence."""
-    weak = list(weak_labels(profile))
-    if profile.probed < profile.classes:
-        weak.append(
-            f"{profile.probed} of {profile.classes} classes are in the sample of {profile.sampled} images, so the probes read easier than all "
-            "classes together; set profile.images_max higher"
-        )
-    if profile.cut is not None and not profile.held_out:
-        weak.append("no validation images are left to confirm a slice, so nothing is cut off")
-    if len(profile.taps) == 1:
-        weak.append(f"{profile.backbone} has one tap only, so no slice could be looked for; say more in its class: taps = (...)")
-    if profile.head_similarity is None:
-        weak.append(f"{profile.backbone} comes without a source head, so the head similarity S is unknown and counts as 0")
-    return tuple(weak)
-
-
-def doubts(weighed: DecisionPolicy) -> tuple[str, ...]:
-    """Say that nothing was read, what makes the prediction weak, and that it could not be raced."""
-    doubts, seen = [], weighed.evidence
-    if not has_signal(seen):
-        doubts.append(
-            f"no signal: the best head ({max(seen.last, seen.cut, seen.multi):.1%}) is not clearly better than the majority class "
-            f"({seen.majority:.1%}), so the cheapest case is taken unless a race shows better; check the labels"
-        )
-    doubts += [f"out of range: {text}" for text in weighed.prediction.outside]
-    if weighed.no_race and weighed.no_race == weighed.too_few_to_race:
-        doubts.append(f"no race: {weighed.no_race}")
-    return tuple(doubts)

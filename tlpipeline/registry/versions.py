@@ -16,6 +16,7 @@ from pathlib import Path
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import RegistryError, WorkspaceError, nearest
+from tlpipeline.evaluation.gate import Verdict
 from tlpipeline.files import unlink, write_json
 from tlpipeline.versioning import dvc, git, lock
 
@@ -37,6 +38,25 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.name}@v{'.'.join(map(str, self.number))}"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """The result of registration.
+
+    Attributes:
+        version: of the model, new or registered earlier; "" if it is not registered.
+        new: whether this run registered it.
+        promoted: tag of its promotion, "" if there is none.
+        verdict: of the gate, None if the model was registered earlier.
+        reason: one sentence for people.
+    """
+
+    version: str
+    new: bool
+    promoted: str
+    verdict: Verdict | None
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The report page and the model card: values in, text out. The page is one file with nothing outside it."""
+"""The report page: values in, HTML out. It is one file with nothing outside it."""
 
 import base64
 import csv
@@ -11,11 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from tlpipeline.choice import explain
+from tlpipeline.choice import explain, reasons
 from tlpipeline.choice.cases import CASES, LARGE, SIMILAR
+from tlpipeline.choice.decision import Decision
 from tlpipeline.data.dataset import Manifest
 from tlpipeline.data.splits import SPLIT_NAMES, TRAIN
 from tlpipeline.profiling.profile import Profile
+from tlpipeline.registry.versions import Registration
 
 TEMPLATE = Path(__file__).with_name("template")
 THUMBNAIL = 96
@@ -44,8 +46,8 @@ def thumbnail(image: Image.Image) -> str:
 def page(
     *,
     name: str,
-    registration: Any,
-    case: Any,
+    registration: Registration,
+    case: Decision,
     read: Sequence[str],
     profile: Profile,
     metrics: Mapping[str, Any],
@@ -71,6 +73,9 @@ def page(
             verdict=registration.verdict,
             case=case,
             told={section.key: section for section in explain.sections(case, profile)},
+            why=reasons.summary(case, profile),
+            action=explain.action(case, profile),
+            warnings=reasons.warnings(case, profile),
             profile=profile,
             plane=_plane(case),
             curve=_curve(profile, case.slice, read),
@@ -106,20 +111,26 @@ def pace(training: Mapping[str, float]) -> str:
     return f"Training took {training['images_per_second']:.0f} images a second; its first worker waited for data {waited:.0%} of the time."
 
 
-def _plane(case: Any) -> dict[str, Any]:
-    """Return the plane of size and similarity in the coordinates of a 300 x 300 picture: its quadrants, and where this data set lies."""
-    side, left, top = 130, 22, 8
+def _plane(decision: Decision) -> dict[str, Any]:
+    """Return the two gains as a picture of 330 x 306: a quadrant for each case, borders with their values, and where this data set lies."""
+    side, left, top = 130, 40, 8
+    x, y = explain.scale(decision.tuning), explain.scale(decision.cutting)
+
+    def across(points: float) -> float:
+        return round(left + 2 * side * x.place(points), 1)
+
+    tuning = decision.tuning
     return {
         "quadrants": [
-            {"name": c.name, "x": left + side * (c.size == LARGE), "y": top + side * (c.likeness != SIMILAR), "chosen": c.name == case.case}
+            {"name": c.name, "x": left + side * (c.size == LARGE), "y": top + side * (c.likeness == SIMILAR), "chosen": c.name == decision.case}
             for c in CASES
         ],
-        "side": side,
-        "left": left,
-        "bottom": top + 2 * side,
-        "x": round(left + 2 * side * case.large, 1),
-        "y": round(top + 2 * side * (1 - case.similar), 1),
-    }
+        "side": side, "left": left, "bottom": top + 2 * side,
+        "x": across(x.value), "y": round(top + 2 * side * (1 - y.place(y.value)), 1),
+        "whisker": (across(100 * tuning.low), across(100 * tuning.high)) if tuning.why == "prediction" else None,
+        "x_ticks": [(across(value), f"{value:+.1f}") for value in (x.low, x.border, x.high)],
+        "y_ticks": [(round(top + 2 * side * (1 - y.place(value)) + 4, 1), f"{value:+.1f}") for value in (y.low, y.border, y.high)],
+    }  # fmt: skip
 
 
 def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, Any]:
@@ -148,24 +159,18 @@ def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def card(version: str, facts: Mapping[str, Any]) -> str:
-    """Return the model card as markdown: what it is, how good it is, and all that is needed to rebuild it."""
-    text: str = _environment().get_template("card.md").render(version=version, **facts)
-    return text
-
-
 def _environment() -> Any:
     import jinja2
     from markupsafe import Markup, escape
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE),
-        autoescape=lambda name: bool(name and name.endswith(".html")),
+        autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["code"] = lambda words: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(words))))
-    environment.filters["cell"] = explain.cell
+    environment.filters["capitalize_first"] = lambda words: words[:1].upper() + words[1:]
     environment.filters["percent"] = lambda value, digits=1: f"{value * 100:.{digits}f} %"
     return environment

@@ -25,7 +25,7 @@ TRACKED = (
     "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.QUARANTINE, layout.PROFILE, layout.CASE, layout.METRICS, layout.CLASSES,
     versions.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
-PLOTS = ("plane.json", "probe.json", "cases.json")  # templates with which `dvc plots show` draws the decision
+PLOTS = ("plane.json", "probe.json")  # templates with which `dvc plots show` draws the decision
 
 
 # --- creating -------------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tlpipeline.evaluation import gate
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import versions
+from tlpipeline.registry.versions import Registration
 from tlpipeline.versioning import dvc, git, lock
 from tlpipeline.workspace import layout, stages
 from tlpipeline.workspace.create import TRACKED
@@ -31,25 +32,6 @@ REPORT = "report.html"
 
 
 # --- gate and registry ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Registration:
-    """The result of registration.
-
-    Attributes:
-        version: of the model, new or registered earlier; "" if it is not registered.
-        new: whether this run registered it.
-        promoted: tag of its promotion, "" if there is none.
-        verdict: of the gate, None if the model was registered earlier.
-        reason: one sentence for people.
-    """
-
-    version: str
-    new: bool
-    promoted: str
-    verdict: gate.Verdict | None
-    reason: str
 
 
 def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
@@ -105,9 +87,9 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
         return Registration("", False, "", verdict, verdict.reason)
     number = versions.next_number(root, name, list(metrics["classes"]), case.case)
     version = versions.Version(number, name, "")
-    from tlpipeline.report import page as report
+    from tlpipeline.registry.card import card
 
-    (root / versions.CARD).write_text(report.card(str(version), card_facts(root, verdict)), encoding="utf-8")
+    (root / versions.CARD).write_text(card(str(version), card_facts(root, verdict)), encoding="utf-8")
     message = f"{version}: {case.case}, accuracy {metrics['accuracy']:.4f}"
     version, promoted = versions.publish(root, name, number, message, tracked, versions.PROD if params.gate.promote == "auto" else "")
     return Registration(str(version), True, promoted, verdict, verdict.reason)
@@ -115,10 +97,13 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
 
 def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
     """Return the content of the model card: everything needed to rebuild the model, and its metrics."""
-    params = layout.params_of(root)
+    from tlpipeline.choice import reasons
+
+    params, (case, profile) = layout.params_of(root), load_decision(root)
     return {
         "name": params.data.name,
-        "case": layout.read_case(root),
+        "case": case,
+        "why": reasons.summary(case, profile),
         "read": layout.head_taps(root),
         "bounded": training_limits(root),
         "metrics": layout.read_metrics(root),
@@ -149,8 +134,8 @@ def training_limits(root: Path) -> tuple[str, ...]:
     from tlpipeline.training.recipe import BUDGET
 
     remarks = tuple(layout.read_json(root, f"{layout.MODEL}/model.json").get("remarks", ()))
-    raced = (layout.read_json(root, layout.CASE).get("race") or {}).get("ended", "")
-    return remarks + ((f"the race: {raced}",) if raced.startswith(BUDGET) else ())
+    ended = (layout.read_json(root, layout.CASE).get("race") or {}).get("ended", "")
+    return remarks + ((f"{BUDGET} ended the comparison of both ways to train",) if ended == "budget" else ())
 
 
 # --- report ---------------------------------------------------------------------------------------------------------------------------
@@ -162,7 +147,7 @@ def write_report(root: Path, registration: Registration) -> Path:
     from tlpipeline.evaluation import metrics as evaluate
     from tlpipeline.report import page as report
 
-    params = layout.params_of(root)
+    params, (case, profile) = layout.params_of(root), load_decision(root)
     manifest = dataset.read_manifest(root / layout.MANIFEST, root / layout.QUARANTINE)
     predictions = evaluate.read_predictions(root / layout.PREDICTIONS)
     rows = {row.md5: row for row in manifest.used(splits.TEST)}
@@ -179,9 +164,9 @@ def write_report(root: Path, registration: Registration) -> Path:
     page = report.page(
         name=params.data.name,
         registration=registration,
-        case=layout.with_recipe(layout.read_case(root), params),
+        case=case,
         read=layout.head_taps(root),
-        profile=layout.read_profile(root),
+        profile=profile,
         metrics=layout.read_metrics(root),
         matrix=evaluate.confusion(predictions).tolist(),
         manifest=manifest,
@@ -273,11 +258,12 @@ def distribution_shift(root: Path) -> tuple[str, ...]:
 
 def summary(root: Path, registration: Registration, report: Path) -> Summary:
     """Return the summary of a run."""
+    from tlpipeline.choice import reasons
     from tlpipeline.data import dataset
 
     manifest = dataset.read_manifest(root / layout.MANIFEST, root / layout.QUARANTINE)
     metrics = layout.read_metrics(root)
-    case = layout.read_case(root)
+    case, profile = load_decision(root)
     verdict = registration.verdict
     against = ""
     if verdict is not None:
@@ -290,7 +276,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         rejected=len(manifest.rejected),
         remarks=manifest.remarks + distribution_shift(root) + training_limits(root),
         case=case.case,
-        reason=case.reason,
+        reason=reasons.summary(case, profile),
         accuracy=metrics["accuracy"],
         low=metrics["accuracy_low"],
         high=metrics["accuracy_high"],

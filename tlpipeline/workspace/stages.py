@@ -27,9 +27,9 @@ from tlpipeline.workspace import settings
 from tlpipeline.workspace.layout import (
     CACHE,
     CASE,
-    CASES,
     CLASSES,
     CONFUSION,
+    FORMER_PLOT,
     GIGABYTE,
     HISTORY,
     MANIFEST,
@@ -109,16 +109,15 @@ def profile(root: Path, progress: Progress) -> None:
 
 def choose(root: Path, progress: Progress) -> None:
     """Decide the case: case.json and its plots, and in race/ the checkpoints of a race, which the train stage reuses."""
-    from tlpipeline.choice import decide, explain, policy, race
+    from tlpipeline.choice import decide, explain, policy, race, reasons
 
     params = params_of(root)
     measured = read_profile(root)
     decision = decide.choose(measured, params.choose)
     if decision.race_wanted and "init" in params.train.override:
-        decision = dataclasses.replace(
-            decision, race_wanted=False, no_race="train.override.init starts from other weights than the prediction knows"
-        )
-    with atomic_outputs(root, CASE, RACE, PLANE, PROBE, CASES) as (path, race_folder, *plots):
+        decision = dataclasses.replace(decision, race_wanted=False, no_race="other_weights")
+    former = (FORMER_PLOT,) * (FORMER_PLOT in (root / "dvc.yaml").read_text(encoding="utf-8"))
+    with atomic_outputs(root, CASE, RACE, PLANE, PROBE, *former) as (path, race_folder, *plots):
         race_folder.mkdir()
         if decision.race_wanted:
             runs = (root / RUNS).resolve()
@@ -131,12 +130,13 @@ def choose(root: Path, progress: Progress) -> None:
                 decision = race.run(
                     measured, policy.weigh(measured, params.choose), start, params.cluster, name, runs, race_folder, progress
                 )
-        progress(Event("choose", 1, 1, decision.reason))
+        progress(Event("choose", 1, 1, f"{decision.case}: {reasons.summary(decision, measured)}"))
         path.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
         # DVC's plots sort taps by name, so numbers come first.
         probe = explain.probe_rows(measured, with_recipe(decision, params))
         taps = [{"layer": f"{i:02d} {row['tap']}"} | row for i, row in enumerate(probe, 1)]
-        for plot, rows in zip(plots, (explain.plane_rows(decision), taps, explain.case_rows(decision)), strict=True):
+        plane = explain.plane_rows(decision)
+        for plot, rows in zip(plots, (plane, taps, plane), strict=False):
             _write_csv(plot, list(rows[0]), [list(row.values()) for row in rows])
 
 
