@@ -285,7 +285,7 @@ def test_beyond_the_points_of_the_fit_the_line_ends_and_less_is_known() -> None:
     assert found.shift(beyond, 0.8) == pytest.approx(found.shift(at, 0.8), abs=1e-6)
     assert found.unexplained(inside, 0.8) == found.unexplained(at, 0.8) == found.deviation
     assert found.deviation < found.unexplained(beyond, 0.8) <= found.unexplained(far, 0.8)
-    assert any(words.startswith("head similarity") for words in found.outside(beyond, 0.8))
+    assert "head similarity" in [figure.name for figure in found.outside(beyond, 0.8)]
     assert not found.outside(inside, 0.8)
     # Doubt takes no side: the same gain is expected as at the edge, in a wider interval.
     edge_of, further = found.predict(at, 0.8, 0.005), found.predict(far, 0.8, 0.005)
@@ -298,7 +298,7 @@ def test_the_size_of_the_network_has_a_range_and_no_part_in_the_prediction() -> 
     found = fit(observed(lambda seen, frozen: 0.5 * (math.log10(seen.parameters) - 6)), penalty=0.01, tolerance=0.005)
     small, large, huge = (replace(SEEN, parameters=n) for n in (400_000, 20_000_000, 2_000_000_000))
     assert found.shift(small, 0.8) == found.shift(large, 0.8)
-    assert any(words.startswith("parameters") for words in found.outside(huge, 0.8))
+    assert "parameters" in [figure.name for figure in found.outside(huge, 0.8)]
     assert found.unexplained(huge, 0.8) > found.unexplained(large, 0.8) == found.deviation
 
 

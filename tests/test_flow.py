@@ -21,7 +21,8 @@ import pytest
 
 from tests.helpers.workspaces import dvc_status, set_param
 from tlpipeline.api import Workspace
-from tlpipeline.choice import decide
+from tlpipeline.choice import decide, reasons
+from tlpipeline.choice.cases import CASES
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.errors import DataError, WorkspaceError
 from tlpipeline.profiling.profile import Profile
@@ -153,9 +154,7 @@ def test_decision_and_evaluation_are_artifacts_and_the_stages_show_their_progres
         "evaluation": "markdown",
         **dict.fromkeys(BARS, "progress"),
     }
-    case = layout.read_case(first.workspace)
-    assert case.reason in found["decision"].data
-    assert all(f"| {name} |" in found["decision"].data for name in case.probabilities)
+    assert reasons.summary(*release.load_decision(first.workspace)) in found["decision"].data
     accuracy = layout.read_json(first.workspace, layout.METRICS)["accuracy"]
     assert f"accuracy {accuracy:.1%}" in found["evaluation"].data
     assert all(label in found["evaluation"].data for label in ("class0", "class1", "class2"))
@@ -212,7 +211,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_dvc_shows_the_plane_the_probes_with_the_cut_and_the_probabilities(first: Run, tmp_path: Path) -> None:
+def test_dvc_shows_the_two_gains_and_the_probes_with_the_cut(first: Run, tmp_path: Path) -> None:
     workspace = copy(first.workspace, tmp_path / "workspace")
     set_param(workspace, "choose.slice", "conv2")
     assert stages.bring_up_to_date(workspace, "choose", silent)
@@ -220,16 +219,15 @@ def test_dvc_shows_the_plane_the_probes_with_the_cut_and_the_probabilities(first
     assert (case.case, case.slice) == ("small_different", "conv2")
 
     (point,) = [r for r in rows(workspace / layout.PLANE) if r["what"] == "data set"]
-    assert (float(point["large"]), float(point["similar"])) == (case.large, case.similar)
+    assert float(point["tuning"]) == pytest.approx(100 * case.tuning.counted, abs=0.2)
     assert [r["name"] for r in rows(workspace / layout.PLANE) if r["what"] == "chosen case"] == ["small_different"]
     uses = {r["layer"]: r["use"] for r in rows(workspace / layout.PROBE)}
     assert uses == {"01 conv1": "read", "02 conv2": "read", "03 conv3": "cut off", "04 fc1": "cut off", "05 fc2": "cut off"}
-    assert {r["case"]: float(r["probability"]) for r in rows(workspace / layout.CASES)} == case.probabilities
 
     page = Path(dvc(workspace, "plots", "show", "--out", str(tmp_path / "plots")).splitlines()[-1].removeprefix("file://"))
     shown = page.read_text(encoding="utf-8")
     assert "<DVC_METRIC" not in shown
-    for words in ("this data set", "cut off", *uses, *case.probabilities, "The plane of size and similarity", "How sure the case is"):
+    for words in ("this data set", "cut off", *uses, *(c.name for c in CASES), "What fine-tuning and cutting are expected to gain"):
         assert words in shown, words
     dvc(workspace, "plots", "show")
     assert git(workspace, "status", "--porcelain", "--untracked-files=all", "--", "dvc_plots", ".dvc") == ""
@@ -330,9 +328,9 @@ def test_a_race_is_seen_while_it_runs_and_in_the_decision(workspace: Path) -> No
     assert 1 <= len(json.loads((workspace / layout.CASE).read_text())["race"]["looks"]) <= 3
     found = artifacts(run)
     assert (found["race"].type, float(found["race"].data)) == ("progress", 100)
-    assert found["race"].description == case.reason
+    assert found["race"].description == f"{case.case}: {reasons.summary(*release.load_decision(workspace))}"
     words = found["decision"].data
-    assert f"Won by {'fine-tuning' if case.race.winner == 'tuned' else 'the frozen head'}: {case.race.ended}." in words
+    assert f"{'Fine-tuning' if case.race.winner == 'tuned' else 'The frozen head'} won: {reasons.ENDED[case.race.ended]}." in words
     for look in case.race.looks:
         assert f"| {look.epoch} of {look.epochs} | {look.frozen:.1%} | {look.tuned:.1%} |" in words
 
@@ -346,9 +344,7 @@ def test_whoever_starts_from_other_weights_is_told_why_there_is_no_race(first: R
     assert stages.bring_up_to_date(workspace, "choose", silent)
     case = layout.read_case(workspace)
     assert (case.race, case.race_wanted) == (None, False)
-    assert "There was none: train.override.init starts from other weights than the prediction knows." in release.decision_markdown(
-        workspace
-    )
+    assert "No. train.override.init starts from weights that the prediction does not know." in release.decision_markdown(workspace)
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------------------------
@@ -495,7 +491,7 @@ def test_the_report_holds_verdict_case_reason_matrix_classes_and_seconds(first: 
     for run in (first, rejected):
         page = _Page(Path(run.result.report))
         case = layout.read_case(run.workspace)
-        for part in (case.case, case.reason, run.result.outcome, "Confusion matrix", "Seconds"):
+        for part in (case.case, reasons.summary(*release.load_decision(run.workspace)), run.result.outcome, "Confusion matrix", "Seconds"):
             assert " ".join(unescape(part).split()) in page.text, part
         assert all(label in page.text for label in ("class0", "class1", "class2"))
         rows = re.search(r"Seconds</h2>(.*?)</section>", Path(run.result.report).read_text(encoding="utf-8"), re.DOTALL)

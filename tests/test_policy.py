@@ -8,9 +8,9 @@ import pytest
 
 from tests.helpers.decisions import MODEL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from tests.helpers.evidence import model, planted
-from tlpipeline.choice import policy
+from tlpipeline.choice import policy, reasons
 from tlpipeline.choice.decision import Look
-from tlpipeline.choice.policy import SPENT, DecisionPolicy, look, look_epochs, turning_point, verdict, weigh
+from tlpipeline.choice.policy import ALPHA_SPENDING, DecisionPolicy, interim_analysis, interim_epochs, stopping_rule, turning_point, weigh
 
 
 @pytest.mark.parametrize("accuracies", [SIMILAR_SMALL, SIMILAR_LARGE])
@@ -27,9 +27,10 @@ def test_at_the_turning_point_the_choice_turns(accuracies: list[float]) -> None:
 def test_where_images_do_not_count_no_number_of_them_turns_the_choice() -> None:
     for intercept in (-1.0, 1.0):
         assert turning_point(weigh(planted([0.5, 0.6, 0.8]), RULE, model(intercept=intercept))) is None
+    profile = planted([0.5, 0.6, 0.8])
     assert any(
-        "more of them alone would not make fine-tuning win" in c
-        for c in decide(planted([0.5, 0.6, 0.8]), model=model(intercept=-1.0)).changes
+        "More images alone would not make fine-tuning pay" in words
+        for words in reasons.changes(decide(profile, model=model(intercept=-1.0)), profile)
     )
 
 
@@ -37,9 +38,9 @@ def test_where_images_do_not_count_no_number_of_them_turns_the_choice() -> None:
 def test_what_a_race_sees_overrules_a_prediction_however_sure_it_was(intercept: float) -> None:
     """Thirty points ahead on 400 judging images is no accident."""
     sure = replace(RACED, model=replace(model(intercept=intercept, deviation=0.25), lag=LAG))
-    ahead, behind = look(sure, 2, 9, 9, *judged(10, 130)), look(sure, 2, 9, 9, *judged(130, 10))
-    assert verdict(sure, 2, ahead)[0] == "tuned"
-    assert verdict(sure, 2, behind)[0] == "frozen"
+    ahead, behind = interim_analysis(sure, 2, 9, 9, *judged(10, 130)), interim_analysis(sure, 2, 9, 9, *judged(130, 10))
+    assert stopping_rule(sure, 2, ahead)[0] == "tuned"
+    assert stopping_rule(sure, 2, behind)[0] == "frozen"
 
 
 def test_a_frozen_head_that_still_learns_goes_on_learning_with_more_images() -> None:
@@ -71,19 +72,19 @@ def judged(frozen_only: int, tuned_only: int, images: int = 400, both: float = 0
 
 @pytest.mark.parametrize(("epochs", "at"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (5, [2, 3, 5]), (20, [7, 13, 20])])
 def test_looks_are_planned_at_thirds_of_the_schedule(epochs: int, at: Sequence[int]) -> None:
-    assert look_epochs(epochs) == at
+    assert interim_epochs(epochs) == at
 
 
 def test_every_schedule_is_looked_at_in_its_last_epoch_and_at_most_three_times() -> None:
     for epochs in range(1, 60):
-        at = look_epochs(epochs)
+        at = interim_epochs(epochs)
         assert at[-1] == epochs
         assert len(at) <= 3
         assert at[0] >= 1
 
 
 def test_a_look_says_what_was_seen() -> None:
-    seen = look(RACED, 2, 20, 20, *judged(8, 20))
+    seen = interim_analysis(RACED, 2, 20, 20, *judged(8, 20))
     assert (seen.epoch, seen.epochs, seen.images) == (20, 20, 400)
     assert seen.tuned - seen.frozen == pytest.approx(0.03)
     assert seen.error == pytest.approx((28 / 400 - 0.03**2) ** 0.5 / 20, abs=1e-4)
@@ -91,38 +92,38 @@ def test_a_look_says_what_was_seen() -> None:
 
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_clear_winner_ends_the_race_early_either_way(part: int) -> None:
-    ahead, behind = (verdict(RACED, part, look(RACED, part, 1, 3, *judged(*counts))) for counts in ((0, 60), (110, 0)))
+    ahead, behind = (stopping_rule(RACED, part, interim_analysis(RACED, part, 1, 3, *judged(*counts))) for counts in ((0, 60), (110, 0)))
     assert ahead[0] == "tuned"
-    assert "ahead for good" in ahead[1]
+    assert ahead[1] == "ahead"
     assert behind[0] == "frozen"
-    assert "will not win more than 0.5 points" in behind[1]
+    assert behind[1] == "futile"
 
 
 def test_a_close_race_goes_on_until_the_last_look() -> None:
     for part in (0, 1):
-        assert verdict(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0)) == ("", "")
-    assert verdict(RACED, 2, Look(3, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
+        assert stopping_rule(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0)) == ("", "")
+    assert stopping_rule(RACED, 2, Look(3, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
 
 
 def test_undecided_at_the_end_the_cheaper_arm_wins_unless_the_expected_gain_exceeds_the_tolerance() -> None:
     for difference, winner in ((-0.02, "frozen"), (0.0, "frozen"), (0.03, "tuned")):
-        won, why = verdict(RACED, 2, Look(3, 3, 100, 0.8, 0.8 + difference, 0.02, 0.5, 0.5, 0.0, 0.0))
+        won, why = stopping_rule(RACED, 2, Look(3, 3, 100, 0.8, 0.8 + difference, 0.02, 0.5, 0.5, 0.0, 0.0))
         assert won == winner
-        assert why.startswith("undecided at the end")
+        assert why == "expected"
     # A tolerance of five points makes the same difference too small.
     lenient = replace(RACED, rule=replace(RULE, tolerance=5.0))
-    assert verdict(lenient, 2, Look(3, 3, 100, 0.8, 0.83, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
+    assert stopping_rule(lenient, 2, Look(3, 3, 100, 0.8, 0.83, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
 
 
 def test_the_looks_spend_alpha_and_no_more() -> None:
-    assert sum(SPENT) == pytest.approx(1)
+    assert sum(ALPHA_SPENDING) == pytest.approx(1)
     spent = 0.0
     for part in range(3):
         # The largest error at which a look still calls fine-tuning the winner for good, found by trying.
         errors = [
             e
             for e in np.arange(0.0005, 0.2, 0.0005)
-            if "for good" in verdict(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 1 - e, 1, 0.0, 0.0))[1]
+            if "ahead" in stopping_rule(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 1 - e, 1, 0.0, 0.0))[1]
         ]
         spent += max(errors)
     assert 0.09 < spent <= RULE.alpha + 1e-9
@@ -154,24 +155,27 @@ def test_a_few_images_leave_the_chance_where_the_prediction_had_it(images: int) 
     prior = float((RACED.gains > RACED.tolerance).mean())
     for frozen in (0, 1):
         for tuned in (0, 1):
-            seen = look(RACED, 2, 3, 3, np.full(images, bool(frozen)), np.full(images, bool(tuned)))
+            seen = interim_analysis(RACED, 2, 3, 3, np.full(images, bool(frozen)), np.full(images, bool(tuned)))
             if frozen == tuned:
                 assert seen.chance == pytest.approx(prior, abs=0.1)
-            assert verdict(RACED, 0, seen)[0] == "" or images == 4
+            assert stopping_rule(RACED, 0, seen)[0] == "" or images == 4
 
 
 def test_the_better_the_measured_the_likelier_the_win_however_far_from_the_prediction() -> None:
     """Fine-tuning that fell apart must lose, most of all where nobody expected it."""
     confident = replace(RACED, model=replace(model(intercept=0.3, deviation=0.2), lag=LAG))
-    looks = [look(confident, 2, 3, 3, *judged(max(-d, 0), max(d, 0), both=0.1)) for d in (-320, -240, -160, -80, -20, 0, 20, 60, 160, 320)]
+    looks = [
+        interim_analysis(confident, 2, 3, 3, *judged(max(-d, 0), max(d, 0), both=0.1))
+        for d in (-320, -240, -160, -80, -20, 0, 20, 60, 160, 320)
+    ]
     assert [seen.chance for seen in looks] == sorted(seen.chance for seen in looks)
-    assert verdict(confident, 2, looks[0])[0] == "frozen"
-    assert verdict(confident, 2, looks[-1])[0] == "tuned"
+    assert stopping_rule(confident, 2, looks[0])[0] == "frozen"
+    assert stopping_rule(confident, 2, looks[-1])[0] == "tuned"
 
 
 def test_fine_tuning_is_given_its_lag_at_an_early_look() -> None:
     """At a third of its schedule fine-tuning still has to come; the same difference at the end is final."""
-    early, late = (look(RACED, part, 1, 3, *judged(16, 8)).chance for part in (0, 2))
+    early, late = (interim_analysis(RACED, part, 1, 3, *judged(16, 8)).chance for part in (0, 2))
     assert early > late
 
 
@@ -190,7 +194,7 @@ def simulated(gain: float, runs: int = 400, images: int = 300, seed: int = 0) ->
             tuned = frozen & (rng.random(images) > frozen_only / fair.frozen) | ~frozen & (
                 rng.random(images) < tuned_only / (1 - fair.frozen)
             )
-            winner, _ = verdict(fair, part, look(fair, part, part + 1, 3, frozen, tuned))
+            winner, _ = stopping_rule(fair, part, interim_analysis(fair, part, part + 1, 3, frozen, tuned))
             if winner:
                 ended.append((part, winner))
                 break
@@ -201,7 +205,7 @@ def simulated(gain: float, runs: int = 400, images: int = 300, seed: int = 0) ->
 def test_without_a_difference_fine_tuning_is_not_declared_the_winner_early() -> None:
     runs = 400
     early = sum(part < 2 and winner == "tuned" for part, winner in simulated(0.0, runs))
-    allowed = RULE.alpha * (SPENT[0] + SPENT[1])
+    allowed = RULE.alpha * (ALPHA_SPENDING[0] + ALPHA_SPENDING[1])
     assert early / runs <= allowed + 3 * (allowed * (1 - allowed) / runs) ** 0.5
 
 
@@ -229,7 +233,7 @@ def test_what_is_read_must_beat_the_largest_class_by_more_than_chance_or_by_the_
 
 
 def test_the_regrets_of_a_look_are_those_of_the_arm_that_they_are_named_after() -> None:
-    ahead, behind = look(RACED, 2, 20, 20, *judged(8, 60)), look(RACED, 2, 20, 20, *judged(60, 8))
+    ahead, behind = interim_analysis(RACED, 2, 20, 20, *judged(8, 60)), interim_analysis(RACED, 2, 20, 20, *judged(60, 8))
     assert ahead.frozen_regret > 0.05 > 0.001 >= ahead.tuned_regret
     assert behind.tuned_regret > 0.05 > 0.001 >= behind.frozen_regret
     assert ahead.safe > 0.99

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.evidence import NAMES, SEEN, model, planted, rising
 from tlpipeline.choice import predictor
+from tlpipeline.choice.decision import OutOfRange
 from tlpipeline.choice.predictor import GROWING, NEUTRAL, evidence, figures, load_predictor, log_odds
 from tlpipeline.profiling.profile import Tangent, slice_test
 from tlpipeline.stats import paired
@@ -89,7 +90,7 @@ def test_beyond_the_fitted_range_is_said_in_words() -> None:
     # A tenth of the range is forgiven.
     assert narrow.outside(replace(SEEN, images=15_000), 0.9) == ()
     said = narrow.predict(replace(SEEN, images=100_000), 0.9, 0.005).outside
-    assert said == ("images 100,000 lies outside the 100 to 10,000 that the choice was fitted on",)
+    assert said == (OutOfRange("images", 100_000, 100, 10_000),)
     assert len(narrow.outside(replace(SEEN, images=20), 0.9)) == 1
 
 
@@ -99,9 +100,7 @@ def test_a_similarity_beyond_the_fitted_range_is_no_power_of_ten() -> None:
         lowest=dict.fromkeys(NAMES, -10.0) | {"head similarity": 0.0},
         highest=dict.fromkeys(NAMES, 10.0) | {"head similarity": 0.5},
     )
-    assert narrow.outside(replace(SEEN, head_similarity=0.9), 0.9) == (
-        "head similarity 0.90 lies outside the 0.00 to 0.50 that the choice was fitted on",
-    )
+    assert narrow.outside(replace(SEEN, head_similarity=0.9), 0.9) == (OutOfRange("head similarity", 0.9, 0.0, 0.5),)
 
 
 def test_who_knows_nothing_expects_nothing_either_way() -> None:
@@ -159,11 +158,11 @@ def test_the_shipped_model_is_of_the_format_that_is_read() -> None:
 def test_classes_beyond_those_of_the_fit_are_said() -> None:
     found = load_predictor()
     many = replace(SEEN, classes=400, images=40_000, parameters=500_000)
-    assert any(words.startswith("classes 400 lies outside") for words in found.outside(many, 0.8))
+    assert ("classes", 400) in [(figure.name, figure.value) for figure in found.outside(many, 0.8)]
 
 
 def test_an_unknown_head_similarity_is_outside_of_what_was_fitted() -> None:
-    assert any("without a source head" in words for words in load_predictor().outside(replace(SEEN, head_similarity=None), 0.8))
+    assert ("head similarity", None) in [(f.name, f.value) for f in load_predictor().outside(replace(SEEN, head_similarity=None), 0.8)]
 
 
 def test_the_middle_half_of_the_draws_is_that_of_a_normal_distribution_and_the_tails_are_heavier() -> None:

@@ -92,10 +92,10 @@ def test_a_race_that_is_decided_ends_at_its_first_look(setting: Setting, monkeyp
     decision, kept = setting.run(sure(-4.0), "early")
     assert decision.race is not None
     assert (decision.race.winner, len(decision.race.looks), decision.freeze) == ("frozen", 1, "kept")
-    assert decision.race.looks[0].epoch == policy.look_epochs(EPOCHS)[0]
+    assert decision.race.looks[0].epoch == policy.interim_epochs(EPOCHS)[0]
     assert (kept / "model" / "weights.safetensors").exists()
     assert not decision.race_wanted
-    assert "raced over 1 look" in decision.reason
+    assert decision.tuning.why == "race"
 
 
 def test_an_undecided_race_runs_the_whole_schedule_and_goes_to_the_cheaper_arm(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
     decision, kept = bounded.run(OPEN, f"bounded-{epochs}")
     assert decision.race is not None
     assert decision.race.winner == "frozen"
-    assert (decision.race.ended == "train.budget_minutes ended it undecided") is (epochs == 0)
+    assert (decision.race.ended == "budget") is (epochs == 0)
     assert bool(decision.race.looks) is (epochs > 0)
     assert (kept / "model" / "weights.safetensors").exists()
     assert asked[1] == pytest.approx(max(minutes - spent[0] / 60, race.NO_TIME), abs=1e-12)  # both arms share it
@@ -146,7 +146,7 @@ def test_a_race_that_stops_early_is_not_won_by_fine_tuning(setting: Setting, mon
     monkeypatch.setattr(patient, "job", job)
     decision, _ = patient.run(OPEN, "patient")
     assert decision.race is not None
-    assert (decision.race.winner, decision.race.ended) == ("frozen", "early stopping ended it undecided")
+    assert (decision.race.winner, decision.race.ended) == ("frozen", "early_stopping")
 
 
 def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_many_images_of_what_no_layer_knows_are_raced_and_found_to_be_large_and_
     """Planted is that fine-tuning wins (99 % against 95 %), and that the last tap reads least."""
     glyphs(tmp_path / "pictures", range(5000))
     _, weighed, decision, won = raced(tmp_path, tmp_path / "pictures", {"backbone": "demonstration", "weights": "DEFAULT"}, "auto")
-    assert weighed.similar < 0.05
+    assert weighed.evidence.similar < 0.05
     assert decision.case == "large_different"
     assert decision.race is not None
     assert won > 0.01
@@ -291,7 +291,7 @@ def test_many_images_of_the_source_s_own_classes_are_large_and_similar(tmp_path:
     profile, weighed, decision, won = raced(tmp_path, tmp_path / "pictures", network, "full")
     assert profile.head_similarity is not None
     assert profile.head_similarity > 0.1  # faint signs leave the source's own head in doubt
-    assert weighed.similar > 0.9
+    assert weighed.evidence.similar > 0.9
     assert weighed.large  # so that without the race, which is there for the truth, the choice would be the same
     assert decision.case == "large_similar"
     assert decision.race is not None

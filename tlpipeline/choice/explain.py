@@ -227,27 +227,25 @@ def _what(decision: Decision, profile: Profile) -> Section:
 
 def _axes(decision: Decision, width: int) -> tuple[str | Table, ...]:
     """Draw each gain beside its border: left of it means no, right of it yes."""
-    length = 2 * (max(min(width - 46, 40), 8) // 2) + 1
+    half = max(min((width - 35) // 2, 20), 3)
     rows = []
-    for name, axis, yes, no in (
-        ("fine-tuning", decision.tuning, "fine-tune", "freeze"),
-        ("cutting", decision.cutting, "different", "similar"),
-    ):
+    for name, axis in (("fine-tuning", decision.tuning), ("cutting", decision.cutting)):
         at = scale(axis)
-        drawn = ["·"] * length
+        drawn = ["·"] * (2 * half + 1)
         if isinstance(axis, TuningGain) and axis.why == "prediction":
-            left, right = (round(at.place(100 * end) * (length - 1)) for end in (axis.low, axis.high))
+            left, right = (round(at.place(100 * end) * 2 * half) for end in (axis.low, axis.high))
             drawn[left : right + 1] = ["─"] * (right - left + 1)
-        drawn[length // 2] = "│"
-        drawn[round(at.place(at.value) * (length - 1))] = "●"
-        rows.append(("", name, f"{100 * axis.counted:+.1f}", "".join(drawn), f"{at.border:.1f}", yes if axis.exceeds else no))
+        marker = round(at.place(at.value) * 2 * half)
+        drawn[half] = "┼"
+        drawn[max(marker, half + 1) if axis.exceeds else min(marker, half - 1)] = "●"
+        rows.append(("", name, f"{100 * axis.counted:+.1f}", "".join(drawn), f"{at.border:.1f}"))
     note = (
-        "Gains in points of accuracy. │ is the border: choose.tolerance for fine-tuning against the best frozen head, choose.gain for cutting "
-        "against the last layer. ● right of it means yes."
+        "Gains in points of accuracy: of fine-tuning over the best frozen head, and of cutting over the last layer. The borders are "
+        "choose.tolerance and choose.gain; a dot right of its border means yes."
     )
     if decision.forced:
         note += f" {' and '.join(decision.forced)} overrules this."
-    return Table(("", "gain of", "counts", "", "border", "says"), tuple(rows), (2, 4), (1, 2, 3, 4, 5), drawn=True), note
+    return Table(("", "gain of", "points", "no".ljust(2 * half - 2) + "yes", "border"), tuple(rows), (2, 4), (1, 2, 3, 4), drawn=True), note
 
 
 def _cost(decision: Decision) -> float:
