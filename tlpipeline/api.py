@@ -417,8 +417,7 @@ class Explanation(Displayed):
         """Return the decision and the points of its plots as plain values."""
         from tlpipeline.choice import explain
 
-        plots = {"plane": explain.plane_rows(self.decision), "probes": explain.probe_rows(self.profile, self.decision)}
-        return {"decision": self.decision.to_json(), **plots}
+        return explain.to_json(self.decision, self.profile)
 
     def __str__(self) -> str:
         return self.text().rstrip("\n")
