@@ -11,6 +11,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
 
 from tlpipeline.files import write_bytes
 from tlpipeline.params import RENAMED, RETIRED, sections, settings
@@ -43,14 +44,17 @@ def add_missing_sections(path: Path, pipeline: Path, stage: str) -> None:
     """Add to a params.yaml each section that the stage names in dvc.yaml and the file does not hold: DVC wants it there.
 
     Args:
-        path: the params.yaml; one that does not exist, or holds no sections, stays as it is.
+        path: the params.yaml; one that does not exist, or cannot be parsed, stays as it is: whoever reads it next says so.
         pipeline: the dvc.yaml; the same.
         stage: name of the stage.
     """
     if not path.is_file() or not pipeline.is_file():
         return
     yaml = YAML(typ="safe")
-    content, stages = yaml.load(path), (yaml.load(pipeline) or {}).get("stages") or {}
+    try:
+        content, stages = yaml.load(path), (yaml.load(pipeline) or {}).get("stages") or {}
+    except YAMLError:
+        return
     named = [name for name in (stages.get(stage) or {}).get("params") or [] if isinstance(name, str)]
     missing = [name for name in named if isinstance(content, dict) and name in sections() and name not in content]
     if missing:
