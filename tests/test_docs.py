@@ -214,6 +214,7 @@ def run(script: str, folder: Path, home: Path) -> None:
         f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in (("NAME", "user"), ("EMAIL", "user@example.org"))
     }
     environment = {**os.environ, **people, "HOME": str(home), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "600"  # beside other tests a server starts slowly
     environment.pop("PREFECT_API_URL", None)
     done = subprocess.run(["bash", "-exo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
