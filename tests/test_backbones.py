@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import math
+import sys
 import urllib.error
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,11 +24,13 @@ from torchvision.models import SqueezeNet1_0_Weights, WeightsEnum
 
 from tests.helpers import odd_networks
 from tests.helpers.archives import take
+from tests.helpers.processes import run_python
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.catalogue import Demonstration, check_name, load
 from tlpipeline.backbones.taps import Backbone, cut, measure_taps
 from tlpipeline.data.loader import normalize, resize_and_crop
-from tlpipeline.errors import BackboneError
+from tlpipeline.errors import BackboneError, WorkspaceError
+from tlpipeline.versioning import git
 
 
 def images(net: Backbone) -> Tensor:
@@ -405,3 +408,34 @@ def test_the_weights_of_the_published_networks_have_the_published_sizes() -> Non
         count = sum(p.numel() for p in load(name, "none").module.parameters())
         assert math.isclose(count / 1e6, millions, abs_tol=0.005)
         assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in load(name, "none").module.modules()) == int(name[-2:])
+
+
+# --- your own network in the workspace ------------------------------------------------------------------------------------------------
+
+
+def test_a_network_in_the_workspace_is_found_while_it_is_loaded_and_replaces_no_other_module(tmp_path: Path) -> None:
+    (tmp_path / "nets_of_the_workspace.py").write_text("from nets import resnet20\n")
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('executed')\n")
+    path = list(sys.path)
+    assert load("nets_of_the_workspace:resnet20", "none", root=tmp_path).tap_names
+    assert sys.path == path
+    with pytest.raises(BackboneError, match="expected 'net' in the module colorsys"):
+        load("colorsys:net", "none", root=tmp_path)
+    with pytest.raises(BackboneError, match="put its module into the workspace folder"):
+        load("other_nets_of_the_workspace:resnet20", "none")
+
+
+def test_the_commands_run_no_module_of_the_working_folder(tmp_path: Path) -> None:
+    """`python -m tlpipeline`, which dvc.yaml calls, follows the same rule as the command `tlpipeline`."""
+    for name in ("random", "typer", "shlex", "difflib"):
+        (tmp_path / f"{name}.py").write_text("print('executed')\nraise SystemExit(7)\n")
+    done = run_python(tmp_path, "-m", "tlpipeline", "--help")
+    assert (done.returncode, "executed" in done.stdout) == (0, False)
+
+
+def test_registering_runs_no_module_of_the_workspace(tmp_path: Path) -> None:
+    git.run(tmp_path, "init", "--quiet")
+    (tmp_path / "random.py").write_text("raise SystemExit('executed')\n")
+    with pytest.raises(WorkspaceError) as failed:
+        git.gto(tmp_path, "register", "model", "HEAD")
+    assert "executed" not in str(failed.value)

@@ -14,8 +14,10 @@ import hashlib
 import importlib
 import inspect
 import re
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
@@ -127,14 +129,17 @@ def _thinned(taps: Sequence[str]) -> tuple[str, ...]:
 # --- loading --------------------------------------------------------------------------------------------------------------------------
 
 
-def load(name: str, weights: str, *, md5: str = NONE, root: Path = Path(), size: int | None = None, seed: int = 0) -> Backbone:
+def load(
+    name: str, weights: str, *, md5: str = NONE, root: Path | None = None, size: int | None = None, seed: int = 0
+) -> Backbone:
     """Build a network and load its weights.
 
     Args:
         name: demonstration, a torchvision classifier, or package.module:callable.
         weights: DEFAULT, a torchvision weights name, none, or a path (relative to root) to a safetensors or weights-only checkpoint.
         md5: expected md5 of the weights file; "none" if weights is not a path.
-        root: base of a relative path.
+        root: the workspace: base of a relative path, and importable while your own network is loaded; None is the working folder, which
+            is not importable.
         size: input side in pixels for networks built for one size (vision transformers); None is the size of the weights.
         seed: of the random weights for `none`.
 
@@ -142,10 +147,11 @@ def load(name: str, weights: str, *, md5: str = NONE, root: Path = Path(), size:
         BackboneError: unknown name or weights, a failed download, or weights that do not fit; the first different keys are named.
     """
     if name == "demonstration":
-        return _demonstration(weights, md5, root, seed)
+        return _demonstration(weights, md5, root or Path(), seed)
     if ":" in name:
-        return _custom(name, weights, md5, root, seed)
-    return _torchvision(name, weights, md5, root, size, seed)
+        with _importable(root):
+            return _custom(name, weights, md5, root or Path(), seed)
+    return _torchvision(name, weights, md5, root or Path(), size, seed)
 
 
 def check_name(name: str) -> None:
@@ -177,6 +183,20 @@ def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
     return _assemble("demonstration", weights, fingerprint, _seeded(partial(Demonstration, classes), seed), state, fixed=True)
 
 
+@contextmanager
+def _importable(root: Path | None) -> Iterator[None]:
+    """Let Python find the modules of a workspace, after all others: a file in it replaces no module of Python or of a package."""
+    folder = "" if root is None else str(root.resolve())
+    if not folder or folder in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def custom_factory(name: str) -> Callable[..., Any]:
     """Return the callable that builds your own network, named package.module:callable.
 
@@ -189,7 +209,7 @@ def custom_factory(name: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         raise BackboneError(
             f"expected the network {name} to be importable, found no module {error.name!r}. "
-            "Install its package or put its folder on PYTHONPATH."
+            "Install its package, put its module into the workspace folder, or put its folder on PYTHONPATH."
         ) from error
     except AttributeError as error:
         raise BackboneError(

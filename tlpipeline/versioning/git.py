@@ -127,7 +127,7 @@ def gto(root: Path, *arguments: str) -> None:
     Raises:
         WorkspaceError: GTO failed.
     """
-    command = [sys.executable, "-c", "from gto.cli import app; app()", *arguments]
+    command = [sys.executable, "-P", "-c", "from gto.cli import app; app()", *arguments]
     silent = {"ITERATIVE_DO_NOT_TRACK": "1", **os.environ}  # a user's setting wins
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=silent)
     if done.returncode:
