@@ -19,6 +19,7 @@ import typer
 
 from tests.helpers.workspaces import set_param
 from tlpipeline import cli
+from tlpipeline.data.decoding import FORMATS
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.versioning import git, lock
 from tlpipeline.workspace import layout
@@ -697,7 +698,7 @@ def test_predict_says_what_cannot_be_read_and_predicts_the_others(call: Callable
     assert said.code == 2
     torn, notes, gone, last = said.err.splitlines()[-4:]
     assert torn.startswith(f"{folder / '000-torn.png'}: broken: ")
-    assert notes == f"{folder / 'notes.txt'}: not an image"
+    assert notes == f"{folder / 'notes.txt'}: not an image: the formats are {', '.join(FORMATS)}"
     assert gone == f"{folder / 'gone.png'}: No such file or directory"
     n = len(whole)
     assert last.startswith(f"error: expected {n + 3} images, of which 3 cannot be read; the {n} others are predicted.")
@@ -715,7 +716,7 @@ def test_predict_says_what_cannot_be_read_and_predicts_the_others(call: Callable
         (
             "workspace@v0",
             "params.yaml",
-            "Cannot decode the image params.yaml: not an image. Replace or remove it",
+            "Cannot decode the image params.yaml: not an image: the formats are  or remove it",
         ),
         ("workspace@v0", ".tlpipeline/torn.png", "Cannot decode the image .tlpipeline/torn.png: broken: "),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tests.helpers.images import encoded, paint
 from tests.helpers.processes import run_python
@@ -192,3 +192,91 @@ def test_a_jpeg_is_never_decoded_smaller_than_it_is_needed(short: int) -> None:
 def test_an_error_without_a_text_is_told_by_its_kind() -> None:
     assert decoding.describe_error(EOFError()) == "broken: EOFError"
     assert decoding.describe_error(OSError("cut off")) == "broken: cut off"
+
+
+# --- files that would do harm ---------------------------------------------------------------------------------------------------------
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n%%EOF\n"
+
+
+def test_a_file_in_another_format_is_refused_whatever_its_name_and_starts_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow gives EPS to Ghostscript."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert str(decoding.inspect(EPS)).startswith("not an image: the formats are JPEG, PNG, ")
+    with pytest.raises(UnidentifiedImageError):
+        decode(EPS)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("kind", [*decoding.FORMATS])
+def test_each_format_that_is_promised_is_read(kind: str) -> None:
+    image = paint(1, 1)
+    assert decode(encoded(image, kind)).size == image.size
+
+
+def png_header(width: int, height: int, depth: int, color: int) -> bytes:
+    """The beginning of a PNG of any size: what is read before its pixels."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000)))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def large_tiff() -> bytes:
+    """A TIFF that says that it holds 10,000 x 10,000 floats."""
+    content = encoded(Image.new("F", (100, 100)), "TIFF")
+    for tag in (256, 257):  # width, height
+        at = (
+            content.index(struct.pack("<HHI", tag, 4, 1))
+            if struct.pack("<HHI", tag, 4, 1) in content
+            else content.index(struct.pack("<HHI", tag, 3, 1))
+        )
+        content = content[:at] + struct.pack("<HHII", tag, 4, 1, 10_000) + content[at + 12 :]
+    return content
+
+
+def large_webp() -> bytes:
+    """A lossless WebP with transparency that says that it has 10,000 x 10,000 pixels."""
+    content = encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 4)), "WEBP", lossless=True)
+    at = content.index(b"VP8L") + 9
+    return content[:at] + struct.pack("<I", 9_999 | 9_999 << 14 | 1 << 28) + content[at + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (png_header(13_000, 13_000, 16, 0), "13000 x 13000 pixels of mode I;16 take 2.7 GB"),
+        (large_tiff(), "10000 x 10000 pixels of mode F take 3.2 GB"),
+        (large_webp(), "10000 x 10000 pixels of mode RGBA take 3.2 GB"),
+    ],
+    ids=["png", "tiff", "webp"],
+)
+def test_an_image_that_takes_gigabytes_is_refused_before_it_is_decoded(content: bytes, what: str) -> None:
+    assert decoding.inspect(content) == f"too large: {what} to decode, and the limit is 2.1 GB"
+
+
+def test_an_image_with_more_pixels_than_pillow_opens_is_called_too_large() -> None:
+    assert str(decoding.inspect(png_header(40_000, 40_000, 8, 0))).startswith("too large: ")
+
+
+def test_threads_that_decode_large_images_wait_for_each_other(tmp_path: Path) -> None:
+    """Four images of 64 million pixels each, in four threads: beside each other they would take twice the limit."""
+    Image.new("RGB", (8_000, 8_000)).save(tmp_path / "image.png")
+    code = """
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tlpipeline.data import decoding
+content = Path("image.png").read_bytes()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with ThreadPoolExecutor(4) as pool:
+    assert len(list(pool.map(decoding.inspect, [content] * 4))) == 4
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < decoding.MAX_BYTES)
+"""
+    assert run_python(tmp_path, "-c", code).stdout == "True\n"

@@ -129,9 +129,7 @@ def _thinned(taps: Sequence[str]) -> tuple[str, ...]:
 # --- loading --------------------------------------------------------------------------------------------------------------------------
 
 
-def load(
-    name: str, weights: str, *, md5: str = NONE, root: Path | None = None, size: int | None = None, seed: int = 0
-) -> Backbone:
+def load(name: str, weights: str, *, md5: str = NONE, root: Path | None = None, size: int | None = None, seed: int = 0) -> Backbone:
     """Build a network and load its weights.
 
     Args:

@@ -4,9 +4,13 @@ import io
 import math
 import os
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +25,43 @@ UNREADABLE = (
 )  # fmt: skip
 
 Pixels = npt.NDArray[np.uint8]
+
+# Pillow has decoders for many more. Some of them start other programs: Ghostscript for EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "DDS", "JPEG2000")
+
+# Decoding takes a multiple of the pixels that come out of it: what Pillow loads, its copy, the image that is returned. Counted for each mode,
+# rounded up; a few kilobytes of a file may stand for gigabytes.
+MAX_BYTES = 2**31
+_BYTES_A_PIXEL = {"1": 8, "L": 8, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "RGB": 16, "YCbCr": 16, "CMYK": 16}
+_BYTES_A_PIXEL_OF_OTHERS = 32  # transparency is laid over white, palettes may be transparent, floats are copied
+_BLOCK = 2**20  # pixels of 16-bit and floating-point images that are converted at a time
+
+
+class ImageTooLarge(ValueError):
+    """An image needs more memory to be decoded than `MAX_BYTES`."""
+
+
+class _Memory:
+    """Bytes that the decoding threads of this process share: one that needs more than is free waits for others to finish."""
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+_memory = _Memory(MAX_BYTES)
 
 # Damaged EXIF blocks and TIFF tags only cause warnings; loading checks the pixels. The filter is set once for the process,
 # because `warnings.catch_warnings` in decoding threads would change the filters of the whole process.
@@ -38,16 +79,33 @@ def decode(content: bytes, min_side: int | None = None) -> Image.Image:
             where enough pixels remain. This is several times faster.
 
     Raises:
-        UnidentifiedImageError: the content is not an image.
+        UnidentifiedImageError: the content is not an image in one of the formats.
+        ImageTooLarge: decoding needs more memory than `MAX_BYTES`; nothing was decoded.
         Exception: it is damaged; see `UNREADABLE` for the types that Pillow's decoders raise.
     """
-    with Image.open(io.BytesIO(content)) as opened:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         opened.seek(0)
         if min_side is not None and opened.format == "JPEG" and min_side < min(opened.size):
             scale = min_side / min(opened.size)
             opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
-        opened.load()
-        return to_rgb(opened)
+        with _memory.hold(_bytes_to_decode(opened)):
+            opened.load()
+            return to_rgb(opened)
+
+
+def _bytes_to_decode(image: Image.Image) -> int:
+    """Return the memory that decoding an opened image takes.
+
+    Raises:
+        ImageTooLarge: it is more than `MAX_BYTES`.
+    """
+    needed = image.width * image.height * _BYTES_A_PIXEL.get(image.mode, _BYTES_A_PIXEL_OF_OTHERS)
+    if needed > MAX_BYTES:
+        raise ImageTooLarge(
+            f"{image.width} x {image.height} pixels of mode {image.mode} take {needed / 1e9:.1f} GB to decode, "
+            f"and the limit is {MAX_BYTES / 1e9:.1f} GB"
+        )
+    return needed
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -56,23 +114,45 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        gray = values.astype(np.float64) / 65535.0
-        gray[values == image.info.get("transparency", -1)] = 1.0
-        return Image.fromarray((gray.clip(0, 1) * 255).round().astype(np.uint8), "L").convert("RGB")
+        return _from_gray(np.asarray(image), lambda values: _scale_16_bit(values, image.info.get("transparency", -1)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     if image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        finite = np.isfinite(values)
-        if not finite.any():
+        pixels = np.asarray(image)
+        ranges = [(float(part.min()), float(part.max())) for rows in _row_blocks(pixels) if (part := rows[np.isfinite(rows)]).size]
+        if not ranges:
             raise ValueError("no finite pixel")
-        low, high = values[finite].min(), values[finite].max()
-        gray = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low if high > low else 1.0)
-        return Image.fromarray((gray * 255).round().astype(np.uint8), "L").convert("RGB")
+        low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+        return _from_gray(pixels, lambda values: _scale_to_range(values, low, high))
     return image.convert("RGB")
+
+
+def _row_blocks(pixels: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    step = max(1, _BLOCK // max(1, pixels.shape[1]))
+    return (pixels[start : start + step] for start in range(0, len(pixels), step))
+
+
+def _from_gray(pixels: npt.NDArray[Any], scale: Callable[[npt.NDArray[Any]], npt.NDArray[np.float64]]) -> Image.Image:
+    """Convert grays to RGB, some rows at a time: in 64-bit floats the whole image would be eight times as large."""
+    gray = np.empty(pixels.shape, np.uint8)
+    done = 0
+    for rows in _row_blocks(pixels):
+        gray[done : done + len(rows)] = (scale(rows) * 255).round().astype(np.uint8)
+        done += len(rows)
+    return Image.fromarray(gray, "L").convert("RGB")
+
+
+def _scale_16_bit(values: npt.NDArray[Any], transparent: int) -> npt.NDArray[np.float64]:
+    gray = values.astype(np.float64) / 65535.0
+    gray[values == transparent] = 1.0
+    return gray.clip(0, 1)
+
+
+def _scale_to_range(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.float64]:
+    finite: npt.NDArray[np.float64] = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+    return (finite - low) / (high - low if high > low else 1.0)
 
 
 def inspect(content: bytes) -> tuple[int, int, str] | str:
@@ -81,7 +161,7 @@ def inspect(content: bytes) -> tuple[int, int, str] | str:
         return "empty file"
     try:
         image = decode(content)
-        with Image.open(io.BytesIO(content)) as original:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as original:
             mode = original.mode
     except UNREADABLE as error:
         return describe_error(error)
@@ -90,7 +170,11 @@ def inspect(content: bytes) -> tuple[int, int, str] | str:
 
 def describe_error(error: Exception) -> str:
     """Return a short text for an error of the decoder."""
-    return "not an image" if isinstance(error, UnidentifiedImageError) else f"broken: {str(error) or type(error).__name__}"
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image: the formats are {', '.join(FORMATS)}"
+    if isinstance(error, ImageTooLarge | Image.DecompressionBombError):
+        return f"too large: {error}"
+    return f"broken: {str(error) or type(error).__name__}"
 
 
 def read_content(path: Path) -> bytes:

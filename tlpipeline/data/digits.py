@@ -18,7 +18,7 @@ def write(folder: Path) -> int:
     Returns:
         The number of images written.
     """
-    with Image.open(SHEET) as sheet:
+    with Image.open(SHEET, formats=["PNG"]) as sheet:
         labels = sheet.info["labels"]
         values = np.asarray(sheet) // LEVEL
     columns = values.shape[1] // SIDE

@@ -164,7 +164,9 @@ def reproduce_upstream(root: Path, path: str) -> None:
             fresh = not stage.changed()
         address = stage.addressing
     if not fresh:
-        done = subprocess.run([sys.executable, "-P", "-m", "dvc", "repro", address], cwd=root, capture_output=True, text=True, env=_with_python())
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "dvc", "repro", address], cwd=root, capture_output=True, text=True, env=_with_python()
+        )
         if done.returncode:
             raise WorkspaceError(f"`dvc repro {address}`, which writes {path}, failed: {done.stderr.strip() or done.stdout.strip()}")
 
