@@ -99,7 +99,7 @@ def _bytes_to_decode(image: Image.Image) -> int:
     Raises:
         ImageTooLarge: it is more than `MAX_BYTES`.
     """
-    needed = image.width * image.height * _BYTES_A_PIXEL.get(image.mode, _BYTES_A_PIXEL_OF_OTHERS)
+    needed: int = image.width * image.height * _BYTES_A_PIXEL.get(image.mode, _BYTES_A_PIXEL_OF_OTHERS)
     if needed > MAX_BYTES:
         raise ImageTooLarge(
             f"{image.width} x {image.height} pixels of mode {image.mode} take {needed / 1e9:.1f} GB to decode, "
