@@ -182,7 +182,7 @@ def planned(name: str, cases: Sequence[Case], options: argparse.Namespace) -> Pl
 
 def recipe_of(case: Case) -> Case:
     """Return the case with the recipe that is checked: large_similar keeps the head that the workers validated, which can be compared then."""
-    return replace(case, recipe=replace(case.recipe, solve_again=case.name != "large_similar"))
+    return replace(case, recipe=replace(case.recipe, refit_head=case.name != "large_similar"))
 
 
 def carry_out(plans: Sequence[Plan], place: Path) -> None:
@@ -311,7 +311,7 @@ def checked(plan: Plan, manifest: Path, place: Path) -> None:
                     reloaded, _ = classifier.load(finished / MODEL)
                 validation = classifier.probabilities(reloaded, val, torch.device("cpu"), lambda done: None)
                 history = json.loads((finished / "history.json").read_text())
-                same_as_in_training(history, validation, [CLASSES.index(row.label) for row in val.rows], decision.recipe.solve_again)
+                same_as_in_training(history, validation, [CLASSES.index(row.label) for row in val.rows], decision.recipe.refit_head)
         except Exception as error:  # whatever a network does wrong is a row
             plan.rows[case] |= {"step_ok": "no", "error": first_line(error)}
         shutil.rmtree(place / case)
@@ -334,8 +334,8 @@ def same_as_in_training(history: Mapping[str, object], chances: Tensor, labels: 
     lines = history["history"]
     assert isinstance(lines, list)
     arms = ["head", "fine-tune", "last head"][: 2 + again]
-    assert [line["arm"] for line in lines] == arms, f"the arms were {[line['arm'] for line in lines]}"
-    assert history["arm"] == "fine-tune", f"kept was {history['arm']}"
+    assert [line["phase"] for line in lines] == arms, f"the phases were {[line['phase'] for line in lines]}"
+    assert history["phase"] == "fine-tune", f"kept was {history['phase']}"
     _, loss = score(chances, np.array(labels))
     if again:
         assert loss < lines[-1]["log_loss"] + 1e-3, f"validation loss {loss:.4f} reloaded, {lines[-1]['log_loss']:.4f} without these images"

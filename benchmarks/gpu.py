@@ -44,11 +44,11 @@ from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.params import AUTO
 from tlpipeline.training import train
-from tlpipeline.training.checkpoint import Checkpoints
+from tlpipeline.training.budget import TimeBudget
 from tlpipeline.training.config import ProgressWriter, TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import LocalContext
+from tlpipeline.training.images import Datasets, training_images
 from tlpipeline.training.optim import optimizer
-from tlpipeline.training.trainer import Datasets, TimeBudget, Trainer
 
 TARGET = 0.9
 CLASSES, SIDE = 10, 256
@@ -87,7 +87,7 @@ class Bench:
     def plan(self) -> TrainingPlan:
         """Nothing is cut; fine-tuning starts from a head of zeros and keeps it, so that no pass for a solved one is among its own."""
         plan = whole_network(cases.find(self.case), taps.measure_taps(self.backbone, self.size)[-1], self.size)
-        return plan if self.frozen else replace(plan, init="plain", recipe=replace(plan.recipe, solve_again=False))
+        return plan if self.frozen else replace(plan, init="plain", recipe=replace(plan.recipe, refit_head=False))
 
     @cached_property
     def backbone(self) -> taps.Backbone:
@@ -198,17 +198,13 @@ def input_alone(bench: Bench, kept: bool) -> float:
 
 def kept_images(bench: Bench) -> Images:
     """The images as fine-tuning itself keeps them, decoded here if no turn has done it yet."""
-    classes, (train_rows, val_rows) = bench.manifest.classes, (bench.manifest.used(side) for side in (TRAIN, VAL))
-    train_labels, val_labels = (np.array([classes.index(r.label) for r in rows]) for rows in (train_rows, val_rows))
-    sides = Datasets(bench.images, train_rows, val_rows, train_labels, val_labels, bench.transforms)
+    datasets = Datasets.of(bench.images, bench.manifest, bench.transforms)
     with tempfile.TemporaryDirectory(prefix="gpu-") as made:
-        model, job = nn.Linear(1, 1), bench.job(Path(made))
-        world = LocalContext(Path(made))
-        fit = Trainer(
-            model, sides, bench.plan.recipe, job, world, Checkpoints(world, Path(made), model), ProgressWriter(Path(job.history), 0), "none",
-            Store(Path(job.cache)), TimeBudget(0, world, 0),
-        )  # fmt: skip
-        return fit._images(EPOCHS)[0]
+        job, context = bench.job(Path(made)), LocalContext(Path(made))
+        return training_images(
+            datasets, bench.plan.recipe.crop, EPOCHS, Store(Path(job.cache)), job.cache_bytes, context, TimeBudget(0, context),
+            ProgressWriter(Path(job.history), 0), job.cadence.read_images,
+        )[0]  # fmt: skip
 
 
 # --- the product ----------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@
     python -m benchmarks.speed ray      where each second of a two-worker Ray fit goes that is not compute
     python -m benchmarks.speed busy     such a fit beside as many busy processes as there are CPUs, beside one whose workers have Ray's own priority
     python -m benchmarks.speed solvers  what the profile's solvers cost beside its passes through the network
-    python -m benchmarks.speed views    what random views bring a frozen head, and what they cost
     python -m benchmarks.speed precision  training steps in float32, in bfloat16 as torch has it, and as it is used here; frozen passes
     python -m benchmarks.speed half     what half precision, in the cache or in the passes, would change in a head's answers
 
@@ -321,17 +320,17 @@ def loop(options: argparse.Namespace) -> None:
     rows, others = manifest.used(TRAIN), manifest.used(VAL)
     labels, val_labels = (np.array([manifest.classes.index(r.label) for r in side]) for side in (rows, others))
     plan = plan_of(load(options), "large_similar", NET.size)
-    plan = replace(plan, recipe=replace(plan.recipe, solve_again=False))
+    plan = replace(plan, recipe=replace(plan.recipe, refit_head=False))
     half = precision.computes_in_bfloat16(CPU)
     seconds: dict[str, list[tuple[float, float]]] = {"bare loop": [], "product": []}
     loaders: list[tuple[Images, Images]] = []
-    plain_arm, plain_images = trainer.Trainer.arm, trainer.Trainer._images
+    plain_fit, plain_images = trainer.Trainer.fit, trainer.Trainer._images
 
-    def arm(self: trainer.Trainer, *args: object) -> None:
+    def fit(self: trainer.Trainer, *args: object) -> None:
         loaders.append(plain_images(self, LOOP_EPOCHS))  # what is not decoded yet is decoded here, for both
-        seconds["product"].append(spent(lambda: plain_arm(self, *args)))  # type: ignore[arg-type]
+        seconds["product"].append(spent(lambda: plain_fit(self, *args)))  # type: ignore[arg-type]
 
-    trainer.Trainer.arm = arm  # type: ignore[method-assign, assignment]
+    trainer.Trainer.fit = fit  # type: ignore[method-assign, assignment]
     trainer.Trainer._images = lambda self, epochs: loaders[-1]  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(prefix="speed-") as kept:
 
@@ -462,7 +461,7 @@ def stamped(loop: Callable[[dict[str, object]], object], log: str) -> Callable[[
             return step
 
         places = (
-            (ray_train._RayWorld, "report", reporting),
+            (ray_train._RayContext, "report", reporting),
             (distributed.LocalContext, "report", reporting),
             (trainer.Trainer, "_step", stepping),
         )
@@ -664,23 +663,6 @@ def _at_most(seconds: float, limit: float) -> str:
     return f"{seconds:.1f}" if seconds < limit else f"ended after {limit:.0f}"
 
 
-def views(options: argparse.Namespace) -> None:
-    print("accuracy on the test side of a head with so many random views of each image; CPU s of passes and solver")
-    for name in options.only or ("caltech24", "eurosat", "pacs_sketch"):
-        for n in (100, 500):
-            folder, manifest = listed(options, name, n)
-            manifest = replace(manifest, rows=tuple(r for r in manifest.rows if r.split != TEST or int(r.md5[:4], 16) % 3 == 0))
-            line = []
-            for count in (0, 2, 4, 8):
-                with tempfile.TemporaryDirectory(prefix="speed-") as made:
-                    place = Path(made)
-                    ours = job(options, place, folder, manifest, plan_of(load(options), "small_similar", NET.size), views=count)
-                    found: list[Path] = []
-                    cpu, _ = spent(lambda: found.append(run_job(ours, place)))  # noqa: B023
-                    line.append(f"{count}: {accuracy(found[0] / 'model', folder, manifest, options):.4f} in {cpu:.1f} s")
-            print(f"{name:12} n={n:4}  {'   '.join(line)}", flush=True)
-
-
 TESTED: dict[str, Store] = {}
 
 
@@ -773,7 +755,6 @@ VERBS = {
     "ray": ray,
     "fits": fits,
     "busy": busy,
-    "views": views,
     "precision": precisions,
     "half": half,
 }

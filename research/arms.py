@@ -77,11 +77,11 @@ def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: 
     backbone = catalogue.load(net.name, weights, md5=md5, size=net.size, seed=unit.seed)
     taps = cutting.measure_taps(backbone, net.size)
     case = case_of(arm, similar)
-    changes = {"tuned": {}, "scratch": {"solve_again": False}}.get(arm, USUAL)
+    changes = {"tuned": {}, "scratch": {"refit_head": False}}.get(arm, USUAL)
     case = dataclasses.replace(case, recipe=dataclasses.replace(case.recipe, **changes))
     init = {"plain": "plain", "scratch": "random"}.get(arm, "pretrained")
     plan = dataclasses.replace(whole_network(case, taps[-1], net.size), init=init)
-    if case.recipe.solve_again:
+    if case.recipe.refit_head:
         quick = dataclasses.replace(params.load(ROOT / "params.yaml").profile, tangent=False)
         profile = measure.measure(backbone, folder, manifest, net.size, quick, lambda _: False, silent, torch.device("cpu"))
         plan = dataclasses.replace(plan, final_head_taps=profile.head_at(taps[-1].name))
@@ -105,14 +105,14 @@ def train_arm(unit: Unit, arm: str, similar: float, manifest: Manifest, folder: 
             model, Images(folder, test, description.transforms), torch.device("cpu"), lambda _: None
         ).numpy()
     right = probabilities.argmax(1) == np.array([description.classes.index(r.label) for r in test])
-    epochs = [line for line in history if line["arm"] in ("fine-tune", "scratch")]
+    epochs = [line for line in history if line["phase"] in ("fine-tune", "scratch")]
     train_images, val_images = len(manifest.used(TRAIN)), len(manifest.used(VAL))
     # The interim analyses of a race: after a third, two thirds, and all of the schedule.
     looks = [epochs[max(round(len(epochs) * part / 3), 1) - 1]["correct"] for part in (1, 2, 3)]
     solved = {"tuned": 2, "lpft": 1}.get(arm, 0) * (train_images + val_images)
     return counted(unit, manifest, right) | {
         "arm": arm, "val_hits": round(epochs[-1]["accuracy"] * val_images), "slice": taps[-1].name,
-        "rate": case.recipe.rate(backbone.normalization, net.size), "epochs": len(epochs),
+        "rate": case.recipe.lr(backbone.normalization, net.size), "epochs": len(epochs),
         "forward": solved + len(epochs) * (train_images + val_images), "backward": len(epochs) * train_images,
         "cpu_s": round(spent, 1), "looks": " ".join(looks), "bits": history[0]["correct"] if solved else "",
     }  # fmt: skip

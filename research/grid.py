@@ -67,7 +67,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
 FROZEN = ("frozen", "cut", "multi")
 TRAINED = ("tuned", "lpft", "plain", "scratch")
 # The recipe of lpft and plain: the whole schedule, and the head of the last step.
-USUAL: dict[str, Any] = {"epochs_at_500": 20, "solve_again": False}
+USUAL: dict[str, Any] = {"epochs_at_500": 20, "refit_head": False}
 SCRATCH_FROM = 2000  # images
 SECOND_SEED_UNTIL = 500  # images
 SLICES_AT = 500  # images of the units whose heads at all earlier taps are trained

@@ -1,5 +1,6 @@
 """Shared fixtures: small images with a known truth, a workspace, the real data, one Prefect server for the whole session."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,12 +29,6 @@ def real_data() -> Path:
     if not (folder / "squeezenet1_0-imagenet.safetensors").exists():
         pytest.skip(f"no real data at {folder}: set TLPIPELINE_DATA")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints are written whenever they could be, however long an epoch and a write take on the machine that runs the tests."""
-    monkeypatch.setattr("tlpipeline.training.checkpoint.SHARE", 1.0)
 
 
 @pytest.fixture
@@ -123,8 +118,26 @@ def prefect_server() -> Iterator[None]:
 
 
 @pytest.fixture
+def steps() -> Iterator[list[tuple[float, float]]]:
+    """The learning rate and the norm of the gradient of each optimizer step that is taken."""
+    from torch.optim import Optimizer
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    taken: list[tuple[float, float]] = []
+
+    def note(made: Optimizer, *_: Any) -> None:
+        gradients = [p.grad for group in made.param_groups for p in group["params"] if p.grad is not None]
+        taken.append((made.param_groups[0]["lr"], math.sqrt(sum(float(g.square().sum()) for g in gradients))))
+
+    hook = register_optimizer_step_pre_hook(note)
+    yield taken
+    hook.remove()
+
+
+@pytest.fixture
 def job(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
     """Makes training jobs on three painted classes, ninety images."""
+    from tests.helpers.training import EAGER
     from tlpipeline.data import dataset
     from tlpipeline.training.config import TrainingConfig
 
@@ -136,7 +149,7 @@ def job(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
         plain = {
             "workspace": str(tmp_path), "images": str(folder), "manifest": str(tmp_path / "manifest.parquet"), "backbone": "demonstration",
             "weights": "DEFAULT", "weights_md5": "none", "plan": decision.plan, "seed": 0, "epochs": 3,
-            "batch_size": 16, "flip": False, "precision": "float32", "history": str(tmp_path / f"{name}.jsonl"),
+            "batch_size": 16, "flip": False, "precision": "float32", "history": str(tmp_path / f"{name}.jsonl"), "cadence": EAGER,
         }  # fmt: skip
         return TrainingConfig(**{**plain, **changes})
 

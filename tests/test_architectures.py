@@ -150,7 +150,7 @@ def grouped(painted: Path) -> Path:
         last = measure_taps(replace(backbone, tap_names=backbone.tap_names[-1:]), size)[0]
         decision = decision_for(CASES[2], [pooling_at(last)], size)
         # No head is solved, neither first nor last: what is exported is what was trained.
-        decision = replace(decision, init="plain", recipe=replace(decision.recipe, solve_again=False))
+        decision = replace(decision, init="plain", recipe=replace(decision.recipe, refit_head=False))
         made = TrainingConfig(
             workspace=str(place), images=str(painted / "images"), manifest=str(painted / "manifest.parquet"), backbone=name,
             weights="start.safetensors", weights_md5=hashlib.md5((place / "start.safetensors").read_bytes(), usedforsecurity=False).hexdigest(),
@@ -179,7 +179,7 @@ def test_a_family_is_trained_by_two_workers_and_exported_as_it_was_validated(nam
     stepped = load_file(finished / "model" / "weights.safetensors")
     check(backbone, decision, Trained(start, stepped, finished / "model", None), test)
     lines = json.loads((finished / "history.json").read_text())["history"]
-    assert [(line["arm"], line["epoch"]) for line in lines] == [("fine-tune", 1), ("fine-tune", 2)]
+    assert [(line["phase"], line["epoch"]) for line in lines] == [("fine-tune", 1), ("fine-tune", 2)]
     chances = probabilities(model, val, torch.device("cpu"), lambda done: None)
     loss = score(chances, np.array([CLASSES.index(row.label) for row in val.rows]))[1]
     assert loss == pytest.approx(lines[-1]["log_loss"], abs=1e-5)

@@ -64,16 +64,15 @@ class Counting:
         return self.network(inputs)
 
 
-def reader(store: Store, net: Backbone, *readings: TapPooling, size: int | None = None, view: str = "") -> FeatureExtractor:
+def reader(store: Store, net: Backbone, *readings: TapPooling, size: int | None = None) -> FeatureExtractor:
     transforms = net.transforms if size is None else net.transforms.at(size)
     trunk = cutting.cut(net, [r.tap for r in readings]).to(memory_format=torch.channels_last)
-    asked = FeatureExtractor(store, net, trunk, readings, transforms, CPU)
-    return asked.for_view(view) if view else asked
+    return FeatureExtractor(store, net, trunk, readings, transforms, CPU)
 
 
-def steps(store: Store, net: Backbone, folder: Path, rows: list[Row], *readings: TapPooling, view: str = "") -> int:
+def steps(store: Store, net: Backbone, folder: Path, rows: list[Row], *readings: TapPooling) -> int:
     """How many steps of the network reading these images takes."""
-    asked = reader(store, net, *readings, view=view)
+    asked = reader(store, net, *readings)
     counting = Counting(asked)
     found = asked.extract(Images(folder, rows, net.transforms), lambda done: None)
     assert [len(rows_) for rows_ in found] == [len(rows)] * len(readings)
@@ -125,15 +124,12 @@ def test_renamed_images_are_known_and_replaced_ones_are_not(listed: tuple[Path, 
     assert steps(Store(tmp_path / "cache"), net, folder, replaced, LAST) == 1
 
 
-def test_other_weights_taps_pyramids_sizes_and_views_are_computed_anew(
-    listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path
-) -> None:
+def test_other_weights_taps_pyramids_and_sizes_are_computed_anew(listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
     folder, rows = listed[0], listed[1][:16]
     store = Store(tmp_path / "cache")
     assert steps(store, net, folder, rows, LAST) == 1
     assert steps(store, net, folder, rows, TapPooling("conv3", 128, (1, 2))) == 1
     assert steps(store, net, folder, rows, TapPooling("conv3", 128, (1,))) == 1
-    assert steps(store, net, folder, rows, LAST, view="view 1") == 1
     assert steps(store, catalogue.load("demonstration", "none", seed=1), folder, rows, LAST) == 1
     assert steps(store, catalogue.load("demonstration", "none", seed=2), folder, rows, LAST) == 1
     square = catalogue.load("nets:resnet20", "none")

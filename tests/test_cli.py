@@ -32,7 +32,6 @@ VERBS = {
     "explain",
     "init",
     "predict",
-    "pretrain",
     "registry list",
     "registry promote",
     "registry rollback",
@@ -393,7 +392,7 @@ def test_init_makes_a_workspace_that_names_its_model_and_its_deployments_after_t
         ("choose.case", "small_simlar", "found 'small_simlar'; did you mean small_similar"),
         ("choose.slice", "conv9", "found 'conv9'; its taps are conv1"),
         ("backbone.name", "resnet81", "did you mean resnet18"),
-        ("train.override", "{patiense: 3}", "unknown recipe value 'patiense'; did you mean patience"),
+        ("train.override", "{cliq: 3}", "unknown recipe value 'cliq'; did you mean clip"),
         ("train.epochs", "0", "train.epochs: expected auto or a whole number of at least 1"),
     ],
 )

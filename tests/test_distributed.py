@@ -52,7 +52,7 @@ def ray_runtime() -> Iterator[None]:
 
 
 # Without dropout, so that two workers draw what one draws.
-DECISION = replace(decided(CASES[2], patience=100), slice="conv3", readings=(TapPooling("conv3", 128, (1, 2)),))
+DECISION = replace(decided(CASES[2]), slice="conv3", readings=(TapPooling("conv3", 128, (1, 2)),))
 EPOCHS = 12
 
 
@@ -153,16 +153,16 @@ def test_a_joined_cluster_says_itself_whether_it_has_gpus(
     use_gpu = asked is True  # as preflight says on this machine, which has none
     if found is None:
         with pytest.raises(ClusterError, match="expected 2 GPUs in the Ray cluster, found 1"):
-            ray_train._enough(replace(TWO, gpu=asked), use_gpu)
+            ray_train.check_cluster(replace(TWO, gpu=asked), use_gpu)
     else:
-        assert ray_train._enough(replace(TWO, gpu=asked), use_gpu) is found
+        assert ray_train.check_cluster(replace(TWO, gpu=asked), use_gpu) is found
 
 
 @pytest.mark.parametrize(("content", "goes"), [('{"checkpoint_results": [', True), ('{"checkpoint_results": []}', False)])
 def test_a_torn_list_of_checkpoints_is_removed_with_what_it_lists(content: str, goes: bool, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint_manager_snapshot.json").write_text(content)
-    ray_train._repair(tmp_path / "run")
+    ray_train.repair(tmp_path / "run")
     assert (tmp_path / "run").exists() is not goes
 
 
@@ -171,12 +171,14 @@ def test_a_full_disk_is_named_with_the_way_out() -> None:
         def __init__(self, why: BaseException) -> None:
             self.worker_failures = {0: why}
 
-    told = ray_train._translated(Failed(RuntimeError("OSError: [Errno 28] No space left on device")), 1, "somewhere")
+    told = ray_train.translate_failure(Failed(RuntimeError("OSError: [Errno 28] No space left on device")), 1, "somewhere")
     assert isinstance(told, ClusterError)
     assert re.search(r"expected room for checkpoints in somewhere, found none .*the run resumes from it", str(told))
-    quota = ray_train._translated(Failed(RuntimeError("OSError: [Errno 122] Disk quota exceeded")), 1, "somewhere")
+    quota = ray_train.translate_failure(Failed(RuntimeError("OSError: [Errno 122] Disk quota exceeded")), 1, "somewhere")
     assert "expected room for checkpoints in somewhere" in str(quota)
-    assert "failed more often than cluster.max_failures (1)" in str(ray_train._translated(Failed(RuntimeError("else")), 1, "somewhere"))
+    assert "failed more often than cluster.max_failures (1)" in str(
+        ray_train.translate_failure(Failed(RuntimeError("else")), 1, "somewhere")
+    )
 
 
 def test_an_error_of_ours_that_ray_wrapped_is_found_in_what_it_wrapped() -> None:
@@ -187,7 +189,7 @@ def test_an_error_of_ours_that_ray_wrapped_is_found_in_what_it_wrapped() -> None
     ours = BackboneError("expected weights")
     for wrapped in (RuntimeError("a"), RuntimeError("b")):
         setattr(wrapped, "__cause__" if str(wrapped) == "a" else "__context__", ours)
-        assert ray_train._translated(Failed(wrapped), 1, "somewhere") is ours
+        assert ray_train.translate_failure(Failed(wrapped), 1, "somewhere") is ours
 
 
 def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_in_this_process_the_same_loop_runs_without_ray(job: Callable[..., Train
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_last_that_is_told_is_passed_on_whether_the_run_fails_or_not(
-    fails: bool, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: bool, job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     made, told = job(decided(CASES[0])), []
 
@@ -218,14 +220,13 @@ def test_the_last_that_is_told_is_passed_on_whether_the_run_fails_or_not(
             raise TrainingError("expected it to converge")
         return tmp_path
 
-    monkeypatch.setattr(ray_train, "_in_process", speaks)
     with pytest.raises(TrainingError) if fails else nullcontext():
-        ray_train.run(made, HERE, "name", tmp_path / "runs", told.append, "choose")
+        ray_train.run(made, HERE, "name", tmp_path / "runs", told.append, "choose", speaks)
     assert told == [Event("choose", 1, 2, "the last word")]
 
 
 def test_a_run_in_this_process_has_a_place_of_its_own_and_begins_in_an_empty_one(
-    job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     made, seen = job(decided(CASES[0])), []
 
@@ -236,9 +237,8 @@ def test_a_run_in_this_process_has_a_place_of_its_own_and_begins_in_an_empty_one
         assert scratch.is_relative_to(world.folder)
         return scratch
 
-    monkeypatch.setattr(ray_train.train, "run", looks)
     for name in ("one", "one", "other"):
-        ray_train.run(made, HERE, name, tmp_path / "runs", silent)
+        ray_train.run(made, HERE, name, tmp_path / "runs", silent, loop=looks)
     assert [folder.name for folder in seen] == ["one", "one", "other"]
 
 
@@ -255,7 +255,7 @@ def test_two_ray_workers_give_the_model_that_one_process_gives(whole: Whole, tmp
     assert weights(whole.finished).keys() == weights(single).keys()
     for key, value in weights(single).items():
         assert torch.allclose(weights(whole.finished)[key], value, atol=5e-3), key
-    assert [(h["arm"], h["epoch"]) for h in curve(whole.finished)] == [(h["arm"], h["epoch"]) for h in curve(single)]
+    assert [(h["phase"], h["epoch"]) for h in curve(whole.finished)] == [(h["phase"], h["epoch"]) for h in curve(single)]
     assert curve(whole.finished)[0] == pytest.approx(curve(single)[0])
     assert [h["loss"] for h in curve(whole.finished)] == pytest.approx([h["loss"] for h in curve(single)], abs=2e-3)
     assert any("head solved" in text for text in whole.told)
@@ -287,61 +287,34 @@ def test_a_mistake_in_a_worker_reaches_the_user_as_what_it_is(
         ray_train.run(broken, replace(TWO, max_failures=1), "broken", tmp_path / "runs", silent)
 
 
-def test_workers_without_room_begin_again_in_as_many_parts_as_they_ask_for(
-    job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[int] = []
-
-    def full(made: TrainingConfig, *_: object) -> Path:
-        tried.append(made.parts)
-        if made.parts < 4:
-            raise OutOfMemory("expected room", 2 * made.parts)
-        return tmp_path
-
-    monkeypatch.setattr(ray_train, "_on_workers", full)
-    told: list[Event] = []
-    assert ray_train.run(job(decided(CASES[0]), "parts"), TWO, "name", tmp_path / "runs", told.append) == tmp_path
-    assert tried == [1, 2, 4]
-    assert told[0] == Event(
-        "train", 0, 0, "starting 2 Ray workers, which takes about 10 s"
-    )  # which takes longer than anyone likes to see nothing
-
-
-def test_an_error_that_says_more_than_its_text_comes_back_whole(
-    job: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_that_says_more_than_its_text_comes_back_whole(job: Callable[..., TrainingConfig]) -> None:
     made = job(decided(CASES[0]), "full")
 
     def full(*_: object) -> None:
         raise OutOfMemory("expected room", 8)
 
-    monkeypatch.setattr(ray_train.train, "run", full)
-    monkeypatch.setattr(ray_train, "_RayWorld", lambda: LocalContext(Path(made.workspace)))
     with pytest.raises(OutOfMemory):
-        ray_train._loop({"job": made})
+        ray_train.work(made, LocalContext(Path(made.workspace)), full)
     with pytest.raises(OutOfMemory, match=r"^expected room$") as error:
-        ray_train._raise_what_gave_up(made)
+        ray_train.raise_worker_error(made)
     assert error.value.parts == 8
 
 
-def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_again(
-    job: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_again(job: Callable[..., TrainingConfig]) -> None:
     made, tried = job(decided(CASES[0]), "diverges"), []
 
     def diverge(*_: object) -> None:
         tried.append(1)
         raise TrainingError("expected it to converge")
 
-    monkeypatch.setattr(ray_train.train, "run", diverge)
-    monkeypatch.setattr(ray_train, "_RayWorld", lambda: LocalContext(Path(made.workspace)))
+    context = LocalContext(Path(made.workspace))
     with pytest.raises(TrainingError):
-        ray_train._loop({"job": made})
-    ray_train._loop({"job": made})
+        ray_train.work(made, context, diverge)
+    ray_train.work(made, context, diverge)
     assert tried == [1]
     with pytest.raises(TrainingError, match="expected it to converge"):
-        ray_train._raise_what_gave_up(made)
-    ray_train._raise_what_gave_up(made)  # told once
+        ray_train.raise_worker_error(made)
+    ray_train.raise_worker_error(made)  # told once
 
 
 def test_what_a_killed_worker_left_on_its_machine_is_removed_by_the_next_of_its_rank(
@@ -351,7 +324,7 @@ def test_what_a_killed_worker_left_on_its_machine_is_removed_by_the_next_of_its_
     made = job(decided(CASES[0]), "killed")
 
     def killed(rank: int) -> Path:
-        with ray_train._scratch(made, rank) as folder:
+        with ray_train.worker_scratch(made, rank) as folder:
             (folder / "features").mkdir()
             kept = folder.with_name(f"{folder.name}-left")
             folder.rename(kept)  # as if the process had ended here
@@ -359,12 +332,12 @@ def test_what_a_killed_worker_left_on_its_machine_is_removed_by_the_next_of_its_
         return kept
 
     left = {rank: killed(rank) for rank in (0, 1)}
-    other = ray_train._scratch(replace(made, history=str(tmp_path / "other.jsonl")), 0)
-    with ray_train._scratch(made, 0) as mine, other:
+    other = ray_train.worker_scratch(replace(made, history=str(tmp_path / "other.jsonl")), 0)
+    with ray_train.worker_scratch(made, 0) as mine, other:
         assert not left[0].exists()
         assert mine.is_dir()  # another run on the same machine lets it be
         assert left[1].is_dir()
-    with ray_train._scratch(made, 1):
+    with ray_train.worker_scratch(made, 1):
         assert not left[1].exists()
 
 
@@ -403,7 +376,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     import ray.train.torch
 
     made = Asked()
-    for key in [*ray_train._QUIET, "RAY_AUTH_MODE", NICENESS]:
+    for key in [*ray_train.ENVIRONMENT, "RAY_AUTH_MODE", NICENESS]:
         monkeypatch.setenv(key, "1")  # so that it is as before afterwards
         monkeypatch.delenv(key)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -444,13 +417,17 @@ def test_a_fit_is_asked_for_as_the_settings_say(
     with pytest.raises(ClusterError, match="they kept no checkpoint"):
         ray_train.run(made, cluster, "name", tmp_path / "runs", silent)
     assert not torn.exists()
-    assert asked.named["train_loop_config"] == {"job": made}
+    assert asked.named["train_loop_config"] == {"config": made, "loop": ray_train.train.run}
     kept, scale, group = asked.named["run_config"], asked.named["scaling_config"], asked.named["torch_config"]
     assert (kept.name, kept.storage_path, kept.failure_config.max_failures) == ("name", str(place), 5)
     assert kept.checkpoint_config.num_to_keep == 2  # or a long run fills the disk
     assert (scale.num_workers, scale.use_gpu) == (3, False)
     assert (group.backend, group.timeout_s) == ("gloo", 24 * 3600)  # the others wait while the first one solves a head
-    assert kept.worker_runtime_env["env_vars"] == {"OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "ACTIVE"}
+    assert kept.worker_runtime_env["env_vars"] == {
+        "OMP_NUM_THREADS": "2",
+        "PYTHONWARNINGS": "ignore",
+        "OMP_WAIT_POLICY": "ACTIVE",
+    }  # the user's own
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(1, "8"), (8, "1")])
@@ -603,6 +580,25 @@ def test_a_fit_may_be_started_from_any_thread(asked: Asked, job: Callable[..., T
     assert (finished / "model").is_dir()
 
 
+def test_workers_without_room_begin_again_in_as_many_parts_as_they_ask_for(
+    asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
+    made, tried, events = job(decided(CASES[0])), list[int](), list[Event]()
+
+    def fits() -> Any:
+        parts = asked.named["train_loop_config"]["config"].gradient_accumulation_steps
+        tried.append(parts)
+        if parts == 4:
+            return checkpoint(tmp_path / "newest", "model/model.json")
+        ray_train.error_file(made).write_text(json.dumps({"kind": "OutOfMemory", "values": ["expected room", 2 * parts]}))
+        return SimpleNamespace(checkpoint=None)
+
+    asked.fits = fits
+    ray_train.run(made, TWO, "name", tmp_path / "runs", events.append)
+    assert tried == [1, 2, 4]
+    assert events[0] == Event("train", 0, 0, "starting 2 Ray workers, which takes about 10 s")  # longer than anyone likes to see nothing
+
+
 @pytest.mark.parametrize("tried_again", [False, True])
 def test_an_error_that_a_worker_wrote_down_is_raised_whether_ray_tried_again_or_not(
     tried_again: bool, asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path
@@ -612,24 +608,24 @@ def test_an_error_that_a_worker_wrote_down_is_raised_whether_ray_tried_again_or_
     made = job(decided(CASES[0]))
 
     def fails() -> Any:
-        ray_train._error_file(made).write_text('{"kind": "MemoryFull", "values": ["expected room", 4]}')
+        ray_train.error_file(made).write_text('{"kind": "TrainingError", "values": ["expected room"]}')
         if tried_again:
             return SimpleNamespace(checkpoint=None)
         raise TrainingFailedError("only its text")
 
     asked.fits = fails
-    with pytest.raises(OutOfMemory, match=r"^expected room$"):
-        ray_train._on_workers(made, TWO, False, "name", tmp_path / "runs")
-    assert not ray_train._error_file(made).exists()
+    with pytest.raises(TrainingError, match=r"^expected room$"):
+        ray_train.run(made, TWO, "name", tmp_path / "runs", silent)
+    assert not ray_train.error_file(made).exists()
 
 
 def test_an_error_that_an_earlier_run_left_is_forgotten(asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     """A driver that was killed has not read it, and workers that find it do nothing."""
     made = job(decided(CASES[0]))
-    ray_train._error_file(made).write_text('{"kind": "TrainingError", "values": ["expected it to converge"]}')
+    ray_train.error_file(made).write_text('{"kind": "TrainingError", "values": ["expected it to converge"]}')
     asked.fits = lambda: checkpoint(tmp_path / "newest", "model/model.json")
     assert ray_train.run(made, TWO, "name", tmp_path / "runs", silent)
-    assert not ray_train._error_file(made).exists()
+    assert not ray_train.error_file(made).exists()
 
 
 def test_workers_that_failed_too_often_say_what_is_kept(asked: Asked, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:

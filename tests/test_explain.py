@@ -497,8 +497,8 @@ def test_what_is_said_to_be_trained_is_what_train_override_makes_of_it(tmp_path:
     last = f"After fine-tuning, a final head is solved on {' + '.join(r.tap for r in several.readings)}."
     assert last in release.decision_markdown(tmp_path)
     assert [row["use"] for row in explain.probe_rows(profile(), several)].count("read") == 2
-    changed = (tmp_path / "params.yaml").read_text().replace("override: {}", "override: {solve_again: false}")
-    assert "solve_again" in changed
+    changed = (tmp_path / "params.yaml").read_text().replace("override: {}", "override: {refit_head: false}")
+    assert "refit_head" in changed
     (tmp_path / "params.yaml").write_text(changed)
     assert "After fine-tuning" not in release.decision_markdown(tmp_path)
     assert [row["use"] for row in explain.probe_rows(*reversed(release.load_decision(tmp_path)))].count("read") == 1

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from tests.helpers.training import decided, history
+from tests.helpers.training import Crashing, Interrupted, decided, history
 from tlpipeline.backbones import catalogue, features, taps
 from tlpipeline.backbones import classifier as model
 from tlpipeline.backbones.classifier import Classifier
@@ -23,15 +24,16 @@ from tlpipeline.choice.cases import CASES
 from tlpipeline.data import dataset
 from tlpipeline.data.loader import Images
 from tlpipeline.data.splits import TRAIN, VAL
-from tlpipeline.data.transforms import Transforms
 from tlpipeline.files import write_tensors
+from tlpipeline.training.budget import TimeBudget
 from tlpipeline.training.checkpoint import Checkpoints, State
 from tlpipeline.training.config import ProgressWriter, TrainingConfig
 from tlpipeline.training.distributed import LocalContext
+from tlpipeline.training.images import Datasets
 from tlpipeline.training.optim import flat, optimizer, unflat
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.train import run
-from tlpipeline.training.trainer import Datasets, TimeBudget, Trainer
+from tlpipeline.training.trainer import Run, Trainer
 
 Make = Callable[..., TrainingConfig]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -77,38 +79,37 @@ def moved(net: nn.Module) -> nn.Module:
     return net
 
 
-def fit_on_gpu(net: nn.Module, transforms: Transforms, made: TrainingConfig, place: Path) -> Trainer:
-    manifest = dataset.read_manifest(Path(made.manifest))
-    rows, val = manifest.used(TRAIN), manifest.used(VAL)
-    labels, val_labels = (np.array([manifest.classes.index(r.label) for r in some]) for some in (rows, val))
-    world, recipe = LocalContext(place, GPU), made.plan.recipe
-    return Trainer(
-        net, Datasets(Path(made.images), rows, val, labels, val_labels, transforms), recipe, made, world, Checkpoints(world, place, net),
-        ProgressWriter(place / "told", 0), "batch", features.Store(), TimeBudget(0, world, 0),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("recipe", [
-    {}, {"accumulate": 4}, {"imbalance": 1.0}, {"optimizer": "adamw", "average": 0.9, "label_smoothing": 0.1},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("recipe", [{}, {"gradient_accumulation_steps": 4}, {"imbalance": 1.0}, {"optimizer": "adamw"}], ids=str)
 def test_all_that_a_step_of_fine_tuning_touches_lies_on_the_gpu(
-    recipe: dict[str, Any], job: Make, tmp_path: Path, pretended: FakeTensorMode
+    recipe: dict[str, Any], job: Make, tmp_path: Path, pretended: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = job(decided(TUNED, **recipe), precision="auto")
     net = catalogue.load("demonstration", "DEFAULT")
     classifier = Classifier(net, [TapPooling("conv2", 64, (1, 2))], 3, frozen=False)
+    datasets = Datasets.of(Path(config.images), dataset.read_manifest(Path(config.manifest)), net.transforms)
+    context = LocalContext(tmp_path, GPU)
+    losses: list[torch.device] = []
+
+    def stepped(made: torch.optim.Optimizer, *_: Any) -> None:
+        assert all(group["fused"] for group in made.param_groups)
+        losses.append(GPU)
+        raise Stepped  # PyTorch cannot pretend a fused step of SGD
+
     with pretended:
-        fit = fit_on_gpu(moved(classifier), net.transforms, job(decided(TUNED, **recipe), precision="auto"), tmp_path)
-        images = Images(fit.sides.root, fit.sides.train, fit.sides.transforms)
-        moving, average = fit._start(0.1, State(arm="fine-tune"))
-        assert all(group["fused"] for group in moving.param_groups)
-        ((indices, pixels),) = images.batches([list(range(8))], pinned=True)
-        loss = fit._step(fit.model, list(indices), pixels, images, 8, State(arm="fine-tune"))
-        assert loss.device == GPU
-        assert nn.utils.clip_grad_norm_(fit.model.parameters(), 1.0).device == GPU
-        if "optimizer" in recipe:  # PyTorch cannot pretend fused SGD
-            moving.step()
-        average.update()
-        assert all(t.device == GPU for t in average.weights.values())
+        moved(classifier)
+        checkpoints, progress = Checkpoints(context, tmp_path, classifier), ProgressWriter(tmp_path / "progress", 1)
+        run_ = Run(config, context, datasets, State("head"), checkpoints, features.Store(), TimeBudget(0, context), progress, tmp_path)
+        hook = register_optimizer_step_pre_hook(stepped)
+        try:
+            with pytest.raises(Stepped):
+                Trainer(classifier, run_, "batch").fit("scratch", 1, 0.1)
+        finally:
+            hook.remove()
+    assert losses == [GPU]
+
+
+class Stepped(Exception):
+    """The first step of the optimizer was reached."""
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
@@ -182,7 +183,8 @@ def test_a_model_that_reads_in_bfloat16_says_so_and_is_read_again_as_such(
     """As on a GPU, but on a CPU: trained, evaluated and predicted with, through the cache and without, the answers are the same bits."""
     made = job(decided(CASES[0]), cache=str(tmp_path / "cache"), cache_bytes=1e9, precision="auto")
     plain = trained_on(CPU, made, tmp_path / "plain")
-    monkeypatch.setattr("tlpipeline.training.train.extracts_in_bfloat16", lambda device, precision: precision == "auto")
+    for module in ("train", "frozen"):
+        monkeypatch.setattr(f"tlpipeline.training.{module}.extracts_in_bfloat16", lambda device, precision: precision == "auto")
     folder = trained_on(CPU, made, tmp_path / "half")
     classifier, description = model.load(folder / "model")
     assert (classifier.in_bfloat16, description.in_bfloat16) == (True, True)
@@ -248,23 +250,13 @@ def test_a_case_trained_on_a_gpu_predicts_what_was_evaluated(case: Any, job: Mak
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_run_goes_on_on_a_gpu(kind: str, job: Make, tmp_path: Path) -> None:
-    class Stopped(Exception):
-        pass
-
-    class Once(LocalContext):
-        reports = 0
-
-        def report(self, metrics: Any, folder: Path | None) -> None:
-            super().report(metrics, folder)
-            self.reports += 1
-            if self.reports == 3:  # the head, the first epoch, the second one
-                raise Stopped
-
-    made = job(decided(TUNED, optimizer=kind, average=0.9), precision="auto")
+    made = job(decided(TUNED, optimizer=kind), precision="auto")
     whole = load_file(trained_on(GPU, made, tmp_path / "whole") / "model" / "weights.safetensors")
     (tmp_path / "torn" / "scratch").mkdir(parents=True)
-    with pytest.raises(Stopped):
-        run(made, Once(tmp_path / "torn", GPU), tmp_path / "torn" / "scratch")
+    crashing = Crashing(tmp_path / "torn", 3)  # after the head, the first epoch, the second one
+    crashing.device = GPU
+    with pytest.raises(Interrupted):
+        run(made, crashing, tmp_path / "torn" / "scratch")
     again = load_file(trained_on(GPU, made, tmp_path / "torn") / "model" / "weights.safetensors")
     assert all(torch.allclose(again[name], value, atol=1e-2) for name, value in whole.items())
 

@@ -149,15 +149,7 @@ def test_features_that_know_their_images_by_heart_are_judged_by_others(images: i
     assert PENALTIES[0] > penalty > PENALTIES[-1]
     assert loss(penalty, near) < 0.95 * loss(None)  # by themselves they want hardly any
     assert loss(penalty, near) < 1.1 * min(loss(each) for each in PENALTIES)
-    assert judged_penalty(x, labels, judges, truth, *kind, late=lambda: True)[0] == PENALTIES[START]
-
-
-def test_views_do_not_make_a_weak_penalty_look_good() -> None:
-    """Copies of an image on both sides of a fold would be recognized; the penalty is found without them."""
-    noise, labels = drawn(300, 3, separation=0.0, width=200)
-    views = torch.cat([noise, noise, noise])
-    assert solve_head(views, np.tile(labels, 3), [200], 3, 10, 0, views=2)[2] == max(PENALTIES)
-    assert solve_head(views, np.tile(labels, 3), [200], 3, 10, 0)[2] < max(PENALTIES)
+    assert judged_penalty(x, labels, judges, truth, *kind, expired=lambda: True)[0] == PENALTIES[START]
 
 
 def wide(n: int = 150) -> tuple[torch.Tensor, np.ndarray]:
@@ -233,7 +225,7 @@ def test_a_solver_whose_time_is_up_takes_a_few_steps_and_tries_no_other_penalty(
     monkeypatch.setattr(Problem, "__call__", lambda self, flat, penalty: walks.append(penalty) or plain(self, flat, penalty))  # type: ignore[func-returns-value]
     whole = solve_head(x, labels, (200,), 3, 10, 0, tolerance=1e-8)
     free, ended = list(walks), len(walks)
-    late = solve_head(x, labels, (200,), 3, 10, 0, tolerance=1e-8, late=lambda: True)
+    late = solve_head(x, labels, (200,), 3, 10, 0, tolerance=1e-8, expired=lambda: True)
     assert len(set(free)) > 1
     assert set(walks[ended:]) == {heads.PENALTIES[heads.START]}
     assert len(walks) - ended < (heads.FOLDS + 1) * 2 * heads.LEAST_STEPS

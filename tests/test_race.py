@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from research import pretrain
 from tests.helpers.images import paint
 from tests.helpers.scenes import scene
 from tlpipeline.backbones import catalogue
@@ -24,7 +25,7 @@ from tlpipeline.params import ChooseParams, ClusterParams, ProfileParams, load
 from tlpipeline.profiling import measure
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, silent
-from tlpipeline.training import checkpoint, pretrain, ray_train
+from tlpipeline.training import checkpoint, ray_train
 from tlpipeline.training.config import TrainingConfig
 
 RULE = ChooseParams(
@@ -134,19 +135,6 @@ def test_a_time_budget_ends_a_race_for_the_frozen_head(
     assert (kept / "model" / "weights.safetensors").exists()
     assert asked[1] == pytest.approx(max(minutes - spent[0] / 60, race.NO_TIME), abs=1e-12)  # both arms share it
     assert spent[0] > 0
-
-
-def test_a_race_that_stops_early_is_not_won_by_fine_tuning(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    patient = dataclasses.replace(setting)
-
-    def job(decision: Decision) -> TrainingConfig:
-        made = dataclasses.replace(decision, recipe=dataclasses.replace(decision.recipe, patience=1))
-        return dataclasses.replace(setting.job(made), epochs=60, parts=2)  # memory that ran out ends no race
-
-    monkeypatch.setattr(patient, "job", job)
-    decision, _ = patient.run(OPEN, "patient")
-    assert decision.race is not None
-    assert (decision.race.winner, decision.race.ended) == ("frozen", "early_stopping")
 
 
 def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +323,7 @@ def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it
     root = tmp_path / "workspace"
     create.init(root, pictures, "demonstration", "DEFAULT", None)
     for key, value in {
-        "cache.max_gb": "0.00005", "cluster.workers": "0", "choose.effort": "full", "choose.race_images": "5", "train.epochs": "2", "train.override": "{rate_none: 0.0001}",
+        "cache.max_gb": "0.00005", "cluster.workers": "0", "choose.effort": "full", "choose.race_images": "5", "train.epochs": "2", "train.override": "{lr_none: 0.0001}",
     }.items():  # fmt: skip
         set_param(root, key, value)
     told: list[Event] = []

@@ -17,9 +17,22 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.decisions import decision_for
-from tests.helpers.group import Crashing, Interrupted, attempt
+from tests.helpers.group import attempt
 from tests.helpers.images import paint
-from tests.helpers.training import READ_LAST, decided, history, in_group, trained
+from tests.helpers.training import (
+    EAGER,
+    READ_LAST,
+    Clock,
+    Crashing,
+    Interrupted,
+    Recording,
+    Ticking,
+    decided,
+    finished_state,
+    history,
+    in_group,
+    trained,
+)
 from tests.helpers.workspaces import set_param
 from tlpipeline.backbones import catalogue, features, taps
 from tlpipeline.backbones.classifier import Classifier, load, probabilities
@@ -35,16 +48,14 @@ from tlpipeline.errors import ClusterError
 from tlpipeline.evaluation.metrics import read_predictions
 from tlpipeline.progress import silent
 from tlpipeline.report.page import pace
-from tlpipeline.stats import pack, unpack
-from tlpipeline.training import train as train_module
-from tlpipeline.training.checkpoint import Checkpoints, State
-from tlpipeline.training.config import TrainingConfig
+from tlpipeline.stats import unpack
+from tlpipeline.training.config import Cadence, TrainingConfig
 from tlpipeline.training.distributed import LocalContext
-from tlpipeline.training.heads import judged_penalty, score, solve_head, validated
+from tlpipeline.training.heads import inverse_temperature, judged_penalty, score, solve_head, validated
 from tlpipeline.training.optim import schedule
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.train import run
-from tlpipeline.training.trainer import TimeBudget, Trainer, batch_size
+from tlpipeline.training.trainer import batch_size
 from tlpipeline.workspace import layout, stages
 
 SEVERAL = (TapPooling("fc2", 128, (1,)), TapPooling("conv3", 128, (1, 2)))
@@ -124,8 +135,8 @@ def test_what_is_frozen_is_bit_identical_and_what_is_not_is_trained(case: Case, 
     else:
         # The best epoch may be the frozen head itself; on these images fine-tuning does not lose.
         best = json.loads((tmp_path / "out" / "scratch" / "finished" / "history.json").read_text())
-        assert best["arm"] == "head" or not unchanged
-    assert {line["arm"] for line in history(tmp_path / "out")} >= ({"head"} if case.freeze == "kept" else {"head", "fine-tune"})
+        assert best["phase"] == "head" or not unchanged
+    assert {line["phase"] for line in history(tmp_path / "out")} >= ({"head"} if case.freeze == "kept" else {"head", "fine-tune"})
 
 
 def test_what_is_sliced_off_is_not_stored(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
@@ -143,107 +154,61 @@ def test_random_init_trains_from_scratch_for_longer(job: Callable[..., TrainingC
     decision = replace(decided(CASES[3]), init="random")
     trained(job(decision, epochs=2), tmp_path / "out")
     lines = history(tmp_path / "out")
-    assert {line["arm"] for line in lines} == {"scratch"}
+    assert {line["phase"] for line in lines} == {"scratch"}
     assert len(lines) == 2 * Recipe().scratch_times
 
 
 @pytest.mark.parametrize("init", ["random", "auto"])
-def test_training_from_scratch_begins_with_random_weights(
-    init: str, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_from_scratch_begins_with_random_weights(init: str, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     """Not with those that were given, nor with those that fine-tuning left."""
-    moved: dict[str, dict[str, torch.Tensor]] = {}
-    remember = Checkpoints.keep
-
-    def keep(self: Checkpoints, state: State, *rest: Any) -> None:
-        remember(self, state, *rest)
-        moved[state.arm] = self.current
-
-    monkeypatch.setattr(Checkpoints, "keep", keep)
-    decision = replace(decided(CASES[3], rate_none=1e-12, scratch_from=0, scratch_times=1.0), init=init)
-    trained(job(decision, epochs=1, seed=3), tmp_path / "out")
-    assert set(moved) == ({"scratch"} if init == "random" else {"fine-tune", "scratch"})
+    recording = Recording(tmp_path / "out")
+    decision = replace(decided(CASES[3], lr_none=1e-12, scratch_from=0, scratch_times=1.0), init=init)
+    trained(job(decision, epochs=1, seed=3), tmp_path / "out", recording)
+    assert {line["phase"] for line in history(tmp_path / "out")} == ({"scratch"} if init == "random" else {"head", "fine-tune", "scratch"})
     fresh = catalogue.load("demonstration", catalogue.NONE, size=32, seed=3).module.state_dict()
-    weights = {key: value for key, value in moved["scratch"].items() if "weight" in key}
+    weights = {key: value for key, value in recording.phases["scratch"].items() if "weight" in key}
     assert all(torch.allclose(value, fresh[key.removeprefix("trunk.")], atol=1e-6) for key, value in weights.items() if "trunk" in key)
     assert float(weights["head.weight"].abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize(("rate", "peak"), [(0.01, 0.03), (0.05, 0.1)])
+@pytest.mark.parametrize(("lr", "peak"), [(0.01, 0.03), (0.05, 0.1)])
 def test_random_weights_get_a_larger_rate_but_no_more_than_a_tenth(
-    rate: float, peak: float, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lr: float, peak: float, job: Callable[..., TrainingConfig], tmp_path: Path, steps: list[tuple[float, float]]
 ) -> None:
-    rates: list[float] = []
-    arm = Trainer.arm
-
-    def noted(self: Trainer, name: str, epochs: int, asked: float, state: State) -> None:
-        rates.append(asked)
-        arm(self, name, epochs, 1e-9, state)
-
-    monkeypatch.setattr(Trainer, "arm", noted)
-    trained(job(replace(decided(CASES[3], rate_none=rate), init="random"), epochs=1), tmp_path / "out")
-    assert rates == [pytest.approx(peak)]
+    trained(job(replace(decided(CASES[3], lr_none=lr), init="random"), epochs=1), tmp_path / "out")
+    assert max(rate for rate, _ in steps) == pytest.approx(peak * 16 / 64)  # a batch of 16
 
 
-def test_time_that_is_up_after_fine_tuning_leaves_none_for_random_weights(
-    job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arm = Trainer.arm
-
-    def spent(self: Trainer, *given: Any) -> None:
-        arm(self, *given)
-        self.deadline.before = 1e9
-
-    monkeypatch.setattr(Trainer, "arm", spent)
-    trained(job(decided(CASES[3], rate_none=1e-12, scratch_from=0), epochs=1, budget_minutes=1000), tmp_path / "out")
-    assert [line["arm"] for line in history(tmp_path / "out")] == ["head", "fine-tune"]
+def test_time_that_is_up_after_fine_tuning_leaves_none_for_random_weights(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
+    clock = Clock()
+    made = job(decided(CASES[3], lr_none=1e-12, scratch_from=0), epochs=1, budget_minutes=0.5, callbacks=(Ticking(clock),))
+    trained(made, tmp_path / "out", clock=clock)
+    assert [line["phase"] for line in history(tmp_path / "out")] == ["head", "fine-tune"]
 
 
 def test_auto_falls_back_to_scratch_only_where_fine_tuning_does_not_beat_the_frozen_probe(
-    job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decision = decided(CASES[3], scratch_from=0)
-    hopeless = replace(decision, recipe=replace(decision.recipe, rate_none=1e-12))
-    trained(job(hopeless, epochs=1), tmp_path / "a")
-    assert "scratch" in {line["arm"] for line in history(tmp_path / "a")}
-    few = replace(hopeless, recipe=replace(hopeless.recipe, scratch_from=1000))
-    trained(job(few, epochs=1), tmp_path / "few")
-    assert "scratch" not in {line["arm"] for line in history(tmp_path / "few")}
-    monkeypatch.setattr(State, "gained", True)  # fine-tuning beats the probe by decree
-    trained(job(decision, epochs=1), tmp_path / "b")
-    assert "scratch" not in {line["arm"] for line in history(tmp_path / "b")}
-
-
-def test_without_patience_the_last_epoch_is_kept_whatever_validation_says_of_the_others(
     job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
+    hopeless = decided(CASES[3], scratch_from=0, lr_none=1e-12)
+    trained(job(hopeless, epochs=1), tmp_path / "a")
+    assert "scratch" in {line["phase"] for line in history(tmp_path / "a")}
+    few = replace(hopeless, recipe=replace(hopeless.recipe, scratch_from=1000))
+    trained(job(few, epochs=1), tmp_path / "few")
+    assert "scratch" not in {line["phase"] for line in history(tmp_path / "few")}
+
+
+def test_the_last_epoch_is_kept_whatever_validation_says_of_the_others(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     kept = trained(job(decided(CASES[2]), epochs=3), tmp_path / "out")
     last = load_file(tmp_path / "out" / "kept" / "model" / "weights.safetensors")
     assert history_equal(kept, last)
     summary = json.loads((tmp_path / "out" / "scratch" / "finished" / "history.json").read_text())
-    assert summary["arm"] == "fine-tune"
+    assert summary["phase"] == "fine-tune"
     assert summary["validation"]["epoch"] == 3
 
 
-@pytest.mark.parametrize(("wrong", "replaced"), [(3, True), (30, False)])
-def test_fine_tuning_replaces_the_head_unless_it_is_clearly_worse(wrong: int, replaced: bool) -> None:
-    head, tuned = np.ones(100, dtype=bool), np.arange(100) >= wrong
-    state = State(arm="fine-tune", epoch=5, best_arm="head", best_accuracy=1.0, best_loss=0.1)
-    state.history = [{"arm": "head", "accuracy": 1.0, "log_loss": 0.1, "correct": pack(head)}]
-    assert state.replaced(1 - wrong / 100, 0.5, pack(tuned), 100) is replaced
-    assert state.best_arm == ("fine-tune" if replaced else "head")
-
-
 def test_the_case_without_auto_never_trains_from_scratch(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
-    trained(job(decided(CASES[2], rate_none=1e-12), epochs=1), tmp_path / "out")
-    assert "scratch" not in {line["arm"] for line in history(tmp_path / "out")}
-
-
-def test_training_stops_early_and_keeps_the_best_epoch(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
-    decision = decided(CASES[2], rate_none=1e-12, patience=2)
-    tensors = trained(job(decision, epochs=30), tmp_path / "out")
-    assert len([line for line in history(tmp_path / "out") if line["arm"] == "fine-tune"]) <= 4
-    assert tensors["head.weight"].abs().sum() > 0
+    trained(job(decided(CASES[2], lr_none=1e-12), epochs=1), tmp_path / "out")
+    assert "scratch" not in {line["phase"] for line in history(tmp_path / "out")}
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_model(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
@@ -261,7 +226,7 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
     def head_of(decision: Decision, name: str) -> torch.Tensor:
         return trained(job(decision, epochs=1), tmp_path / name)["head.weight"]
 
-    frozen, tuned = decided(CASES[0]), decided(CASES[2], rate_none=1e-12)
+    frozen, tuned = decided(CASES[0]), decided(CASES[2], lr_none=1e-12)
     both, train_only = head_of(frozen, "a"), head_of(tuned, "b")
     assert history(tmp_path / "a")[0] == history(tmp_path / "b")[0]  # the same head was judged
     assert not torch.allclose(both, train_only, atol=1e-4)
@@ -279,34 +244,16 @@ def test_a_frozen_head_is_judged_without_validation_and_then_solved_with_it_and_
     apart = (first[0] - second[0]).abs().max()
     assert apart > 1e-2
     assert torch.allclose(train_only, first[0], atol=float(apart) / 20)
-    assert torch.allclose(both, second[0], atol=float(apart) / 20)
-
-
-@pytest.mark.parametrize("decision", [decided(CASES[0]), decided(CASES[2], solve_again=True)], ids=["frozen", "solved again"])
-def test_a_head_that_knows_the_validation_images_is_as_sure_as_the_one_that_did_not_was_right(
-    decision: Decision, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[torch.Tensor, np.ndarray]] = []
-    heads = []
-    for by in (1.0, 2.0):
-        monkeypatch.setattr(train_module, "inverse_temperature", lambda *given, by=by: asked.append(given) or by)
-        tensors = trained(job(decision, epochs=1), tmp_path / str(by))
-        heads.append((tensors["head.weight"], tensors["head.bias"]))
-    assert all(torch.equal(once * 2, twice) for once, twice in zip(*heads, strict=True))
-    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
-    labels = np.array([manifest.classes.index(row.label) for row in manifest.used("val")])
-    last = history(tmp_path / "1.0")[-1]
-    assert last["arm"] in ("head", "last head")
-    for chances, truth in asked:
-        assert np.array_equal(truth, labels)
-        assert validated(chances, truth) == (last["accuracy"], last["log_loss"], last["correct"])
+    # With the validation images the head is as sure as the one without them was right.
+    chances = (features[count:] @ first[0].T + first[1]).softmax(1)
+    assert torch.allclose(both, second[0] * inverse_temperature(chances, labels[count:]), atol=float(apart) / 20)
 
 
 def test_what_a_network_reads_that_was_trained_is_not_kept_in_the_cache(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     """Nobody else will ask for it, and it would push out what others do."""
-    decision = replace(decided(CASES[2], solve_again=True), readings=SEVERAL)
+    decision = replace(decided(CASES[2], refit_head=True), readings=SEVERAL)
     trained(job(decision, epochs=1, cache=str(tmp_path / "cache")), tmp_path / "out")
-    assert history(tmp_path / "out")[-1]["arm"] == "last head"
+    assert history(tmp_path / "out")[-1]["phase"] == "last head"
     assert [kept.label for kept in cache.info(tmp_path / "cache")] == ["demonstration fc2 at 32 pixels"]
 
 
@@ -315,8 +262,8 @@ def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads
 ) -> None:
     """On all readings, with the validation images, at the penalty that they like best; below it stands what was trained, and so it does in the history."""
     several = (TapPooling("fc2", 128, (1,)), TapPooling("conv3", 128, (1, 2)), TapPooling("conv2", 64, (1,)))
-    before = trained(job(replace(decided(CASES[2], rate_none=0.05), readings=several), epochs=2), tmp_path / "before")
-    after = trained(job(replace(decided(CASES[2], rate_none=0.05, solve_again=True), readings=several), epochs=2), tmp_path / "after")
+    before = trained(job(replace(decided(CASES[2], lr_none=0.05), readings=several), epochs=2), tmp_path / "before")
+    after = trained(job(replace(decided(CASES[2], lr_none=0.05, refit_head=True), readings=several), epochs=2), tmp_path / "after")
     assert history(tmp_path / "before") == history(tmp_path / "after")[:-1]
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head."))
     assert before["head.weight"].shape == (3, 128)  # while everything is trained it reads the deepest
@@ -333,7 +280,7 @@ def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads
     judged = solve_head(features[:count], labels[:count], *kind, penalty, near, tolerance=1e-4)
     accuracy, loss, correct = validated((features[count:] @ judged[0].T + judged[1]).softmax(1), labels[count:])
     last = {
-        "arm": "last head",
+        "phase": "last head",
         "epoch": 2,
         "loss": 0.0,
         "accuracy": accuracy,
@@ -349,55 +296,30 @@ def test_once_everything_is_trained_the_head_is_solved_on_what_the_network_reads
     # A finished run that is asked for once more is handed over as it is.
     (tmp_path / "after" / "scratch" / "finished" / "model" / "weights.safetensors").unlink()
     assert history_equal(
-        trained(job(replace(decided(CASES[2], rate_none=0.05, solve_again=True), readings=several), epochs=2), tmp_path / "after"), after
+        trained(job(replace(decided(CASES[2], lr_none=0.05, refit_head=True), readings=several), epochs=2), tmp_path / "after"), after
     )
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_a_head_that_is_clearly_worse_on_validation_than_the_one_that_was_trained_is_not_taken(
-    right: bool, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decision = replace(decided(CASES[2], rate_none=0.05, solve_again=True), readings=SEVERAL)
-    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
-    known = np.array([manifest.classes.index(r.label) for r in manifest.used("val")])
-    said = torch.eye(3)[known if right else (known + 1) % 3]
-    real = train_module._refit_head
+class Running(Clock):
+    """A clock that goes on by a second whenever it is read, once it was started."""
 
-    def solve_again(*given: Any) -> Any:
-        monkeypatch.setattr(train_module, "head_probabilities", lambda head, features: said)
-        return real(*given)
-
-    monkeypatch.setattr(train_module, "_refit_head", solve_again)
-    trained(job(decision, epochs=2), tmp_path / "out")
-    lines = history(tmp_path / "out")
-    assert (lines[-1]["arm"], lines[-1]["accuracy"]) == ("last head", float(right))
-    _, description = load(tmp_path / "out" / "scratch" / "finished" / "model")
-    assert description.readings == (SEVERAL if right else SEVERAL[:1])
+    def __call__(self) -> float:
+        self.now += self.now > 0
+        return self.now
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_time_that_is_up_leaves_the_head_that_was_trained(
-    at: int, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("seconds", [2, 4, 6, 1000])
+def test_time_that_is_up_leaves_the_head_that_was_trained(seconds: int, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     """Before the features, between them, or while the head is solved: what is short of its optimum takes no trained head's place."""
-    trained_only = trained(job(replace(decided(CASES[2]), readings=SEVERAL), epochs=1, budget_minutes=1000), tmp_path / "trained")
-    asked: list[int] = []
-    real = train_module._refit_head
-
-    def solve_again(*given: Any) -> Any:
-        def passed(_: TimeBudget) -> bool:
-            asked.append(1)
-            return len(asked) >= at
-
-        monkeypatch.setattr(TimeBudget, "passed", passed)
-        return real(*given)
-
-    monkeypatch.setattr(train_module, "_refit_head", solve_again)
-    found = trained(job(replace(decided(CASES[2], solve_again=True), readings=SEVERAL), epochs=1, budget_minutes=1000), tmp_path / "late")
-    assert history_equal(found, trained_only)
-    state = json.loads((tmp_path / "late" / "scratch" / "finished" / "state.json").read_text())
-    assert state["remarks"] == ["train.budget_minutes left no time to solve the head on what was trained"]
-    assert len(asked) >= at
+    trained_only = trained(job(replace(decided(CASES[2]), readings=SEVERAL), epochs=1), tmp_path / "trained")
+    clock = Running()
+    cadence = Cadence(check_steps=1000, read_images=16)
+    decision = replace(decided(CASES[2], refit_head=True), readings=SEVERAL)
+    made = job(decision, epochs=1, budget_minutes=seconds / 60, callbacks=(Ticking(clock, 1.0),), cadence=cadence)
+    found = trained(made, tmp_path / "late", clock=clock)
+    assert history_equal(found, trained_only) == (seconds < 1000)
+    late = ["train.budget_minutes left no time to solve the head on what was trained"]
+    assert finished_state(tmp_path / "late")["remarks"] == (late if seconds < 1000 else [])
 
 
 @pytest.mark.parametrize("init", ["pretrained", "plain", "random"])
@@ -406,7 +328,7 @@ def test_a_head_is_solved_last_whatever_came_before(
     init: str, validation: bool, job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     """Without validation images nothing says how good it is, and its penalty comes from folds."""
-    decision = replace(decided(CASES[2], rate_none=0.01, patience=1, scratch_times=1.0, solve_again=True), readings=SEVERAL, init=init)
+    decision = replace(decided(CASES[2], lr_none=0.01, scratch_times=1.0, refit_head=True), readings=SEVERAL, init=init)
     made = job(decision, epochs=2)
     if not validation:
         manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
@@ -417,7 +339,7 @@ def test_a_head_is_solved_last_whatever_came_before(
     model, description = load(tmp_path / "out" / "scratch" / "finished" / "model")
     assert description.readings == SEVERAL
     assert model.head.in_features == 128 + 5 * 128
-    assert (history(tmp_path / "out")[-1]["arm"] == "last head") == validation
+    assert (history(tmp_path / "out")[-1]["phase"] == "last head") == validation
     told = json.loads((tmp_path / "out" / "scratch" / "finished" / "history.json").read_text())
     if validation:  # what is said of the model is said of this head
         assert told["validation"]["accuracy"] == history(tmp_path / "out")[-1]["accuracy"]
@@ -432,11 +354,11 @@ def test_a_run_interrupted_after_any_checkpoint_ends_as_the_uninterrupted_one(
     case: Case, again: bool, job: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     # A rate that gains nothing makes the auto case go through all arms: head, fine-tune, scratch.
-    decision = decided(case, **({"rate_none": 1e-12, "scratch_from": 0, "scratch_times": 1.0} if case.init == "auto" else {}))
-    decision = replace(decision, readings=SEVERAL, recipe=replace(decision.recipe, solve_again=again))
+    decision = decided(case, **({"lr_none": 1e-12, "scratch_from": 0, "scratch_times": 1.0} if case.init == "auto" else {}))
+    decision = replace(decision, readings=SEVERAL, recipe=replace(decision.recipe, refit_head=again))
     wanted = trained(job(decision, epochs=2), tmp_path / "whole")
     lines = history(tmp_path / "whole")
-    assert ("last head" in {line["arm"] for line in lines}) == again
+    assert ("last head" in {line["phase"] for line in lines}) == again
     for after in range(1, len(lines) + 1 - again):
         folder = tmp_path / f"after{after}"
         scratch = folder / "scratch"
@@ -571,21 +493,6 @@ def test_no_worker_goes_on_before_a_checkpoint_is_safe(first: bool, tmp_path: Pa
     assert waits == [first]
 
 
-def test_early_stopping_goes_on_counting_where_it_was_interrupted(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
-    # A rate that changes nothing: the first epoch is the best, and two more without a better one end it.
-    decision = decided(CASES[2], rate_none=1e-12, patience=2)
-    wanted = trained(job(decision, epochs=9), tmp_path / "whole")
-    lines = history(tmp_path / "whole")
-    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
-    for after in range(1, 5):
-        folder = tmp_path / f"after{after}"
-        (folder / "scratch").mkdir(parents=True)
-        with pytest.raises(Interrupted):
-            run(job(decision, epochs=9), Crashing(folder, after), folder / "scratch")
-        assert history_equal(trained(job(decision, epochs=9), folder), wanted)
-        assert history(folder) == lines
-
-
 # --- workers --------------------------------------------------------------------------------------------------------------------------
 
 # Neither 2 nor 3 divides the images of any side. Of a batch of 9 the first of two workers gets five; the last batch has seven.
@@ -599,12 +506,12 @@ def residual(case: Case) -> Decision:
     """A decision for this row on a network with BatchNorm, without a head that is solved last."""
     cut = (TapPooling("layer2.2", 32, (1, 2)), TapPooling("layer1.2", 16, (1, 2)))
     made = decision_for(case, cut if case.keep == "slice" else (TapPooling("layer3.2", 64, (1, 2)),), 32)
-    return replace(made, recipe=replace(case.recipe, solve_again=False))
+    return replace(made, recipe=replace(case.recipe, refit_head=False))
 
 
 def without_dropout(**recipe: Any) -> Decision:
     """A decision to fine-tune all of a network, whatever its head alone is worth; without dropout, whose draws differ between workers."""
-    return replace(decided(CASES[2], rate_none=0.05, **recipe), slice="conv3", readings=(TapPooling("conv3", 128, (1, 2)),), init="plain")
+    return replace(decided(CASES[2], lr_none=0.05, **recipe), slice="conv3", readings=(TapPooling("conv3", 128, (1, 2)),), init="plain")
 
 
 @dataclass(frozen=True)
@@ -652,19 +559,16 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     dataset.write_manifest(manifest, place / "manifest.parquet", place / "quarantine.csv")
     net = {"backbone": "nets:resnet20", "weights": "none"}
     plain = replace(residual(CASES[2]), slice="layer1.2", readings=NORMED, init="plain")
-    averaged = replace(plain, recipe=replace(plain.recipe, average=0.8))
     still = replace(plain, recipe=replace(plain.recipe, statistics="fixed"))
     other = replace(residual(CASES[3]), slice="layer1.2", readings=NORMED)
     other = replace(other, recipe=replace(other.recipe, statistics="fixed"))
-    again = replace(plain, readings=(NORMED[0], TapPooling("layer1.0", 16, (1,))), recipe=replace(still.recipe, solve_again=True))
+    again = replace(plain, readings=(NORMED[0], TapPooling("layer1.0", 16, (1,))), recipe=replace(still.recipe, refit_head=True))
     jobs = {
         "frozen": made.job(residual(CASES[0]), "frozen", **net),
         "cut": made.job(residual(CASES[1]), "cut", **net),
-        "viewed": made.job(residual(CASES[1]), "viewed", views=2, flip=True, **net),
         "tuned": made.job(without_dropout(), "tuned"),
-        "parts": made.job(without_dropout(accumulate=3), "parts"),
+        "parts": made.job(without_dropout(gradient_accumulation_steps=3), "parts"),
         "normed": made.job(plain, "normed", **net),
-        "averaged": made.job(averaged, "averaged", **net),
         "still": made.job(still, "still", **net),
         "other": made.job(other, "other", **net),
         "again": made.job(again, "again", **net),
@@ -672,18 +576,19 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     }
     part = {"checkpoint_images": 32}  # three of seven batches
 
-    def item(name: str, size: int, more: str = "", cache: str = "", **how: int) -> dict[str, Any]:
-        on_disk = replace(jobs[name], cache=str(place / cache), cache_bytes=1e9) if cache else jobs[name]
+    def item(name: str, size: int, more: str = "", cache: str = "", checkpoint_images: int = 100_000, **how: int) -> dict[str, Any]:
+        config = replace(jobs[name], cadence=replace(EAGER, checkpoint_images=checkpoint_images))
+        on_disk = replace(config, cache=str(place / cache), cache_bytes=1e9) if cache else config
         return {"job": asdict(on_disk), "folder": str(place / f"{name} {size}{more}"), **how}
 
     items: dict[int, list[dict[str, Any]]] = {
-        1: [item(name, 1) for name in ("frozen", "cut", "viewed", "tuned", "again", "normed")],
-        2: [item(name, 2, **part) for name in ("frozen", "cut", "tuned", "parts", "normed", "averaged", "again")]
+        1: [item(name, 1) for name in ("frozen", "cut", "tuned", "again", "normed")],
+        2: [item(name, 2, **part) for name in ("frozen", "cut", "tuned", "parts", "normed", "again")]
         # After the head; in the middle of the second epoch.
         + [item(name, 2, " resumed", **how) for name in ("frozen", "cut") for how in ({"crash": 1}, {})]
-        + [item("averaged", 2, " resumed", **how) for how in (part | {"crash": 5}, part)]
-        + [item(name, 2, " on disk", cache="shared") for name in ("viewed", "tuned")],
-        3: [item(name, 3) for name in ("frozen", "cut", "tuned", "few")] + [item("viewed", 3, " on disk", cache="shared")],
+        + [item("normed", 2, " resumed", **how) for how in (part | {"crash": 5}, part)]
+        + [item(name, 2, " on disk", cache="shared") for name in ("cut", "tuned")],
+        3: [item(name, 3) for name in ("frozen", "cut", "tuned", "few")] + [item("cut", 3, " on disk", cache="shared")],
     }
     for size in (2, 3):
         items[size].append(item("normed", size, " synchronized", synchronized=True))
@@ -733,8 +638,8 @@ def test_every_image_of_validation_is_counted_once_and_answered_alike_on_any_num
     assert count % 2
     assert count % 3
     alone, together = worlds.lines(f"{name} 1"), worlds.lines(f"{name} {run}")
-    assert [(h["arm"], h["epoch"], h["accuracy"], h["correct"]) for h in together] == [
-        (h["arm"], h["epoch"], h["accuracy"], h["correct"]) for h in alone
+    assert [(h["phase"], h["epoch"], h["accuracy"], h["correct"]) for h in together] == [
+        (h["phase"], h["epoch"], h["accuracy"], h["correct"]) for h in alone
     ]
     for line in together:
         assert line["accuracy"] == unpack(line["correct"], count).mean()
@@ -748,7 +653,7 @@ def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_
     """With batch normalization, too, where it keeps the source's statistics."""
     assert len(worlds.side("train")) % 9 == 7
     alone, together = worlds.lines(f"{name} 1"), worlds.lines(f"{name} {run}")
-    losses = [h["loss"] for h in alone if h["arm"] == "fine-tune"]
+    losses = [h["loss"] for h in alone if h["phase"] == "fine-tune"]
     assert len(losses) == 2
     assert losses[1] < losses[0]
     # Sums in another order differ in the last bits: 3e-8 here. A mean of means, which weighs uneven shares alike, is off by 1e-4.
@@ -772,7 +677,7 @@ def test_batch_normalization_keeps_the_statistics_of_the_source_where_the_recipe
     assert not any(torch.equal(moved[k], before[k.removeprefix("trunk.")]) for k in statistics)
     scale = "trunk.layer1.0.bn1.weight"
     assert not torch.equal(kept[scale], before[scale.removeprefix("trunk.")])  # it is trained like any other
-    assert {line["arm"] for line in worlds.lines(f"{name} {run}")} == arms
+    assert {line["phase"] for line in worlds.lines(f"{name} {run}")} == arms
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -807,15 +712,14 @@ def test_a_group_solves_the_last_head_as_one_worker_does(worlds: Worlds) -> None
     assert all(torch.equal(two[name], still[name]) for name in still if name.startswith("trunk."))
 
 
-@pytest.mark.parametrize("name", ["normed", "averaged"])
-def test_what_a_group_validated_is_what_the_exported_model_says(name: str, worlds: Worlds) -> None:
+def test_what_a_group_validated_is_what_the_exported_model_says(worlds: Worlds) -> None:
     """Each worker takes BatchNorm's statistics from its own images, but one model is judged, kept and exported."""
-    exported, description = load(worlds.finished(f"{name} 2") / "model")
+    exported, description = load(worlds.finished("normed 2") / "model")
     rows = worlds.side("val")
     chances = probabilities(exported, Images(worlds.images, rows, description.transforms), torch.device("cpu"), lambda done: None)
     labels = np.array([description.classes.index(row.label) for row in rows])
-    last = worlds.lines(f"{name} 2")[-1]
-    assert (last["arm"], last["epoch"]) == ("fine-tune", 2)
+    last = worlds.lines("normed 2")[-1]
+    assert (last["phase"], last["epoch"]) == ("fine-tune", 2)
     accuracy, loss, correct = validated(chances, labels)
     assert (last["accuracy"], last["correct"]) == (accuracy, correct)
     assert last["log_loss"] == pytest.approx(loss, abs=1e-9)
@@ -849,14 +753,14 @@ def test_the_metric_is_the_same_on_any_number_of_workers_and_counts_each_test_im
         assert metrics | near == found[0] | near
 
 
-@pytest.mark.parametrize("run", ["averaged 2", *(f"{name} {workers}" for name in ("still", "other") for workers in (1, 2, 3))])
+@pytest.mark.parametrize("run", ["normed 2", *(f"{name} {workers}" for name in ("still", "other") for workers in (1, 2, 3))])
 def test_a_group_that_was_interrupted_ends_as_the_uninterrupted_one(run: str, worlds: Worlds) -> None:
-    """In the middle of an epoch, with BatchNorm, and a moving average or the source's statistics."""
+    """In the middle of an epoch, with BatchNorm and its own or the source's statistics."""
     assert history_equal(worlds.weights(f"{run} resumed"), worlds.weights(run))
     assert worlds.lines(f"{run} resumed") == worlds.lines(run)
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("averaged", 1), ("still", 3), ("other", 3)])
+@pytest.mark.parametrize(("name", "sizes"), [("still", 3), ("other", 3)])
 def test_what_was_trained_before_an_interruption_is_not_trained_again(name: str, sizes: int, worlds: Worlds) -> None:
     told = [json.loads(line)["text"] for line in (worlds.place / f"{name}.jsonl").read_text().splitlines()]
     for epoch in ("1/2", "2/2"):  # once by the run that nothing disturbed, and once by the other one
@@ -877,34 +781,31 @@ def shards(folder: Path) -> dict[str, list[list[str]]]:
 
 
 def test_workers_that_share_a_cache_compute_what_is_kept_there_once_in_all(worlds: Worlds) -> None:
-    """Features, random views and decoded images; and those that come later, of whatever number, compute nothing."""
+    """Features and decoded images; and those that come later, of whatever number, compute nothing."""
     train, val = ([row.md5 for row in worlds.side(side)] for side in ("train", "val"))
-    views = [f", view {number} (crop {CASES[1].recipe.crop:g}, flip True, seed 0)" for number in (1, 2)]
-    wanted = {f"nets:resnet20 {tap} at 32 pixels{view}": train for tap in ("layer1.2", "layer2.2") for view in views}
-    wanted |= {f"nets:resnet20 {tap} at 32 pixels": train + val for tap in ("layer1.2", "layer2.2")}
+    wanted = {f"nets:resnet20 {tap} at 32 pixels": train + val for tap in ("layer1.2", "layer2.2")}
     wanted |= {"decoded images at 32 pixels": train, "prepared images at 32 pixels": val}
     found = shards(worlds.place / "shared")
     assert {label: sorted(name for part in parts for name in part) for label, parts in found.items()} == {
         label: sorted(names) for label, names in wanted.items()
     }
-    assert {label: sorted(map(len, parts)) for label, parts in found.items() if ", view" in label or "decoded" in label} == {
-        label: [30, 31] for label in wanted if ", view" in label or "decoded" in label
+    assert {label: sorted(map(len, parts)) for label, parts in found.items() if "decoded" in label} == {
+        label: [30, 31] for label in wanted if "decoded" in label
     }  # each worker its share
-    speed = {n: json.loads((worlds.finished(f"viewed {n} on disk") / "history.json").read_text())["speed"] for n in (2, 3)}
+    speed = {n: json.loads((worlds.finished(f"cut {n} on disk") / "history.json").read_text())["speed"] for n in (2, 3)}
     assert speed[2]["images_per_second"] > 0
     assert speed[3]["images_per_second"] == 0
 
 
 def test_a_group_with_a_cache_trains_what_one_worker_trains_without_one(worlds: Worlds) -> None:
-    assert history_equal(worlds.weights("viewed 3 on disk"), worlds.weights("viewed 2 on disk"))
-    assert worlds.lines("viewed 3 on disk") == worlds.lines("viewed 2 on disk")
-    alone, together = worlds.weights("viewed 1"), worlds.weights("viewed 2 on disk")
+    assert history_equal(worlds.weights("cut 3 on disk"), worlds.weights("cut 2 on disk"))
+    assert worlds.lines("cut 3 on disk") == worlds.lines("cut 2 on disk")
+    alone, together = worlds.weights("cut 1"), worlds.weights("cut 2 on disk")
     assert alone.keys() == together.keys()
     assert all(torch.allclose(together[key], value, atol=float(value.abs().max()) * 1e-4) for key, value in alone.items())
-    (one,), (two,) = worlds.lines("viewed 1"), worlds.lines("viewed 2 on disk")
+    (one,), (two,) = worlds.lines("cut 1"), worlds.lines("cut 2 on disk")
     assert two | {"log_loss": 0} == one | {"log_loss": 0}
     assert two["log_loss"] == pytest.approx(one["log_loss"], abs=1e-5)
-    assert not torch.equal(together["head.weight"], worlds.weights("cut 2")["head.weight"])  # the views count
     assert history_equal(worlds.weights("tuned 2 on disk"), worlds.weights("tuned 2"))
     assert worlds.lines("tuned 2 on disk") == worlds.lines("tuned 2")
 
@@ -944,7 +845,7 @@ def test_a_batch_that_the_user_asked_for_and_that_is_too_small_is_refused_before
 
 def test_a_batch_grows_until_each_worker_has_two_images_of_it(worlds: Worlds) -> None:
     assert "batches of 6 images: two for each of 3 workers" in (worlds.place / "few.jsonl").read_text()
-    assert worlds.lines("few 3")[-1]["arm"] == "fine-tune"
+    assert worlds.lines("few 3")[-1]["phase"] == "fine-tune"
 
 
 # --- what is passed through the network -----------------------------------------------------------------------------------------------
@@ -999,29 +900,6 @@ def test_one_new_image_in_a_hundred_costs_one_pass_in_a_hundred(
     assert finished["speed"] == {"images_per_second": 0.0, "waited_for_data": 0.0}
 
 
-def test_random_views_are_read_once_each_and_change_the_frozen_head(
-    job: Callable[..., TrainingConfig], passed: list[str], tmp_path: Path
-) -> None:
-    manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
-    train, val = (len(manifest.used(side)) for side in ("train", "val"))
-    made = job(decided(CASES[0]), views=2, flip=True, cache=str(tmp_path / "cache"))
-    with_views = trained(made, tmp_path / "views")
-    assert len(passed) == val + 3 * train
-    passed.clear()
-    assert history_equal(trained(made, tmp_path / "again"), with_views)
-    assert not passed
-    plain = trained(job(decided(CASES[0]), cache=str(tmp_path / "cache")), tmp_path / "plain")
-    assert not passed
-    assert not torch.equal(plain["head.weight"], with_views["head.weight"])
-    assert history(tmp_path / "views")[0]["accuracy"] > 0.8
-    other = trained(replace(made, seed=1), tmp_path / "other")
-    assert len(passed) == 2 * train  # other views of the same images
-    assert not torch.equal(other["head.weight"], with_views["head.weight"])
-    passed.clear()
-    trained(replace(made, plan=decided(CASES[2]).plan, epochs=1), tmp_path / "tuned")
-    assert len(passed) == val  # where everything is trained each epoch is a view of its own: only its validation is passed on
-
-
 def test_no_stage_passes_an_image_that_another_one_has_passed(workspace: Path, passed: list[str]) -> None:
 
     set_param(workspace, "choose.case", "small_similar")
@@ -1048,13 +926,12 @@ def test_a_model_says_whether_its_backbone_is_as_it_came(case: Case, job: Callab
 
 
 def test_where_fine_tuning_is_undone_the_backbone_is_as_it_came_and_no_image_is_passed_again(
-    job: Callable[..., TrainingConfig], passed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., TrainingConfig], passed: list[str], tmp_path: Path
 ) -> None:
     """The head that is solved last then reads what the cache holds."""
     cache = str(tmp_path / "cache")
     frozen = trained(job(replace(decided(CASES[0]), readings=SEVERAL), cache=cache), tmp_path / "frozen")
-    monkeypatch.setattr(State, "replaced", lambda *_: False)
-    decision = replace(decided(CASES[2], solve_again=True), readings=SEVERAL)
+    decision = replace(decided(CASES[2], refit_head=True, lr_none=100.0), readings=SEVERAL)  # which destroys the network
     passed.clear()
     undone = trained(job(decision, epochs=1, cache=cache), tmp_path / "undone")
     val = {row.md5 for row in dataset.read_manifest(tmp_path / "manifest.parquet").used("val")}
@@ -1083,9 +960,7 @@ def test_the_report_says_nothing_of_a_speed_that_was_not_measured() -> None:
     assert told == "Training took 123 images a second; its first worker waited for data 5% of the time."
 
 
-def test_the_speed_counts_every_image_that_is_passed_be_it_of_validation_or_a_random_view(
-    job: Callable[..., TrainingConfig], tmp_path: Path
-) -> None:
+def test_the_speed_counts_every_image_that_is_passed(job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     manifest = dataset.read_manifest(tmp_path / "manifest.parquet")
 
     def speed(name: str, **changes: Any) -> float:
@@ -1100,8 +975,6 @@ def test_the_speed_counts_every_image_that_is_passed_be_it_of_validation_or_a_ra
     assert speed("nothing new") == 0
     dataset.write_manifest(manifest, Path(made.manifest), tmp_path / "quarantine.csv")
     assert speed("validation side") > 0
-    assert speed("views", views=1) > 0
-    assert speed("nothing new again", views=1) == 0
 
 
 # --- small things ---------------------------------------------------------------------------------------------------------------------
@@ -1209,10 +1082,10 @@ def test_the_frozen_model_ignores_train_mode() -> None:
 
 def test_learning_rates_follow_normalization_and_size() -> None:
     recipe = Recipe()
-    assert recipe.rate("batch", 32) == 0.2
-    assert recipe.rate("batch", 224) == 0.05
-    assert recipe.rate("none", 224) == 0.004
-    assert recipe.rate("layer", 224) == 5e-5
+    assert recipe.lr("batch", 32) == 0.2
+    assert recipe.lr("batch", 224) == 0.05
+    assert recipe.lr("none", 224) == 0.004
+    assert recipe.lr("layer", 224) == 5e-5
 
 
 def test_the_warm_up_is_a_share_of_the_steps_and_at_most_500() -> None:

@@ -196,24 +196,6 @@ def sample(folder: Annotated[Path, typer.Argument(help="Folder to write to.")]) 
 
 
 @app.command()
-def pretrain(
-    images: Annotated[Path, typer.Argument(help="Folder of <class>/<image> or {train,test}/<class>/<image>.")],
-    backbone: Annotated[str, typer.Option(help="Network to train from random weights.")] = "demonstration",
-    output: Annotated[Path, typer.Option(help="Folder for <backbone>.safetensors and its card.")] = Path("weights"),
-    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 24,
-    rate: Annotated[float, typer.Option(help="Learning rate at a batch of 64.")] = 0.03,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights, order and augmentation.")] = 0,
-    flip: Annotated[bool, typer.Option(help="Mirror images at random; not for text, digits, signs.")] = True,
-) -> None:
-    """Pretrain a network of your own to transfer from."""
-    from tlpipeline.training.pretrain import pretrain as train
-
-    with _Bar() as bar:
-        done = train(images, backbone, output, epochs=epochs, rate=rate, seed=seed, flip=flip, progress=bar)
-    print(f"{done.weights}: test accuracy {done.accuracy:.1%} ({done.low:.1%} to {done.high:.1%})")
-
-
-@app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="A model folder, name@v1, or name#prod.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],

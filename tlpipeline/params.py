@@ -36,6 +36,7 @@ RETIRED: dict[str, str] = {  # name: why, or what to do instead
     "choose.race_above": "it never changed a choice.",
     "choose.textbook_images": "it belonged to choose.rule.",
     "choose.textbook_similarity": "it belonged to choose.rule.",
+    "train.views": "random views made most frozen heads worse.",
 }
 
 Auto = Literal["auto"]
@@ -168,9 +169,6 @@ class TrainParams:
         Setting("images a step, over all workers; auto: 32 below 5,000 training images, else 64", shown=True),
     ] = "auto"
     flip: Annotated[StrictBool, Setting("mirror images at random in fine-tuning; false for text, digits and signs", shown=True)] = True
-    views: Annotated[
-        StrictInt, Field(ge=0, le=64), Setting("random views of each training image for a frozen head, besides the image itself")
-    ] = 0
     budget_minutes: Annotated[
         StrictFloat,
         Field(ge=0),

@@ -1,8 +1,7 @@
 """Runs training jobs in a plain gloo group: a member is `python -m tests.helpers.group RANK SIZE PORT SPEC`, SPEC a JSON file with a list of jobs.
 
 Beside `job` and `folder` an item may say `crash`, the number of the checkpoint right after which the run is given up, `break_off`, the images
-whose features each worker has computed in one go when it is given up, `checkpoint_images`, the images after which a part of an epoch is kept,
-and `synchronized`, whether batch normalization is one over all workers.
+whose features each worker has computed in one go when it is given up, and `synchronized`, whether batch normalization is one over all workers.
 """
 
 import json
@@ -17,31 +16,11 @@ from unittest.mock import patch
 import torch
 
 from tests.helpers.synchronized import synchronized
-from tests.helpers.training import config_of
+from tests.helpers.training import Crashing, Interrupted, config_of
 from tlpipeline.backbones import features
 from tlpipeline.backbones.features import FeatureExtractor
 from tlpipeline.data.loader import Images
-from tlpipeline.training import checkpoint, trainer
-from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.train import run
-
-
-class Interrupted(Exception):
-    """Stands for a crash right after a checkpoint, or in the middle of the features."""
-
-
-class Crashing(LocalContext):
-    """A world that crashes right after so many checkpoints."""
-
-    def __init__(self, folder: Path, after: int) -> None:
-        super().__init__(folder)
-        self.left = after
-
-    def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
-        super().report(metrics, folder)
-        self.left -= 1
-        if self.left == 0:
-            raise Interrupted
 
 
 @contextmanager
@@ -67,13 +46,13 @@ def attempt(item: Mapping[str, Any], rank: int = 0) -> None:
     scratch = folder / f"scratch{rank}"
     scratch.mkdir(parents=True, exist_ok=True)
     with (
-        patch.object(checkpoint, "SHARE", 1.0),  # whenever there could be one
-        patch.object(trainer, "CHECKPOINT_IMAGES", item.get("checkpoint_images", trainer.CHECKPOINT_IMAGES)),
         breaking_off(item.get("break_off", 0)),
         synchronized() if item.get("synchronized") else nullcontext(),
         suppress(Interrupted),
     ):
-        run(config_of(item["job"]), Crashing(folder, item.get("crash", 0)), scratch)
+        context = Crashing(folder, item.get("crash", 0))
+        context.syncs_batch_norm = bool(item.get("synchronized"))
+        run(config_of(item["job"]), context, scratch)
 
 
 def main(rank: int, size: int, port: int, spec: Path) -> None:

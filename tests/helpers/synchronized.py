@@ -7,8 +7,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tlpipeline.training.trainer import Trainer
-
 OVER = (0, 2, 3)
 
 
@@ -80,5 +78,4 @@ def synchronized() -> Iterator[None]:
         patches.enter_context(
             patch.object(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda self, module: None)
         )
-        patches.enter_context(patch.object(Trainer, "_few_images_a_worker", lambda self, parts: self.world.size > 1))
         yield

@@ -1,6 +1,5 @@
 """Features: pooled outputs at the taps of a frozen network, computed once per image."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -192,21 +191,13 @@ class FeatureExtractor:
         outputs = [(fingerprints[r.tap], r.tap, str(r.grids)) for r in readings]
         outputs += [(fingerprints[taps.LOGITS], "logits", "")] if logits else []
         self.widths, self.taps = [sum(r.blocks) for r in readings], [r.tap for r in readings]
-        self._columns = [
-            (
-                store,
+        self.columns: list[Column] = [
+            store.column(
                 "|".join((*out, f"{transforms}|{numerics_key(device, transforms.size, half)}|{FORMAT}")),
                 f"{backbone.name} {out[1]} at {transforms.size} pixels",
             )
             for out in outputs
         ]
-        self.columns: list[Column] = [store.column(key, label) for store, key, label in self._columns]
-
-    def for_view(self, view: str) -> "FeatureExtractor":
-        """Return an extractor for random views of the images, made by the images' `augment`; `view` identifies the view."""
-        other = copy.copy(self)
-        other.columns = [store.column(f"{key}|{view}", f"{label}, {view}") for store, key, label in self._columns]
-        return other
 
     def missing(self, rows: Sequence[Row]) -> npt.NDArray[np.bool_]:
         """Return for each image whether its features are not cached yet (n,)."""

@@ -39,7 +39,7 @@ CASES = (
     Case("small_similar",   SMALL, SIMILAR,   "end",   "kept",    "pretrained", Recipe()),                     # good features, little data: only a new head
     Case("small_different", SMALL, DIFFERENT, "slice", "kept",    "pretrained", Recipe()),                     # only the early, general features carry over
     Case("large_similar",   LARGE, SIMILAR,   "end",   "nothing", "pretrained", Recipe()),                     # enough data to adapt all of it, gently
-    Case("large_different", LARGE, DIFFERENT, "end",   "nothing", "auto",       Recipe(rate_none=0.03)),       # the same, less gently; from scratch where that is better
+    Case("large_different", LARGE, DIFFERENT, "end",   "nothing", "auto",       Recipe(lr_none=0.03)),       # the same, less gently; from scratch where that is better
 )
 # fmt: on
 

@@ -163,7 +163,7 @@ def arms_of(profile: Profile, weighed: DecisionPolicy) -> tuple[Arm, ...]:
     ]
     start = weighed.frozen
     recipe = find("large_similar").recipe
-    cost = (1 + recipe.solve_again) * every + recipe.epochs(profile.images) * (3 * profile.images + 2 * profile.validation)
+    cost = (1 + recipe.refit_head) * every + recipe.epochs(profile.images) * (3 * profile.images + 2 * profile.validation)
     accuracy, low, high = (round(float(np.clip(start + gain, 0, 1)), 4) for gain in (seen.gain, seen.low, seen.high))
     return (*frozen, Arm("tuned", accuracy, low, high, float(cost)))
 

@@ -192,7 +192,7 @@ class Decision:
     @property
     def read(self) -> tuple[TapPooling, ...]:
         """What the head reads in the end: what it was solved on."""
-        return self.readings if self.freeze == "kept" or self.recipe.solve_again else self.under
+        return self.readings if self.freeze == "kept" or self.recipe.refit_head else self.under
 
     @property
     def under(self) -> tuple[TapPooling, ...]:
@@ -223,7 +223,7 @@ class Decision:
         race, turning = content["race"], content["turning"]
         structured = {
             "readings": tuple(TapPooling(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
-            "recipe": Recipe(**content["recipe"]),
+            "recipe": Recipe.from_json(content["recipe"]),
             "tuning": TuningGain(**content["tuning"]),
             "cutting": CutGain(**content["cutting"]),
             "arms": tuple(Arm(**arm) for arm in content["arms"]),

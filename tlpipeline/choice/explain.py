@@ -220,7 +220,7 @@ def _what(decision: Decision, profile: Profile) -> Section:
         )
     else:
         kept = f"Only the old head is replaced; all {profile.parameters:,} parameters below it stay."
-        if decision.freeze == "nothing" and decision.recipe.solve_again:
+        if decision.freeze == "nothing" and decision.recipe.refit_head:
             kept += f" After fine-tuning, a final head is solved on {' + '.join(r.tap for r in decision.read)}."
     return Section("what", f"{decision.case}: {action(decision, profile)}", (reasons.summary(decision, profile), kept))
 

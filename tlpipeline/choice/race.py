@@ -97,7 +97,7 @@ def run(
     cost = cost_of(arms["frozen"], images, others) + images + others + state["epoch"] * (3 * images + others)
     winner, ended = record["winner"], record["ended"]
     if not winner:  # what had no time to be raced has none to be trained; and what stops early was not ahead
-        winner, ended = "frozen", "budget" if any(said.startswith(BUDGET) for said in state["remarks"]) else "early_stopping"
+        winner, ended = "frozen", "budget"
     race = Race(looks, winner, ended, float(cost))
     shutil.copytree({"frozen": frozen, "tuned": tuned}[race.winner], kept, dirs_exist_ok=True)
     return decide.decide(profile, weighed, race.winner == "tuned", race)

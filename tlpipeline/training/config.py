@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +36,23 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True)
+class Cadence:
+    """How often a run does what costs time. It changes how much an interruption costs, not what is trained.
+
+    Attributes:
+        checkpoint_images: a longer epoch is kept in parts of so many images.
+        checkpoint_share: of the time that checkpoints may take.
+        check_steps: steps between two checks of the gradients and of the time budget; 0 for the device's (see `trainer.CHECK_STEPS`).
+        read_images: images that a worker reads between two checks of the time budget.
+    """
+
+    checkpoint_images: int = 100_000
+    checkpoint_share: float = 0.1
+    check_steps: int = 0
+    read_images: int = 256
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """All that a worker needs, as plain values; paths are absolute.
 
@@ -42,12 +60,13 @@ class TrainingConfig:
         workspace, images, manifest: where the workspace, its images and their manifest are.
         backbone, weights, weights_md5: as in params.yaml.
         plan: how the network is cut and trained.
-        seed, epochs, batch_size, flip, precision, views, budget_minutes: as in params.yaml.
+        seed, epochs, batch_size, flip, precision, budget_minutes: as in params.yaml.
         history: file to which the first worker appends its progress, one JSON line for each message.
         cache: folder of features and decoded images, "" to keep them in memory; cache_bytes: how much of it decoded images may take.
         start: folder of another run's checkpoint to continue from if this run has none of its own, "" for none.
-        parts: least number of parts that a batch is split into, because a GPU's memory ran out.
+        gradient_accumulation_steps: least number of parts that a batch is taken in, because a GPU's memory ran out.
         callbacks: called after each epoch.
+        cadence: how often a run looks up from its work.
         checkpoint_only: end with the checkpoint after fine-tuning, without a finished model; for a run that another one continues.
     """
 
@@ -64,42 +83,46 @@ class TrainingConfig:
     flip: bool
     precision: str
     history: str
-    views: int = 0
     budget_minutes: float = 0.0
     cache: str = ""
     cache_bytes: float = 0.0
     start: str = ""
-    parts: int = 1
+    gradient_accumulation_steps: int = 1
     callbacks: tuple[Callback, ...] = ()
     checkpoint_only: bool = False
+    cadence: Cadence = Cadence()
 
 
 class OnProgress(Protocol):
-    """Passes on progress; what is not important may be dropped where it comes too often."""
+    """Takes messages for people; unimportant ones may be dropped if they come too often."""
 
     def __call__(self, done: int, total: int, text: str, important: bool = False) -> None: ...
 
     def due(self) -> bool:
-        """Say whether what is not important would be passed on now: making the text may cost a wait for the device."""
+        """Return whether an unimportant message would be passed on now: making the text may cost a wait for the device."""
 
 
 class ProgressWriter:
-    """Appends what happens to the history file, what is not important at most five times a second; only the first worker speaks."""
+    """Appends messages to a file, unimportant ones at most five times a second. Only the first worker writes.
 
-    def __init__(self, path: Path, rank: int) -> None:
-        self.path, self.silent, self.last = path, rank > 0, 0.0
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, path: Path, rank: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path, self.silent, self.last, self.clock = path, rank > 0, 0.0, clock
         if not self.silent:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def due(self) -> bool:
-        """Say whether a fifth of a second has passed."""
-        return not self.silent and time.monotonic() - self.last >= 0.2
+        """Return whether a fifth of a second has passed."""
+        return not self.silent and self.clock() - self.last >= 0.2
 
     def __call__(self, done: int, total: int, text: str, important: bool = False) -> None:
-        """Append a line, if it is due or important."""
+        """Append a line if it is due or important."""
         if self.silent or not (important or self.due()):
             return
-        self.last = time.monotonic()
+        self.last = self.clock()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"done": done, "total": total, "text": text}) + "\n")
 
@@ -130,5 +153,5 @@ def clock(seconds: float) -> str:
 
 
 def in_validation(accuracy: float, images: int) -> str:
-    """Return what validation on so many images says, for people."""
+    """Return the accuracy on so many validation images as a phrase."""
     return f"validation accuracy {accuracy:.1%}" if images else "no validation images"

@@ -1,4 +1,4 @@
-"""Who trains together: the workers of a job, what they gather, and where their checkpoints go. Neither Ray nor Prefect is known here."""
+"""The workers of a run: what they exchange, and where their checkpoints go. Knows neither Ray nor Prefect."""
 
 import math
 import shutil
@@ -15,11 +15,16 @@ from tlpipeline.files import atomic_write
 
 
 class DistributedContext(Protocol):
-    """Who trains together, and where checkpoints go. `report` and `restore` must be called by all workers alike."""
+    """The workers of a run, and where checkpoints go. All workers must call `report` and `restore`.
+
+    Attributes:
+        syncs_batch_norm: whether SyncBatchNorm works on the device; PyTorch has it for GPUs only.
+    """
 
     rank: int
     size: int
     device: torch.device
+    syncs_batch_norm: bool
 
     def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
         """Keep this checkpoint folder (given by the first worker only); returns when it is safe."""
@@ -29,7 +34,7 @@ class DistributedContext(Protocol):
 
 
 class LocalContext:
-    """A world on plain torch: one process, or the members of an initialized process group that share a folder.
+    """Plain torch: one process, or the members of an initialized process group that share a folder.
 
     Args:
         folder: where the newest checkpoint is kept; replaced as a whole, so a crash leaves the old or the new one.
@@ -40,6 +45,7 @@ class LocalContext:
         self.rank = torch.distributed.get_rank() if grouped else 0
         self.size = torch.distributed.get_world_size() if grouped else 1
         self.device = device or torch.device("cpu")
+        self.syncs_batch_norm = self.device.type == "cuda"
         self.folder = folder
 
     def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
@@ -63,7 +69,7 @@ class LocalContext:
         """Give the kept checkpoint."""
         # Killed between the two renames, the newest complete one is called old.
         yield next((path for name in ("kept", "old") if (path := self.folder / name).is_dir()), None)
-        # Nobody goes on before all have looked: a first checkpoint that is already there would be taken for one to go on from.
+        # No worker continues before all have looked: else one could take a first new checkpoint for one to resume from.
         if self.size > 1:
             torch.distributed.barrier()
 
@@ -74,35 +80,35 @@ def _copied(source: str, target: str) -> None:
         shutil.copyfile(source, draft)
 
 
-def all_gather(part: Tensor, total: int, world: DistributedContext) -> Tensor:
-    """Put together what each worker computed for its `shard`: (total, ...), on every worker, each row exactly once."""
-    if world.size == 1:
+def all_gather(part: Tensor, total: int, context: DistributedContext) -> Tensor:
+    """Put together what each worker computed for its `rank_slice`: (total, ...), on every worker, each row exactly once."""
+    if context.size == 1:
         return part
-    longest = math.ceil(total / world.size)
-    padded = torch.zeros(longest, *part.shape[1:], dtype=part.dtype, device=world.device)
-    padded[: len(part)] = part.to(world.device)
-    parts = [torch.zeros_like(padded) for _ in range(world.size)]
+    longest = math.ceil(total / context.size)
+    padded = torch.zeros(longest, *part.shape[1:], dtype=part.dtype, device=context.device)
+    padded[: len(part)] = part.to(context.device)
+    parts = [torch.zeros_like(padded) for _ in range(context.size)]
     torch.distributed.all_gather(parts, padded)
     whole = torch.zeros(total, *part.shape[1:], dtype=part.dtype)
     for rank, got in enumerate(parts):
-        indices = rank_slice(total, rank, world.size)
+        indices = rank_slice(total, rank, context.size)
         whole[list(indices)] = got[: len(indices)].cpu()
     return whole
 
 
-def all_reduce(values: Tensor, world: DistributedContext, how: Any) -> Tensor:
+def all_reduce(values: Tensor, context: DistributedContext, how: Any) -> Tensor:
     """Return the sum, minimum or maximum of the workers' values, on the CPU."""
-    if world.size == 1:
+    if context.size == 1:
         return values
-    moved = values.to(world.device)
+    moved = values.to(context.device)
     torch.distributed.all_reduce(moved, how)
     return moved.cpu()
 
 
-def broadcast(tensors: Sequence[Tensor], world: DistributedContext) -> None:
+def broadcast(tensors: Sequence[Tensor], context: DistributedContext) -> None:
     """Overwrite these tensors with the first worker's."""
-    if world.size > 1:
+    if context.size > 1:
         for tensor in tensors:
-            moved = tensor.data.to(world.device)
+            moved = tensor.data.to(context.device)
             torch.distributed.broadcast(moved, 0)
             tensor.data.copy_(moved)

@@ -150,7 +150,7 @@ class Problem:
         loss += penalty / 2 * float(weight.square().sum())
         return loss, torch.cat([gradient, residues[:, None]], 1).reshape(-1).numpy()
 
-    def minimize(self, start: Matrix, penalty: float, steps: int, tolerance: float, late: IsExpired = never) -> Matrix:
+    def minimize(self, start: Matrix, penalty: float, steps: int, tolerance: float, expired: IsExpired = never) -> Matrix:
         """Return the parameters at the optimum by L-BFGS, from a start; at the weakest penalties separable data have none, and steps end it."""
         from scipy.optimize import minimize
 
@@ -159,7 +159,7 @@ class Problem:
         def stepped(_: Matrix) -> None:
             nonlocal taken
             taken += 1
-            if taken >= LEAST_STEPS and late():
+            if taken >= LEAST_STEPS and expired():
                 raise StopIteration
 
         options: dict[str, Any] = {"maxiter": steps, "maxfun": 2 * steps, "gtol": tolerance, "ftol": 1e-9}
@@ -182,9 +182,8 @@ def solve_head(
     seed: int,
     penalty: float | None = None,
     start: tuple[Tensor, Tensor] | None = None,
-    views: int = 0,
     tolerance: float | None = None,
-    late: IsExpired = never,
+    expired: IsExpired = never,
 ) -> tuple[Tensor, Tensor, float]:
     """Solve multinomial logistic regression by L-BFGS, its L2 penalty found on held-out images, standardization folded into the result.
 
@@ -198,11 +197,9 @@ def solve_head(
         imbalance: classes are weighted alike where the largest has more than this many times the images of the smallest.
         penalty: per image, where it is known.
         start: weight and bias near the optimum, where they are known: of the same head on most of these images.
-        views: the last `views` times n / (views + 1) rows are random views of the first; the penalty is found without them, because views
-            of one image on both sides would look like a good fit.
         tolerance: largest entry of the gradient at which the solver ends: 1e-5, where two starts agree within a point or two of
             probability; 1e-4 from 600 images on, which changed at most 6 of 1,500 answers, and accuracy by less than 0.15 points.
-        late: says that the time is up: no other penalty is tried then, and the solver ends where it is, after 20 steps at the earliest.
+        expired: returns whether the time is up: then no other penalty is tried, and the solver ends where it is, after 20 steps at the earliest.
 
     Returns:
         weight (K, d), bias (K,) on raw features, and the penalty per image.
@@ -211,7 +208,6 @@ def solve_head(
         tolerance = 1e-5 if len(labels) < ONE_FOLD_FROM else 1e-4
     whole = Features(features)
     scale = whole.scaling(blocks)
-    plain = len(labels) // (views + 1)
     if start is not None:
         w, b = (t.double() for t in start)
         start = w / scale.scale, b + w @ scale.mean
@@ -221,10 +217,10 @@ def solve_head(
         span = Span(rows @ rows.T, EXACT)  # numpy sees that both sides are one, and computes half
         if start is not None:
             start = span.inside(x @ start[0].T), start[1]
-        w, b, penalty = _solve(Features(span.rows), None, labels, plain, classes, imbalance, seed, penalty, start, tolerance, late)
+        w, b, penalty = _solve(Features(span.rows), None, labels, classes, imbalance, seed, penalty, start, tolerance, expired)
         w = span.outside(w) @ x
     else:
-        w, b, penalty = _solve(whole, scale, labels, plain, classes, imbalance, seed, penalty, start, tolerance, late)
+        w, b, penalty = _solve(whole, scale, labels, classes, imbalance, seed, penalty, start, tolerance, expired)
     weight = w * scale.scale
     return weight.float(), (b - weight @ scale.mean).float(), penalty
 
@@ -239,7 +235,7 @@ def solve_kernel(kernel: Matrix, labels: Labels, classes: int, imbalance: float,
         alpha (K, n) and bias (K,): logits are alpha k + bias, k the inner products (n,) of an image with these.
     """
     span = Span(kernel, ROUNDED)
-    w, b, _ = _solve(Features(span.rows), None, labels, len(labels), classes, imbalance, seed, None, None, tolerance, never)
+    w, b, _ = _solve(Features(span.rows), None, labels, classes, imbalance, seed, None, None, tolerance, never)
     return span.outside(w), b
 
 
@@ -247,27 +243,26 @@ def _solve(
     features: Features,
     scale: Scaling | None,
     labels: Labels,
-    plain: int,
     classes: int,
     imbalance: float,
     seed: int,
     penalty: float | None,
     start: tuple[Tensor, Tensor] | None,
     tolerance: float,
-    late: IsExpired,
+    expired: IsExpired,
 ) -> tuple[Tensor, Tensor, float]:
-    """Return weight (K, d) and bias (K,) on scaled features, and the penalty, found on the first `plain` images where it is not known."""
+    """Return weight (K, d) and bias (K,) on scaled features, and the penalty, found on held-out images if it is not known."""
     present, own = np.unique(labels, return_inverse=True)
     own = own.astype(np.int64)
     shares = image_weights(own, imbalance)
     first = np.zeros(len(present) * (features.width + 1))
     if penalty is None:
-        penalty, first = _held_out_penalty(features, own[:plain], shares[:plain], scale, seed, late)
+        penalty, first = _held_out_penalty(features, own, shares, scale, seed, expired)
     if start is not None:
         known = torch.from_numpy(present)
         first = torch.cat([start[0][known], _begun(start[1][known])[:, None]], 1).reshape(-1).numpy()
     problem = Problem(features, own, len(present), shares, scale)
-    both = torch.from_numpy(problem.minimize(first, penalty, 500, tolerance, late)).view(len(present), -1)
+    both = torch.from_numpy(problem.minimize(first, penalty, 500, tolerance, expired)).view(len(present), -1)
     weight = torch.zeros(classes, features.width, dtype=torch.float64)
     bias = torch.full((classes,), ABSENT, dtype=torch.float64)
     weight[present], bias[present] = both[:, :-1], both[:, -1]
@@ -325,7 +320,7 @@ def image_weights(labels: Labels, imbalance: float) -> Matrix:
 
 
 def _held_out_penalty(
-    features: Features, labels: Labels, shares: Matrix, scale: Scaling | None, seed: int, late: IsExpired
+    features: Features, labels: Labels, shares: Matrix, scale: Scaling | None, seed: int, expired: IsExpired
 ) -> tuple[float, Matrix]:
     """Return the penalty with the smallest log loss on held-out images, by walking downhill from the middle of the grid.
 
@@ -364,7 +359,7 @@ def _held_out_penalty(
         if i not in losses:
             total = 0.0
             for k, ((_, b), problem) in enumerate(zip(sides, problems, strict=True)):
-                at[k] = problem.minimize(at[k], PENALTIES[i], 200, CV_TOLERANCE, late)
+                at[k] = problem.minimize(at[k], PENALTIES[i], 200, CV_TOLERANCE, expired)
                 both = torch.from_numpy(at[k]).view(classes, -1)
                 head = problem.logits(both[:, :-1], both[:, -1])
                 # Classes that the other folds lack have no images to be right about.
@@ -373,7 +368,7 @@ def _held_out_penalty(
             losses[i], reached[i] = total, at[0]
         return losses[i]
 
-    best = _downhill(loss, late)
+    best = _downhill(loss, expired)
     loss(best)  # it was compared with none where the time was up
     both = torch.from_numpy(reached[best]).view(classes, -1)
     weight = both[:, :-1] if span is None else (span.outside(both[:, :-1]).float() @ scaled).double()
@@ -389,7 +384,7 @@ def judged_penalty(
     classes: int,
     imbalance: float,
     seed: int,
-    late: IsExpired = never,
+    expired: IsExpired = never,
 ) -> tuple[float, tuple[Tensor, Tensor]]:
     """Return the penalty with which a head on some images has the smallest log loss on others, and that head: weight (K, d), bias (K,).
 
@@ -407,21 +402,23 @@ def judged_penalty(
     def loss(i: int) -> float:
         if i not in losses:
             near = next(reversed(heads.values()), None)
-            w, b, _ = solve_head(x, labels[some], blocks, classes, imbalance, seed, PENALTIES[i], near, tolerance=CV_TOLERANCE, late=late)
+            w, b, _ = solve_head(
+                x, labels[some], blocks, classes, imbalance, seed, PENALTIES[i], near, tolerance=CV_TOLERANCE, expired=expired
+            )
             heads[i] = w, b
             losses[i] = score((z @ w.T + b).double().softmax(1), truth[others])[1]
         return losses[i]
 
-    best = _downhill(loss, late)
+    best = _downhill(loss, expired)
     loss(best)  # it was compared with none where the time was up
     return PENALTIES[best], heads[best]
 
 
-def _downhill(loss: Callable[[int], float], late: IsExpired) -> int:
+def _downhill(loss: Callable[[int], float], expired: IsExpired) -> int:
     """Return the index of the penalty with the smallest loss, from the middle of the grid on: it has one valley along it."""
     best = START
     for direction in (-1, 1):
-        while 0 <= best + direction < len(PENALTIES) and not late() and loss(best + direction) < loss(best):
+        while 0 <= best + direction < len(PENALTIES) and not expired() and loss(best + direction) < loss(best):
             best += direction
         if best != START:
             break

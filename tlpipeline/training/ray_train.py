@@ -1,4 +1,4 @@
-"""The only file that knows Ray: the training loop as one Ray Train job, or the same loop in this process (`workers: 0`).
+"""The only file that knows Ray: the training loop as one Ray Train config, or the same loop in this process (`workers: 0`).
 
 Four touch points with Ray: who am I, keep this checkpoint, give me the newest one, run this on so many workers.
 
@@ -14,7 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,14 +33,16 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.training import train
 from tlpipeline.training.checkpoint import MODEL
 from tlpipeline.training.config import ProgressReader, TrainingConfig
-from tlpipeline.training.distributed import LocalContext
+from tlpipeline.training.distributed import DistributedContext, LocalContext
+
+Loop = Callable[[TrainingConfig, DistributedContext, Path], Path | None]
 
 # Others wait for the first worker while it solves a head, which may take it longer than Ray's half hour. Who died is noticed by Ray itself.
 _PATIENCE = 24 * 3600
 _KNOCK = 10.0  # seconds
 _OBJECT_STORE = 256 * 2**20  # images never pass through Ray
 # Read when Ray Train is first used. A short poll ends each fit up to two seconds earlier; the preemption watcher has no use on one machine.
-_QUIET = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -74,15 +76,24 @@ def preflight(cluster: ClusterParams) -> bool:
     return use_gpu
 
 
-def run(job: TrainingConfig, cluster: ClusterParams, name: str, folder: Path, progress: Progress, stage: str = "train") -> Path:
+def run(
+    config: TrainingConfig,
+    cluster: ClusterParams,
+    name: str,
+    folder: Path,
+    progress: Progress,
+    stage: str = "train",
+    loop: Loop = train.run,
+) -> Path:
     """Train, and return the folder of the finished run: `model/` and `history.json`; of a job that is `checkpoint_only` its checkpoint.
 
     Args:
-        job: what to train.
+        config: what to train.
         cluster: where.
         name: identifies data, params and code; a run of the same name that was interrupted is resumed.
         folder: for everything that the run leaves behind; delete it once the result is recorded.
         progress: told what the first worker does, as this stage.
+        loop: what each worker runs.
 
     Raises:
         ClusterError: the workers are not there, or died more often than `max_failures`.
@@ -90,7 +101,7 @@ def run(job: TrainingConfig, cluster: ClusterParams, name: str, folder: Path, pr
     """
     use_gpu = preflight(cluster)
     folder.mkdir(parents=True, exist_ok=True)
-    tail = ProgressReader(Path(job.history), stage, progress)
+    tail = ProgressReader(Path(config.history), stage, progress)
     stop = threading.Event()
 
     def follow() -> None:
@@ -102,26 +113,26 @@ def run(job: TrainingConfig, cluster: ClusterParams, name: str, folder: Path, pr
     follower.start()
     try:
         if cluster.workers == 0:
-            return _in_process(job, use_gpu, folder / name)
+            return _in_process(config, use_gpu, folder / name, loop)
         progress(Event(stage, 0, 0, f"starting {cluster.workers} Ray worker{'s' * (cluster.workers > 1)}, which takes about 10 s"))
         while True:
             try:
-                return _on_workers(job, cluster, use_gpu, name, folder)
+                return _on_workers(config, cluster, use_gpu, name, folder, loop)
             except OutOfMemory as full:
                 # All workers must take equally many parts, so all begin again, at the last checkpoint.
-                job = replace(job, parts=full.parts)
+                config = replace(config, gradient_accumulation_steps=full.parts)
     finally:
         stop.set()
         follower.join()
         tail()
 
 
-def _in_process(job: TrainingConfig, use_gpu: bool, folder: Path) -> Path:
+def _in_process(config: TrainingConfig, use_gpu: bool, folder: Path, loop: Loop) -> Path:
     device = enable_tf32(torch.device("cuda" if use_gpu else "cpu"))
     scratch = folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    finished = train.run(job, LocalContext(folder, device), scratch)
+    finished = loop(config, LocalContext(folder, device), scratch)
     assert finished is not None
     return finished
 
@@ -129,7 +140,7 @@ def _in_process(job: TrainingConfig, use_gpu: bool, folder: Path) -> Path:
 # --- Ray ------------------------------------------------------------------------------------------------------------------------------
 
 
-class _RayWorld:
+class _RayContext:
     """A Ray Train worker as a DistributedContext."""
 
     def __init__(self) -> None:
@@ -139,6 +150,7 @@ class _RayWorld:
         context = ray.train.get_context()
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
         self.device = enable_tf32(ray.train.torch.get_device())
+        self.syncs_batch_norm = self.device.type == "cuda"
 
     def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
         import ray.train
@@ -157,23 +169,26 @@ class _RayWorld:
                 yield Path(folder)
 
 
-def _loop(config: dict[str, TrainingConfig]) -> None:
-    job = config["job"]
-    if _error_file(job).exists():
-        return  # started again after an error that only the user can mend: it would come back
-    world = _RayWorld()
-    with _scratch(job, world.rank) as scratch:
+def _loop(loop_config: dict[str, Any]) -> None:
+    work(loop_config["config"], _RayContext(), loop_config["loop"])
+
+
+def work(config: TrainingConfig, context: DistributedContext, loop: Loop = train.run) -> None:
+    """Run the training loop as one worker; write down an error that only the user can correct, so that a restarted worker does not meet it again."""
+    if error_file(config).exists():
+        return
+    with worker_scratch(config, context.rank) as scratch:
         try:
-            train.run(job, world, scratch)
+            loop(config, context, scratch)
         except PipelineError as error:
-            write_json({"kind": type(error).__name__, "values": list(error.args)}, _error_file(job))
+            write_json({"kind": type(error).__name__, "values": list(error.args)}, error_file(config))
             raise
 
 
 @contextmanager
-def _scratch(job: TrainingConfig, rank: int) -> Iterator[Path]:
+def worker_scratch(config: TrainingConfig, rank: int) -> Iterator[Path]:
     """Give a worker a temporary folder on its machine; what an earlier worker of this rank and run left when it was killed is removed first."""
-    run = hashlib.md5(job.history.encode(), usedforsecurity=False).hexdigest()[:12]
+    run = hashlib.md5(config.history.encode(), usedforsecurity=False).hexdigest()[:12]
     prefix = f"tlpipeline-{run}-{rank}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -181,21 +196,22 @@ def _scratch(job: TrainingConfig, rank: int) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _error_file(job: TrainingConfig) -> Path:
+def error_file(config: TrainingConfig) -> Path:
     """Return where a worker writes down an error that it would meet again: Ray starts workers anew after any error, and hands on its text alone."""
-    return Path(job.history).with_suffix(".error.json")
+    return Path(config.history).with_suffix(".error.json")
 
 
-def _raise_what_gave_up(job: TrainingConfig) -> None:
-    path = _error_file(job)
+def raise_worker_error(config: TrainingConfig) -> None:
+    """Raise the error that a worker wrote down, once."""
+    path = error_file(config)
     if path.exists():
-        told = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
-        raise getattr(errors, told["kind"])(*told["values"])
+        raise getattr(errors, content["kind"])(*content["values"])
 
 
-def _on_workers(job: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name: str, folder: Path) -> Path:
-    for key, value in _QUIET.items():
+def _on_workers(config: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name: str, folder: Path, loop: Loop) -> Path:
+    for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import ray
     import ray.train
@@ -203,14 +219,14 @@ def _on_workers(job: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name
 
     with _interruptible():
         runtime(cluster.workers)
-        use_gpu = _enough(cluster, use_gpu)
+        use_gpu = check_cluster(cluster, use_gpu)
         storage = cluster.storage if cluster.storage != "none" else str(folder.resolve())
-        _repair(Path(storage) / name)
+        repair(Path(storage) / name)
         threads = max(1, available_cpus() // cluster.workers)
         waiting = {key: os.environ[key] for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if key in os.environ} | thread_waiting(os.environ)
         trainer = TorchTrainer(
             _loop,
-            train_loop_config={"job": job},
+            train_loop_config={"config": config, "loop": loop},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_PATIENCE),
             scaling_config=ray.train.ScalingConfig(num_workers=cluster.workers, use_gpu=use_gpu),
             run_config=ray.train.RunConfig(
@@ -221,15 +237,15 @@ def _on_workers(job: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"} | waiting},
             ),
         )
-        _error_file(job).unlink(missing_ok=True)
+        error_file(config).unlink(missing_ok=True)
         try:
             result = trainer.fit()
         except SystemExit as stopped:
             raise KeyboardInterrupt from stopped  # Ray's own answer to Ctrl-C
         except ray.train.TrainingFailedError as error:
-            _raise_what_gave_up(job)
-            raise _translated(error, cluster.max_failures, storage) from error
-    _raise_what_gave_up(job)
+            raise_worker_error(config)
+            raise translate_failure(error, cluster.max_failures, storage) from error
+    raise_worker_error(config)
     if result.checkpoint is None:
         raise ClusterError(
             "expected a trained model from the workers, but they kept no checkpoint. Run again with fewer workers to see why."
@@ -237,14 +253,14 @@ def _on_workers(job: TrainingConfig, cluster: ClusterParams, use_gpu: bool, name
     finished = folder / f"{name}-finished"
     shutil.rmtree(finished, ignore_errors=True)
     result.checkpoint.to_directory(str(finished))
-    if not job.checkpoint_only and not (finished / MODEL).is_dir():
+    if not config.checkpoint_only and not (finished / MODEL).is_dir():
         raise ClusterError(
             "expected a finished model from the workers, but the newest checkpoint is from the middle. Start the run again: it resumes."
         )
     return finished
 
 
-def _repair(folder: Path) -> None:
+def repair(folder: Path) -> None:
     """Remove what an earlier run left if Ray's list of its checkpoints is torn: the run begins again, and ends the same.
 
     Ray writes the list in place. Killed or out of room just then it leaves a part, and every further run of this name would fail to read it.
@@ -255,7 +271,7 @@ def _repair(folder: Path) -> None:
 
 def runtime(workers: int) -> None:
     """Start Ray quietly on this machine, or join the cluster at RAY_ADDRESS; at most one runtime in a process."""
-    for key, value in _QUIET.items():
+    for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import ray
 
@@ -304,7 +320,7 @@ def shutdown() -> None:
         ray.shutdown()
 
 
-def _enough(cluster: ClusterParams, use_gpu: bool) -> bool:
+def check_cluster(cluster: ClusterParams, use_gpu: bool) -> bool:
     """Check that the cluster has what the workers need; say whether they use GPUs, which `auto` of a joined cluster leaves to what it has."""
     import ray
 
@@ -320,7 +336,7 @@ def _enough(cluster: ClusterParams, use_gpu: bool) -> bool:
     return use_gpu
 
 
-def _translated(error: Any, allowed: int, storage: str) -> PipelineError:
+def translate_failure(error: Any, allowed: int, storage: str) -> PipelineError:
     failures = getattr(error, "worker_failures", {}) or {}
     for failure in failures.values():
         seen: BaseException | None = failure

@@ -12,55 +12,57 @@ if TYPE_CHECKING:
 
 INITS = ("pretrained", "plain", "random", "auto")
 AUTO, SGD, ADAMW = "auto", "sgd", "adamw"
-OPTIMISERS = (AUTO, SGD, ADAMW)
+OPTIMIZERS = (AUTO, SGD, ADAMW)
 LOSS, SAMPLER, NONE = "loss", "sampler", "none"
 BALANCES = (LOSS, SAMPLER, NONE)
 FIXED, BATCH = "fixed", "batch"
 STATISTICS = (AUTO, FIXED, BATCH)
 BUDGET = "train.budget_minutes"  # begins whatever is said of what time has ended
 SMALL_PIXELS = 64  # below, networks with batch normalization have a rate and statistics of their own (docs/log.md)
+# Earlier names of recipe values, which train.override still takes.
+ALIASES = {
+    "rate_batch": "lr_batch", "rate_batch_small": "lr_batch_small", "rate_layer": "lr_layer", "rate_none": "lr_none",
+    "accumulate": "gradient_accumulation_steps", "solve_again": "refit_head",
+}  # fmt: skip
+# Recipe values that earlier versions had. None of them helped in our measurements, and all were off by default.
+REMOVED = ("patience", "label_smoothing", "randaugment", "randaugment_magnitude", "mixup", "cutmix", "average")
 IMBALANCE = 10.0  # times the images of the smallest class that the largest may have before classes are weighted alike
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the kept network is trained once its new head is solved; unused where everything is frozen.
+    """How the network is trained once its new head is solved; a frozen backbone uses only `balance` and `imbalance`.
 
     Attributes:
-        rates: learning rate by kind of normalization (batch, layer, none) at a batch of 64; layer normalization uses AdamW, the others
-            SGD with Nesterov momentum .9. Batch normalization below 64 pixels has a rate of its own (docs/log.md). Without normalization
-            data that differ from the source want a much higher one (Li et al. 2020 find the same).
-        batch, batch_large: images per step below and from `large` training images on: with few images more steps were worth up to 3 points.
-        epochs_at_500: epochs for 500 training images; for n images times sqrt(500 / n), between least and most.
-        scratch_epochs_at_500, scratch_times: random weights get this schedule and this many times its epochs and the rate (up to .1); scratch_from:
-            training images from which they are tried at all.
-        statistics: what batch normalization subtracts and divides by while everything is trained: fixed (those of the source, as in the head's
-            features: what is trained starts where the probe stands), batch (each step's own), or auto: fixed from 64 pixels on, batch below.
+        lr_batch, lr_batch_small, lr_layer, lr_none: learning rate at a batch of 64 by kind of normalization (batch, layer, none). Layer
+            normalization uses AdamW, the others SGD with Nesterov momentum 0.9. Batch normalization below 64 pixels has a learning rate of
+            its own (docs/log.md). Without normalization data that differ from the source want a much higher one (Li et al. 2020 agree).
+        batch, batch_large: images per step below and from `large` training images on. With few images more steps gained up to 3 points.
+        epochs_at_500: epochs for 500 training images; for n images times sqrt(500 / n), between `least_epochs` and `most_epochs`.
+        scratch_epochs_at_500, scratch_times: random weights get this schedule, and this many times its epochs and the learning rate (up
+            to 0.1); scratch_from: training images from which they are tried at all.
+        statistics: what batch normalization subtracts and divides by while everything is trained: fixed (the source's, as in the head's
+            features, so training starts where the probe stands), batch (each step's own), or auto: fixed from 64 pixels on, batch below.
             Random weights have none to keep: batch.
-        patience: epochs without a better validation before training stops and goes back to the best one; 0 runs the schedule to its end and
-            keeps its last epoch, which was better in our measurements: at the end of a cosine there is less noise than in a small validation.
-        optimizer: auto (AdamW for networks with layer normalization, else SGD), sgd or adamw; weight_decay of SGD, weight_decay_adam.
-        layer_decay_norm: with layer normalization each block nearer to the images gets this share of the rate of the next one (METHOD: .75
+        optimizer: auto (AdamW for networks with layer normalization, else SGD), sgd or adamw.
+        weight_decay, weight_decay_adam: of SGD and of AdamW.
+        layer_decay_norm: with layer normalization each block nearer to the images gets this share of the learning rate of the next one (0.75
             for ViT and ConvNeXt); layer_decay_other: the same for the other networks.
         crop: smallest share of the area that random crops keep.
-        randaugment: operations of RandAugment an image, 0 for none; randaugment_magnitude: 0 to 30.
-        mixup, cutmix: alpha of their Beta distributions, 0 for none.
-        average: decay of the moving average of weights, which is then what is validated and kept; 0 for none.
         warm_up: share of the steps; clip: largest norm of the gradient.
-        accumulate: parts into which a worker's share of a batch is cut, one after the other, to save memory; more are made where a GPU's
-            memory does not do.
-        balance: what is done where the largest class has more than `imbalance` times the images of the smallest: loss (classes weigh alike),
+        gradient_accumulation_steps: parts that a worker's share of a batch is taken in, to save memory; more if a GPU's memory is too small.
+        balance: what is done if the largest class has more than `imbalance` times the images of the smallest: loss (classes weigh alike),
             sampler (classes are drawn alike), or none.
         sync_below: images of a worker's share of a batch below which BatchNorm takes its statistics from all workers; on GPUs.
-        solve_again: solve a head on several taps when everything is trained, with the validation images as well (Kang et al. 2020, arXiv
-            1910.09217, train classifiers again for another reason; docs/decisions/0016). It is what lets half of the usual schedule do.
-        compile: let torch.compile make a faster network of it; needs a C++ compiler, and does not pay for few images.
+        refit_head: solve a head on several taps after everything is trained, with the validation images as well. Kang et al. 2020 (arXiv
+            1910.09217) train classifiers again for another reason; see docs/decisions/0016. It makes half of the usual schedule enough.
+        compile: use torch.compile; needs a C++ compiler, and does not pay for few images.
     """
 
-    rate_batch: float = 0.05
-    rate_batch_small: float = 0.2
-    rate_layer: float = 5e-5
-    rate_none: float = 0.004
+    lr_batch: float = 0.05
+    lr_batch_small: float = 0.2
+    lr_layer: float = 5e-5
+    lr_none: float = 0.004
     batch: int = 32
     batch_large: int = 64
     large: int = 5000
@@ -71,27 +73,25 @@ class Recipe:
     scratch_times: float = 3.0
     scratch_from: int = 50_000
     statistics: str = AUTO
-    patience: int = 0
     optimizer: str = AUTO
     weight_decay: float = 5e-4
     weight_decay_adam: float = 0.05
     layer_decay_norm: float = 0.75
     layer_decay_other: float = 1.0
-    label_smoothing: float = 0.0
     crop: float = 0.5
-    randaugment: int = 0
-    randaugment_magnitude: int = 9
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    average: float = 0.0
     warm_up: float = 0.05
     clip: float = 1.0
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     imbalance: float = IMBALANCE
     balance: str = LOSS
     sync_below: int = 16
-    solve_again: bool = True
+    refit_head: bool = True
     compile: bool = False
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Recipe":
+        """Read what `asdict` wrote as JSON, or what an earlier version wrote, whose removed values are left out."""
+        return cls(**{ALIASES.get(name, name): value for name, value in content.items() if name not in REMOVED})
 
     @property
     def head_imbalance(self) -> float:
@@ -105,7 +105,7 @@ class Recipe:
         return ADAMW if normalization == "layer" else SGD
 
     def layer_decay(self, normalization: str) -> float:
-        """Return the share of the rate that each block has of the next one nearer to the head."""
+        """Return the share of the learning rate that each block has of the next one nearer to the head."""
         return self.layer_decay_norm if normalization == "layer" else self.layer_decay_other
 
     def batch_size(self, images: int) -> int:
@@ -124,14 +124,14 @@ class Recipe:
         wanted = at_500 * math.sqrt(500 / max(images, 1))
         return int(min(max(round(wanted), self.least_epochs), self.most_epochs))
 
-    def rate(self, normalization: str, size: int) -> float:
+    def lr(self, normalization: str, size: int) -> float:
         """Return the learning rate for a network with this normalization at this input size, at a batch of 64."""
         if normalization == "batch":
-            return self.rate_batch_small if size < SMALL_PIXELS else self.rate_batch
-        return self.rate_layer if normalization == "layer" else self.rate_none
+            return self.lr_batch_small if size < SMALL_PIXELS else self.lr_batch
+        return self.lr_layer if normalization == "layer" else self.lr_none
 
-    def keeps_statistics(self, size: int) -> bool:
-        """Say whether batch normalization keeps the source's statistics at this input size."""
+    def freezes_statistics(self, size: int) -> bool:
+        """Return whether batch normalization keeps the source's statistics at this input size."""
         return self.statistics == FIXED or (self.statistics == AUTO and size >= SMALL_PIXELS)
 
 
@@ -149,7 +149,7 @@ def override(recipe: Recipe, init: str, changes: Mapping[str, Any], *, freeze: b
         if name == "init":
             init = _checked_init(value, freeze)
         else:
-            values[name] = _checked(name, value)
+            values[ALIASES.get(name, name)] = _checked(name, value)
     return replace(recipe, **values), init
 
 
@@ -167,6 +167,9 @@ def _checked_init(value: Any, freeze: bool) -> str:
 
 def _checked(name: str, value: Any) -> Any:
     where, known = f"params.yaml: train.override.{name}", {f.name: f.type for f in fields(Recipe)}
+    if name in REMOVED:
+        raise ParamsError(f"{where}: expected a value that the recipe has, but {name} was removed. Delete it from train.override.")
+    name = ALIASES.get(name, name)
     if name not in known:
         raise ParamsError(f"params.yaml: train.override: unknown recipe value {name!r}; {nearest(name, [*known, 'init'])}")
     if name in _CHOICES:
@@ -181,45 +184,39 @@ def _checked(name: str, value: Any) -> Any:
     return value
 
 
-def unused_overrides(plan: "TrainingPlan", changes: Mapping[str, Any], normalization: str, views: int = 0) -> tuple[str, ...]:
+def unused_overrides(plan: "TrainingPlan", changes: Mapping[str, Any], normalization: str) -> tuple[str, ...]:
     """Return the names in `train.override` that change nothing in this plan, which has the changes.
 
     Args:
         normalization: of the network: batch, layer or none.
-        views: random views of a frozen head.
     """
     if plan.freeze:  # its head is solved, without epochs
-        return tuple(name for name in changes if name not in _OF_A_HEAD and not (name == "crop" and views))
+        return tuple(name for name in changes if name not in _OF_A_HEAD)
     recipe = plan.recipe
     small, adamw = plan.size < SMALL_PIXELS, recipe.optimizer_for(normalization) == ADAMW
     used = {
-        "rate_batch": normalization == "batch" and not small,
-        "rate_batch_small": normalization == "batch" and small,
-        "rate_layer": normalization == "layer",
-        "rate_none": normalization == "none",
+        "lr_batch": normalization == "batch" and not small,
+        "lr_batch_small": normalization == "batch" and small,
+        "lr_layer": normalization == "layer",
+        "lr_none": normalization == "none",
         "layer_decay_norm": normalization == "layer",
         "layer_decay_other": normalization != "layer",
         "weight_decay": not adamw,
         "weight_decay_adam": adamw,
         "statistics": normalization == "batch",
         "sync_below": normalization == "batch",
-        "randaugment_magnitude": recipe.randaugment > 0,
         "scratch_from": plan.init == AUTO,
         "scratch_times": plan.init in (AUTO, "random"),
         "scratch_epochs_at_500": plan.init in (AUTO, "random"),
     }
-    return tuple(name for name in changes if not used.get(name, True))
+    return tuple(name for name in changes if not used.get(ALIASES.get(name, name), True))
 
 
 _OF_A_HEAD = ("init", "balance", "imbalance")
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {"optimizer": OPTIMISERS, "balance": BALANCES, "statistics": STATISTICS}
-
-
+_CHOICES: dict[str, tuple[str, ...]] = {"optimizer": OPTIMIZERS, "balance": BALANCES, "statistics": STATISTICS}
 _RANGES = {
     "batch": (2, math.inf), "batch_large": (2, math.inf), "least_epochs": (1, math.inf), "most_epochs": (1, math.inf),
-    "epochs_at_500": (1, math.inf), "accumulate": (1, math.inf), "crop": (0.01, 1), "label_smoothing": (0, 0.99), "average": (0, 0.99999),
-    "warm_up": (0, 1), "layer_decay_norm": (0.01, 1), "layer_decay_other": (0.01, 1), "randaugment_magnitude": (0, 30), "clip": (1e-6, math.inf),
-    "scratch_epochs_at_500": (1, math.inf), "scratch_times": (0.01, math.inf), "imbalance": (1, math.inf),
+    "epochs_at_500": (1, math.inf), "gradient_accumulation_steps": (1, math.inf), "crop": (0.01, 1), "warm_up": (0, 1),
+    "layer_decay_norm": (0.01, 1), "layer_decay_other": (0.01, 1), "clip": (1e-6, math.inf), "scratch_epochs_at_500": (1, math.inf),
+    "scratch_times": (0.01, math.inf), "imbalance": (1, math.inf),
 }  # fmt: skip

@@ -161,7 +161,7 @@ def train(root: Path, progress: Progress) -> None:
         _write_csv(
             curve,
             ["epoch", "arm", "loss", "accuracy", "log_loss"],
-            [[h["epoch"], h["arm"], h["loss"], h["accuracy"], h["log_loss"]] for h in lines["history"]],
+            [[h["epoch"], h["phase"], h["loss"], h["accuracy"], h["log_loss"]] for h in lines["history"]],
         )
     # `dvc repro` has yet to record this run, and needs it again if that fails. Other runs are obsolete.
     for other in runs.iterdir():
@@ -173,14 +173,11 @@ def _without_effect(root: Path, params: Params, decision: Decision) -> list[str]
     """Return remarks about settings that change nothing in this case."""
     from tlpipeline.training.recipe import unused_overrides
 
-    frozen, views, changes = decision.freeze == "kept", params.train.views, params.train.override
-    remarks = []
-    if changes and (unused := unused_overrides(decision.plan, changes, _backbone(root, params).normalization, views)):
-        reason = "whose head is solved, not trained" if frozen else "with this network and these settings"
-        remarks.append(f"train.override: {', '.join(unused)} changes nothing in {decision.case}, {reason}")
-    if views and not frozen:
-        remarks.append(f"train.views changes nothing in {decision.case}, whose random views are new in each epoch")
-    return remarks
+    changes = params.train.override
+    if changes and (unused := unused_overrides(decision.plan, changes, _backbone(root, params).normalization)):
+        why = "whose head is solved, not trained" if decision.plan.freeze else "with this network and these settings"
+        return [f"train.override: {', '.join(unused)} changes nothing in {decision.case}, {why}"]
+    return []
 
 
 def _training_config(root: Path, params: Params, decision: Decision, history: Path) -> TrainingConfig:
@@ -198,7 +195,6 @@ def _training_config(root: Path, params: Params, decision: Decision, history: Pa
         flip=params.train.flip,
         precision=params.backbone.precision,
         history=str(history),
-        views=params.train.views,
         budget_minutes=params.train.budget_minutes,
         cache=str((root / CACHE).resolve()) if params.cache.max_gb else "",
         cache_bytes=params.cache.max_gb * GIGABYTE,

@@ -1,5 +1,11 @@
-"""Pretraining: make weights of one's own to transfer from. The weights of the demonstration network were made by this command."""
+"""Pretraining: weights of your own to transfer from.
 
+    python -m research.pretrain IMAGES --backbone my_nets:SmallNet --epochs 24
+
+An earlier version of this module made the weights of the demonstration network, with label smoothing 0.05 and the best epoch on validation.
+"""
+
+import argparse
 import inspect
 import shutil
 import tempfile
@@ -18,22 +24,23 @@ from tlpipeline.backbones.precision import enable_tf32
 from tlpipeline.backbones.taps import normalization
 from tlpipeline.data import dataset
 from tlpipeline.data.cache import Store
-from tlpipeline.data.dataset import Manifest, Row
 from tlpipeline.data.loader import Images
-from tlpipeline.data.splits import TEST, TRAIN, VAL
+from tlpipeline.data.splits import TEST
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError
 from tlpipeline.files import write_json, write_tensors
 from tlpipeline.progress import Event, Progress
 from tlpipeline.stats import wilson
-from tlpipeline.training.checkpoint import Checkpoints, State
+from tlpipeline.training.budget import TimeBudget
+from tlpipeline.training.checkpoint import HEAD, SCRATCH, Checkpoints, State
 from tlpipeline.training.config import ProgressReader, ProgressWriter, TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import score
+from tlpipeline.training.images import Datasets
 from tlpipeline.training.recipe import Recipe
-from tlpipeline.training.trainer import Datasets, TimeBudget, Trainer
+from tlpipeline.training.trainer import Run, Trainer
 
-RECIPE = Recipe(crop=0.4, patience=1000, label_smoothing=0.05, layer_decay_norm=1.0)
+RECIPE = Recipe(crop=0.4, layer_decay_norm=1.0)
 BATCH_SIZE = 128
 
 
@@ -62,31 +69,31 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
     manifest = dataset.ingest(images, {}, lambda done, total: progress(Event("ingest", done, total, "images read")))
     torch.manual_seed(seed)
     module, transforms = _network(name, len(manifest.classes), seed)
-    sides = _sides(images, manifest, transforms)
+    datasets = Datasets.of(images, manifest, transforms)
     history = Path(tempfile.mkdtemp(prefix="pretrain-"))
     plan = TrainingPlan("", 0, freeze=False, init="random", recipe=RECIPE, head_taps=(), final_head_taps=())
-    job = TrainingConfig(
+    config = TrainingConfig(
         str(images), str(images), "", name, catalogue.NONE, catalogue.NONE, plan, seed, epochs, BATCH_SIZE, flip, "float32", ""
     )
-    world = LocalContext(history / "kept", enable_tf32(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-    module.to(world.device)
-    checkpoint = Checkpoints(world, history, module)
+    context = LocalContext(history / "kept", enable_tf32(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    module.to(context.device)
+    checkpoint = Checkpoints(context, history, module)
     tail = ProgressReader(history / "history.jsonl", "pretrain", progress)
-    state = State(arm="start")
-    tell = _Passed(history / "history.jsonl", tail)
-    fit = Trainer(module, sides, RECIPE, job, world, checkpoint, tell, normalization(module), Store(), TimeBudget(0, world, 0))
-    fit.arm("scratch", epochs, rate, state)
+    state = State(phase=HEAD)
+    on_progress = _Passed(history / "history.jsonl", tail)
+    run = Run(config, context, datasets, state, checkpoint, Store(), TimeBudget(0, context), on_progress, history)
+    Trainer(module, run, normalization(module)).fit(SCRATCH, epochs, rate)
     checkpoint.load_best()
     test = manifest.used(TEST)
-    labels = _indices(manifest, test)
-    chances = probabilities(module, Images(images, test, transforms), world.device, lambda done: None)
+    labels = np.array([manifest.classes.index(row.label) for row in test])
+    chances = probabilities(module, Images(images, test, transforms), context.device, lambda done: None)
     accuracy, _ = score(chances, labels)
     low, high = wilson(round(accuracy * len(test)), len(test))
     file = name.replace(":", ".")
     output.mkdir(parents=True, exist_ok=True)
     write_tensors(module.state_dict(), output / f"{file}.safetensors")
-    recipe = {"epochs": epochs, "rate": rate, "flip": flip, "seed": seed, "best_epoch": state.best_epoch}
-    counts = {"train": len(sides.train), "val": len(sides.val), "test": len(test)}
+    recipe = {"epochs": epochs, "rate": rate, "flip": flip, "seed": seed}
+    counts = {"train": len(datasets.train), "val": len(datasets.val), "test": len(test)}
     measured = {
         "test_accuracy": round(accuracy, 4),
         "test_interval_95": [round(low, 4), round(high, 4)],
@@ -99,15 +106,13 @@ def pretrain(images: Path, name: str, output: Path, *, epochs: int, rate: float,
 
 def _card(name: str, folder: str, classes: Sequence[str], counts: dict[str, int], recipe: dict[str, Any]) -> dict[str, Any]:
     """Return what is said of how weights were made; the recipe's fixed values are added to those of this run."""
-    fixed = {
-        "batch_size": BATCH_SIZE, "crop": RECIPE.crop, "weight_decay": RECIPE.weight_decay, "label_smoothing": RECIPE.label_smoothing,
-    }  # fmt: skip
+    fixed = {"batch_size": BATCH_SIZE, "crop": RECIPE.crop, "weight_decay": RECIPE.weight_decay}
     how = f"--epochs {recipe['epochs']} --rate {recipe['rate']} --seed {recipe['seed']}{'' if recipe['flip'] else ' --no-flip'}"
     return {
         "architecture": name,
         "data": {"folder": folder, "classes": list(classes), **counts},
         "recipe": recipe | fixed,
-        "command": f"tlpipeline pretrain {folder} --backbone {name} {how}",
+        "command": f"python -m research.pretrain {folder} --backbone {name} {how}",
     }
 
 
@@ -145,11 +150,23 @@ def _network(name: str, classes: int, seed: int) -> tuple[nn.Module, Transforms]
     return factory(num_classes=classes), like.transforms
 
 
-def _indices(manifest: Manifest, rows: list[Row]) -> Any:
-    index = {label: i for i, label in enumerate(manifest.classes)}
-    return np.array([index[r.label] for r in rows])
+def main() -> None:
+    """Pretrain as the command line asks."""
+    parser = argparse.ArgumentParser(description="Train a network from random weights.")
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--backbone", default="demonstration")
+    parser.add_argument("--output", type=Path, default=Path("weights"))
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=0.03)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-flip", dest="flip", action="store_false")
+    asked = parser.parse_args()
+    made = pretrain(
+        asked.images, asked.backbone, asked.output, epochs=asked.epochs, rate=asked.rate, seed=asked.seed, flip=asked.flip,
+        progress=lambda event: print(event.text),
+    )  # fmt: skip
+    print(f"{made.weights}: test accuracy {made.accuracy:.1%} ({made.low:.1%} to {made.high:.1%})")
 
 
-def _sides(images: Path, manifest: Manifest, transforms: Transforms) -> Datasets:
-    train, val = manifest.used(TRAIN), manifest.used(VAL)
-    return Datasets(images, train, val, _indices(manifest, train), _indices(manifest, val), transforms)
+if __name__ == "__main__":
+    main()
