@@ -1,7 +1,7 @@
-"""The new head on frozen features: multinomial logistic regression, solved to its optimum instead of trained for a while.
+"""The new head on frozen features: multinomial logistic regression, solved to its optimum.
 
-The loss is convex, so there is nothing to tune but the L2 penalty, which is found on held-out images (Kornblith, Shlens and Le 2019, arXiv
-1805.08974, solve their probes alike). Features may be mapped from disk: what is in memory is bounded whatever the number of images is.
+The loss is convex, so the L2 penalty is all there is to tune. It is found on held-out images, as Kornblith, Shlens and Le do for their
+probes (2019, arXiv 1805.08974). Features may be mapped from disk: memory is bounded whatever the number of images.
 """
 
 import math
@@ -45,12 +45,12 @@ IsExpired = Callable[[], bool]
 
 
 def never() -> bool:
-    """Say that there is time."""
+    """Return False: there is no time limit."""
     return False
 
 
 class Features:
-    """Features (n, d) as the solver walks through them: in memory where they are few, mapped and taken in parts where they are many."""
+    """Features (n, d) for the solver: in memory if they are few, else mapped from disk and read in parts."""
 
     def __init__(self, source: Tensor | FeatureTable) -> None:
         self.source = source
@@ -66,11 +66,11 @@ class Features:
         return self.source.shape[1] if isinstance(self.source, Tensor) else self.source.width
 
     def at_once(self, classes: int) -> int:
-        """Return how many images a walk takes together: as many as it can, but what it says of them has to have room, too."""
+        """Return how many images a pass takes at once: as many as have room with their logits."""
         return max(WALKED // classes, CHUNK) if isinstance(self.source, Tensor) else CHUNK
 
     def parts(self, classes: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (where, features) for consecutive images, of each of which so many numbers are to be said."""
+        """Yield (slice, features) for consecutive images, with room for so many logits of each."""
         step = self.at_once(classes)
         for start in range(0, len(self.source), step):
             part = slice(start, min(start + step, len(self.source)))
@@ -168,7 +168,7 @@ class Problem:
         return np.asarray(found.x)
 
     def threads(self) -> int:
-        """Return how many threads a walk keeps busy. It is two thin products a part, and two threads took twice as long as one for 24 classes."""
+        """Return how many threads a pass keeps busy. It is two thin products for each part: for 24 classes two threads took twice as long as one."""
         images = min(len(self.features), self.features.at_once(self.classes))
         return max(1, min(torch.get_num_threads(), int(4 * images * self.features.width * self.classes / THREAD_OPS)))
 
@@ -226,7 +226,7 @@ def solve_head(
 
 
 def solve_kernel(kernel: Matrix, labels: Labels, classes: int, imbalance: float, seed: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Solve the head of images of which only the inner products of their scaled features are known.
+    """Solve the head of images from the inner products of their scaled features alone.
 
     Args:
         kernel: (n, n), rounded as float32 is.
@@ -270,9 +270,9 @@ def _solve(
 
 
 def _begun(bias: Tensor) -> Tensor:
-    """Return biases to start from: a class that a start had no image of is where the others are on average.
+    """Return biases to start from: a class without an image in the start gets the mean of the others.
 
-    From ABSENT on the solver would walk all the way: with a hundred of 600 classes it did not arrive in 25 times the time (docs/log.md).
+    Started from ABSENT, with a hundred of 600 classes, the solver did not arrive in 25 times the time (docs/log.md).
     """
     seen = bias > ABSENT / 2
     return torch.where(seen, bias, bias[seen].mean() if bool(seen.any()) else torch.zeros((), dtype=bias.dtype))
@@ -388,7 +388,7 @@ def judged_penalty(
 ) -> tuple[float, tuple[Tensor, Tensor]]:
     """Return the penalty with which a head on some images has the smallest log loss on others, and that head: weight (K, d), bias (K,).
 
-    For features that were trained on the first ones, which then are no measure of themselves. At most 1,000 of either.
+    For features that were trained on the first ones, which then say nothing of their own fit. At most 1,000 of either.
 
     Args:
         features, labels: (n, d), (n,) of those that it is solved on; judges, truth: (m, d), (m,) of those that judge.
@@ -415,7 +415,7 @@ def judged_penalty(
 
 
 def _downhill(loss: Callable[[int], float], expired: IsExpired) -> int:
-    """Return the index of the penalty with the smallest loss, from the middle of the grid on: it has one valley along it."""
+    """Return the index of the penalty with the smallest loss, searched from the middle of the grid: the loss has one minimum along it."""
     best = START
     for direction in (-1, 1):
         while 0 <= best + direction < len(PENALTIES) and not expired() and loss(best + direction) < loss(best):
@@ -426,10 +426,10 @@ def _downhill(loss: Callable[[int], float], expired: IsExpired) -> int:
 
 
 def inverse_temperature(chances: Tensor, labels: Labels) -> float:
-    """Return by how much logits are to be multiplied so that a head is as sure of itself as it is right: temperature scaling.
+    """Return the factor for logits that makes a head as confident as it is accurate: temperature scaling (Guo et al. 2017, arXiv 1706.04599).
 
-    Guo et al. 2017 (arXiv 1706.04599), by log loss on images that the head was not solved on, drawn towards 1 so that a few images change little.
-    The answers stay what they are. A penalty that is right for them leaves a head of hundreds of classes far too unsure (docs/log.md).
+    It minimizes the log loss on images that the head was not solved on, drawn towards 1 so that a few images change little. The predicted
+    classes stay the same. The penalty that suits them leaves a head of hundreds of classes far too unsure (docs/log.md).
 
     Args:
         chances: (n, K) of those images; labels: (n,) their classes.
@@ -459,5 +459,5 @@ def score(chances: Tensor, labels: Labels) -> tuple[float, float]:
 
 
 def validated(chances: Tensor, labels: Labels) -> tuple[float, float, str]:
-    """Return accuracy, mean log loss, and who was right as packed bits."""
+    """Return accuracy, mean log loss, and which images were classified correctly, as packed bits."""
     return *score(chances, labels), pack(chances.argmax(1).numpy() == labels)

@@ -1,8 +1,8 @@
-"""The only file that knows Ray: the training loop as one Ray Train config, or the same loop in this process (`workers: 0`).
+"""The training loop as one Ray Train job, or in this process (`workers: 0`). No other file imports Ray.
 
-Four touch points with Ray: who am I, keep this checkpoint, give me the newest one, run this on so many workers.
+Ray is used for four things: the rank, saving a checkpoint, the newest checkpoint, and starting the workers.
 
-No GPU has ever run this: NCCL is chosen on GPUs and gloo on CPUs, and what is tested is gloo.
+No GPU has run this yet: NCCL is chosen on GPUs and gloo on CPUs, and only gloo is tested.
 """
 
 import contextvars
@@ -37,7 +37,7 @@ from tlpipeline.training.distributed import DistributedContext, LocalContext
 
 Loop = Callable[[TrainingConfig, DistributedContext, Path], Path | None]
 
-# Others wait for the first worker while it solves a head, which may take it longer than Ray's half hour. Who died is noticed by Ray itself.
+# The other workers wait while the first one solves a head, which may take longer than Ray's half hour. Ray itself notices dead workers.
 _PATIENCE = 24 * 3600
 _KNOCK = 10.0  # seconds
 _OBJECT_STORE = 256 * 2**20  # images never pass through Ray
@@ -54,10 +54,10 @@ ENVIRONMENT = {
 
 
 def preflight(cluster: ClusterParams) -> bool:
-    """Check that the workers fit, before anything starts; say whether they use GPUs.
+    """Check that the workers fit, before anything starts; return whether they use GPUs.
 
     Raises:
-        ClusterError: more workers than this machine has CPUs or GPUs, or GPUs asked for where there are none. Ray itself would wait for ever.
+        ClusterError: more workers than this machine has CPUs or GPUs, or GPUs are asked for and there are none. Ray itself would wait for ever.
     """
     gpus = torch.cuda.device_count()
     use_gpu = gpus > 0 if cluster.gpu == AUTO else bool(cluster.gpu)
@@ -92,7 +92,7 @@ def run(
         cluster: where.
         name: identifies data, params and code; a run of the same name that was interrupted is resumed.
         folder: for everything that the run leaves behind; delete it once the result is recorded.
-        progress: told what the first worker does, as this stage.
+        progress: receives the first worker's progress as events of this stage.
         loop: what each worker runs.
 
     Raises:
@@ -108,7 +108,7 @@ def run(
         while not stop.wait(0.2):
             tail()
 
-    # In the caller's context: what takes the progress there may ask which run it belongs to.
+    # In the caller's context: the receiver of the progress may ask which run it belongs to.
     follower = threading.Thread(target=contextvars.copy_context().run, args=(follow,), daemon=True)
     follower.start()
     try:
@@ -119,7 +119,7 @@ def run(
             try:
                 return _on_workers(config, cluster, use_gpu, name, folder, loop)
             except OutOfMemory as full:
-                # All workers must take equally many parts, so all begin again, at the last checkpoint.
+                # All workers must take equally many parts, so all restart from the last checkpoint.
                 config = replace(config, gradient_accumulation_steps=full.parts)
     finally:
         stop.set()
@@ -187,7 +187,7 @@ def work(config: TrainingConfig, context: DistributedContext, loop: Loop = train
 
 @contextmanager
 def worker_scratch(config: TrainingConfig, rank: int) -> Iterator[Path]:
-    """Give a worker a temporary folder on its machine; what an earlier worker of this rank and run left when it was killed is removed first."""
+    """Give a worker a temporary folder on its machine, and first remove that of a killed worker of this rank and run."""
     run = hashlib.md5(config.history.encode(), usedforsecurity=False).hexdigest()[:12]
     prefix = f"tlpipeline-{run}-{rank}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
@@ -197,7 +197,7 @@ def worker_scratch(config: TrainingConfig, rank: int) -> Iterator[Path]:
 
 
 def error_file(config: TrainingConfig) -> Path:
-    """Return where a worker writes down an error that it would meet again: Ray starts workers anew after any error, and hands on its text alone."""
+    """Return the file in which a worker reports an error. Ray passes on only its text, and restarts workers after any error."""
     return Path(config.history).with_suffix(".error.json")
 
 
@@ -261,9 +261,9 @@ def _on_workers(config: TrainingConfig, cluster: ClusterParams, use_gpu: bool, n
 
 
 def repair(folder: Path) -> None:
-    """Remove what an earlier run left if Ray's list of its checkpoints is torn: the run begins again, and ends the same.
+    """Remove a run if Ray's list of its checkpoints is truncated: the run starts again, and ends the same.
 
-    Ray writes the list in place. Killed or out of room just then it leaves a part, and every further run of this name would fail to read it.
+    Ray writes the list in place. If it is killed or the disk is full just then, a part is left, which no further run of this name could read.
     """
     if is_truncated_json(folder / "checkpoint_manager_snapshot.json"):
         shutil.rmtree(folder)
@@ -287,7 +287,7 @@ def runtime(workers: int) -> None:
             ) from error
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only
-    # Ray's own is 15: beside any other busy process its workers would get a twentieth of a processor. Whoever runs a cluster decides that there.
+    # Ray's default is 15: beside any other busy process its workers would get a twentieth of a processor. On a cluster its owner decides.
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",
@@ -300,10 +300,10 @@ def runtime(workers: int) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Ask whether anybody is there at a host and port: Ray would go on asking for minutes.
+    """Check that somebody listens at a host and port; Ray would try for minutes.
 
     Raises:
-        OSError: nobody is.
+        OSError: nobody does.
     """
     host, _, port = address.rpartition(":")
     if "/" not in address and host and port.isdigit():
@@ -321,7 +321,7 @@ def shutdown() -> None:
 
 
 def check_cluster(cluster: ClusterParams, use_gpu: bool) -> bool:
-    """Check that the cluster has what the workers need; say whether they use GPUs, which `auto` of a joined cluster leaves to what it has."""
+    """Check that the cluster has what the workers need; return whether they use GPUs. In a joined cluster `auto` uses them if it has enough."""
     import ray
 
     has = ray.cluster_resources()
@@ -359,7 +359,7 @@ def translate_failure(error: Any, allowed: int, storage: str) -> PipelineError:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Give Ctrl-C back to its former handler: `fit` installs its own in the main thread and leaves it there."""
+    """Restore the handler of Ctrl-C: `fit` installs its own in the main thread and leaves it there."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -117,7 +117,7 @@ def _train_all(trainer: Trainer, model: Classifier) -> None:
 
 
 def _finished_model(model: Classifier, plan: TrainingPlan, checkpoints: Checkpoints) -> Classifier:
-    """Return the model of a finished run, which only has to be handed over, with the head that was solved last if there was one."""
+    """Return the model of a finished run, with the head that was solved last if there was one."""
     if len(checkpoints.best["head.weight"][0]) != model.head.in_features:
         device = model.head.weight.device
         model = Classifier(model.backbone[0], plan.final_head_taps, model.head.out_features, model.frozen, model.in_bfloat16).to(device)
