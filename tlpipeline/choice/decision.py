@@ -59,7 +59,7 @@ class Race:
         looks: the interim analyses.
         winner: frozen or tuned.
         ended: why the comparison ended: ahead, futile (fine-tuning will not gain more than the tolerance), expected (undecided at the end:
-            by the expected gain), budget or early_stopping.
+            by the expected gain) or budget.
         cost: forward passes of one image.
     """
 

@@ -25,7 +25,6 @@ from tlpipeline.training import ray_train
 from tlpipeline.training.callbacks import EpochEnd
 from tlpipeline.training.checkpoint import STATE
 from tlpipeline.training.config import TrainingConfig
-from tlpipeline.training.recipe import BUDGET
 
 NO_TIME = 1e-9  # minutes: 0 would be no bound
 RACE = "race"  # under which the looks, the winner and the reason are kept in the state of the run

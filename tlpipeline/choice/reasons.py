@@ -9,7 +9,6 @@ ENDED = {
     "futile": "fine-tuning will hardly gain more than the tolerance",
     "expected": "the comparison stayed open to the end, so the expected gain decided",
     "budget": f"{BUDGET} ended it before it was decided, so the cheaper way is taken",
-    "early_stopping": "fine-tuning stopped early before it was decided, so the cheaper way is taken",
 }
 NO_RACE = {
     "forced": "The case is set by choose.case.",
