@@ -112,21 +112,23 @@ def pace(training: Mapping[str, float]) -> str:
 
 
 def _plane(decision: Decision) -> dict[str, Any]:
-    """Return the two gains as a picture of 330 x 306: a quadrant for each case, borders with their values, and where this data set lies."""
-    side, left, top = 130, 40, 8
+    """Return the two gains as a picture of 350 x 312: a quadrant for each case, borders with their values, and where this data set lies."""
+    side, left, top = 130, 58, 8
     x, y = explain.scale(decision.tuning), explain.scale(decision.cutting)
 
     def across(points: float) -> float:
         return round(left + 2 * side * x.place(points), 1)
 
-    tuning = decision.tuning
+    tuning, marked = decision.tuning, round(top + 2 * side * (1 - y.place(y.value)), 1)
+    # Names give way to the marker: they stand at the top of a quadrant, or at its bottom where the marker is in its upper half.
+    name = 22 if (marked - top) % side > side / 2 else side - 12
     return {
         "quadrants": [
             {"name": c.name, "x": left + side * (c.size == LARGE), "y": top + side * (c.likeness == SIMILAR), "chosen": c.name == decision.case}
             for c in CASES
         ],
-        "side": side, "left": left, "bottom": top + 2 * side,
-        "x": across(x.value), "y": round(top + 2 * side * (1 - y.place(y.value)), 1),
+        "side": side, "name": name, "left": left, "bottom": top + 2 * side,
+        "x": across(x.value), "y": marked,
         "whisker": (across(100 * tuning.low), across(100 * tuning.high)) if tuning.why == "prediction" else None,
         "x_ticks": [(across(value), f"{value:+.1f}") for value in (x.low, x.border, x.high)],
         "y_ticks": [(round(top + 2 * side * (1 - y.place(value)) + 4, 1), f"{value:+.1f}") for value in (y.low, y.border, y.high)],
