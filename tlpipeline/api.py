@@ -278,7 +278,7 @@ def load_model(model: str | Path, workspace: str | Path = ".") -> Model:
     cached = writable and (root / layout.PARAMS).is_file()
     with TemporaryDirectory() as elsewhere:
         folder = predict.find_model(str(_expanded(model)), root, None if writable else Path(elsewhere))
-        return predict.Model(folder, (lambda: layout.open_cache(root)) if cached else nullcontext)
+        return predict.Model(folder, root, (lambda: layout.open_cache(root)) if cached else nullcontext)
 
 
 class Registry:

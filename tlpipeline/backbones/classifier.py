@@ -119,8 +119,11 @@ def save(model: nn.Module, description: Description, folder: Path) -> None:
     write_json(description.to_json(), folder / DESCRIPTION)
 
 
-def load(folder: Path) -> tuple[Classifier, Description]:
+def load(folder: Path, root: Path | None = None) -> tuple[Classifier, Description]:
     """Read a model folder.
+
+    Args:
+        root: the workspace where your own network is looked for, besides the installed packages (see `catalogue.load`).
 
     Raises:
         RegistryError: there is no model, or its description cannot be read.
@@ -134,7 +137,7 @@ def load(folder: Path) -> tuple[Classifier, Description]:
             f"expected a model folder with {WEIGHTS} and {DESCRIPTION} at {folder}, found none. Train one with `tlpipeline run`."
         )
     description = _description(folder)
-    backbone = catalogue.load(description.architecture, catalogue.NONE, size=description.transforms.size)
+    backbone = catalogue.load(description.architecture, catalogue.NONE, root=root, size=description.transforms.size)
     model = Classifier(backbone, description.readings, len(description.classes), description.frozen, description.in_bfloat16)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))

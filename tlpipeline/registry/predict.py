@@ -77,6 +77,7 @@ class Model:
 
     Args:
         folder: of the model.
+        root: the workspace where the network's own code is looked for, besides the installed packages.
         store: gives the cache of a workspace, where features of images are kept that a frozen network computed; by default none.
 
     Attributes:
@@ -86,8 +87,10 @@ class Model:
         RegistryError: there is no model in the folder.
     """
 
-    def __init__(self, folder: Path, store: Callable[[], AbstractContextManager[Store | None]] = nullcontext) -> None:
-        self._classifier, self._description = classifier.load(folder)
+    def __init__(
+        self, folder: Path, root: Path | None = None, store: Callable[[], AbstractContextManager[Store | None]] = nullcontext
+    ) -> None:
+        self._classifier, self._description = classifier.load(folder, root)
         self._store = store
         self.classes = self._description.classes
 

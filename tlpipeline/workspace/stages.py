@@ -284,7 +284,7 @@ def predict_rows(root: Path, folder: Path, rows: "Sequence[Row]", progress: Call
 
     params = params_of(root)
     device = _device(params)
-    classifier, description = models.load(folder)
+    classifier, description = models.load(folder, root)
     images = Images(root / params.data.images, rows, description.transforms)
     with open_cache(root) as store:
         probabilities = models.probabilities(classifier.to(device), images, device, progress, store)
