@@ -18,6 +18,7 @@ from tests.helpers.images import paint
 from tests.helpers.processes import run_python
 from tlpipeline.errors import DataError, RegistryError, WorkspaceError
 from tlpipeline.versioning import lock
+from tlpipeline.workspace import settings
 
 CODE = """
 import asyncio, doctest, sys
@@ -42,6 +43,41 @@ def test_the_example_of_the_module_runs_as_in_a_notebook(tmp_path: Path) -> None
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run([sys.executable, "-c", CODE], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+NETWORK = """
+from torch import nn
+
+class Small(nn.Module):
+    transforms = {"size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.early = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU())
+        self.late = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, images):
+        return self.head(self.late(self.early(images)))
+"""
+
+
+@pytest.mark.slow
+def test_a_network_whose_file_lies_in_the_workspace_is_trained_evaluated_and_loaded(
+    tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    pictures = make_images(3, 24)
+    workspace = tl.Workspace.init(tmp_path / "ws", images=pictures)
+    (tmp_path / "ws" / "network_beside_the_data.py").write_text(NETWORK)
+    settings.change(
+        tmp_path / "ws" / "params.yaml",
+        {"backbone.name": "network_beside_the_data:Small", "backbone.weights": "none", "choose.case": "small_similar"},
+    )
+    for stage in ("ingest", "profile", "choose", "train", "evaluate"):
+        workspace.stage(stage)
+    (prediction,) = tl.load_model(tmp_path / "ws" / "model", workspace=tmp_path / "ws").predict(sorted(pictures.rglob("*.png"))[0])
+    assert prediction.label.startswith("class")
+    assert str(tmp_path / "ws") not in sys.path
 
 
 def test_paths_are_texts_or_paths_and_begin_with_a_tilde_or_not(

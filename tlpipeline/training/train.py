@@ -110,7 +110,7 @@ def _train_all(trainer: Trainer, model: Classifier) -> None:
     again = plan.init == "auto" and images >= recipe.scratch_from and len(trainer.datasets.val) > 0 and not state.gained
     if plan.init == "random" or state.phase == SCRATCH or (again and not budget.expired()):
         if state.phase != SCRATCH:
-            fresh = catalogue.load(config.backbone, catalogue.NONE, size=plan.size, seed=config.seed)
+            fresh = catalogue.load(config.backbone, catalogue.NONE, root=Path(config.workspace), size=plan.size, seed=config.seed)
             model.load_state_dict(Classifier(fresh, model.readings, model.head.out_features, frozen=False).state_dict())
         longer = round(recipe.scratch_times * config.epochs) if isinstance(config.epochs, int) else recipe.scratch_epochs(images)
         trainer.fit(SCRATCH, longer, min(lr * recipe.scratch_times, 0.1))
