@@ -18,12 +18,12 @@ from tests.helpers.scenes import PARAMS, measured, scene, texture, write
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.decide import choose
-from tlpipeline.choice.reasons import weaknesses
+from tlpipeline.choice.reasons import warnings
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.dataset import Row, ingest
 from tlpipeline.data.loader import normalize, resize_and_crop
 from tlpipeline.errors import DataError
-from tlpipeline.params import load
+from tlpipeline.params import ChooseParams, load
 from tlpipeline.profiling import gram, measure
 from tlpipeline.profiling.probes import head_similarity, leave_one_out, one_hot
 from tlpipeline.profiling.profile import Profile, slice_test
@@ -212,7 +212,7 @@ def test_without_validation_images_no_slice_is_confirmed(tmp_path: Path) -> None
     test = slice_test(found, 0.01, 300)
     assert test.significance < 0.05
     assert not test.confirmed
-    assert any("no validation images are left to confirm a slice" in words for words in weaknesses(found))
+    assert any("No validation images are left to confirm a cut" in words for words in warnings(choose(found, ChooseParams()), found))
 
 
 def test_every_class_is_probed_where_the_sample_may_hold_eight_images_of_each(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_every_class_is_probed_where_the_sample_may_hold_eight_images_of_each(tm
     assert found.sampled > 100
     few = measured(folder, manifest, images=64)
     assert few.probed == 37  # of about seven images each
-    assert any(words.startswith("37 of 40 classes are in the sample") for words in weaknesses(few))
+    assert any("37 of 40 classes" in words for words in warnings(choose(few, ChooseParams()), few))
 
 
 def test_the_profile_tells_what_it_does_while_it_does_it(make_images: Callable[..., Path]) -> None:

@@ -34,7 +34,7 @@ from tlpipeline.workspace import create, layout, release, stages
 CHEAP = {"profile.images": "16", "profile.images_max": "16", "choose.draws": "100", "train.epochs": "1", "cluster.workers": "0"}
 OUTPUTS = [
     layout.MANIFEST, layout.QUARANTINE, layout.PROFILE, layout.PROBE, layout.CASE, layout.MODEL, layout.HISTORY, layout.METRICS,
-    layout.CLASSES, layout.PREDICTIONS, layout.CONFUSION, layout.RACE, layout.PLANE, layout.CASES,
+    layout.CLASSES, layout.PREDICTIONS, layout.CONFUSION, layout.RACE, layout.PLANE,
 ]  # fmt: skip
 
 
