@@ -455,8 +455,11 @@ def test_dvc_draws_the_decision_by_columns_that_are_written(name: str) -> None:
 
 
 def put(folder: Path, made: Decision, seen: Profile) -> Path:
-    """Write what `choose` and `profile` write, beside the parameters that come with a workspace."""
-    shutil.copy(create.TEMPLATE / "params.yaml", folder)
+    """Write what `choose` and `profile` write, beside the files that make a folder a workspace."""
+    for name in (".git", ".dvc"):
+        (folder / name).mkdir(exist_ok=True)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(create.TEMPLATE / name, folder)
     (folder / "case.json").write_text(json.dumps(made.to_json()))
     (folder / "profile.json").write_text(json.dumps(seen.to_json()))
     return folder
