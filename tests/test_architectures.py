@@ -83,6 +83,7 @@ def net(request: pytest.FixtureRequest) -> Net:
     return Net(backbone, measure_taps(only_read(backbone), size), size, copy.deepcopy(backbone.module.state_dict()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_family_goes_through_each_case(net: Net, case: Case, painted: Path, tmp_path: Path) -> None:
     net.backbone.module.load_state_dict(net.start)
@@ -95,6 +96,7 @@ def test_each_family_goes_through_each_case(net: Net, case: Case, painted: Path,
     check(net.backbone, decision, trained, shown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "normalization", "optimizer"), [("mobilenet_v3_small", "batch", "SGD"), ("swin_t", "layer", "AdamW")])
 def test_a_family_is_fine_tuned_as_a_run_does_it(
     name: str, normalization: str, optimizer: str, painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
