@@ -431,7 +431,7 @@ def test_images_that_are_given_are_checked_before_the_run_and_the_workspace_s_ow
 def other(workspace: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that is at work in the workspace until its input ends."""
     code = (
-        "import sys; from pathlib import Path; from tlpipeline.lock import hold\n"
+        "import sys; from pathlib import Path; from tlpipeline.versioning.lock import hold\n"
         "with hold(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(workspace)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
