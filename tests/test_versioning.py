@@ -646,7 +646,7 @@ def test_a_section_that_the_file_does_not_hold_is_added_empty(entrances: Entranc
     content = YAML(typ="safe").load(path)
     del content["evaluate"]
     YAML().dump(content, path)
-    assert stages.bring_up_to_date(root, "evaluate", silent)
+    assert not stages.bring_up_to_date(root, "evaluate", silent), "an absent section is an empty one"
     assert path.read_text().endswith("\n\nevaluate: {}\n")
     assert dvc_status(root) == []
 
