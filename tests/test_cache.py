@@ -183,10 +183,10 @@ def test_what_is_kept_is_known_by_the_decoder_that_made_the_pixels(net: Backbone
         return plain(self, key, label)
 
     monkeypatch.setattr(Store, "column", asked)
-    reader(Store(), net, LAST, view="view 1")
+    reader(Store(), net, LAST)
     for decoded in (square_cache(Store(), Path(), 32), resized_cache(Store(), Path(), net.transforms)):
         assert len(decoded.column.has([])) == 0
-    assert len(keys) == 4
+    assert len(keys) == 3
     assert all(f"Pillow {PIL.__version__}" in key for key in keys)
 
 
@@ -431,7 +431,7 @@ WRITER = """
 import hashlib, sys, torch
 from pathlib import Path
 from typing import Any, ClassVar
-from tlpipeline.cache import Store
+from tlpipeline.data.cache import Store
 names = [hashlib.md5(str(i).encode()).hexdigest() for i in range(200)]
 rows = torch.arange(200.0)[:, None].repeat(1, 3)
 for round in range(10):
@@ -472,39 +472,30 @@ def test_two_readers_at_once_keep_what_one_would(listed: tuple[Path, list[Row]],
     assert all(torch.equal(a.all(), b.all()) for a, b in zip(kept, alone, strict=True))
 
 
-def test_shards_that_are_written_apart_are_the_same_and_their_errors_are_raised(
+class Full(Column):
+    def add(self, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+
+def test_shards_that_another_thread_writes_are_the_same_and_its_errors_are_raised(
     listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, on a CPU."""
     folder, rows = listed
     images = Images(folder, rows, net.transforms)
     monkeypatch.setattr("tlpipeline.backbones.features.SHARD_ROWS", 32)
-    threads: set[str] = set()
-    plain = FeatureExtractor._keep
-
-    def keep(self: FeatureExtractor, *given: object) -> None:
-        threads.add(threading.current_thread().name)
-        plain(self, *given)
-
-    monkeypatch.setattr(FeatureExtractor, "_keep", keep)
-    found = []
-    for apart in (False, True):
-        asked = reader(Store(tmp_path / str(apart)), net, FIRST, LAST)
-        assert not asked.apart
-        asked.apart = apart
-        found.append([r.all() for r in asked.extract(images, lambda done: None)])
-        assert (threads == {threading.current_thread().name}) is not apart
-        threads.clear()
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    features = []
+    for separate in (False, True):
+        asked = reader(Store(tmp_path / str(separate)), net, FIRST, LAST)
+        assert not asked.separate_writer
+        asked.separate_writer = separate
+        features.append([r.all() for r in asked.extract(images, lambda done: None)])
+    assert all(torch.equal(a, b) for a, b in zip(*features, strict=True))
     assert len(list((tmp_path / "True").glob("*/*.safetensors"))) == 2 * 5
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "no room")
-
-    monkeypatch.setattr(FeatureExtractor, "_keep", full)
     for part in (rows, rows[:3]):  # in the middle, and at the end
         asked = reader(Store(tmp_path / "full"), net, FIRST, LAST)
-        asked.apart = True
+        asked.separate_writer = True
+        asked.columns = [Full(tmp_path / "full") for _ in asked.columns]
         with pytest.raises(OSError, match="no room"):
             asked.extract(Images(folder, part, net.transforms), lambda done: None)
 

@@ -632,7 +632,7 @@ def test_a_server_that_does_not_answer_is_said(workspace: Path, words: list[str]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "emitted" not in done.stdout
     message = refused(Said(done.returncode, done.stdout, done.stderr))
-    assert "Cannot reach a Prefect server at http://127.0.0.1:9/api" in message
+    assert " Prefect server at http://127.0.0.1:9/api" in message
     assert says in message
 
 
@@ -715,7 +715,7 @@ def test_predict_says_what_cannot_be_read_and_predicts_the_others(call: Callable
         (
             "workspace@v0",
             "params.yaml",
-            "Cannot decode the image params.yaml: not an image: the formats are  or remove it",
+            f"Cannot decode the image params.yaml: not an image: the formats are {', '.join(FORMATS)}. Replace or remove it",
         ),
         ("workspace@v0", ".tlpipeline/torn.png", "Cannot decode the image .tlpipeline/torn.png: broken: "),
     ],

@@ -50,13 +50,11 @@ def test_a_slice_that_is_worse_on_held_out_images_is_not_confirmed() -> None:
     assert slice_test(planted([0.6, 0.92, 0.80]), gain=0.01, draws=200).confirmed
     found = slice_test(planted([0.6, 0.92, 0.80], last_held_out=0.95), gain=0.01, draws=200)
     assert not found.confirmed
-    assert "was not confirmed on held-out images" in found.why_not(0.1, 0.01)
 
 
 def test_a_network_with_one_tap_cannot_be_sliced() -> None:
     found = slice_test(planted([0.8]), gain=0.01, draws=100)
     assert (found.tap, found.similar) == (None, 1.0)
-    assert "one tap" in found.why_not(0.1, 0.01)
 
 
 def test_the_same_seed_tests_the_same() -> None:

@@ -164,7 +164,7 @@ def test_tags_that_gto_does_not_write_are_none_of_ours(two: Path) -> None:
 def test_a_version_that_gto_takes_out_of_a_stage_holds_it_no_more_and_is_not_rolled_back_to(two: Path) -> None:
     git.gto(two, "deprecate", "workspace", "v0.1.1", "prod")
     assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]  # as `gto show` says
-    with pytest.raises(RegistryError, match=r"expected a version that was in prod before workspace@v0\.1\.0, found none"):
+    with pytest.raises(RegistryError, match=r"expected an earlier version in prod before workspace@v0\.1\.0, found none"):
         versions.rollback(two, "workspace")
     git.gto(two, "deprecate", "workspace", "v0.1.0", "prod")
     assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ())]
@@ -195,7 +195,7 @@ def test_a_model_that_gto_withdraws_is_registered_no_more_and_a_run_does_not_reg
     assert release.evaluate_gate(two, silent) is None
     registration = release.register(two, None)
     assert (registration.version, registration.new) == ("", False)
-    assert registration.reason == "this model was registered as workspace@v0.1.1, which was withdrawn: it is not registered again."
+    assert registration.reason == "this model was registered as workspace@v0.1.1, which was withdrawn; it is not registered again."
 
 
 @pytest.mark.parametrize("behind", [False, True])

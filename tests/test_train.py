@@ -863,7 +863,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield batch, outputs
 
     monkeypatch.setattr("tlpipeline.backbones.features.forward_passes", passes)
-    monkeypatch.setattr("tlpipeline.backbones.classifier.passes", passes)
+    monkeypatch.setattr("tlpipeline.backbones.classifier.forward_passes", passes)
     return seen
 
 

@@ -337,13 +337,19 @@ def check_cluster(cluster: ClusterParams, use_gpu: bool) -> bool:
 
 
 def translate_failure(error: Any, allowed: int, storage: str) -> PipelineError:
+    """Return the error for the user that a failed Ray run stands for: ours if a worker raised one, else a ClusterError.
+
+    Args:
+        allowed: how many failures `cluster.max_failures` allows.
+        storage: where the checkpoints lie, named where the disk is full.
+    """
     failures = getattr(error, "worker_failures", {}) or {}
     for failure in failures.values():
-        seen: BaseException | None = failure
-        while seen is not None:
-            if isinstance(seen, PipelineError):
-                return seen
-            seen = seen.__cause__ or seen.__context__
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, PipelineError):
+                return cause
+            cause = cause.__cause__ or cause.__context__
         # Ray hands user exceptions on as text where they cannot be rebuilt.
     first = next(iter(failures.values()), error)
     if any(f"rrno {code}]" in str(first) for code in DISK_FULL):  # of a worker only text comes back
