@@ -45,10 +45,11 @@ from tlpipeline.data.transforms import Transforms
 from tlpipeline.params import AUTO
 from tlpipeline.training import train
 from tlpipeline.training.budget import TimeBudget
-from tlpipeline.training.config import ProgressWriter, TrainingConfig, TrainingPlan
+from tlpipeline.training.config import TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.images import Datasets, training_images
 from tlpipeline.training.optim import optimizer
+from tlpipeline.training.progress import ProgressWriter
 
 TARGET = 0.9
 CLASSES, SIDE = 10, 256

@@ -33,10 +33,11 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.stats import wilson
 from tlpipeline.training.budget import TimeBudget
 from tlpipeline.training.checkpoint import HEAD, SCRATCH, Checkpoints, State
-from tlpipeline.training.config import ProgressReader, ProgressWriter, TrainingConfig, TrainingPlan
+from tlpipeline.training.config import TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.heads import score
 from tlpipeline.training.images import Datasets
+from tlpipeline.training.progress import ProgressReader, ProgressWriter
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.trainer import Run, Trainer
 

@@ -13,7 +13,8 @@ from tlpipeline.choice.cases import CASES, find
 from tlpipeline.choice.decision import Decision, Look, Race
 from tlpipeline.errors import ParamsError
 from tlpipeline.params import load
-from tlpipeline.training.recipe import Recipe, unused_overrides
+from tlpipeline.training.override import unused_overrides
+from tlpipeline.training.recipe import Recipe
 
 
 def test_each_kind_of_data_has_exactly_one_row() -> None:

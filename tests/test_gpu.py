@@ -27,10 +27,11 @@ from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.files import write_tensors
 from tlpipeline.training.budget import TimeBudget
 from tlpipeline.training.checkpoint import Checkpoints, State
-from tlpipeline.training.config import ProgressWriter, TrainingConfig
+from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.images import Datasets
 from tlpipeline.training.optim import flat, optimizer, unflat
+from tlpipeline.training.progress import ProgressWriter
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.train import run
 from tlpipeline.training.trainer import Run, Trainer

@@ -124,7 +124,7 @@ def test_who_stops_early_does_not_wait_for_what_was_to_be_decoded_ahead(
     listed: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, rows = listed
-    monkeypatch.setattr(loader, "_threads", lambda: 2)
+    monkeypatch.setattr(loader, "decoding_threads", lambda: 2)
     seen: list[str] = []
     stopped = threading.Event()
 
@@ -261,11 +261,11 @@ def test_the_seconds_that_a_batch_is_waited_for_are_counted(make_images: Callabl
 
 def test_workers_of_one_machine_share_its_cpus_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "available_cpus", lambda: 16)
-    assert loader._threads() == 16
+    assert loader.decoding_threads() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert loader._threads() == 4
+    assert loader.decoding_threads() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert loader._threads() == 2
+    assert loader.decoding_threads() == 2
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.helpers.training import Clock
 from tlpipeline.progress import Event
-from tlpipeline.training.config import ProgressReader, ProgressWriter, clock
+from tlpipeline.training.progress import ProgressReader, ProgressWriter, clock
 
 
 def texts(path: Path) -> list[str]:

@@ -31,10 +31,11 @@ from tlpipeline.stats import pack
 from tlpipeline.training.accumulation import GradientAccumulation
 from tlpipeline.training.budget import TimeBudget
 from tlpipeline.training.checkpoint import Best, Checkpoints, State
-from tlpipeline.training.config import Cadence, ProgressWriter, TrainingConfig
+from tlpipeline.training.config import Cadence, TrainingConfig
 from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.images import Datasets, decoded_side
 from tlpipeline.training.optim import decays, flat, lr_shares, optimizer, schedule, unflat
+from tlpipeline.training.progress import ProgressWriter
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.training.trainer import Run, Trainer
 

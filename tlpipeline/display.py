@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,12 @@ NOTEBOOK_WIDTH = 110
 _HTML = "<pre style=\"line-height:1.3;overflow-x:auto;font-family:Menlo,Consolas,'DejaVu Sans Mono',monospace\">{code}</pre>"
 
 
-class Displayed:
+class Displayed(ABC):
     """A value that prints as text, and that rich and notebooks draw."""
 
+    @abstractmethod
     def __rich__(self) -> RenderableType:
         """Return what rich draws."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         """Return the same as plain text, without spaces at the ends of lines."""

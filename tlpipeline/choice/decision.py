@@ -6,7 +6,8 @@ from typing import Any
 
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.training.config import TrainingPlan
-from tlpipeline.training.recipe import Recipe, override
+from tlpipeline.training.override import override
+from tlpipeline.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

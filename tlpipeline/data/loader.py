@@ -110,7 +110,7 @@ class Images:
             ahead: number of batches decoded in advance.
             pinned: return page-locked memory, from which a GPU copies while it computes.
         """
-        with ThreadPoolExecutor(1) as packer, ThreadPoolExecutor(_threads()) as pool:
+        with ThreadPoolExecutor(1) as packer, ThreadPoolExecutor(decoding_threads()) as pool:
 
             def stacked(futures: list[Future[Pixels]]) -> Tensor:
                 pixels = torch.from_numpy(np.stack([f.result() for f in futures]))
@@ -160,7 +160,7 @@ class DecodedCache:
         self.column.refresh()
         wanted = [row for row, cached in zip(rows, self.column.has([r.md5 for r in rows]), strict=True) if not cached]
         done = 0
-        with ThreadPoolExecutor(_threads()) as pool:
+        with ThreadPoolExecutor(decoding_threads()) as pool:
             for part in batch_ranges(len(wanted), min(SHARD_ROWS, max(1, SHARD_BYTES // (3 * self.side**2)))):
                 made = list(pool.map(self.make, [wanted[i] for i in part]))
                 self.column.add([wanted[i].md5 for i in part], torch.from_numpy(np.stack(made)))
@@ -202,7 +202,7 @@ def resized_cache(store: Store, root: Path, transforms: Transforms) -> DecodedCa
     return DecodedCache(store, transforms.size, make, key, f"prepared images at {transforms.size} pixels")
 
 
-def _threads() -> int:
+def decoding_threads() -> int:
     """Return the number of decoding threads: this worker's share of the CPUs, at least two, since one may wait for the disk."""
     return max(2, decoding.available_cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 

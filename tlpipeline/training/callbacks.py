@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from tlpipeline.data.dataset import Row
     from tlpipeline.training.checkpoint import State
-    from tlpipeline.training.config import OnProgress
+    from tlpipeline.training.progress import OnProgress
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from tlpipeline.data.cache import FeatureTable, Store
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.loader import Images, batch_ranges
 from tlpipeline.training.checkpoint import HEAD, clearly_worse
-from tlpipeline.training.config import clock, in_validation
 from tlpipeline.training.distributed import DistributedContext, all_reduce, broadcast
 from tlpipeline.training.heads import Labels, inverse_temperature, judged_penalty, solve_head, validated
+from tlpipeline.training.progress import clock, in_validation
 from tlpipeline.training.recipe import BUDGET
 from tlpipeline.training.trainer import Run
 

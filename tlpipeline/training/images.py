@@ -17,8 +17,8 @@ from tlpipeline.data.loader import DecodedCache, Images, rank_slice, resized_cac
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.training.budget import TimeBudget
-from tlpipeline.training.config import OnProgress
 from tlpipeline.training.distributed import DistributedContext
+from tlpipeline.training.progress import OnProgress
 
 IN_MEMORY_BYTES = 1 << 30
 

@@ -32,8 +32,9 @@ from tlpipeline.params import AUTO, ClusterParams
 from tlpipeline.progress import Event, Progress
 from tlpipeline.training import train
 from tlpipeline.training.checkpoint import MODEL
-from tlpipeline.training.config import ProgressReader, TrainingConfig
+from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.distributed import DistributedContext, LocalContext
+from tlpipeline.training.progress import ProgressReader
 
 Loop = Callable[[TrainingConfig, DistributedContext, Path], Path | None]
 

@@ -20,10 +20,11 @@ from tlpipeline.errors import ClusterError
 from tlpipeline.files import write_json
 from tlpipeline.training.budget import TimeBudget
 from tlpipeline.training.checkpoint import FINE_TUNE, HEAD, MODEL, SCRATCH, STATE, Checkpoints, State
-from tlpipeline.training.config import ProgressWriter, TrainingConfig, TrainingPlan
+from tlpipeline.training.config import TrainingConfig, TrainingPlan
 from tlpipeline.training.distributed import DistributedContext
 from tlpipeline.training.frozen import refit_head, train_head
 from tlpipeline.training.images import Datasets
+from tlpipeline.training.progress import ProgressWriter
 from tlpipeline.training.recipe import BUDGET
 from tlpipeline.training.trainer import Run, Trainer, batch_size
 

@@ -28,12 +28,13 @@ from tlpipeline.training.accumulation import GradientAccumulation, buffers, rest
 from tlpipeline.training.budget import TimeBudget
 from tlpipeline.training.callbacks import EpochEnd
 from tlpipeline.training.checkpoint import SCRATCH, Checkpoints, State
-from tlpipeline.training.config import OnProgress, TrainingConfig, clock, in_validation
+from tlpipeline.training.config import TrainingConfig
 from tlpipeline.training.distributed import DistributedContext, all_gather, all_reduce, broadcast
 from tlpipeline.training.divergence import Diverged, DivergenceGuard
 from tlpipeline.training.heads import image_weights, validated
 from tlpipeline.training.images import IN_MEMORY_BYTES, Datasets, training_images
 from tlpipeline.training.optim import optimizer, schedule, unflat
+from tlpipeline.training.progress import OnProgress, clock, in_validation
 from tlpipeline.training.recipe import BUDGET, LOSS, SAMPLER, Recipe
 
 MOST_LR_HALVINGS = 2

@@ -16,7 +16,8 @@ from tlpipeline.files import unlink
 from tlpipeline.params import AUTO
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry import versions
-from tlpipeline.training.recipe import Recipe, override
+from tlpipeline.training.override import override
+from tlpipeline.training.recipe import Recipe
 from tlpipeline.versioning import dvc, git, lock
 from tlpipeline.workspace import layout, settings
 

@@ -171,7 +171,7 @@ def train(root: Path, progress: Progress) -> None:
 
 def _without_effect(root: Path, params: Params, decision: Decision) -> list[str]:
     """Return remarks about settings that change nothing in this case."""
-    from tlpipeline.training.recipe import unused_overrides
+    from tlpipeline.training.override import unused_overrides
 
     changes = params.train.override
     if changes and (unused := unused_overrides(decision.plan, changes, _backbone(root, params).normalization)):
