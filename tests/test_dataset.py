@@ -457,7 +457,7 @@ def test_an_image_that_may_not_be_read_is_refused_before_a_folder_is_taken_over(
 
     monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(DataError, match=r"Cannot read the image .*001\.png: Permission denied\. Make it readable"):
-        create._preview(folder)
+        create.small_class_splits(folder)
 
 
 def test_an_image_that_may_not_be_read_is_refused(make_images: Callable[..., Path], monkeypatch: Any) -> None:

@@ -341,7 +341,14 @@ def test_a_setting_without_effect_is_ignored_with_one_line(tmp_path: Path, name:
         content = {part: content}
     path.write_text(json.dumps(content), encoding="utf-8")
     assert load(path) == Params()
-    assert remarks(path) == [f"params.yaml: {name} has no effect any more: {RETIRED[name]}"]
+    assert remarks(path) == [f"params.yaml: without effect in this version: {name}: {RETIRED[name]}"]
+
+
+def test_several_settings_without_effect_take_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("choose: {rule: measured, race_above: 0.1}\n", encoding="utf-8")
+    (line,) = remarks(path)
+    assert line.startswith("params.yaml: without effect in this version: choose.rule, choose.race_above. Remove them, or see")
 
 
 def test_every_retired_setting_is_gone_and_every_renamed_one_is_there() -> None:

@@ -277,18 +277,19 @@ _PARAMS = TypeAdapter(Params)
 
 
 def remarks(path: Path) -> list[str]:
-    """Return a line for each setting of an earlier version in params.yaml: its name now, or what to do instead.
+    """Return what to say of the settings of earlier versions in params.yaml: a line for those with another name now, one for the retired.
 
     Raises:
         ParamsError: the file is missing, empty or not YAML.
     """
     _, old = _current(path)
-    return [
-        f"{path.name}: {name} is now {RENAMED[name]}; its value is used"
-        if name in RENAMED
-        else f"{path.name}: {name} has no effect any more: {RETIRED[name]}"
-        for name in old
-    ]
+    lines = [f"{path.name}: {name} is now {RENAMED[name]}; its value is used" for name in old if name in RENAMED]
+    if retired := [name for name in old if name in RETIRED]:
+        ending = (
+            f": {RETIRED[retired[0]]}" if len(retired) == 1 else ". Remove them, or see `Settings of earlier versions` in docs/params.md."
+        )
+        lines.append(f"{path.name}: without effect in this version: {', '.join(retired)}{ending}")
+    return lines
 
 
 def _current(path: Path) -> tuple[dict[Any, Any], list[str]]:

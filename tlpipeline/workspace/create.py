@@ -67,7 +67,7 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
         dvc.check_remote(remote)
     catalogue.load(backbone, weights, md5=md5)
     if images is not None:
-        dataset.ingest(images, _preview(images), lambda done, total: progress(Event("init", done, total, "images checked")))
+        dataset.ingest(images, small_class_splits(images), lambda done, total: progress(Event("init", done, total, "images checked")))
     missing = [path for path in (*reversed(root.resolve().parents), root.resolve()) if not path.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def replace_images(root: Path, images: Path) -> None:
     target = root / name
     if images.resolve() == target.resolve():
         return
-    dataset.ingest(images, _preview(images), lambda done, total: None)
+    dataset.ingest(images, small_class_splits(images), lambda done, total: None)
     if target.is_dir() and not dvc.is_stage_output(root, name) and dvc.has_changed(root, name):
         # Images added since the last commit exist nowhere else.
         dvc.add(root, name)
@@ -207,7 +207,7 @@ def replace_images(root: Path, images: Path) -> None:
     draft.rename(target)
 
 
-def _preview(images: Path) -> dict[str, str]:
+def small_class_splits(images: Path) -> dict[str, str]:
     """Return the splits that splits.csv would give to small classes, to check a folder before it is copied."""
     from tlpipeline.data import dataset, decoding, splits
 
