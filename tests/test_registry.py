@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.workspaces import set_param
-from tlpipeline.errors import RegistryError
+from tests.helpers.processes import run_python
+from tests.helpers.workspaces import flip, set_param
+from tlpipeline.errors import RegistryError, WorkspaceError
 from tlpipeline.progress import silent
 from tlpipeline.registry import versions
-from tlpipeline.versioning import git
+from tlpipeline.versioning import dvc, git
 from tlpipeline.workspace import layout, release
 
 
@@ -41,6 +42,87 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     assert verdict.champion == str(version)
     assert "workspace#prod#1" in git.tags(registered)
     assert versions.promote(registered, version) == "workspace#prod#2"
+
+
+# --- what a version is read from ------------------------------------------------------------------------------------------------------
+
+
+def stored(root: Path, place: str, output: str = "model") -> list[Path]:
+    """Return the files in which DVC's cache or its remote keeps a file or folder, the list of a folder first."""
+    files = [f for f in sorted((root / output).rglob("*")) if f.is_file()] if (root / output).is_dir() else []
+    hashes = [dvc.content_md5(root / output), *map(dvc.content_md5, files)]
+    return [root / place / "files" / "md5" / md5[:2] / md5[2:] for md5 in hashes]
+
+
+CACHE, REMOTE = ".dvc/cache", ".dvc-remote"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "emptied", "removed", "added"])
+def test_a_version_that_is_kept_here_is_fetched_anew_where_it_is_not_as_it_was_recorded(registered: Path, damage: str) -> None:
+    version = versions.resolve(registered, "workspace@latest")
+    weights = versions.model_folder(registered, version) / "weights.safetensors"
+    whole = weights.read_bytes()
+    if damage == "flipped":
+        flip(weights)
+    elif damage == "emptied":
+        weights.write_bytes(b"")
+    elif damage == "removed":
+        weights.unlink()
+    else:
+        weights.with_name("other.json").write_text("{}")
+    folder = versions.model_folder(registered, version)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "weights.safetensors"]
+    assert (folder / "weights.safetensors").read_bytes() == whole
+
+
+def test_the_images_of_a_version_are_read_again_where_a_full_disk_left_an_empty_file(registered: Path) -> None:
+    version = versions.resolve(registered, "workspace@latest")
+    images = versions.trained_on(registered, version)
+    [kept] = [path for path in (registered / ".tlpipeline" / "models").iterdir() if path.is_file()]
+    kept.write_bytes(b"")
+    assert versions.trained_on(registered, version) == images
+    assert images
+
+
+@pytest.mark.parametrize("part", range(3), ids=["list", "description", "weights"])
+def test_a_damaged_cache_is_passed_over_for_the_remote_and_mended(registered: Path, part: int) -> None:
+    damaged = stored(registered, CACHE)[part]
+    whole = damaged.read_bytes()
+    flip(damaged)
+    folder = versions.model_folder(registered, versions.resolve(registered, "workspace@latest"))
+    assert dvc.content_md5(folder) == dvc.content_md5(registered / "model")
+    assert not damaged.exists() or damaged.read_bytes() == whole
+
+
+def test_a_model_that_is_damaged_wherever_it_is_kept_is_refused_with_both_hashes_and_the_way_out(registered: Path) -> None:
+    for place in (CACHE, REMOTE):
+        flip(stored(registered, place)[2])
+    version = versions.resolve(registered, "workspace@latest")
+    recorded = dvc.content_md5(registered / "model")
+    with pytest.raises(
+        WorkspaceError, match=rf"(?s)Cannot find model of .* was damaged and is removed, .*expected the md5 {recorded}, found .*clone"
+    ):
+        versions.model_folder(registered, version)
+    assert not (registered / ".tlpipeline" / "models" / recorded).exists()
+    with pytest.raises(WorkspaceError, match=rf"expected the md5 {recorded}, found "):
+        versions.model_folder(registered, version)
+
+
+def test_a_tag_that_is_moved_gives_the_model_of_its_commit(registered: Path) -> None:
+    before = versions.model_folder(registered, versions.resolve(registered, "workspace@latest"))
+    description = registered / "model" / "model.json"
+    description.write_text(description.read_text().replace("{", "{ ", 1))
+    run_python(registered, "-m", "dvc", "commit", "--force", "train")
+    git.commit(registered, "another model", ["dvc.lock"])
+    git.run(registered, "tag", "--force", "--annotate", "-m", "moved", "workspace@v0.1.0", "HEAD")
+    after = versions.model_folder(registered, versions.resolve(registered, "workspace@latest"))
+    assert (after / "model.json").read_bytes() == description.read_bytes() != (before / "model.json").read_bytes()
+
+
+def test_a_tag_on_a_commit_without_a_model_is_refused(registered: Path) -> None:
+    git.run(registered, "tag", "--force", "--annotate", "-m", "moved", "workspace@v0.1.0", "HEAD~1")
+    with pytest.raises(WorkspaceError, match=r"expected model of workspace@v0\.1\.0 in the dvc\.lock of its commit .*, found none"):
+        versions.model_folder(registered, versions.resolve(registered, "workspace@latest"))
 
 
 # --- a registration that is killed ----------------------------------------------------------------------------------------------------

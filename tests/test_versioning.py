@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from tests.helpers.datasets import on, put, tiny
 from tests.helpers.images import paint
 from tests.helpers.processes import run_python
-from tests.helpers.workspaces import dvc_status, set_param
+from tests.helpers.workspaces import dvc_status, flip, set_param
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.splits import TEST, TRAIN, VAL
 from tlpipeline.errors import BackboneError, DataError, Unreachable, WorkspaceError
@@ -354,6 +354,28 @@ def test_an_output_that_no_cache_has_is_made_again(ingested: Path) -> None:
     assert stages.bring_up_to_date(ingested, "ingest", silent)
     assert (ingested / layout.QUARANTINE).read_text() == "path,reason\n"
     assert lock_text(ingested) == before
+
+
+def test_an_output_that_is_altered_where_dvc_does_not_see_it_comes_back_from_the_cache(ingested: Path) -> None:
+    before = (ingested / layout.MANIFEST).read_bytes()
+    dvc_status(ingested)  # DVC notes time and size of each file
+    flip(ingested / layout.MANIFEST)
+    assert "ingest" not in dvc_status(ingested)
+    assert not versioning.run_stage(ingested, "ingest", never)
+    assert (ingested / layout.MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_an_output_that_is_damaged_in_the_cache_is_made_again_and_kept_whole(ingested: Path, missing: bool) -> None:
+    before, md5 = (ingested / layout.MANIFEST).read_bytes(), versioning.content_md5(ingested / layout.MANIFEST)
+    kept = ingested / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
+    flip(kept)
+    if missing:
+        (ingested / layout.MANIFEST).unlink()
+    else:
+        flip(ingested / layout.MANIFEST)
+    assert stages.bring_up_to_date(ingested, "ingest", silent)
+    assert (ingested / layout.MANIFEST).read_bytes() == kept.read_bytes() == before
 
 
 def test_a_changed_dependency_makes_the_stage_run(ingested: Path) -> None:

@@ -17,7 +17,7 @@ from tlpipeline.data.dataset import read_manifest
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import RegistryError, WorkspaceError, nearest
 from tlpipeline.evaluation.gate import Verdict
-from tlpipeline.files import unlink, write_json
+from tlpipeline.files import write_json
 from tlpipeline.versioning import dvc, git, lock
 
 PROD = "prod"
@@ -149,32 +149,36 @@ def resolve(root: Path, text: str) -> Version:
 
 
 def model_folder(root: Path, version: Version, place: Path | None = None) -> Path:
-    """Return the model folder of a version, fetched from DVC's cache or remote if it is missing.
+    """Return the model folder of a version, fetched from DVC's cache or remote unless it is here as it was recorded.
 
     Args:
         place: folder to fetch it to; None is a folder in the workspace.
 
     Raises:
-        WorkspaceError: neither has the model.
+        WorkspaceError: neither has the model, or what they have is damaged.
     """
-    target = root / ".tlpipeline" / "models" / str(version)
-    if not target.is_dir():
-        target = (place or target.parent) / target.name
-        draft = target.with_name(f".{target.name}.draft")
-        unlink(draft)
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        dvc.download(root, version.commit, "model", draft)
-        draft.rename(target)
-    return target
+    return _output(root, version, "train", "model", place)
 
 
 def trained_on(root: Path, version: Version) -> frozenset[str]:
     """Return the md5s of the images that a version was trained or validated on."""
-    path = root / ".tlpipeline" / "models" / f"{version}.manifest.parquet"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        dvc.download(root, version.commit, "manifest.parquet", path)
-    return frozenset(row.md5 for row in read_manifest(path).used(TRAIN, VAL))
+    return frozenset(row.md5 for row in read_manifest(_output(root, version, "ingest", "manifest.parquet")).used(TRAIN, VAL))
+
+
+def _output(root: Path, version: Version, stage: str, path: str, place: Path | None = None) -> Path:
+    """Return an output of a stage as the commit of a version records it. It is kept under its hash: a tag can be moved, and a file altered."""
+    recorded = dvc.stage_output(root, stage, path, version.commit)
+    if not recorded:
+        raise WorkspaceError(
+            f"expected {path} of {version} in the dvc.lock of its commit {version.commit[:10]}, found none. Put the tag {version} back "
+            "on the commit that registered it."
+        )
+    kept = root / ".tlpipeline" / "models" / recorded
+    if dvc.content_md5(kept) == recorded:
+        return kept
+    target = (place or kept.parent) / recorded
+    dvc.download(root, version.commit, path, target)
+    return target
 
 
 def find_registered(root: Path, name: str, model_hash: str) -> Version | None:

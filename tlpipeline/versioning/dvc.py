@@ -4,6 +4,7 @@ DVC's Python API is not guaranteed to be stable, so all calls are in this file. 
 at once, but only if its dependencies did not change meanwhile. `dvc commit` would record whatever is there.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipeline.errors import Unreachable, WorkspaceError
-from tlpipeline.files import is_truncated_json
+from tlpipeline.files import is_truncated_json, unlink
 from tlpipeline.versioning import git, lock
 
 
@@ -206,24 +207,80 @@ def pull_hint(root: Path) -> str:
 
 
 def download(root: Path, revision: str, path: str, target: Path) -> None:
-    """Copy a DVC-tracked file or folder as of a revision to `target`, from the cache or else from the remote.
+    """Copy a DVC-tracked file or folder as of a revision to `target`, from the cache or else from the remote: as recorded, or not at all.
+
+    DVC compares no hashes when it copies. A cache object that is not what its name says is removed, and the remote's is taken.
 
     Raises:
-        WorkspaceError: neither has it.
+        WorkspaceError: neither has it, or what they have is damaged.
     """
+    draft = target.with_name(f".{target.name}.draft")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        objects, problem = _copy(root, revision, path, draft)
+        if problem:
+            with _repo(root) as repo:
+                damaged = _remove_damaged(repo, objects)
+            if damaged:
+                _, again = _copy(root, revision, path, draft)
+                problem = again and f"{damaged[0]} was damaged and is removed, and without it: {again}"
+        if problem:
+            raise WorkspaceError(
+                f"Cannot find {path} of {revision} in the DVC cache or its remote: {problem}. Try `dvc fetch --all-tags`; {pull_hint(root)}. "
+                "Damaged files of a remote can be replaced by those of the same names in the .dvc/cache of another clone."
+            )
+        unlink(target)
+        draft.rename(target)
+    finally:
+        unlink(draft)
+
+
+def _copy(root: Path, revision: str, path: str, target: Path) -> tuple[list[str], str]:
+    """Copy a DVC-tracked file or folder; return the hashes of its objects as far as they are known, and what is wrong, "" if nothing is."""
     from dvc.api import DVCFileSystem
     from dvc_data.index import DataIndexDirError
 
     silence()
+    unlink(target)
+    objects: list[str] = []
     try:
-        fs = DVCFileSystem(str(root), rev=revision)
-        fs.get(path, str(target), recursive=True)
+        with lock.disk_errors(root):
+            fs = DVCFileSystem(str(root), rev=revision)
+            objects.append(str(fs.info(path)["md5"]))
+            with _repo(root) as repo:
+                _remove_damaged(repo, objects)  # a list of files that was read once is remembered
+            objects += [str(file["md5"]) for file in fs.find(path, detail=True).values()]
+            fs.get(path, str(target), recursive=True)
     except ImportError as error:
         raise _not_installed(error) from error
     except _dvc_error(DataIndexDirError, OSError) as error:
-        raise WorkspaceError(
-            f"Cannot find {path} of {revision} in the DVC cache or its remote: {error}. Try `dvc fetch --all-tags`; {pull_hint(root)}."
-        ) from error
+        return objects, str(error)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # DVC reads whatever a damaged list of files says
+        return objects, f"its list of files is damaged ({error!r})"
+    content = content_md5(target)
+    return objects, "" if content == objects[0] else f"expected the md5 {objects[0]}, found {content}"
+
+
+def _remove_damaged(repo: Any, objects: Iterable[str]) -> list[str]:
+    """Remove those objects of the cache whose content is not what their names say; return the paths of those that could be removed."""
+    paths = {oid: Path(repo.cache.local.oid_to_path(oid)) for oid in objects}
+    damaged = [path for oid, path in paths.items() if content_md5(path) not in ("", oid.removesuffix(".dir"))]
+    removable = [path for path in damaged if os.access(path.parent, os.W_OK)]
+    for path in removable:
+        path.unlink()
+    return [str(path) for path in removable]
+
+
+def content_md5(path: Path) -> str:
+    """Return the md5 of a file or folder as DVC records it, computed from the content; "" if there is none."""
+    if path.is_dir():
+        entries = {file.relative_to(path).as_posix(): content_md5(file) for file in path.rglob("*") if file.is_file()}
+        listing = json.dumps([{"md5": md5, "relpath": name} for name, md5 in sorted(entries.items())])
+        return f"{hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest()}.dir"
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------------------------
@@ -250,7 +307,7 @@ def _stage(repo: Any, name: str) -> Any:
 def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
     """Bring a stage up to date in this process and record it in dvc.lock; return whether it had to run.
 
-    A stage whose dependencies, parameters and command are unchanged does not run; missing outputs are restored from the cache.
+    A stage whose dependencies, parameters and command are unchanged does not run; missing or damaged outputs are restored from the cache.
 
     Raises:
         WorkspaceError: a dependency is missing, or a dependency, a parameter or the command changed while the stage ran; then nothing
@@ -258,9 +315,9 @@ def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
     """
     with _repo(root) as repo:
         state = _state(repo, name)
-        if state == "fresh":
+        if state == "fresh" and not _damaged(repo, name):
             return False
-        if state == "missing" and _restore(repo, name):
+        if state != "stale" and _restore(repo, name):
             return False
         _require_inputs(repo, name)
         before = _dependencies(repo, name)
@@ -293,11 +350,29 @@ def _require_inputs(repo: Any, name: str) -> None:
 
 
 def _restore(repo: Any, name: str) -> bool:
+    """Restore the outputs of a stage from the cache; return whether they are as recorded. What is damaged there is removed."""
+    for out in _damaged(repo, name):
+        unlink(Path(out.fs_path))  # DVC takes it for unchanged, and would leave it
     try:
         repo.checkout(targets=[_address(repo, name)], force=True)
     except _dvc_error():
         return False
-    return _state(repo, name) == "fresh"
+    if _state(repo, name) != "fresh":
+        return False
+    damaged = _damaged(repo, name)
+    for out in damaged:
+        listed = out.get_obj() if out.hash_info.isdir else None
+        _remove_damaged(repo, [out.hash_info.value, *(info.value for _, _, info in listed or ())])
+    return not damaged
+
+
+def _damaged(repo: Any, name: str) -> list[Any]:
+    """Return the outputs of a stage whose content is not what dvc.lock records. DVC itself trusts the time and size of a file."""
+    return [
+        out
+        for out in _stage(repo, name).outs
+        if out.exists and out.hash_info.name == "md5" and content_md5(Path(out.fs_path)) != out.hash_info.value
+    ]
 
 
 def _dependencies(repo: Any, name: str) -> dict[str, str]:
@@ -314,8 +389,6 @@ def _dependencies(repo: Any, name: str) -> dict[str, str]:
 
 def stage_key(root: Path, name: str) -> str:
     """Return a hash of everything that a stage depends on now: dependencies, parameters, command."""
-    import hashlib
-
     with _repo(root) as repo:
         return hashlib.md5(json.dumps(_dependencies(repo, name), sort_keys=True).encode(), usedforsecurity=False).hexdigest()
 
