@@ -374,17 +374,26 @@ HEAD = """# Architectures
 
 <!-- Written by `python -m benchmarks.architectures table` from the rows that `python -m benchmarks.architectures run` measured. -->
 
-{networks} classifiers of torchvision {torchvision} under each of the four cases, with random weights: taps described, cut, one real training step by
-two workers, frozen tensors bit for bit those of the start, exported, reloaded, the same predictions as the uncut network with these tensors
-gives.
+This page lists {networks} classifiers of torchvision {torchvision}. Each one was tested under each of the four cases, with random weights:
+
+1. Its taps are described, and it is cut.
+2. Two workers train it for one real step.
+3. Frozen tensors are bit for bit what they were at the start.
+4. It is exported and reloaded.
+5. It gives the same predictions as the uncut network with these tensors.
 
 {counts}
 
-Parameters and forward cost are those of the network without its old head, as `tlpipeline explain` counts them: millions, and billions of
-floating-point operations of one image at the weights' own input size (a multiplication and an addition are two). `minimum` is the smallest
-input side in pixels; vision transformers take multiples of their patches (the number at the end of their names). What is left is in percent
-when everything behind the tap at about a third, and at about two thirds, of the taps is cut off. Every tap of every network:
-`benchmarks/results/{taps}`.
+| column | what it is |
+|---|---|
+| parameters, cost | millions, and billions of floating-point operations of a forward pass of one image, both without the old head; a multiplication and an addition count as two |
+| input | side in pixels at which the weights were trained |
+| minimum | smallest side in pixels; vision transformers take multiples of their patch size, which is at the end of their names |
+| cut at a third, at two thirds | the tap after which about a third, or two thirds, of the taps are kept |
+| parameters left, cost left | what the cut leaves of both |
+| cases | how many of the four cases passed |
+
+Every tap of every network is in `benchmarks/results/{taps}`.
 
 | network | parameters | cost | input | minimum | taps | cut at a third | parameters left | cost left | cut at two thirds | parameters left | cost left | cases |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -430,8 +439,8 @@ def counts(rows: Sequence[Mapping[str, str]], pairs: int) -> str:
     alone = sum(row["workers"] == "1" for row in passed)
     failed, skipped = (sum(row["step_ok"] == answer for row in rows) for answer in ("no", ""))
     return (
-        f"Of {pairs} pairs of a network and a case {len(passed)} went through, {alone} of them in one process because two do not fit the memory; "
-        f"{failed} failed,\n{skipped} do not fit at all, {pairs - len(rows)} have not been run."
+        f"Of {pairs} pairs of a network and a case, {len(passed)} passed. {alone} of these were trained in one process, because two do not fit into "
+        f"the memory.\n{failed} failed, {skipped} do not fit into the memory at all, and {pairs - len(rows)} have not been run."
     )
 
 
