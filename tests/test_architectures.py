@@ -163,6 +163,7 @@ def grouped(painted: Path) -> Path:
     return painted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_family_is_trained_by_two_workers_and_exported_as_it_was_validated(name: str, grouped: Path) -> None:
     finished = grouped / name / "scratch0" / "finished"
@@ -213,6 +214,7 @@ def test_behind_the_last_tap_stands_the_old_head_alone(name: str) -> None:
     assert getattr(layer, "out_features", None) == 1000 or getattr(layer, "out_channels", None) == 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["densenet121", "googlenet", "mnasnet0_5", "resnet18", "squeezenet1_1"])
 def test_a_minimum_below_32_pixels_is_a_size_that_the_network_takes(name: str) -> None:
     minimum = outline(name).minimum

@@ -441,6 +441,7 @@ for round in range(10):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_agree(tmp_path: Path) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)]) for _ in range(2)]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]

@@ -137,6 +137,7 @@ def test_several_taps_that_read_what_the_cut_one_reads_are_no_reason_to_keep_the
 # --- on images --------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sets_with_a_known_truth_decide_as_planted(known: dict[str, Profile]) -> None:
     for name, small, large in (
         ("noisy", "small_similar", "large_similar"),

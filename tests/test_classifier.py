@@ -64,6 +64,7 @@ def folder(tmp_path: Path) -> Path:
 # --- saving and loading ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_loaded_model_gives_the_logits_of_the_saved_one_without_the_layers_behind_its_cut(name: str, tmp_path: Path) -> None:
     model, description = build(name)

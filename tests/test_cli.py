@@ -441,6 +441,7 @@ def test_run_refuses_a_detached_head_where_it_would_push(call: Callable[..., Sai
     create.check(workspace)
 
 
+@pytest.mark.slow
 def test_run_in_a_clone_says_where_its_images_are_when_the_remote_stayed_behind(
     call: Callable[..., Said], workspace: Path, tmp_path: Path
 ) -> None:
@@ -535,6 +536,7 @@ def test_a_stage_by_itself_says_which_of_its_inputs_are_missing(
 # --- Ctrl-C ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_ends_as_if_it_had_not_been(
     call: Callable[..., Said], registered: Path, tmp_path: Path
 ) -> None:
@@ -571,6 +573,7 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_ends_as_if_it_had_not_
     assert (registered / "plots" / "history.csv").read_bytes() == (undisturbed / "plots" / "history.csv").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_end_takes_the_server_with_it_that_it_started(workspace: Path, number: signal.Signals) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")}
@@ -622,6 +625,7 @@ def test_data_commit_without_a_server_versions_and_says_that_nobody_was_told(
     assert "images" not in history(workspace)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "says"), [(["data", "commit"], "`tlpipeline data commit` again"), (["run"], "Start it (`prefect server start`), or unset")]
 )

@@ -265,6 +265,7 @@ def test_an_image_with_more_pixels_than_pillow_opens_is_called_too_large() -> No
     assert str(decoding.inspect(png_header(40_000, 40_000, 8, 0))).startswith("too large: ")
 
 
+@pytest.mark.slow
 def test_threads_that_decode_large_images_wait_for_each_other(tmp_path: Path) -> None:
     """Four images of 64 million pixels each, in four threads: beside each other they would take twice the limit."""
     Image.new("RGB", (8_000, 8_000)).save(tmp_path / "image.png")

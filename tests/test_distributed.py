@@ -242,6 +242,7 @@ def test_a_run_in_this_process_has_a_place_of_its_own_and_begins_in_an_empty_one
     assert [folder.name for folder in seen] == ["one", "one", "other"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_workers_have_the_priority_of_who_starts_them(ray_runtime: None) -> None:
     """Ray's own is the lowest but for four: beside any other busy process they would stand still."""
@@ -261,6 +262,7 @@ def test_two_ray_workers_give_the_model_that_one_process_gives(whole: Whole, tmp
     assert any("head solved" in text for text in whole.told)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(whole: Whole, tmp_path: Path) -> None:
     killed: list[int] = []
@@ -276,6 +278,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened
     assert same(resumed, whole.finished)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_mistake_in_a_worker_reaches_the_user_as_what_it_is(
     ray_runtime: None,
@@ -665,8 +668,9 @@ def test_a_killed_driver_loses_nothing(whole: Whole, tmp_path: Path) -> None:
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(script), str(spec)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
-        )
+            [sys.executable, str(script), str(spec)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
 
     driver = start()
     deadline = threading.Event()

@@ -471,6 +471,7 @@ def command(*words: str | Path, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(line, capture_output=True, text=True, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_the_command_prints_text_as_wide_as_the_terminal(tmp_path: Path) -> None:
     done = command("-w", put(tmp_path, decision(), profile()), COLUMNS="60")
     assert (done.returncode, done.stderr) == (0, "")

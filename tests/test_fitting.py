@@ -119,6 +119,7 @@ def against(seen: Evidence, frozen: float) -> float:
     return 0.5 - 0.5 * (math.log10(seen.images) - 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truth", [headroom, against], ids=["with", "against"])
 def test_no_fit_lets_more_images_speak_against_fine_tuning(truth: Callable[[Evidence, float], float]) -> None:
     found = fit(observed(truth, each=4), penalty=0.1, tolerance=0.005)

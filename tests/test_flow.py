@@ -163,6 +163,7 @@ def test_decision_and_evaluation_are_artifacts_and_the_stages_show_their_progres
     assert (found["ingest"].description, found["evaluate"].description) == ("72 of 72 files read", f"{images} of {images} test images")
 
 
+@pytest.mark.slow
 def test_after_a_flow_dvc_has_nothing_to_do(first: Run, tmp_path: Path) -> None:
     assert dvc(first.workspace, "status") == "Data and pipelines are up to date."
     workspace = copy(first.workspace, tmp_path / "workspace")
@@ -171,6 +172,7 @@ def test_after_a_flow_dvc_has_nothing_to_do(first: Run, tmp_path: Path) -> None:
     assert (workspace / "dvc.lock").read_text() == lock
 
 
+@pytest.mark.slow
 def test_what_was_registered_is_in_the_remote(first: Run, tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--branch", "workspace@v0.1.0", str(first.workspace), str(clone)], check=True)
@@ -211,6 +213,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_dvc_shows_the_two_gains_and_the_probes_with_the_cut(first: Run, tmp_path: Path) -> None:
     workspace = copy(first.workspace, tmp_path / "workspace")
     set_param(workspace, "choose.slice", "conv2")
@@ -255,6 +258,7 @@ def test_a_rejection_is_committed_with_its_verdict_but_makes_no_tag(first: Run, 
     assert not dvc_status(rejected.workspace)
 
 
+@pytest.mark.slow
 def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_back(rejected: Run, tmp_path: Path) -> None:
     workspace = copy(rejected.workspace, tmp_path / "workspace")
     set_param(workspace, "gate.rule", "not_worse")
@@ -291,6 +295,7 @@ def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_accepted_version_goes_to_prod_at_once_where_the_gate_says_so(registered: Path) -> None:
     set_param(registered, "choose.case", "small_different")
     set_param(registered, "gate.rule", "not_worse")
@@ -307,6 +312,7 @@ def test_an_accepted_version_goes_to_prod_at_once_where_the_gate_says_so(registe
 # --- a race ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_race_is_seen_while_it_runs_and_in_the_decision(workspace: Path) -> None:
     from tlpipeline.tasks import pipeline
 
@@ -365,6 +371,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pipeline, name, getattr(pipeline, name).with_options(retry_delay_seconds=0))
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_pushed_stop_the_run_after_some_tries(workspace: Path, impatient: None) -> None:
     unreachable(workspace)
     run = retrain(workspace)
@@ -392,6 +399,7 @@ def test_classes_count_alike_at_the_gate_where_training_weighs_them_alike(overri
     assert verdict.metric == metric
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_pushed_is_not_registered(workspace: Path) -> None:
     for name in stages.STAGES:
         stages.bring_up_to_date(workspace, name, silent)
@@ -417,6 +425,7 @@ def test_what_a_second_try_cannot_mend_is_not_tried_again(workspace: Path, tmp_p
     assert (only.name, only.run_count) == ("version", 1)
 
 
+@pytest.mark.slow
 def test_images_that_are_given_are_checked_before_the_run_and_the_workspace_s_own_need_not_be_there(
     workspace: Path, tmp_path: Path, impatient: None
 ) -> None:

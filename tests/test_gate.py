@@ -133,6 +133,7 @@ def test_better_by_luck_is_not_accepted() -> None:
     assert not judged(*counted(5, 2, both=43), BETTER).accepted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "behind"), [(BETTER, 0.0), (NOT_WORSE, 0.02), (BOOTSTRAP, 0.0)])
 def test_what_is_no_better_is_accepted_no_more_often_than_alpha(rule: GateParams, behind: float) -> None:
     """400 pairs of models at the very border of the rule, on 300 images each, half of the mistakes shared."""
@@ -269,6 +270,7 @@ def test_the_interval_is_that_of_resampling_within_classes() -> None:
     assert (verdict.low, verdict.high) == pytest.approx((center - 1.645 * spread, center + 1.645 * spread), abs=1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "behind"), [(ALIKE, 0.0), (replace(ALIKE, rule="not_worse"), 0.02), (ALIKE, -0.1)])
 def test_what_is_no_better_where_classes_count_alike_is_accepted_no_more_often_than_alpha(rule: GateParams, behind: float) -> None:
     """At the border of the rule: alike in both classes, behind by the margin in both, or better in the one by what it is worse in the other."""

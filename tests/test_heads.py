@@ -69,7 +69,7 @@ def test_features_in_memory_are_walked_in_parts_where_their_logits_would_have_no
     assert [len(part) for _, part in problem.features.parts(50)] == [64, 64, 64, 64, 44]
     loss, gradient = problem(at, 1e-3)
     assert loss == pytest.approx(whole[0], rel=1e-6)
-    assert gradient == pytest.approx(whole[1], abs=1e-6)
+    assert gradient == pytest.approx(whole[1], rel=1e-6, abs=1e-6)
 
 
 def test_the_scaling_of_mapped_features_is_that_of_the_same_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

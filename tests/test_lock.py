@@ -164,6 +164,7 @@ def test_a_process_that_died_frees_the_workspace(tmp_path: Path) -> None:
     lock.require_unlocked(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_dvc_repro_elsewhere_fails_with_a_clear_message_while_a_run_is_on(workspace: Path) -> None:
     with lock.hold(workspace):
         done = run_python(workspace, "-m", "dvc", "repro")

@@ -92,6 +92,7 @@ def renamed(folder: Path) -> None:
         (folder / f"class{label}").rename(folder / f"{'cab'[label]}-renamed")
 
 
+@pytest.mark.slow
 def test_file_names_class_names_and_order_do_not_matter(tmp_path: Path) -> None:
     folder = write(tmp_path, [(f"class{i % 3}", scene(i) + 5 * texture(i % 3)) for i in range(150)])
     before = measured(folder, tangent=True)
@@ -108,6 +109,7 @@ def test_file_names_class_names_and_order_do_not_matter(tmp_path: Path) -> None:
     assert after.head_similarity == pytest.approx(before.head_similarity)
 
 
+@pytest.mark.slow
 def test_class_names_do_not_matter_to_the_learning_curve(tmp_path: Path) -> None:
     """The slope of the curve is a figure of the prediction: a decision must not turn on what the folders are called."""
     folder = write(tmp_path, [(f"class{i % 3}", scene(i) + 5 * texture(i % 3)) for i in range(150)])
@@ -116,6 +118,7 @@ def test_class_names_do_not_matter_to_the_learning_curve(tmp_path: Path) -> None
     assert measured(folder).hunger == before
 
 
+@pytest.mark.slow
 def test_files_of_the_same_name_are_kept_apart(tmp_path: Path) -> None:
     """Every class has an image 000.png; what is cached or compared is the content, never the name."""
     pairs = [(f"class{i % 3}", scene(i) + 5 * texture(i % 3)) for i in range(150)]
@@ -215,6 +218,7 @@ def test_without_validation_images_no_slice_is_confirmed(tmp_path: Path) -> None
     assert any("No validation images are left to confirm a cut" in words for words in warnings(choose(found, ChooseParams()), found))
 
 
+@pytest.mark.slow
 def test_every_class_is_probed_where_the_sample_may_hold_eight_images_of_each(tmp_path: Path) -> None:
     """Fifty of many classes are an easier task than all of them: their accuracy is not that of the head that would be trained."""
     pairs = [(f"c{i % 40:02d}", scene(i)) for i in range(40 * 10)]
@@ -330,6 +334,7 @@ def test_random_labels_find_no_better_tap(known: dict[str, Profile]) -> None:
     assert found.significance > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", range(6))
 def test_random_labels_of_equally_large_classes_are_read_as_guesses(tmp_path: Path, draw: int) -> None:
     """The others hold one image less of a left-out image's class: that alone must not make a probe wrong every time, nor another tap better."""
@@ -347,6 +352,7 @@ def test_random_labels_of_equally_large_classes_are_read_as_guesses(tmp_path: Pa
 # --- on real data ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_head_similarity_is_higher_for_the_source_than_for_other_real_sets(real_data: Path) -> None:
     """Photographs of the classes that the network was made for against steel and hands."""
@@ -367,6 +373,7 @@ def test_a_slice_that_is_as_good_on_held_out_images_is_confirmed() -> None:
     assert slice_test(planted([0.6, 0.92, 0.80], last_held_out=0.9), gain=0.01, draws=200).confirmed
 
 
+@pytest.mark.slow
 def test_heads_are_held_against_images_of_classes_that_they_know(tmp_path: Path) -> None:
     folder = write(tmp_path, [(f"c{i % 40:02d}", scene(i)) for i in range(400)])
     manifest = ingest(folder, {}, lambda done, total: None)

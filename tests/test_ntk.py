@@ -106,6 +106,7 @@ def test_gradients_read_what_the_last_layer_threw_away() -> None:
     assert read[1] < 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demonstration", "nets:resnet20", "vit_b_16"])
 def test_every_kind_of_network_has_a_tangent_kernel(name: str) -> None:
     size = 64 if name == "vit_b_16" else 32

@@ -89,6 +89,7 @@ def lines_of(setting: Setting, freeze: str) -> list[str]:
     return [json.loads(line)["text"] for line in (setting.place / f"{freeze}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_race_that_is_decided_ends_at_its_first_look(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     decision, kept = setting.run(sure(-4.0), "early")
     assert decision.race is not None
@@ -110,6 +111,7 @@ def test_an_undecided_race_runs_the_whole_schedule_and_goes_to_the_cheaper_arm(s
     assert any("look" in event.text for event in told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("minutes", "epochs"), [(1e-9, 0), (1000.0, EPOCHS)])
 def test_a_time_budget_ends_a_race_for_the_frozen_head(
     minutes: float, epochs: int, setting: Setting, monkeypatch: pytest.MonkeyPatch
@@ -145,6 +147,7 @@ def test_the_judges_selected_nothing(setting: Setting, monkeypatch: pytest.Monke
     assert setting.profile.held_out == len(setting.manifest.used(splits.VAL)) - len(judges)
 
 
+@pytest.mark.slow
 def test_what_the_winner_trained_is_gone_on_with_and_ends_as_if_there_had_been_no_race(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -178,6 +181,7 @@ def test_the_frozen_winner_is_not_trained_again(setting: Setting, monkeypatch: p
     assert all(torch.equal(raced[name], finished[name]) for name in raced)
 
 
+@pytest.mark.slow
 def test_an_interrupted_race_goes_on_where_it_stood(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stop(Exception):
         pass
@@ -256,6 +260,7 @@ def raced(place: Path, folder: Path, network: dict[str, str], effort: str) -> tu
     return profile, weighed, decision, lines[-1]["accuracy"] - lines[0]["accuracy"]
 
 
+@pytest.mark.slow
 def test_many_images_of_what_no_layer_knows_are_raced_and_found_to_be_large_and_different(tmp_path: Path) -> None:
     """Planted is that fine-tuning wins (99 % against 95 %), and that the last tap reads least."""
     glyphs(tmp_path / "pictures", range(5000))
@@ -266,6 +271,7 @@ def test_many_images_of_what_no_layer_knows_are_raced_and_found_to_be_large_and_
     assert won > 0.01
 
 
+@pytest.mark.slow
 def test_many_images_of_the_source_s_own_classes_are_large_and_similar(tmp_path: Path) -> None:
     """Planted by a source of the same signs in high contrast: its last layers read faint ones best, and many images teach it what it lacks."""
     glyphs(tmp_path / "source", range(2200), contrast=(80, 120))
@@ -286,6 +292,7 @@ def test_many_images_of_the_source_s_own_classes_are_large_and_similar(tmp_path:
     assert won > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     weighed = policy.weigh(setting.profile, RULE)
@@ -310,6 +317,7 @@ def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch
     assert (one.case, one.race.winner, len(one.race.looks)) == (two.case, two.race.winner, len(two.race.looks))  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_the_stage_races_with_the_overridden_recipe_and_training_goes_on_from_it(tmp_path: Path) -> None:
     """Through the stages and DVC's lock: choose writes race/, train starts from it, a second look finds nothing to do."""
     from tests.conftest import paint, set_param

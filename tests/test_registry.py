@@ -16,6 +16,7 @@ from tlpipeline.versioning import dvc, git
 from tlpipeline.workspace import layout, release
 
 
+@pytest.mark.slow
 def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_is_fetched_first(
     registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def killed(root: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
             versions.publish(root, "workspace", (0, 1, 1), "newer", [versions.CARD], "prod")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["push", "assign", "push the promotion"])
 def test_what_a_killed_run_registered_is_published_and_promoted_by_the_next(
     registered: Path, origin: Path, monkeypatch: pytest.MonkeyPatch, point: str
@@ -178,6 +180,7 @@ def test_what_a_killed_run_registered_is_published_and_promoted_by_the_next(
     assert told == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_would_have_promoted_does_not_undo_what_was_promoted_since_nor_what_the_settings_say_now(
     registered: Path, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +200,7 @@ def test_what_a_killed_run_would_have_promoted_does_not_undo_what_was_promoted_s
     assert str(versions.resolve(registered, "workspace#prod")) == "workspace@v0.1.0"
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_registered_is_taken_back_where_it_cannot_be_published(
     registered: Path, origin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +231,7 @@ def two(registered: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return registered
 
 
+@pytest.mark.slow
 def test_tags_that_gto_does_not_write_are_none_of_ours(two: Path) -> None:
     for tag in (
         "workspace#prod#x",
@@ -243,6 +248,7 @@ def test_tags_that_gto_does_not_write_are_none_of_ours(two: Path) -> None:
     assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]
 
 
+@pytest.mark.slow
 def test_a_version_that_gto_takes_out_of_a_stage_holds_it_no_more_and_is_not_rolled_back_to(two: Path) -> None:
     git.gto(two, "deprecate", "workspace", "v0.1.1", "prod")
     assert standing(two) == [("workspace@v0.1.0", ("prod",)), ("workspace@v0.1.1", ())]  # as `gto show` says
@@ -256,6 +262,7 @@ def test_a_version_that_gto_takes_out_of_a_stage_holds_it_no_more_and_is_not_rol
     assert standing(two)[1] == ("workspace@v0.1.1", ("prod",))
 
 
+@pytest.mark.slow
 def test_a_version_that_gto_withdraws_is_neither_listed_nor_champion_and_its_number_is_not_given_again(two: Path) -> None:
     case, classes = layout.read_case(two).case, list(layout.read_metrics(two)["classes"])
     git.gto(two, "deprecate", "workspace", "v0.1.1")

@@ -137,6 +137,7 @@ def grow(workspace: Path) -> None:
             paint(label, index).save(workspace / "images" / f"class{label}" / f"{index:03d}.png")
 
 
+@pytest.mark.slow
 def test_new_data_start_a_run_that_registers_a_version_and_the_same_data_do_not(workspace: Path, server: Server, tmp_path: Path) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -178,6 +179,7 @@ def test_new_data_start_a_run_that_registers_a_version_and_the_same_data_do_not(
         assert versions.versions(workspace, "workspace") == [version]
 
 
+@pytest.mark.slow
 def test_a_flow_runs_where_no_server_is_configured(registered: Path) -> None:
     # Prefect's own temporary server; the user's home is not touched, nor is a profile in it.
     home = registered.parent / "home"

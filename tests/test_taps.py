@@ -77,6 +77,7 @@ def channels_first(value: Tensor, layout: str) -> Tensor:
 # --- taps and cuts, for each family ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_taps_stand_where_blocks_end_in_the_order_in_which_they_run(net: Backbone) -> None:
     assert net.tap_names == tuple(FAMILIES[net.name][2].split())
     assert tuple(outputs(net, images(net))[0]) == net.tap_names
@@ -122,6 +123,7 @@ def test_what_lies_behind_the_cut_is_neither_kept_nor_run(net: Backbone) -> None
     assert middle in started
 
 
+@pytest.mark.slow
 def test_a_deeper_tap_costs_more_and_keeps_more(net: Backbone) -> None:
     taps = measure_taps(net, images(net).shape[2])
     assert tuple(t.name for t in taps) == net.tap_names

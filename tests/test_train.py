@@ -348,6 +348,7 @@ def test_a_head_is_solved_last_whatever_came_before(
 # --- interruption ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=lambda c: c.name)
 def test_a_run_interrupted_after_any_checkpoint_ends_as_the_uninterrupted_one(
@@ -606,6 +607,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [ALONE, *TOGETHER, "2 resumed", *BROKEN_OFF])
 @pytest.mark.parametrize(("name", "case"), [("frozen", CASES[0]), ("cut", CASES[1])])
 def test_frozen_means_the_same_bits_with_batchnorm_on_any_number_of_workers(name: str, case: Case, run: str, worlds: Worlds) -> None:
@@ -618,6 +620,7 @@ def test_frozen_means_the_same_bits_with_batchnorm_on_any_number_of_workers(name
     assert float(after["head.weight"].abs().sum()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_the_head_of_every_case_is_solved_without_a_bit_of_the_network_changing(case: Case, worlds: Worlds, tmp_path: Path) -> None:
     """BatchNorm's statistics would move in training mode; where everything is trained afterwards, they may not yet."""
@@ -631,6 +634,7 @@ def test_the_head_of_every_case_is_solved_without_a_bit_of_the_network_changing(
     assert all(torch.equal(current[f"trunk.{k}"], v) for k, v in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", TOGETHER)
 @pytest.mark.parametrize("name", ["frozen", "cut", "tuned"])
 def test_every_image_of_validation_is_counted_once_and_answered_alike_on_any_number_of_workers(name: str, run: str, worlds: Worlds) -> None:
@@ -647,6 +651,7 @@ def test_every_image_of_validation_is_counted_once_and_answered_alike_on_any_num
     assert [h["log_loss"] for h in together] == pytest.approx([h["log_loss"] for h in alone], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", TOGETHER)
 @pytest.mark.parametrize("name", ["tuned", "still"])
 def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_batch(name: str, run: str, worlds: Worlds) -> None:
@@ -663,6 +668,7 @@ def test_the_loss_runs_along_the_same_curve_with_uneven_shares_and_a_short_last_
         assert torch.allclose(value, single[key], atol=1e-5), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [ALONE, *TOGETHER, *RESUMED])
 @pytest.mark.parametrize(("name", "arms"), [("still", {"fine-tune"}), ("other", {"head", "fine-tune"})])
 def test_batch_normalization_keeps_the_statistics_of_the_source_where_the_recipe_says_so(
@@ -680,6 +686,7 @@ def test_batch_normalization_keeps_the_statistics_of_the_source_where_the_recipe
     assert {line["phase"] for line in worlds.lines(f"{name} {run}")} == arms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_batch_normalization_that_is_one_over_all_workers_is_that_of_one_worker(size: int, worlds: Worlds) -> None:
     """The same losses, weights and statistics, with uneven shares and a short last batch; each worker's own statistics give others."""
@@ -693,6 +700,7 @@ def test_batch_normalization_that_is_one_over_all_workers_is_that_of_one_worker(
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_make_the_step_of_the_whole_in_a_group(worlds: Worlds) -> None:
     """The last part of a batch must be summed over the workers; three parts of the shares 5 and 4 are uneven, too."""
     whole, parts = worlds.weights("tuned 2"), worlds.weights("parts 2")
@@ -700,6 +708,7 @@ def test_parts_of_a_batch_make_the_step_of_the_whole_in_a_group(worlds: Worlds) 
     assert [h["loss"] for h in worlds.lines("parts 2")] == pytest.approx([h["loss"] for h in worlds.lines("tuned 2")], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_group_solves_the_last_head_as_one_worker_does(worlds: Worlds) -> None:
     """On features that each worker computed its share of, from folders that they do not share."""
     one, two = worlds.weights("again 1"), worlds.weights("again 2")
@@ -712,6 +721,7 @@ def test_a_group_solves_the_last_head_as_one_worker_does(worlds: Worlds) -> None
     assert all(torch.equal(two[name], still[name]) for name in still if name.startswith("trunk."))
 
 
+@pytest.mark.slow
 def test_what_a_group_validated_is_what_the_exported_model_says(worlds: Worlds) -> None:
     """Each worker takes BatchNorm's statistics from its own images, but one model is judged, kept and exported."""
     exported, description = load(worlds.finished("normed 2") / "model")
@@ -725,6 +735,7 @@ def test_what_a_group_validated_is_what_the_exported_model_says(worlds: Worlds) 
     assert last["log_loss"] == pytest.approx(loss, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["frozen", "cut", "tuned", "still"])
 def test_the_metric_is_the_same_on_any_number_of_workers_and_counts_each_test_image_once(name: str, worlds: Worlds, tmp_path: Path) -> None:
     """By the stage itself, of the models that 1, 2 and 3 workers exported."""
@@ -753,6 +764,7 @@ def test_the_metric_is_the_same_on_any_number_of_workers_and_counts_each_test_im
         assert metrics | near == found[0] | near
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["normed 2", *(f"{name} {workers}" for name in ("still", "other") for workers in (1, 2, 3))])
 def test_a_group_that_was_interrupted_ends_as_the_uninterrupted_one(run: str, worlds: Worlds) -> None:
     """In the middle of an epoch, with BatchNorm and its own or the source's statistics."""
@@ -760,6 +772,7 @@ def test_a_group_that_was_interrupted_ends_as_the_uninterrupted_one(run: str, wo
     assert worlds.lines(f"{run} resumed") == worlds.lines(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sizes"), [("still", 3), ("other", 3)])
 def test_what_was_trained_before_an_interruption_is_not_trained_again(name: str, sizes: int, worlds: Worlds) -> None:
     told = [json.loads(line)["text"] for line in (worlds.place / f"{name}.jsonl").read_text().splitlines()]
@@ -780,6 +793,7 @@ def shards(folder: Path) -> dict[str, list[list[str]]]:
     }
 
 
+@pytest.mark.slow
 def test_workers_that_share_a_cache_compute_what_is_kept_there_once_in_all(worlds: Worlds) -> None:
     """Features and decoded images; and those that come later, of whatever number, compute nothing."""
     train, val = ([row.md5 for row in worlds.side(side)] for side in ("train", "val"))
@@ -797,6 +811,7 @@ def test_workers_that_share_a_cache_compute_what_is_kept_there_once_in_all(world
     assert speed[3]["images_per_second"] == 0
 
 
+@pytest.mark.slow
 def test_a_group_with_a_cache_trains_what_one_worker_trains_without_one(worlds: Worlds) -> None:
     assert history_equal(worlds.weights("cut 3 on disk"), worlds.weights("cut 2 on disk"))
     assert worlds.lines("cut 3 on disk") == worlds.lines("cut 2 on disk")
@@ -810,6 +825,7 @@ def test_a_group_with_a_cache_trains_what_one_worker_trains_without_one(worlds: 
     assert worlds.lines("tuned 2 on disk") == worlds.lines("tuned 2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_run_that_is_broken_off_in_the_middle_of_its_features_goes_on_with_those_that_are_kept(size: int, worlds: Worlds) -> None:
     for name in ("frozen", "cut"):
@@ -843,6 +859,7 @@ def test_a_batch_that_the_user_asked_for_and_that_is_too_small_is_refused_before
     assert not (tmp_path / "run.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_batch_grows_until_each_worker_has_two_images_of_it(worlds: Worlds) -> None:
     assert "batches of 6 images: two for each of 3 workers" in (worlds.place / "few.jsonl").read_text()
     assert worlds.lines("few 3")[-1]["phase"] == "fine-tune"
