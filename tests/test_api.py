@@ -16,7 +16,7 @@ from rich.console import Console
 import tlpipeline as tl
 from tests.helpers.images import paint
 from tests.helpers.processes import run_python
-from tlpipeline.errors import DataError, RegistryError, WorkspaceError
+from tlpipeline.errors import BackboneError, DataError, RegistryError, WorkspaceError
 from tlpipeline.versioning import lock
 from tlpipeline.workspace import settings
 
@@ -75,9 +75,16 @@ def test_a_network_whose_file_lies_in_the_workspace_is_trained_evaluated_and_loa
     )
     for stage in ("ingest", "profile", "choose", "train", "evaluate"):
         workspace.stage(stage)
-    (prediction,) = tl.load_model(tmp_path / "ws" / "model", workspace=tmp_path / "ws").predict(sorted(pictures.rglob("*.png"))[0])
+    path = sorted(pictures.rglob("*.png"))[0]
+    model = tmp_path / "ws" / "model"
+    (prediction,) = tl.load_model(model, workspace=tmp_path / "ws").predict(path)
     assert prediction.label.startswith("class")
     assert str(tmp_path / "ws") not in sys.path
+    # Without the workspace it is a folder from elsewhere.
+    with pytest.raises(BackboneError, match="--trust network_beside_the_data:Small"):
+        tl.load_model(model, workspace=tmp_path)
+    trusted = tl.load_model(model, workspace=tmp_path, trust="network_beside_the_data:Small")  # it is imported by now
+    assert trusted.predict(path) == [prediction]
 
 
 def test_paths_are_texts_or_paths_and_begin_with_a_tilde_or_not(

@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_loaded_model_gives_the_logits_of_the_saved_one_without_the_layers_behind_its_cut(name: str, tmp_path: Path) -> None:
     model, description = build(name)
     save(model, description, tmp_path)
-    loaded, read = load(tmp_path)
+    loaded, read = load(tmp_path, trusts=lambda network: True)
     assert read == description
     assert torch.equal(logits(loaded, images(description)), logits(model, images(description)))
     assert not loaded.training
@@ -115,7 +115,9 @@ def test_loading_never_unpickles(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_model_that_was_trained_with_all_its_weights_is_loaded_alike(tmp_path: Path) -> None:
     model, description = build("nets:resnet20", frozen=False)
     save(model, description, tmp_path)
-    assert torch.equal(logits(load(tmp_path)[0], images(description)), logits(model, images(description)))
+    assert torch.equal(
+        logits(load(tmp_path, trusts={"nets:resnet20"}.__contains__)[0], images(description)), logits(model, images(description))
+    )
 
 
 @pytest.mark.parametrize("write", [lambda path: write_json({"new": 1}, path), lambda path: write_tensors({"new": torch.ones(1)}, path)])
@@ -159,6 +161,19 @@ def test_a_damaged_description_is_refused(content: str, folder: Path) -> None:
     (folder / DESCRIPTION).write_text(content)
     with pytest.raises(RegistryError, match=DESCRIPTION if content != "[]" else "format"):
         load(folder)
+
+
+@pytest.mark.parametrize("network", ["callable_of_a_stranger:act", "http.server:test", "nets:resnet20"])
+def test_a_folder_that_names_a_callable_calls_and_imports_nothing_unless_it_is_trusted(
+    network: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "callable_of_a_stranger.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef act(): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    write_json({**content, "architecture": network}, folder / DESCRIPTION)
+    with pytest.raises(BackboneError, match=f"found '{network}'.*--workspace.*--trust {network}"):
+        load(folder, tmp_path, trusts={"another:network"}.__contains__)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_tensors_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -743,6 +743,14 @@ def read_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", access)
 
 
+def test_predict_calls_only_what_the_workspace_or_the_user_names(call: Callable[..., Said], registered: Path) -> None:
+    description = registered / "model" / "model.json"
+    description.write_text(description.read_text().replace('"demonstration"', '"nets:resnet20"'))
+    form = ("predict", registered / "model", registered / "images", "--workspace", registered)
+    assert "--trust nets:resnet20" in refused(call(*form))
+    assert "expected a tap of nets:resnet20" in refused(call(*form, "--trust", "nets:resnet20"))  # it was built
+
+
 def test_predict_writes_nothing_into_a_workspace_that_can_only_be_read(
     call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

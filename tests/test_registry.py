@@ -45,6 +45,23 @@ def test_a_promotion_that_is_not_published_is_taken_back_and_one_made_elsewhere_
     assert versions.promote(registered, version) == "workspace#prod#2"
 
 
+def test_a_workspace_names_the_networks_of_its_settings_now_and_of_its_versions(registered: Path) -> None:
+    assert versions.names_network(registered, "demonstration")
+    for network, tag in (("nets:resnet20", "workspace@v0.2.0"), ("nets:other", "draft")):
+        set_param(registered, "backbone.name", network)
+        git.commit(registered, network, ["params.yaml"])
+        git.run(registered, "tag", tag)
+    set_param(registered, "backbone.name", "resnet18")
+    git.commit(registered, "resnet18", ["params.yaml"])
+    assert [n for n in ("nets:resnet20", "nets:other", "resnet18") if versions.names_network(registered, n)] == [
+        "nets:resnet20",
+        "resnet18",
+    ]
+    (registered / "params.yaml").write_text("[")
+    assert versions.names_network(registered, "nets:resnet20")
+    assert not versions.names_network(registered.parent, "nets:resnet20")  # no workspace
+
+
 # --- what a version is read from ------------------------------------------------------------------------------------------------------
 
 

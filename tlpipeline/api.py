@@ -54,6 +54,8 @@ from tlpipeline.progress import Progress, silent
 from tlpipeline.results import CacheInfo, DataCommit, Explanation, Promotion, RegisteredVersion, Rollback, Versions
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from tlpipeline.params import Params
     from tlpipeline.registry.predict import Model
     from tlpipeline.workspace.release import Summary
@@ -232,16 +234,17 @@ class Workspace:
 
     # --- models -----------------------------------------------------------------------------------------------------------------------
 
-    def load_model(self, model: str | Path = f"#{PROD}") -> Model:
+    def load_model(self, model: str | Path = f"#{PROD}", trust: str | Collection[str] = ()) -> Model:
         """Load a model of this workspace.
 
         Args:
             model: "latest", "v1", "#prod", "name@v1", "name#prod", or a folder.
+            trust: as for `tlpipeline.load_model`.
 
         Raises:
             RegistryError: there is no such version.
         """
-        return load_model(self.registry.full_name(model) if isinstance(model, str) else model, self.root)
+        return load_model(self.registry.full_name(model) if isinstance(model, str) else model, self.root, trust)
 
     def promote(self, version: str = "latest", stage: str = PROD) -> Promotion:
         """Put a version into a stage; the same as `registry.promote`."""
@@ -252,15 +255,18 @@ class Workspace:
         return self.registry.rollback(stage=stage)
 
 
-def load_model(model: str | Path, workspace: str | Path = ".") -> Model:
+def load_model(model: str | Path, workspace: str | Path = ".", trust: str | Collection[str] = ()) -> Model:
     """Load a model: a folder, or a version of a workspace's registry.
 
     Args:
         model: a folder, "name@v1.2.0", "name@v1" (the newest of them), "name@latest", or "name#prod".
         workspace: whose registry is asked and whose cache is used, if it may be written.
+        trust: your own networks as "module:callable", whose code the model may run, besides those that the workspace names in
+            params.yaml, now or in a registered version. A folder from elsewhere can name any function.
 
     Raises:
         RegistryError: there is no such model.
+        BackboneError: the folder names a network that is not trusted.
     """
     from tlpipeline.registry import predict
     from tlpipeline.versioning import lock
@@ -271,7 +277,8 @@ def load_model(model: str | Path, workspace: str | Path = ".") -> Model:
     cached = writable and (root / layout.PARAMS).is_file()
     with TemporaryDirectory() as elsewhere:
         folder = predict.find_model(str(_expanded(model)), root, None if writable else Path(elsewhere))
-        return predict.Model(folder, root, (lambda: layout.open_cache(root)) if cached else nullcontext)
+        networks = [trust] if isinstance(trust, str) else trust
+        return predict.Model(folder, root, (lambda: layout.open_cache(root)) if cached else nullcontext, networks)
 
 
 class Registry:

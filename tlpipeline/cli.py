@@ -200,6 +200,7 @@ def predict(
     model: Annotated[str, typer.Argument(help="A model folder, name@v1, or name#prod.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     json: Annotated[bool, typer.Option("--json", help="All probabilities, as JSON.")] = False,
+    trust: Annotated[list[str], typer.Option(help="module:callable of a network that a model folder from elsewhere may call.")] = [],  # noqa: B006
     workspace: Folder = Path(),
 ) -> None:
     """Print the class and probability of images.
@@ -208,7 +209,7 @@ def predict(
     """
     from tlpipeline.api import load_model
 
-    predictions, reasons = load_model(model, workspace).predict_readable(images)
+    predictions, reasons = load_model(model, workspace, trust).predict_readable(images)
     if json:
         import dataclasses
         from json import dumps

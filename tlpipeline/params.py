@@ -276,6 +276,15 @@ def load(path: Path) -> Params:
 _PARAMS = TypeAdapter(Params)
 
 
+def backbone_name(text: str) -> str:
+    """Return `backbone.name` in the text of a params.yaml of any version, "" if it has none."""
+    try:
+        section, key = _place(YAML(typ="safe").load(text), "backbone.name")
+    except (YAMLError, ValueError, RecursionError):
+        return ""
+    return str(section.get(key, ""))
+
+
 def remarks(path: Path) -> list[str]:
     """Return what to say of the settings of earlier versions in params.yaml: a line for those with another name now, one for the retired.
 
@@ -317,7 +326,7 @@ def _current(path: Path) -> tuple[dict[Any, Any], list[str]]:
     return content, old
 
 
-def _place(content: dict[Any, Any], name: str) -> tuple[dict[Any, Any], str]:
+def _place(content: Any, name: str) -> tuple[dict[Any, Any], str]:
     """Return the section that holds a setting, empty where there is none, and the setting's key in it."""
     *places, key = name.split(".")
     section: Any = content

@@ -1,6 +1,7 @@
 """The classifier: a cut backbone, pooled features at its taps, one linear head; saved to a folder without pickles."""
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,15 +120,17 @@ def save(model: nn.Module, description: Description, folder: Path) -> None:
     write_json(description.to_json(), folder / DESCRIPTION)
 
 
-def load(folder: Path, root: Path | None = None) -> tuple[Classifier, Description]:
+def load(folder: Path, root: Path | None = None, trusts: Callable[[str], bool] = lambda network: False) -> tuple[Classifier, Description]:
     """Read a model folder.
 
     Args:
         root: the workspace where your own network is looked for, besides the installed packages (see `catalogue.load`).
+        trusts: whether the code of a network that the folder names as module:callable may run. By default none may: a folder can name
+            any function of any installed module.
 
     Raises:
         RegistryError: there is no model, or its description cannot be read.
-        BackboneError: its tensors do not fit its description.
+        BackboneError: its network is not trusted, or its tensors do not fit its description.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -137,13 +140,20 @@ def load(folder: Path, root: Path | None = None) -> tuple[Classifier, Descriptio
             f"expected a model folder with {WEIGHTS} and {DESCRIPTION} at {folder}, found none. Train one with `tlpipeline run`."
         )
     description = _description(folder)
-    backbone = catalogue.load(description.architecture, catalogue.NONE, root=root, size=description.transforms.size)
+    name = description.architecture
+    if ":" in name and not trusts(name):
+        raise BackboneError(
+            f"expected a network of the catalogue or of this workspace in {folder / DESCRIPTION}, found {name!r}. Loading it would call that "
+            f"code. Name the workspace that trained it with --workspace; or if you trust the folder: --trust {shlex.quote(name)}, in Python "
+            f"trust={name!r}."
+        )
+    backbone = catalogue.load(name, catalogue.NONE, root=root, size=description.transforms.size)
     model = Classifier(backbone, description.readings, len(description.classes), description.frozen, description.in_bfloat16)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
         raise BackboneError(
-            f"The tensors in {folder / WEIGHTS} do not fit {description.architecture} or are damaged: "
+            f"The tensors in {folder / WEIGHTS} do not fit {name} or are damaged: "
             f"{' '.join(str(error).split())[:300]}. Fetch the model again, or train it again with `tlpipeline run`."
         ) from error
     return model.eval(), description

@@ -1,7 +1,7 @@
 """Prediction: the transforms travel inside the model, so what is predicted is what was evaluated."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,18 +79,27 @@ class Model:
         folder: of the model.
         root: the workspace where the network's own code is looked for, besides the installed packages.
         store: gives the cache of a workspace, where features of images are kept that a frozen network computed; by default none.
+        trust: networks as module:callable whose code may run, besides those that the workspace names.
 
     Attributes:
         classes: names of the classes, in the order of the network's outputs.
 
     Raises:
         RegistryError: there is no model in the folder.
+        BackboneError: its network is not trusted.
     """
 
     def __init__(
-        self, folder: Path, root: Path | None = None, store: Callable[[], AbstractContextManager[Store | None]] = nullcontext
+        self,
+        folder: Path,
+        root: Path | None = None,
+        store: Callable[[], AbstractContextManager[Store | None]] = nullcontext,
+        trust: Collection[str] = (),
     ) -> None:
-        self._classifier, self._description = classifier.load(folder, root)
+        def trusts(network: str) -> bool:
+            return network in trust or (root is not None and versions.names_network(root, network))
+
+        self._classifier, self._description = classifier.load(folder, root, trusts)
         self._store = store
         self.classes = self._description.classes
 

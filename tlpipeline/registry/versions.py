@@ -18,6 +18,7 @@ from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import RegistryError, WorkspaceError, nearest
 from tlpipeline.evaluation.gate import Verdict
 from tlpipeline.files import write_json
+from tlpipeline.params import backbone_name
 from tlpipeline.versioning import dvc, git, lock
 
 PROD = "prod"
@@ -179,6 +180,17 @@ def _output(root: Path, version: Version, stage: str, path: str, place: Path | N
     target = (place or kept.parent) / recorded
     dvc.download(root, version.commit, path, target)
     return target
+
+
+def names_network(root: Path, network: str) -> bool:
+    """Return whether the workspace's params.yaml names a network, now or in the commit of a registered version."""
+    settings = root / "params.yaml"
+    if settings.is_file() and backbone_name(settings.read_text(encoding="utf-8", errors="replace")) == network:
+        return True
+    if not (root / ".git").exists():
+        return False
+    commits = {commit for tag, commit in git.tags(root).items() if re.search(r"@v\d+\.\d+\.\d+$", tag)}
+    return any(backbone_name(git.read_at(root, commit, settings.name) or "") == network for commit in commits)
 
 
 def find_registered(root: Path, name: str, model_hash: str) -> Version | None:

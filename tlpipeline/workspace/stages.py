@@ -21,6 +21,7 @@ from tlpipeline.errors import DataError
 from tlpipeline.files import unlink
 from tlpipeline.params import ChooseParams, Params
 from tlpipeline.progress import Event, Progress
+from tlpipeline.registry import versions
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.versioning import dvc, lock
 from tlpipeline.workspace import settings
@@ -284,7 +285,7 @@ def predict_rows(root: Path, folder: Path, rows: "Sequence[Row]", progress: Call
 
     params = params_of(root)
     device = _device(params)
-    classifier, description = models.load(folder, root)
+    classifier, description = models.load(folder, root, lambda network: versions.names_network(root, network))
     images = Images(root / params.data.images, rows, description.transforms)
     with open_cache(root) as store:
         probabilities = models.probabilities(classifier.to(device), images, device, progress, store)
