@@ -158,7 +158,15 @@ def test_a_joined_cluster_says_itself_whether_it_has_gpus(
         assert ray_train.check_cluster(replace(TWO, gpu=asked), use_gpu) is found
 
 
-@pytest.mark.parametrize(("content", "goes"), [('{"checkpoint_results": [', True), ('{"checkpoint_results": []}', False)])
+@pytest.mark.parametrize(
+    ("content", "goes"),
+    [
+        ('{"checkpoint_results": [', True),
+        ("[]", True),
+        ('{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]}', True),
+        ('{"checkpoint_results": []}', False),
+    ],
+)
 def test_a_torn_list_of_checkpoints_is_removed_with_what_it_lists(content: str, goes: bool, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint_manager_snapshot.json").write_text(content)

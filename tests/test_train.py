@@ -383,13 +383,12 @@ def test_a_checkpoint_is_never_half_there(tmp_path: Path) -> None:
         (source / "value").write_text(str(number))
         world.report({}, source)
     (tmp_path / "world" / "new").mkdir()  # a copy that did not finish
-    shutil.copytree(tmp_path / "source1", tmp_path / "world" / "old")  # an older one that was not removed any more
-    with world.restore() as folder:
-        assert (folder / "value").read_text() == "2"
-    shutil.rmtree(tmp_path / "world" / "old")
+    with world.restore() as folders:
+        assert [(folder / "value").read_text() for folder in folders] == ["2", "1"]
+    (tmp_path / "world" / "old").rename(tmp_path / "world" / "older")
     (tmp_path / "world" / "kept").rename(tmp_path / "world" / "old")
-    with world.restore() as folder:
-        assert (folder / "value").read_text() == "2"
+    with world.restore() as folders:
+        assert [(folder / "value").read_text() for folder in folders] == ["2", "1"]
 
 
 def written(folder: Path, value: str) -> Path:
@@ -401,7 +400,7 @@ def written(folder: Path, value: str) -> Path:
 
 
 def kept(world: LocalContext) -> str:
-    with world.restore() as folder:
+    with world.restore() as (folder, *_):
         assert (folder / "value").read_text() == (folder / "model" / "value").read_text()
         return (folder / "value").read_text()
 
@@ -424,7 +423,7 @@ def test_what_a_kill_between_the_renames_left_is_kept_until_the_next_checkpoint_
     assert kept(world) == "1"
     world.report({}, newer)
     assert kept(world) == "2"
-    assert [path.name for path in (tmp_path / "world").iterdir()] == ["kept"]
+    assert sorted(path.name for path in (tmp_path / "world").iterdir()) == ["kept", "old"]
 
 
 def test_the_only_checkpoint_there_is_goes_after_the_next_one_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,8 +446,8 @@ def test_a_copy_that_did_not_finish_is_no_checkpoint_nor_part_of_one(tmp_path: P
     (tmp_path / "world").mkdir()
     written(tmp_path / "world" / "new", "half")
     (tmp_path / "world" / "new" / "left").touch()
-    with world.restore() as folder:
-        assert folder is None
+    with world.restore() as folders:
+        assert folders == []
     world.report({}, written(tmp_path / "source", "1"))
     assert kept(world) == "1"
     assert not (tmp_path / "world" / "kept" / "left").exists()
@@ -479,8 +478,8 @@ def test_no_worker_goes_on_before_all_have_looked_for_a_checkpoint(tmp_path: Pat
     world, waits = LocalContext(tmp_path), []
     world.size = 2
     monkeypatch.setattr(torch.distributed, "barrier", lambda: waits.append("all"))
-    with world.restore() as folder:
-        assert folder is None
+    with world.restore() as folders:
+        assert folders == []
         waits.append("read")
     assert waits == ["read", "all"]
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -679,7 +681,7 @@ def test_a_run_between_two_checkpoints_is_lost_and_repeated_to_the_same_end(dive
     FAULTS.reset(not_finite=at)
     with pytest.raises(Interrupted):
         trained(replace(seldom, callbacks=(Ticking(Clock(), crash=3),)), tmp_path / "cut")
-    with LocalContext(tmp_path / "cut").restore() as folder:
+    with LocalContext(tmp_path / "cut").restore() as (folder, *_):
         assert json.loads((folder / "state.json").read_text())["epoch"] == 0
     FAULTS.reset(not_finite=at)
     found["continued"] = trained(seldom, tmp_path / "cut")
@@ -725,6 +727,53 @@ def test_a_checkpoint_of_another_run_that_an_earlier_version_wrote_is_not_used(t
     (tmp_path / "race").mkdir()
     (tmp_path / "race" / "state.json").write_text(json.dumps({"arm": "fine-tune", "epoch": 3}))
     assert kept.restore(tmp_path / "race") is None
+
+
+def damage(folder: Path, rng: random.Random) -> None:
+    """Damage a file of a checkpoint as a disk or a kill may: it ends early, is empty, is missing, or has another bit."""
+    path = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+    content = bytearray(path.read_bytes())
+    kind = rng.choice(["truncated", "flipped", "flipped", "emptied", "removed"])
+    if kind == "flipped":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == "truncated":
+        del content[rng.randrange(len(content)) :]
+    path.write_bytes(b"" if kind == "emptied" else content)
+    if kind == "removed":
+        path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["middle", "finished"])
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(last: str, job: Make, tmp_path: Path) -> None:
+    config = job(small(), epochs=3, **BACKBONE)
+    wanted = trained(config, tmp_path / "calm")
+    if last == "middle":
+        with pytest.raises(Interrupted):
+            trained(config, tmp_path / "cut", Crashing(tmp_path / "cut", 3))
+    else:
+        trained(config, tmp_path / "cut")
+    for seed in range(36):
+        run, rng, told = tmp_path / "run", random.Random(seed), tmp_path / "told.jsonl"
+        shutil.rmtree(run, ignore_errors=True)
+        told.unlink(missing_ok=True)
+        shutil.copytree(tmp_path / "cut", run)
+        both = seed % 4 == 0
+        for name in ("kept", "old") if both else ("kept",):
+            damage(run / name, rng)
+        assert same(trained(replace(config, history=str(told)), run), wanted), seed
+        assert history(run) == history(tmp_path / "calm")
+        assert "kept is damaged (" in told.read_text()
+        assert ("; training starts anew" if both else "; continues from an earlier one") in told.read_text()
+
+
+def test_a_damaged_checkpoint_of_another_run_is_not_used(tmp_path: Path) -> None:
+    race, own = (Checkpoints(LocalContext(tmp_path / name), tmp_path / name, linear()) for name in ("race", "own"))
+    race.write(State("fine-tune", epoch=1))
+    assert own.restore(race.written) is not None
+    (race.written / "current.safetensors").write_bytes(b"")
+    assert own.restore(race.written) is None
+    assert "current.safetensors changed since it was written" in own.damaged[0]
 
 
 def test_a_phase_begins_with_nothing_of_the_one_before_it(tmp_path: Path) -> None:

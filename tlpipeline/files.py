@@ -1,6 +1,7 @@
-"""Atomic writes: a file is written to a draft, flushed and renamed. Also tests for kinds of system errors."""
+"""Atomic writes: a file is written to a draft, flushed and renamed. Also checksums, and tests for kinds of system errors."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+CHECKSUMS = "checksums.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -80,6 +82,34 @@ def write_bytes(content: bytes, path: Path) -> None:
     """Write bytes."""
     with atomic_write(path) as draft:
         draft.write_bytes(content)
+
+
+def file_md5(path: Path) -> str:
+    """Return the md5 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Record the md5 of each file of a folder in its checksums.json."""
+    write_json(_checksums(folder), folder / CHECKSUMS)
+
+
+def damage(folder: Path) -> str:
+    """Return how a folder differs from its checksums.json, as a phrase; "" if it does not."""
+    try:
+        recorded, content = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")), _checksums(folder)
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS} cannot be read: {error}"
+    if not isinstance(recorded, dict):
+        return f"{CHECKSUMS} lists no files"
+    differing = sorted(name for name in recorded.keys() | content.keys() if recorded.get(name) != content.get(name))
+    return f"{', '.join(differing)} changed since it was written" if differing else ""
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    return {path.relative_to(folder).as_posix(): file_md5(path) for path in files}
 
 
 def is_truncated_json(path: Path) -> bool:

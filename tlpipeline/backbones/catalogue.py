@@ -10,7 +10,6 @@ their names, and your own network as `my_package.nets:resnet20`. Two attributes 
 Without `taps`, the top-level blocks are used in the order in which they run. Without `transforms`, ImageNet's at 224 pixels are used.
 """
 
-import hashlib
 import importlib
 import inspect
 import re
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from tlpipeline.backbones.taps import Backbone, cut
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError, nearest
+from tlpipeline.files import file_md5
 
 NONE, DEFAULT = "none", "DEFAULT"
 MAX_TAPS = 16
@@ -174,7 +174,7 @@ def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
     state: Mapping[str, Tensor] | None
     if weights == DEFAULT:
         state = _read_weights(_PACKAGED / "demonstration.safetensors")
-        fingerprint = _file_md5(_PACKAGED / "demonstration.safetensors")
+        fingerprint = file_md5(_PACKAGED / "demonstration.safetensors")
     else:
         state, fingerprint = _weights(weights, md5, root, "demonstration", (DEFAULT, NONE))
     classes = len(state["fc3.bias"]) if state and "fc3.bias" in state else 10
@@ -315,18 +315,13 @@ def _weights(weights: str, md5: str, root: Path, name: str, names: Sequence[str]
     path = root / weights
     if not path.is_file():
         raise BackboneError(f"expected {', '.join(names)} or a file as weights of {name}, found {weights!r}; {nearest(weights, names)}")
-    actual = _file_md5(path)
+    actual = file_md5(path)
     if md5 != actual:
         raise BackboneError(
             f"expected the weights file {weights} to have the md5 in backbone.weights_md5 ({md5}), found {actual}. "
             "If this is the right file, set backbone.weights_md5 to that value, so that results can be traced to it."
         )
     return _read_weights(path), actual
-
-
-def _file_md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _read_weights(path: Path) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlpipeline.files import write_json, write_tensors
+from tlpipeline.files import CHECKSUMS, damage, write_checksums, write_json, write_tensors
 from tlpipeline.stats import paired
 from tlpipeline.training.distributed import DistributedContext, broadcast
 from tlpipeline.training.optim import flat
@@ -179,6 +179,7 @@ class Checkpoints:
         self.interim: dict[str, Tensor] = {}
         self.optimizer: dict[str, Tensor] = {}
         self.written = folder / "checkpoint"
+        self.damaged: list[str] = []  # sentences about checkpoints that could not be used
         self._took, self._ended = 0.0, clock()
 
     def keep_current(self) -> None:
@@ -231,35 +232,42 @@ class Checkpoints:
         for name, tensors in {CURRENT: self.current, BEST: self.best, INTERIM: self.interim, OPTIMIZER: self.optimizer}.items():
             write_tensors(tensors, folder / name)
         write_json(asdict(state), folder / STATE)
+        write_checksums(folder)
         self.context.report(metrics, folder)
         self._ended = self.clock()
         self._took = self._ended - started
 
     def restore(self, start: Path | None) -> State | None:
-        """Load the newest checkpoint into the model, or that of another run to start from; None if there is none. A finished one is `best`.
+        """Load the newest whole checkpoint into the model, or that of another run to start from; None if there is none. A finished one is `best`.
 
         A checkpoint of another run counts only if this version wrote it. A callback that stopped the other run does not stop this one.
         """
-        from safetensors.torch import load_file
-
         with self.context.restore() as kept:
-            folder = kept or start
-            if folder is None:
-                return None
-            content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            if kept is None:
+            for folder in kept:
+                if content := self._state_of(folder):
+                    return self._load(folder, State.from_json(content))
+            if start is not None and (start / CHECKSUMS).exists() and (content := self._state_of(start)):
                 if set(content) != {f.name for f in fields(State)}:
                     return None
-                content["stopped"] = False
-            state = State.from_json(content)
-            if state.finished:
-                self.best = load_file(folder / MODEL / "weights.safetensors")
-                return state
-            self.current, self.best, self.interim, self.optimizer = (
-                load_file(folder / name) for name in (CURRENT, BEST, INTERIM, OPTIMIZER)
-            )
-            self.model.load_state_dict(self.current)
+                return self._load(start, State.from_json(content | {"stopped": False}))
+            return None
+
+    def _state_of(self, folder: Path) -> dict[str, Any] | None:
+        """Return the state in a checkpoint, None if the checkpoint is damaged."""
+        if problem := damage(folder):
+            self.damaged.append(f"the checkpoint in {folder} is damaged ({problem}) and not used")
+            return None
+        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+    def _load(self, folder: Path, state: State) -> State:
+        from safetensors.torch import load_file
+
+        if state.finished:
+            self.best = load_file(folder / MODEL / "weights.safetensors")
             return state
+        self.current, self.best, self.interim, self.optimizer = (load_file(folder / name) for name in (CURRENT, BEST, INTERIM, OPTIMIZER))
+        self.model.load_state_dict(self.current)
+        return state
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tlpipeline.data.loader import rank_slice
 from tlpipeline.files import atomic_write
+
+_KEPT = ("kept", "old", "older")  # checkpoints, the newest first; the last one only while a new one takes its place
 
 
 class DistributedContext(Protocol):
@@ -29,15 +31,15 @@ class DistributedContext(Protocol):
     def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
         """Keep this checkpoint folder (given by the first worker only); returns when it is safe."""
 
-    def restore(self) -> Any:
-        """Return a context manager that gives the folder of the newest checkpoint, or None."""
+    def restore(self) -> AbstractContextManager[Sequence[Path]]:
+        """Return a context manager that gives the folders of the kept checkpoints, the newest first."""
 
 
 class LocalContext:
     """Plain torch: one process, or the members of an initialized process group that share a folder.
 
     Args:
-        folder: where the newest checkpoint is kept; replaced as a whole, so a crash leaves the old or the new one.
+        folder: where the two newest checkpoints are kept; each is put there as a whole.
     """
 
     def __init__(self, folder: Path, device: torch.device | None = None) -> None:
@@ -49,26 +51,26 @@ class LocalContext:
         self.folder = folder
 
     def report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
-        """Replace the kept checkpoint."""
+        """Keep a checkpoint, and the one before it."""
         if folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            new, kept, old = self.folder / "new", self.folder / "kept", self.folder / "old"
-            shutil.rmtree(new, ignore_errors=True)
+            new, kept, old, older = (self.folder / name for name in ("new", *_KEPT))
+            for left in (new, older):
+                shutil.rmtree(left, ignore_errors=True)
             shutil.copytree(folder, new, copy_function=_copied)
-            # After a kill between the two renames the old one is all there is: it goes only where there is a newer one that is complete.
-            if kept.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                kept.rename(old)
+            # Whenever it is killed, what was there is still there, or there is a newer one that is complete.
+            for place, next_place in ((old, older), (kept, old)):
+                if kept.exists() and place.exists():
+                    place.rename(next_place)
             new.rename(kept)
-            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(older, ignore_errors=True)
         if self.size > 1:
             torch.distributed.barrier()
 
     @contextmanager
-    def restore(self) -> Iterator[Path | None]:
-        """Give the kept checkpoint."""
-        # Killed between the two renames, the newest complete one is called old.
-        yield next((path for name in ("kept", "old") if (path := self.folder / name).is_dir()), None)
+    def restore(self) -> Iterator[Sequence[Path]]:
+        """Give the kept checkpoints."""
+        yield [path for name in _KEPT if (path := self.folder / name).is_dir()]
         # No worker continues before all have looked: else one could take a first new checkpoint for one to resume from.
         if self.size > 1:
             torch.distributed.barrier()

@@ -14,7 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from tlpipeline.backbones.precision import enable_tf32
 from tlpipeline.data.decoding import available_cpus
 from tlpipeline.environment import thread_waiting
 from tlpipeline.errors import ClusterError, OutOfMemory, PipelineError
-from tlpipeline.files import DISK_FULL, is_truncated_json, write_json
+from tlpipeline.files import DISK_FULL, write_json
 from tlpipeline.params import AUTO, ClusterParams
 from tlpipeline.progress import Event, Progress
 from tlpipeline.training import train
@@ -159,15 +159,17 @@ class _RayContext:
         ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None)
 
     @contextmanager
-    def restore(self) -> Iterator[Path | None]:
+    def restore(self) -> Iterator[Sequence[Path]]:
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
-            yield None
+            yield []
         else:
             with checkpoint.as_directory() as folder:
-                yield Path(folder)
+                newest = Path(folder)
+                # Ray names checkpoints by their time. Those of a URL are copied one by one, to a folder without others.
+                yield [newest, *sorted((p for p in newest.parent.glob("checkpoint_*") if p.name < newest.name), reverse=True)]
 
 
 def _loop(loop_config: dict[str, Any]) -> None:
@@ -262,12 +264,18 @@ def _on_workers(config: TrainingConfig, cluster: ClusterParams, use_gpu: bool, n
 
 
 def repair(folder: Path) -> None:
-    """Remove a run if Ray's list of its checkpoints is truncated: the run starts again, and ends the same.
+    """Remove a run if Ray's list of its checkpoints is damaged: the run starts again, and ends the same.
 
     Ray writes the list in place. If it is killed or the disk is full just then, a part is left, which no further run of this name could read.
     """
-    if is_truncated_json(folder / "checkpoint_manager_snapshot.json"):
-        shutil.rmtree(folder)
+    path = folder / "checkpoint_manager_snapshot.json"
+    if path.exists():
+        try:
+            names = [str(result["checkpoint_dir_name"]) for result in json.loads(path.read_text(encoding="utf-8"))["checkpoint_results"]]
+        except (ValueError, TypeError, KeyError):
+            names = [""]
+        if not all(name and (folder / name).is_dir() for name in names):
+            shutil.rmtree(folder)
 
 
 def runtime(workers: int) -> None:

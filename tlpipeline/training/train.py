@@ -17,7 +17,7 @@ from tlpipeline.backbones.precision import extracts_in_bfloat16
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.errors import ClusterError
-from tlpipeline.files import write_json
+from tlpipeline.files import write_checksums, write_json
 from tlpipeline.training.budget import TimeBudget
 from tlpipeline.training.checkpoint import FINE_TUNE, HEAD, MODEL, SCRATCH, STATE, Checkpoints, State
 from tlpipeline.training.config import TrainingConfig, TrainingPlan
@@ -56,6 +56,8 @@ def run(config: TrainingConfig, context: DistributedContext, scratch: Path, cloc
     budget = TimeBudget(config.budget_minutes, context, state.seconds, clock)
     store = Store(Path(config.cache) if config.cache else None, config.cache_bytes)
     job = Run(config, context, datasets, state, checkpoints, store, budget, ProgressWriter(Path(config.history), context.rank), scratch)
+    for sentence in checkpoints.damaged:
+        job.on_progress(0, 0, f"{sentence}; {'continues from an earlier one' if restored else 'training starts anew'}", important=True)
     if restored is None:
         if plan.init not in ("random", "plain"):
             train_head(model, job)
@@ -133,5 +135,6 @@ def _finish(model: Classifier, description: Description, state: State, context: 
     result = {"phase": state.best.phase, "validation": state.summary(), "remarks": state.remarks, "speed": speed, "history": state.history}
     write_json(result, finished / "history.json")
     write_json(asdict(state) | {"finished": True}, finished / STATE)
+    write_checksums(finished)
     context.report({"accuracy": state.best.accuracy}, finished)
     return finished

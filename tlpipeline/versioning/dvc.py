@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipeline.errors import Unreachable, WorkspaceError
-from tlpipeline.files import is_truncated_json, unlink
+from tlpipeline.files import file_md5, is_truncated_json, unlink
 from tlpipeline.versioning import git, lock
 
 
@@ -277,10 +277,7 @@ def content_md5(path: Path) -> str:
         entries = {file.relative_to(path).as_posix(): content_md5(file) for file in path.rglob("*") if file.is_file()}
         listing = json.dumps([{"md5": md5, "relpath": name} for name, md5 in sorted(entries.items())])
         return f"{hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest()}.dir"
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return file_md5(path) if path.is_file() else ""
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipeline.errors import DataError, WorkspaceError
-from tlpipeline.files import unlink
+from tlpipeline.files import file_md5, unlink
 from tlpipeline.params import AUTO
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry import versions
@@ -61,7 +61,7 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     if images is not None and root.resolve().is_relative_to(images.resolve()):
         raise WorkspaceError(f"expected a workspace outside the folder of images, found {root} inside {images}. Choose another one.")
     source = Path(weights)
-    md5 = _md5(source) if source.is_file() else catalogue.NONE
+    md5 = file_md5(source) if source.is_file() else catalogue.NONE
     # All inputs are checked before anything is written.
     if remote is not None:
         dvc.check_remote(remote)
@@ -121,11 +121,6 @@ def _name_from(root: Path) -> str:
     """Return a model name from the folder's name: lower-case letters, digits and dashes."""
     name = "".join(c if c.isalnum() and c.isascii() else "-" for c in root.resolve().name.lower()).strip("-")
     return name if name and name[0].isalpha() else f"images-{name}".strip("-")
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 # --- images ---------------------------------------------------------------------------------------------------------------------------
