@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ def real_data() -> Path:
     if not (folder / "squeezenet1_0-imagenet.safetensors").exists():
         pytest.skip(f"no real data at {folder}: set TLPIPELINE_DATA")
     return folder
+
+
+@pytest.fixture
+def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The host and port of a server that lets everybody in and never says a word; half a second is waited for it."""
+    monkeypatch.setenv("TLPIPELINE_TIMEOUT", "0.5")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture

@@ -175,6 +175,13 @@ def test_random_weights_follow_from_the_seed_and_leave_other_draws_alone() -> No
     assert one.source_classes == 0  # random weights know no classes
 
 
+def test_a_server_that_is_silent_is_not_waited_for(silent_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", f"http://{silent_server}")
+    with pytest.raises(BackboneError, match=r"Cannot download the weights .* of resnet18: .*timed out"):
+        catalogue.load("resnet18", "DEFAULT")
+
+
 def test_weights_of_another_architecture_are_refused_by_the_first_keys_that_differ(tmp_path: Path) -> None:
     save_file(Demonstration().state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(BackboneError, match=r"of nets:resnet20.*missing, first conv1.weight, bn1.weight.*first conv1.0.*backbone.name"):

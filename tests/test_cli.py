@@ -743,6 +743,18 @@ def read_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", access)
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_predict_reads_no_pipe_and_no_device(call: Callable[..., Said], registered: Path, others: int) -> None:
+    os.mkfifo(registered / "pipe")
+    images = sorted((registered / "images").rglob("*.png"))[:others]
+    for path in (registered / "pipe", "/dev/zero"):
+        said = call("predict", registered / "model", path, *images, "--workspace", registered)
+        assert said.code == 2
+        assert f"{path}" in said.err
+        assert "a pipe or a device, not a regular file" in said.err
+        assert len(said.out.splitlines()) == others
+
+
 def test_predict_calls_only_what_the_workspace_or_the_user_names(call: Callable[..., Said], registered: Path) -> None:
     description = registered / "model" / "model.json"
     description.write_text(description.read_text().replace('"demonstration"', '"nets:resnet20"'))

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import struct
 import warnings
@@ -434,6 +435,32 @@ def test_a_link_to_nothing_is_refused_rather_than_silently_left_out(make_images:
     text = refusal(images)
     assert "found 1 broken links or devices, such as" in text
     assert "link.png. Remove them, or restore" in text
+
+
+def test_links_that_lead_round_in_circles_are_refused_at_once(make_images: Callable[..., Path]) -> None:
+    images = make_images(classes=2, each=12)
+    for name in ("a", "b"):
+        (images / name).symlink_to(".")
+    text = refusal(images)
+    assert re.search(rf"expected each folder in {images} once, found {images}/[ab], which leads to {images} again. Remove the link", text)
+
+
+def test_a_class_that_links_to_another_is_refused_and_one_that_links_elsewhere_is_listed(make_images: Callable[..., Path]) -> None:
+    images, elsewhere = make_images(classes=2, each=12), make_images(classes=3, each=12, name="elsewhere")
+    (images / "linked").symlink_to(elsewhere / "class2")
+    assert len(listed(images).rows) == 36
+    (images / "again").symlink_to(elsewhere / "class2")
+    assert "linked" in refusal(images)
+    assert "again" in refusal(images)
+
+
+def test_a_pipe_a_device_and_what_is_too_large_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(decoding.MAX_BYTES + 1)
+    for path, why in ((tmp_path / "pipe", "pipe or a device"), (Path("/dev/zero"), "pipe or a device"), (tmp_path / "sparse", "2.1 GB")):
+        with pytest.raises(DataError, match=f"Cannot read the image {path}: it .*{why}"):
+            decoding.read_content(path)
 
 
 def test_a_file_name_that_is_no_utf_8_is_refused(make_images: Callable[..., Path], monkeypatch: Any) -> None:

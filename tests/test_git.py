@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.helpers.datasets import put
-from tlpipeline.errors import WorkspaceError
+from tlpipeline.errors import PipelineError, Unreachable, WorkspaceError
 from tlpipeline.versioning import git
 
 
@@ -50,3 +51,24 @@ def test_tags_are_given_with_the_commit_they_stand_on(workspace: Path) -> None:
 
 def test_without_a_remote_called_origin_nothing_is_pushed(workspace: Path) -> None:
     assert not git.push(workspace)
+
+
+@pytest.mark.parametrize("scheme", ["http://me:secret@", "git://"])
+@pytest.mark.parametrize("ask", [git.push, git.fetch_tags])
+def test_a_silent_remote_is_named_and_nothing_is_left_running(workspace: Path, silent_server: str, scheme: str, ask: Any) -> None:
+    git.run(workspace, "remote", "add", "origin", f"{scheme}{silent_server}/x.git")
+    with pytest.raises(
+        Unreachable, match=rf"git remote origin \({scheme.replace('me:secret@', '')}{silent_server}/x.git\) within 0.5 seconds, found none"
+    ) as caught:
+        ask(workspace)
+    assert "git remote -v" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert not [process for process in psutil.Process().children(recursive=True) if "git" in process.name()]
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_a_wrong_time_to_wait_is_refused(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    git.run(workspace, "remote", "add", "origin", str(tmp_path))
+    monkeypatch.setenv("TLPIPELINE_TIMEOUT", text)
+    with pytest.raises(PipelineError, match=f"TLPIPELINE_TIMEOUT, found '{text}'. Set it to 30"):
+        git.fetch_tags(workspace)

@@ -259,6 +259,28 @@ def test_a_remote_whose_package_is_not_installed_is_told_with_what_to_install(wo
         versioning.download(workspace, "HEAD", "images", workspace / "again")
 
 
+def test_a_silent_remote_is_named_and_only_asked_for_what_is_not_here(workspace: Path, silent_server: str, tmp_path: Path) -> None:
+    config = workspace / ".dvc" / "config"
+    config.write_text(config.read_text().replace("../.dvc-remote", f"http://{silent_server}/x"))
+    says = rf"DVC remote storage \(http://{silent_server}/x\) within 0.5 seconds, found none.*dvc remote list"
+    with pytest.raises(Unreachable, match=says):
+        versioning.push(workspace)
+    versioning.download(workspace, "HEAD", "images", tmp_path / "images")
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    with pytest.raises(Unreachable, match=says):
+        versioning.download(workspace, "HEAD", "images", tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_a_command_ends_although_the_remote_is_silent(workspace: Path, silent_server: str) -> None:
+    config = workspace / ".dvc" / "config"
+    config.write_text(config.read_text().replace("../.dvc-remote", f"http://{silent_server}/x"))
+    done = run_python(workspace, "-m", "tlpipeline", "data", "commit")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: expected an answer from the DVC remote storage"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_what_dvc_cannot_version_is_refused_and_named_when_the_data_are_committed(workspace: Path) -> None:
     (workspace / "images" / "class0" / "dangling.png").symlink_to("nowhere")
     with pytest.raises(WorkspaceError, match=r"Cannot version images with DVC: .*Look there for broken links"):

@@ -1,8 +1,11 @@
 """Environment variables that the command line, the workers and a run set. Importing the package sets none."""
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+
+from tlpipeline.errors import PipelineError
 
 
 def thread_waiting(environment: Mapping[str, str]) -> dict[str, str]:
@@ -19,6 +22,22 @@ def thread_waiting(environment: Mapping[str, str]) -> dict[str, str]:
 def set_thread_waiting() -> None:
     """Make idle OpenMP threads of this process sleep soon, if torch is not imported yet."""
     os.environ.update(thread_waiting(os.environ))
+
+
+def patience() -> float:
+    """Return for how many seconds a remote or server may be silent: TLPIPELINE_TIMEOUT, by default 30.
+
+    Raises:
+        PipelineError: it is no number above 0.
+    """
+    text = os.environ.get("TLPIPELINE_TIMEOUT", "30")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise PipelineError(f"expected seconds in the environment variable TLPIPELINE_TIMEOUT, found {text!r}. Set it to 30, or unset it.")
+    return seconds
 
 
 def set_prefect(workspace: Path) -> None:

@@ -13,6 +13,7 @@ Without `taps`, the top-level blocks are used in the order in which they run. Wi
 import importlib
 import inspect
 import re
+import socket
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from tlpipeline.backbones.taps import Backbone, cut
 from tlpipeline.data.transforms import Transforms
+from tlpipeline.environment import patience
 from tlpipeline.errors import BackboneError, nearest
 from tlpipeline.files import file_md5
 
@@ -292,12 +294,16 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
 
 
 def _download(name: str, entry: Any) -> Mapping[str, Tensor]:
+    seconds = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds or patience())  # torch gives none, and would wait for a silent server for ever
     try:
         return cast(Mapping[str, Tensor], entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (OSError, RuntimeError, EOFError, LookupError, HTTPException, UnpicklingError) as error:  # unreachable, broken off, damaged
         raise BackboneError(
             f"Cannot download the weights {entry} of {name}: {error}. Set backbone.weights to a weights file that you have, or to none."
         ) from error
+    finally:
+        socket.setdefaulttimeout(seconds)
 
 
 def _seeded(factory: Callable[[], Any], seed: int) -> nn.Module:

@@ -4,14 +4,14 @@ import csv
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from PIL import Image
 
-from tlpipeline.data.decoding import UNREADABLE, available_cpus, decode, describe_error, inspect, read_content
+from tlpipeline.data.decoding import UNREADABLE, available_cpus, decode, describe_error, inspect, read_content, read_regular
 from tlpipeline.data.splits import MINIMUM_PER_CLASS, SPLIT_FOLDERS, TEST, TRAIN, VAL, folder_layout, split_of
 from tlpipeline.errors import DataChanged, DataError
 
@@ -68,7 +68,7 @@ def read_image(root: Path, row: Row, min_side: int | None = None) -> Image.Image
     """
     path = root / row.path
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except FileNotFoundError as error:
         raise DataChanged(f"expected the image {row.path}, which the manifest lists, found no such file. {_WAY_BACK}") from error
     except OSError as error:
@@ -149,7 +149,7 @@ def list_files(images: Path) -> list[Path]:
     """Return all files below a folder except dot-files, sorted.
 
     Raises:
-        DataError: the folder is missing, empty, or has no class folders.
+        DataError: the folder is missing, empty, or has no class folders, or a link leads to a folder a second time.
     """
     if not images.is_dir():
         raise DataError(
@@ -159,7 +159,7 @@ def list_files(images: Path) -> list[Path]:
     # Dot-files (.gitignore, .DS_Store) belong to the system, not to the user.
     paths = sorted(
         Path(folder) / name
-        for folder, _, names in os.walk(images, onerror=_unreadable, followlinks=True)
+        for folder, names in _walk_once(images)
         for name in names
         if not name.startswith(".") and not any(part.startswith(".") for part in Path(folder).relative_to(images).parts)
     )
@@ -180,6 +180,24 @@ def list_files(images: Path) -> list[Path]:
             f"expected class folders in {images}, found {len(paths)} files and no folder. Sort the images as {images.name}/<class>/<image>."
         )
     return paths
+
+
+def _walk_once(images: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below a folder with the names of its files; links are followed.
+
+    Raises:
+        DataError: a link leads to a folder a second time. Two links to their own folder would make a trillion paths.
+    """
+    first: dict[tuple[int, int], str] = {}
+    for folder, _, names in os.walk(images, onerror=_unreadable, followlinks=True):
+        status = os.stat(folder)
+        earlier = first.setdefault((status.st_dev, status.st_ino), folder)
+        if earlier != folder:
+            raise DataError(
+                f"expected each folder in {images} once, found {folder}, which leads to {earlier} again. Remove the link; a copy of the "
+                "folder is another folder."
+            )
+        yield folder, names
 
 
 def linked_folders(images: Path) -> list[Path]:

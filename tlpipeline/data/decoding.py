@@ -1,8 +1,10 @@
 """Image files to pixels, whatever their format and mode."""
 
+import errno
 import io
 import math
 import os
+import stat
 import struct
 import threading
 import warnings
@@ -177,6 +179,20 @@ def describe_error(error: Exception) -> str:
     return f"broken: {str(error) or type(error).__name__}"
 
 
+def read_regular(path: Path) -> bytes:
+    """Return the bytes of a regular file: a pipe may never end, and a device may fill the memory.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than any image that can be decoded.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it takes {status.st_size / 1e9:.1f} GB, and the limit is {MAX_BYTES / 1e9:.1f} GB")
+    return path.read_bytes()
+
+
 def read_content(path: Path) -> bytes:
     """Return the bytes of an image file.
 
@@ -184,7 +200,7 @@ def read_content(path: Path) -> bytes:
         DataError: the file cannot be read.
     """
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise DataError(f"Cannot read the image {path}: {error.strerror}. Make it readable or remove it, then run again.") from error
 

@@ -195,7 +195,7 @@ def _image_of(array: Pixels) -> Image.Image:
 def _unreadable(path: Path) -> str:
     """Return in words why a file cannot be used, "" if it can."""
     try:
-        found = decoding.inspect(path.read_bytes())
+        found = decoding.inspect(decoding.read_regular(path))
     except OSError as error:
         return error.strerror or str(error)
     return found if isinstance(found, str) else ""
@@ -204,9 +204,9 @@ def _unreadable(path: Path) -> str:
 def _row(path: Path) -> Row:
     """Return an image file as a manifest would list it."""
     try:
-        content = path.read_bytes()
+        content = decoding.read_regular(path)
     except FileNotFoundError as error:
         raise DataError(f"expected an image at {path}, found nothing.") from error
     except OSError as error:
-        raise DataError(f"expected an image at {path}, but it cannot be read: {error}.") from error
+        raise DataError(f"expected an image at {path}, but it cannot be read: {error.strerror or error}. Name an image file.") from error
     return Row(str(path), hashlib.md5(content, usedforsecurity=False).hexdigest(), "", "", 0, 0, "", "")

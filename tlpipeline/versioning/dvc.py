@@ -10,11 +10,13 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tlpipeline.environment import patience
 from tlpipeline.errors import Unreachable, WorkspaceError
 from tlpipeline.files import file_md5, is_truncated_json, unlink
 from tlpipeline.versioning import git, lock
@@ -176,6 +178,32 @@ def _with_python() -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
+def _require_answer(repo: Any, objects: Iterable[str] | None = None) -> None:
+    """Check that the default remote answers: DVC would ask a silent one for minutes. A transfer may take as long as it likes.
+
+    Args:
+        objects: hashes of what is to be read; if the cache has all of it, no remote is asked.
+
+    Raises:
+        Unreachable: it is silent.
+    """
+    cached = objects is not None and all(os.path.exists(repo.cache.local.oid_to_path(oid)) for oid in objects)
+    if cached or not repo.config["core"].get("remote"):
+        return
+    remote = repo.cloud.get_remote()
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(Exception):  # an error is an answer, too; the transfer reports it if it matters
+            remote.fs.exists(remote.path)
+        answered.set()
+
+    # The thread cannot be ended. It is left behind, and does not keep the process.
+    threading.Thread(target=ask, daemon=True).start()
+    if not answered.wait(patience()):
+        raise git.silent_remote("DVC", remote.name, str(repo.config["remote"][remote.name]["url"]), "dvc remote list")
+
+
 def push(root: Path) -> int:
     """Copy all files that the workspace refers to into the default remote; return their number.
 
@@ -188,6 +216,7 @@ def push(root: Path) -> int:
                 "expected a DVC remote to publish to, found none. Add one: `dvc remote add --default storage FOLDER_OR_URL`."
             )
         try:
+            _require_answer(repo)
             return int(repo.push())
         except _dvc_error(OSError) as error:
             raise Unreachable(f"Cannot push to the DVC remote: {error}. Nothing was registered. Check the remote and run again.") from error
@@ -249,7 +278,9 @@ def _copy(root: Path, revision: str, path: str, target: Path) -> tuple[list[str]
             objects.append(str(fs.info(path)["md5"]))
             with _repo(root) as repo:
                 _remove_damaged(repo, objects)  # a list of files that was read once is remembered
+            _require_answer(fs.repo, objects)
             objects += [str(file["md5"]) for file in fs.find(path, detail=True).values()]
+            _require_answer(fs.repo, objects)
             fs.get(path, str(target), recursive=True)
     except ImportError as error:
         raise _not_installed(error) from error

@@ -1,12 +1,17 @@
 """The only module that calls git, and GTO, which writes git tags: commits, tags, files at a revision, the remote `origin`."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from tlpipeline.errors import WorkspaceError
+import psutil
+
+from tlpipeline.environment import patience
+from tlpipeline.errors import Unreachable, WorkspaceError
 
 
 def run(root: Path, *arguments: str, check: bool = True) -> str:
@@ -79,23 +84,58 @@ def _refuses_push(origin: Path, branch: str) -> bool:
     return worked_in and forbidden and run(origin, "symbolic-ref", "--quiet", "HEAD", check=False) == branch
 
 
+def _require_answer(root: Path) -> None:
+    """Check that `origin` answers: git would wait for a silent one for ever. What it answers is left to the command that follows.
+
+    Raises:
+        Unreachable: it is silent.
+    """
+    seconds, nowhere = patience(), subprocess.DEVNULL
+    asking = subprocess.Popen(["git", "ls-remote", "origin", "HEAD"], cwd=root, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+    try:
+        asking.wait(seconds)
+    except BaseException as error:
+        for process in [*psutil.Process(asking.pid).children(recursive=True), asking]:  # git leaves its ssh behind
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        asking.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise silent_remote("git", "origin", run(root, "remote", "get-url", "--push", "origin"), "git remote -v") from error
+
+
+def silent_remote(kind: str, name: str, url: str, command: str) -> Unreachable:
+    """Return the error for a remote that does not answer; the user and password of its URL are left out."""
+    place = re.sub(r"//[^/@]*@", "//", url)
+    return Unreachable(
+        f"expected an answer from the {kind} remote {name} ({place}) within {patience():g} seconds, found none. Check the network and the "
+        f"address (`{command}`), and run again. TLPIPELINE_TIMEOUT=300 waits for 300 seconds."
+    )
+
+
 def push(root: Path) -> bool:
     """Push the branch and its tags to the remote `origin`; return whether there is one.
 
     Raises:
-        WorkspaceError: HEAD is detached, or origin refuses.
+        WorkspaceError: HEAD is detached, or origin refuses or is silent.
     """
     if not has_origin(root):
         return False
     require_branch(root)
+    _require_answer(root)
     run(root, "push", "--quiet", "--set-upstream", "origin", "HEAD")
     run(root, "push", "--quiet", "--tags", "origin")
     return True
 
 
 def fetch_tags(root: Path) -> None:
-    """Fetch the tags of the remote `origin`, if there is one."""
+    """Fetch the tags of the remote `origin`, if there is one.
+
+    Raises:
+        WorkspaceError: it refuses, or is silent.
+    """
     if has_origin(root):
+        _require_answer(root)
         run(root, "fetch", "--tags", "origin")
 
 
