@@ -151,17 +151,20 @@ def test_sets_with_a_known_truth_decide_as_planted(known: dict[str, Profile]) ->
         assert "no_signal" not in decide(known[name]).weak, name
 
 
+@pytest.mark.slow
 def test_what_only_an_early_tap_reads_is_cut_there(known: dict[str, Profile]) -> None:
     decision = decide(known["early"])
     assert decision.slice in ("conv1", "conv2")
     assert decision.saved_ops > 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case"), [("own", "small_similar"), ("rare", "small_similar"), ("early", "small_different")])
 def test_the_shipped_model_decides_known_sets_as_planted(known: dict[str, Profile], name: str, case: str) -> None:
     assert choice.choose(known[name], RULE).case == case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shuffled", "nothing", "lopsided"])
 @pytest.mark.parametrize("model", [FROZEN, TUNED, None], ids=["frozen", "tuned", "shipped"])
 def test_where_there_is_no_signal_it_is_said_and_the_cheapest_case_taken(
@@ -178,6 +181,7 @@ def test_where_there_is_no_signal_it_is_said_and_the_cheapest_case_taken(
     assert decide(judged, model=model or load_predictor()).race_wanted
 
 
+@pytest.mark.slow
 def test_classes_as_many_as_images_are_said_to_be_too_many(known: dict[str, Profile]) -> None:
     decision = decide(known["many"])
     assert decision.weak[:2] == ("many_classes", "few_per_class")
