@@ -2,7 +2,9 @@
 
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -124,6 +126,40 @@ def test_a_model_that_is_damaged_wherever_it_is_kept_is_refused_with_both_hashes
     assert not (registered / ".tlpipeline" / "models" / recorded).exists()
     with pytest.raises(WorkspaceError, match=rf"expected the md5 {recorded}, found "):
         versions.model_folder(registered, version)
+
+
+@pytest.mark.parametrize("kept", [CACHE, REMOTE])
+@pytest.mark.parametrize("before", ["missing", "damaged"])
+def test_a_version_that_several_fetch_at_once_is_there_for_all_of_them(
+    registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, before: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    version = versions.resolve(registered, "workspace@latest")
+    recorded = dvc.content_md5(registered / "model")
+    if before == "damaged":
+        flip(versions.model_folder(registered, version) / "weights.safetensors")
+    if kept == REMOTE:
+        shutil.rmtree(registered / CACHE)
+    start = Barrier(4)
+
+    def fetch(_: int) -> str:
+        start.wait()
+        return dvc.content_md5(versions.model_folder(registered, version))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(fetch, range(4))) == [recorded] * 4
+    assert [path.name for path in (registered / ".tlpipeline" / "models").iterdir()] == [recorded]
+    assert Path.cwd() == tmp_path
+
+
+@pytest.mark.slow
+def test_four_first_predictions_at_once_all_succeed(registered: Path) -> None:
+    picture = str(registered / "images" / "class1" / "003.png")
+    words = (registered, "-m", "tlpipeline", "predict", "workspace@latest", picture)
+    with ThreadPoolExecutor(4) as pool:
+        several = list(pool.map(lambda _: run_python(*words), range(4)))
+    assert [(done.returncode, done.stderr) for done in several] == [(0, "")] * 4
+    assert len({done.stdout for done in several}) == 1
 
 
 def test_a_tag_that_is_moved_gives_the_model_of_its_commit(registered: Path) -> None:

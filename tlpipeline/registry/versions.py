@@ -174,11 +174,17 @@ def _output(root: Path, version: Version, stage: str, path: str, place: Path | N
             f"expected {path} of {version} in the dvc.lock of its commit {version.commit[:10]}, found none. Put the tag {version} back "
             "on the commit that registered it."
         )
-    kept = root / ".tlpipeline" / "models" / recorded
+    own = root / ".tlpipeline"
+    kept = own / "models" / recorded
     if dvc.content_md5(kept) == recorded:
         return kept
+    from filelock import FileLock
+
     target = (place or kept.parent) / recorded
-    dvc.download(root, version.commit, path, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock((place or own) / "models.lock"):  # several may ask for the same version at once: one fetches it
+        if dvc.content_md5(target) != recorded:
+            dvc.download(root, version.commit, path, target)
     return target
 
 

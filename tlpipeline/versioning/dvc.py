@@ -276,8 +276,7 @@ def _copy(root: Path, revision: str, path: str, target: Path) -> tuple[list[str]
         with lock.disk_errors(root):
             fs = DVCFileSystem(str(root), rev=revision)
             objects.append(str(fs.info(path)["md5"]))
-            with _repo(root) as repo:
-                _remove_damaged(repo, objects)  # a list of files that was read once is remembered
+            _remove_damaged(fs.repo, objects)  # a list of files that was read once is remembered
             _require_answer(fs.repo, objects)
             objects += [str(file["md5"]) for file in fs.find(path, detail=True).values()]
             _require_answer(fs.repo, objects)
