@@ -63,21 +63,21 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> GainPredi
     for row in rows:
         unseen = replace(held[row.data], deviation=model.deviation)
         seen, gains = unseen.predict(row.evidence, row.frozen, tolerance), unseen.gains(row.evidence, row.frozen)
-        raw.append(log_odds(seen.within, DRAWS))
+        raw.append(log_odds(seen.p_frozen_within, DRAWS))
         truth.append(row.tuned_test - row.frozen_test <= tolerance)
         tuned = seen.gain > tolerance
         settled.append(log_odds(float(((-gains if tuned else gains) <= tolerance).mean()), DRAWS))
         good.append((row.tuned_test if tuned else row.frozen_test) >= row.best_test - tolerance)
-    slant, offset = _platt(np.array(raw), np.array(truth))
-    settled_slant, settled_offset = _platt(np.array(settled), np.array(good))
+    platt_slope, platt_intercept = _platt(np.array(raw), np.array(truth))
+    choice_platt_slope, choice_platt_intercept = _platt(np.array(settled), np.array(good))
     return replace(
         model,
-        slant=slant,
-        offset=offset,
-        settled_slant=settled_slant,
-        settled_offset=settled_offset,
+        platt_slope=platt_slope,
+        platt_intercept=platt_intercept,
+        choice_platt_slope=choice_platt_slope,
+        choice_platt_intercept=choice_platt_intercept,
         heads=fit_heads(rows),
-        lag=_lag(rows),
+        remaining_gain=_remaining_gain(rows),
     )
 
 
@@ -96,7 +96,7 @@ def fit_heads(rows: Sequence[Observed]) -> dict[str, tuple[float, float, float]]
     return out
 
 
-def _lag(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
+def _remaining_gain(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
     """Return how far what a look sees is behind the gain in the end, as a share of the frozen head's errors, and the spread of that.
 
     The middle is that of the gain on the test side minus the difference on validation: it holds what fine-tuning still learns, its last
@@ -105,7 +105,7 @@ def _lag(rows: Sequence[Observed]) -> Sequence[Sequence[float]]:
     """
     told = [r for r in rows if r.validation >= 60]
     if len(told) < 5:
-        return NEUTRAL.lag
+        return NEUTRAL.remaining_gain
     missing = np.array([max(1 - r.frozen, 0.02) for r in told])
     gain = np.array([r.tuned_test - r.frozen_test for r in told])
     out = []
@@ -146,12 +146,12 @@ def _ridge(rows: Sequence[Observed], penalty: float) -> GainPredictor:
         coefficients=_named(names, beta),
         intercept=round(intercept, 4),
         deviation=0.5,
-        slant=1.0,
-        offset=0.0,
-        settled_slant=1.0,
-        settled_offset=0.0,
+        platt_slope=1.0,
+        platt_intercept=0.0,
+        choice_platt_slope=1.0,
+        choice_platt_intercept=0.0,
         heads=NEUTRAL.heads,
-        lag=NEUTRAL.lag,
+        remaining_gain=NEUTRAL.remaining_gain,
         lowest=_named(names, x.min(0)) | {"log10 classes": round(min(classes), 4)},
         highest=_named(names, x.max(0)) | {"log10 classes": round(max(classes), 4)},
         rows=len(rows),
@@ -171,12 +171,12 @@ def _named(names: Sequence[str], values: npt.NDArray[np.float64]) -> dict[str, f
 
 
 def _platt(raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Return slant (not negative) and offset by logistic regression of the truth on raw log odds, drawn towards 1 and 0: believing them."""
+    """Return platt_slope (not negative) and platt_intercept by logistic regression of the truth on raw log odds, drawn towards 1 and 0: believing them."""
     from scipy.optimize import minimize
 
     def loss(at: npt.NDArray[np.float64]) -> float:
         odds = at[0] * raw + at[1]
         return float(np.logaddexp(0, np.where(truth, -odds, odds)).sum() + ((at[0] - 1) ** 2 + at[1] ** 2) / 2)
 
-    slant, offset = minimize(loss, (1.0, 0.0), bounds=((0.0, None), (None, None))).x
-    return round(float(slant), 4), round(float(offset), 4)
+    platt_slope, platt_intercept = minimize(loss, (1.0, 0.0), bounds=((0.0, None), (None, None))).x
+    return round(float(platt_slope), 4), round(float(platt_intercept), 4)

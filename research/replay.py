@@ -172,7 +172,7 @@ def product(model: GainPredictor, rule: ChooseParams, one: Measured) -> Chosen:
     before = float(one.looked)
     if weighed.no_race:
         arm = "tuned" if weighed.large else frozen
-        return Chosen(arm, before + one.cost(arm), one.profiled + one.seconds(arm), weighed.settled(tuned=weighed.large))
+        return Chosen(arm, before + one.cost(arm), one.profiled + one.seconds(arm), weighed.p_within_tolerance(tuned=weighed.large))
     row = one.arms["tuned"]
     epochs, images = int(row["epochs"]), len(one.judges)
     before += one.cost(frozen)
@@ -183,10 +183,18 @@ def product(model: GainPredictor, rule: ChooseParams, one: Measured) -> Chosen:
         seen = policy.interim_analysis(weighed, part, epoch, epochs, *bits)
         winner, _ = policy.stopping_rule(weighed, part, seen)
         if winner == "tuned":
-            return Chosen("tuned", before + one.cost("tuned"), spent + one.seconds("tuned"), model.settled(seen.safe), raced=True)
+            return Chosen(
+                "tuned", before + one.cost("tuned"), spent + one.seconds("tuned"), model.p_within_tolerance(seen.p_tuned_within), raced=True
+            )
         if winner == "frozen":
             raced = solved + epoch * (images + 3 * int(row["train"]))
-            return Chosen(frozen, before + raced, spent + one.seconds("tuned") * epoch / epochs, model.settled(1 - seen.chance), raced=True)
+            return Chosen(
+                frozen,
+                before + raced,
+                spent + one.seconds("tuned") * epoch / epochs,
+                model.p_within_tolerance(1 - seen.p_tuned_better),
+                raced=True,
+            )
     raise AssertionError("the last look ends the race")
 
 

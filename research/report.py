@@ -29,7 +29,7 @@ def fit(results: Path, rule: ChooseParams) -> None:
     for name, value in model.coefficients.items():
         print(f"  {value:+.3f}  {name}")
     print(
-        f"  {model.intercept:+.3f}  intercept; unexplained {model.deviation:.2f}; calibration {model.slant:.2f}, {model.offset:+.2f}; lag {model.lag}"
+        f"  {model.intercept:+.3f}  intercept; unexplained {model.deviation:.2f}; calibration {model.platt_slope:.2f}, {model.platt_intercept:+.2f}; remaining gain {model.remaining_gain}"
     )
 
 

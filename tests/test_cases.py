@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.decisions import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from tests.helpers.evidence import planted
 from tlpipeline.choice.cases import CASES, find
-from tlpipeline.choice.decision import Decision, Look, Race
+from tlpipeline.choice.decision import Decision, InterimResult, Race
 from tlpipeline.errors import ParamsError
 from tlpipeline.params import load
 from tlpipeline.training.override import unused_overrides
@@ -40,7 +40,10 @@ def test_a_decision_survives_json() -> None:
     decision = decide(planted(DIFFERENT_SMALL))
     assert Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
     race = Race(
-        (Look(2, 5, 100, 0.8, 0.82, 0.02, 0.6, 0.9, 0.01, 0.0), Look(5, 5, 100, 0.8, 0.9, 0.02, 0.99, 1.0, 0.1, 0.0)), "tuned", "ahead", 1e4
+        (InterimResult(2, 5, 100, 0.8, 0.82, 0.02, 0.6, 0.9, 0.01, 0.0), InterimResult(5, 5, 100, 0.8, 0.9, 0.02, 0.99, 1.0, 0.1, 0.0)),
+        "tuned",
+        "ahead",
+        1e4,
     )
     raced = replace(decision, race=race)
     assert Decision.from_json(json.loads(json.dumps(raced.to_json()))) == raced

@@ -16,7 +16,7 @@ from tlpipeline.choice import decide as choice
 from tlpipeline.choice import predictor, reasons
 from tlpipeline.choice.cases import CASES, find
 from tlpipeline.choice.decide import undecided
-from tlpipeline.choice.decision import Look, Race
+from tlpipeline.choice.decision import InterimResult, Race
 from tlpipeline.choice.policy import weigh
 from tlpipeline.choice.predictor import GainPredictor, load_predictor
 from tlpipeline.errors import BackboneError, ParamsError
@@ -396,7 +396,7 @@ def test_a_large_network_is_not_judged_by_a_line_through_two_small_ones() -> Non
     sure, unsure = (weigh(p, RULE, load_predictor()) for p in (near, far))
     assert abs(unsure.prediction.gain - sure.prediction.gain) < 0.03
     assert unsure.prediction.high - unsure.prediction.low > 1.5 * (sure.prediction.high - sure.prediction.low)
-    assert 0.2 < unsure.prediction.within < 0.8
+    assert 0.2 < unsure.prediction.p_frozen_within < 0.8
     assert decide(far, model=load_predictor()).race_wanted
     assert "parameters" in [figure.name for figure in decide(far, model=load_predictor()).outside]
 
@@ -407,8 +407,8 @@ def test_a_large_network_is_not_judged_by_a_line_through_two_small_ones() -> Non
 def test_where_nothing_is_at_stake_there_is_no_race_however_even_the_odds() -> None:
     """At 99 % fine-tuning may well win half a point more or not; neither choice can lose much."""
     models = [model(intercept=0.02 * i, deviation=0.15) for i in range(60)]
-    even = min(models, key=lambda m: abs(weigh(planted([0.6, 0.8, 0.99]), RULE, m).prediction.within - 0.55))
-    assert 0.5 < weigh(planted([0.6, 0.8, 0.99]), RULE, even).prediction.within < 0.75
+    even = min(models, key=lambda m: abs(weigh(planted([0.6, 0.8, 0.99]), RULE, m).prediction.p_frozen_within - 0.55))
+    assert 0.5 < weigh(planted([0.6, 0.8, 0.99]), RULE, even).prediction.p_frozen_within < 0.75
     decision = decide(planted([0.6, 0.8, 0.99]), model=even)
     assert not decision.race_wanted
     assert decision.no_race == "clear"
@@ -455,7 +455,7 @@ def test_a_forced_tap_is_held_to_its_own_probe() -> None:
 def test_after_a_race_the_regret_is_what_its_last_look_says() -> None:
     profile = planted(SIMILAR_LARGE)
     weighed = weigh(profile, RULE, MODEL)
-    race = Race((Look(20, 20, 400, 0.6, 0.9, 0.02, 0.99, 1.0, 0.3, 0.0123),), "tuned", "ahead", 1e4)
+    race = Race((InterimResult(20, 20, 400, 0.6, 0.9, 0.02, 0.99, 1.0, 0.3, 0.0123),), "tuned", "ahead", 1e4)
     decision = choice.decide(profile, weighed, True, race)
     assert decision.regret == 0.0123
     assert (decision.tuning.why, decision.tuning.counted, decision.tuning.exceeds) == ("race", pytest.approx(0.3 - 0.0123), True)

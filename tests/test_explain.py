@@ -15,7 +15,7 @@ import yaml
 from tests.helpers.workspaces import REPOSITORY
 from tlpipeline.choice import explain, reasons
 from tlpipeline.choice.cases import CASES, find
-from tlpipeline.choice.decision import Arm, CutGain, Decision, Look, OutOfRange, Race, TuningGain, Turning
+from tlpipeline.choice.decision import Arm, CutGain, Decision, InterimResult, OutOfRange, Race, TuningGain, Turning
 from tlpipeline.profiling.profile import Head, Probe, Profile
 from tlpipeline.report import page as report
 from tlpipeline.workspace import create, release
@@ -37,7 +37,7 @@ def profile(names: tuple[str, ...] = NAMES, accuracies: tuple[float, ...] = ACCU
         return Head(read, best, best - 0.03, best + 0.02, "ff", best)
 
     cut = head(names[2], names[1]) if len(names) > 2 else None
-    hunger = ((128, 0.876), (256, 0.913), (512, 0.934))
+    learning_curve = ((128, 0.876), (256, 0.913), (512, 0.934))
     return Profile(
         "net",
         "w",
@@ -53,7 +53,7 @@ def profile(names: tuple[str, ...] = NAMES, accuracies: tuple[float, ...] = ACCU
         130,
         7,
         0.31,
-        hunger,
+        learning_curve,
         taps,
         head(names[-1]),
         head(*names[-3:][::-1]),
@@ -109,8 +109,8 @@ def decision(case: str = "small_different", seen: Profile | None = None) -> Deci
 def raced(case: str = "large_different") -> Decision:
     """A decision after two looks of a race that fine-tuning won."""
     looks = (
-        Look(3, 9, 134, 0.8134, 0.8061, 0.0141, 0.31, 0.62, 0.01, 0.02),
-        Look(6, 9, 134, 0.8134, 0.9174, 0.0127, 0.97, 0.99, 0.03, 0.0),
+        InterimResult(3, 9, 134, 0.8134, 0.8061, 0.0141, 0.31, 0.62, 0.01, 0.02),
+        InterimResult(6, 9, 134, 0.8134, 0.9174, 0.0127, 0.97, 0.99, 0.03, 0.0),
     )
     return replace(
         decision(case),
@@ -135,7 +135,7 @@ def both(made: Decision, seen: Profile) -> list[str]:
 
 def test_a_cut_says_what_it_saves_and_what_the_head_reads() -> None:
     for words in both(decision(), profile()):
-        assert "small_different: cut behind conv3, the network stays frozen, a new head reads conv3 + conv2" in words
+        assert "small_different: cut after conv3, the network stays frozen, a new head reads conv3 + conv2" in words
         assert "The cut removes 40.0% of the 5,000 parameters and saves 40.0% of the operations" in words
 
 
@@ -180,7 +180,7 @@ def test_a_forced_cut_that_was_not_weighed_borrows_nobody_s_accuracy() -> None:
     made = replace(decision(), slice="conv2", readings=(profile().taps[1].reading,), forced=("choose.slice",))
     assert explain.chosen(made, profile()) is None
     for words in both(made, profile()):
-        assert "a cut behind conv2, is none of these: its accuracy was not measured" in words
+        assert "a cut after conv2, is none of these: its accuracy was not measured" in words
         assert "→ cut" not in words
 
 
@@ -201,17 +201,17 @@ def test_the_summary_the_changes_the_loss_and_the_warnings_are_those_of_the_deci
         (
             "small_similar",
             "Fine-tuning is expected to gain 0.2 points (-1.0 to +1.1), less than the tolerance of 0.5, so the network stays frozen. The best "
-            "earlier layer, conv3, reads the labels 0.4 points better than the last, fc2, which may be chance (p = 0.21), so all layers stay.",
+            "earlier layer, conv3, predicts the labels 0.4 points better than the last, fc2, which may be chance (p = 0.21), so all layers stay.",
         ),
         (
             "small_different",
             "Fine-tuning is expected to gain 0.2 points (-1.0 to +1.1), less than the tolerance of 0.5, so the network stays frozen. Cutting "
-            "behind conv3 gains 3.9 points against the last layer, fc2, more than the 1 point required, so the layers behind conv3 are cut off.",
+            "after conv3 gains 3.9 points against the last layer, fc2, more than the 1 point required, so the layers after conv3 are cut off.",
         ),
         (
             "large_similar",
             "Fine-tuning is expected to gain 2.1 points (0.9 to 3.0), more than the tolerance of 0.5, so the whole network is trained. The best "
-            "earlier layer, conv3, reads the labels 0.4 points better than the last, fc2 (0.2 corrected for taking the best of 4), less than "
+            "earlier layer, conv3, predicts the labels 0.4 points better than the last, fc2 (0.2 corrected for taking the best of 4), less than "
             "the 1 point required, so the data are like the source and the recipe is the gentle one.",
         ),
     ],
@@ -265,7 +265,7 @@ def test_a_race_is_told_look_by_look_with_its_cost() -> None:
     [
         ({}, "No. choose.effort is quick."),
         ({"race_wanted": True}, "Not yet: the choice is open, and `tlpipeline run` or `dvc repro choose`"),
-        ({"no_race": "few_judges"}, "No. 137 validation images are left to judge by, and it takes 100."),
+        ({"no_race": "few_judges"}, "No. 137 validation images are left to compare on, and it takes 100."),
         ({"no_race": "clear"}, "knowing the gain beforehand would be worth 0.0 points, with a tolerance of 0.5."),
     ],
 )
@@ -287,7 +287,7 @@ def test_what_else_was_measured_is_said_where_it_was_and_only_there() -> None:
     for words in both(decision(), profile()):
         assert "87.6% with 128 images, 91.3% with 256 images, 93.4% with 512 images. The last doubling gained +2.1 points" in words
         assert "Head similarity S = 0.31" in words
-    bare = replace(profile(), hunger=((40, 0.5),), head_similarity=None)
+    bare = replace(profile(), learning_curve=((40, 0.5),), head_similarity=None)
     for words in both(decision(), bare):
         for absent in ("Learning curve", "Head similarity", "What else"):
             assert absent not in words

@@ -111,7 +111,7 @@ def test_one_mad_row_does_not_move_the_fit() -> None:
 
 def test_few_data_sets_are_fitted_without_calibration() -> None:
     found = fit(observed(headroom, sets=2), penalty=0.1, tolerance=0.005)
-    assert (found.slant, found.offset, found.deviation) == (1.0, 0.0, 0.5)
+    assert (found.platt_slope, found.platt_intercept, found.deviation) == (1.0, 0.0, 0.5)
 
 
 def against(seen: Evidence, frozen: float) -> float:
@@ -124,14 +124,19 @@ def against(seen: Evidence, frozen: float) -> float:
 def test_no_fit_lets_more_images_speak_against_fine_tuning(truth: Callable[[Evidence, float], float]) -> None:
     found = fit(observed(truth, each=4), penalty=0.1, tolerance=0.005)
     assert all(found.coefficients[name] >= 0 for name in GROWING)
-    assert found.slant >= 0
+    assert found.platt_slope >= 0
     rising(found)
 
 
 def brier(found: GainPredictor, rows: list[Observed], tolerance: float = 0.005) -> float:
     """Mean squared error of P(the frozen head is within the tolerance)."""
     return float(
-        np.mean([(found.predict(r.evidence, r.frozen, tolerance).within - (r.tuned_test - r.frozen_test <= tolerance)) ** 2 for r in rows])
+        np.mean(
+            [
+                (found.predict(r.evidence, r.frozen, tolerance).p_frozen_within - (r.tuned_test - r.frozen_test <= tolerance)) ** 2
+                for r in rows
+            ]
+        )
     )
 
 
@@ -150,19 +155,19 @@ def test_calibration_finds_by_how_much_a_model_is_too_sure(too_sure: float) -> N
     rng = np.random.default_rng(0)
     raw = rng.uniform(-MOST, MOST, 1500)
     truth = rng.random(1500) < 1 / (1 + np.exp(-raw / too_sure - 0.5))
-    slant, offset = fitting._platt(raw, truth)
-    assert slant == pytest.approx(1 / too_sure, abs=0.15)
-    assert offset == pytest.approx(0.5, abs=0.2)
+    platt_slope, platt_intercept = fitting._platt(raw, truth)
+    assert platt_slope == pytest.approx(1 / too_sure, abs=0.15)
+    assert platt_intercept == pytest.approx(0.5, abs=0.2)
 
-    def error(slant: float, offset: float) -> float:
-        return float(((1 / (1 + np.exp(-slant * raw - offset)) - truth) ** 2).mean())
+    def error(platt_slope: float, platt_intercept: float) -> float:
+        return float(((1 / (1 + np.exp(-platt_slope * raw - platt_intercept)) - truth) ** 2).mean())
 
-    assert error(slant, offset) < error(1.0, 0.0)
+    assert error(platt_slope, platt_intercept) < error(1.0, 0.0)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_calibration_is_the_best_there_is_however_little_the_raw_chances_say(seed: int) -> None:
-    """The least of penalized log loss, found here by a general method; a slant of hundreds would make every chance 0 or 1."""
+    """The least of penalized log loss, found here by a general method; a platt_slope of hundreds would make every chance 0 or 1."""
     rng = np.random.default_rng(seed)
     raw = rng.uniform(-MOST, MOST, 60)
     truth = rng.random(60) < 1 / (1 + np.exp(-0.3 * raw - rng.normal()))
@@ -171,14 +176,14 @@ def test_calibration_is_the_best_there_is_however_little_the_raw_chances_say(see
         odds = at[0] * raw + at[1]
         return float((np.logaddexp(0, odds) - truth * odds).sum() + 0.5 * (at[0] - 1) ** 2 + 0.5 * at[1] ** 2)
 
-    slant, offset = minimize(loss, [1.0, 0.0]).x
-    assert fitting._platt(raw, truth) == (pytest.approx(slant, abs=0.01), pytest.approx(offset, abs=0.01))
+    platt_slope, platt_intercept = minimize(loss, [1.0, 0.0]).x
+    assert fitting._platt(raw, truth) == (pytest.approx(platt_slope, abs=0.01), pytest.approx(platt_intercept, abs=0.01))
 
 
 def test_two_rows_hardly_calibrate() -> None:
-    slant, offset = fitting._platt(np.array([1.0, -1.0]), np.array([True, False]))
-    assert 0.8 < slant < 1.6
-    assert abs(offset) < 0.01
+    platt_slope, platt_intercept = fitting._platt(np.array([1.0, -1.0]), np.array([True, False]))
+    assert 0.8 < platt_slope < 1.6
+    assert abs(platt_intercept) < 0.01
 
 
 def test_chances_that_point_the_wrong_way_are_worth_nothing_and_not_turned_round() -> None:
@@ -189,21 +194,21 @@ def test_chances_that_point_the_wrong_way_are_worth_nothing_and_not_turned_round
 def test_calibration_tames_a_model_that_is_too_sure() -> None:
     found = fit(unruly(10), penalty=0.01, tolerance=0.005)
     fresh = unruly(11) + unruly(12)
-    assert found.slant < 0.8
-    assert brier(found, fresh) < brier(replace(found, slant=1.0, offset=0.0), fresh) - 0.005
+    assert found.platt_slope < 0.8
+    assert brier(found, fresh) < brier(replace(found, platt_slope=1.0, platt_intercept=0.0), fresh) - 0.005
 
 
 def test_calibration_leaves_a_model_alone_that_knows_how_sure_it_is() -> None:
     found = fit(observed(headroom, noise=0.4), penalty=0.01, tolerance=0.005)
     fresh = observed(headroom, noise=0.4, seed=1)
-    assert brier(found, fresh) <= brier(replace(found, slant=1.0, offset=0.0), fresh) + 0.005
+    assert brier(found, fresh) <= brier(replace(found, platt_slope=1.0, platt_intercept=0.0), fresh) + 0.005
     assert brier(found, fresh) < 0.2
 
 
 def test_the_calibrated_chance_is_the_share_that_comes_true() -> None:
     found = fit(unruly(10), penalty=0.01, tolerance=0.005)
     fresh = unruly(11) + unruly(12)
-    within = np.array([found.predict(r.evidence, r.frozen, 0.005).within for r in fresh])
+    within = np.array([found.predict(r.evidence, r.frozen, 0.005).p_frozen_within for r in fresh])
     true = np.array([r.tuned_test - r.frozen_test <= 0.005 for r in fresh])
     for part in (within < 0.5, within >= 0.5):
         assert part.sum() > 30
@@ -216,14 +221,14 @@ def test_the_lag_is_measured_as_a_share_of_the_frozen_errors() -> None:
         for r in observed(headroom)
     ]
     found = fit(rows, penalty=0.01, tolerance=0.005)
-    for (behind, spread), wanted in zip(found.lag, (0.6, 0.1, 0.0), strict=True):
+    for (behind, spread), wanted in zip(found.remaining_gain, (0.6, 0.1, 0.0), strict=True):
         assert behind == pytest.approx(wanted, abs=0.001)
         assert spread == pytest.approx(0, abs=0.001)
     # The frozen head is solved once more with validation: what a look sees of it is too low by what that brings.
     again = fit([replace(r, validated=r.frozen - 0.05 * (1 - r.frozen)) for r in rows], penalty=0.01, tolerance=0.005)
-    assert [behind for behind, _ in again.lag] == [pytest.approx(wanted, abs=0.001) for wanted in (0.55, 0.05, -0.05)]
+    assert [behind for behind, _ in again.remaining_gain] == [pytest.approx(wanted, abs=0.001) for wanted in (0.55, 0.05, -0.05)]
     # Validations too small to tell say nothing.
-    assert fit([replace(r, validation=59) for r in rows], penalty=0.01, tolerance=0.005).lag == NEUTRAL.lag
+    assert fit([replace(r, validation=59) for r in rows], penalty=0.01, tolerance=0.005).remaining_gain == NEUTRAL.remaining_gain
 
 
 def test_what_the_heads_win_is_recovered() -> None:
@@ -239,11 +244,11 @@ def test_what_the_prediction_is_surer_of_is_likelier_to_have_been_right_and_it_i
     rng = np.random.default_rng(3)
     honest, blind = (fit(observed(truth, noise=0.2), penalty=0.1, tolerance=0.005) for truth in (headroom, lambda *_: rng.normal(0, 1.5)))
     for found in (honest, blind, load_predictor()):
-        told = [found.settled(own) for own in (0.5, 0.7, 0.9, 0.99)]
+        told = [found.p_within_tolerance(own) for own in (0.5, 0.7, 0.9, 0.99)]
         assert told == sorted(told)
         assert all(0 < p < 1 for p in told)
-    assert honest.settled(0.99) > 0.95
-    assert blind.settled(0.99) < honest.settled(0.99)
+    assert honest.p_within_tolerance(0.99) > 0.95
+    assert blind.p_within_tolerance(0.99) < honest.p_within_tolerance(0.99)
 
 
 def test_the_deviation_is_not_that_of_the_rows_that_were_fitted() -> None:
@@ -255,13 +260,13 @@ def test_the_deviation_is_not_that_of_the_rows_that_were_fitted() -> None:
 def test_calibration_asks_models_that_have_not_seen_the_data_set() -> None:
     """Of their own rows figures as many as rows know everything, of other data sets nothing."""
     rows = observed(lambda seen, frozen: 0.0, sets=6, each=2, noise=1.0)
-    assert fit(rows, penalty=1e-4, tolerance=0.005).slant < 0.9
+    assert fit(rows, penalty=1e-4, tolerance=0.005).platt_slope < 0.9
 
 
 def test_what_is_settled_goes_by_the_tolerance() -> None:
     rows = observed(lambda seen, frozen: 1.0)
     near = [replace(r, best_test=r.tuned_test + 0.003) for r in rows]
-    assert fit(near, penalty=0.1, tolerance=0.005).settled(0.9) > 0.9
+    assert fit(near, penalty=0.1, tolerance=0.005).p_within_tolerance(0.9) > 0.9
 
 
 def test_the_spread_of_the_lag_is_fine_tuning_s_own_and_not_that_of_the_judges() -> None:
@@ -274,7 +279,7 @@ def test_the_spread_of_the_lag_is_fine_tuning_s_own_and_not_that_of_the_judges()
         )
         for r in observed(headroom)
     ]
-    assert [spread for _, spread in fit(rows, penalty=0.01, tolerance=0.005).lag] == pytest.approx([0, 0, 0], abs=1e-3)
+    assert [spread for _, spread in fit(rows, penalty=0.01, tolerance=0.005).remaining_gain] == pytest.approx([0, 0, 0], abs=1e-3)
 
 
 def test_beyond_the_points_of_the_fit_the_line_ends_and_less_is_known() -> None:

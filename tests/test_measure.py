@@ -113,9 +113,9 @@ def test_file_names_class_names_and_order_do_not_matter(tmp_path: Path) -> None:
 def test_class_names_do_not_matter_to_the_learning_curve(tmp_path: Path) -> None:
     """The slope of the curve is a figure of the prediction: a decision must not turn on what the folders are called."""
     folder = write(tmp_path, [(f"class{i % 3}", scene(i) + 5 * texture(i % 3)) for i in range(150)])
-    before = measured(folder).hunger
+    before = measured(folder).learning_curve
     renamed(folder)
-    assert measured(folder).hunger == before
+    assert measured(folder).learning_curve == before
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.profiling import ntk
-from tlpipeline.profiling.ntk import Sketcher, tangent_kernel
+from tlpipeline.profiling.ntk import GradientSketcher, tangent_kernel
 from tlpipeline.profiling.probes import guesses, leave_one_out, one_hot
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def images(count: int, size: int = 10, seed: int = 1) -> Tensor:
 
 
 def kernel(net: nn.Module, x: Tensor, seed: int = 0, batch: int = 4) -> np.ndarray:
-    sketcher = Sketcher(net, CPU, seed)
+    sketcher = GradientSketcher(net, CPU, seed)
     return tangent_kernel(torch.cat([sketcher.sketch(part) for part in x.split(batch)]))
 
 
@@ -133,5 +133,5 @@ def test_where_weights_share_a_bucket_their_gradients_cancel_instead_of_adding_u
     x[0, :2048], x[1, 2048:] = 1.0, 1.0
     net = Wide()
     net.only.bias.requires_grad_(False)
-    one, other = Sketcher(net, torch.device("cpu"), 0).sketch(x)
+    one, other = GradientSketcher(net, torch.device("cpu"), 0).sketch(x)
     assert abs(float(one @ other)) < 0.5

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.decisions import MODEL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from tests.helpers.evidence import model, planted
 from tlpipeline.choice import policy, reasons
-from tlpipeline.choice.decision import Look
+from tlpipeline.choice.decision import InterimResult
 from tlpipeline.choice.policy import ALPHA_SPENDING, DecisionPolicy, interim_analysis, interim_epochs, stopping_rule, turning_point, weigh
 
 
@@ -37,7 +37,7 @@ def test_where_images_do_not_count_no_number_of_them_turns_the_choice() -> None:
 @pytest.mark.parametrize("intercept", [-1.0, -0.5, 0.5, 1.0])
 def test_what_a_race_sees_overrules_a_prediction_however_sure_it_was(intercept: float) -> None:
     """Thirty points ahead on 400 judging images is no accident."""
-    sure = replace(RACED, model=replace(model(intercept=intercept, deviation=0.25), lag=LAG))
+    sure = replace(RACED, model=replace(model(intercept=intercept, deviation=0.25), remaining_gain=LAG))
     ahead, behind = interim_analysis(sure, 2, 9, 9, *judged(10, 130)), interim_analysis(sure, 2, 9, 9, *judged(130, 10))
     assert stopping_rule(sure, 2, ahead)[0] == "tuned"
     assert stopping_rule(sure, 2, behind)[0] == "frozen"
@@ -59,7 +59,9 @@ def test_a_frozen_head_that_still_learns_goes_on_learning_with_more_images() -> 
 LAG = ((0.5, 0.1), (0.2, 0.05), (0.0, 0.02))
 
 
-RACED = DecisionPolicy(weigh(planted([0.5, 0.6, 0.8]), RULE, MODEL).evidence, RULE, replace(model(intercept=0.05, deviation=0.4), lag=LAG))
+RACED = DecisionPolicy(
+    weigh(planted([0.5, 0.6, 0.8]), RULE, MODEL).evidence, RULE, replace(model(intercept=0.05, deviation=0.4), remaining_gain=LAG)
+)
 
 
 def judged(frozen_only: int, tuned_only: int, images: int = 400, both: float = 0.7) -> tuple[np.ndarray, np.ndarray]:
@@ -101,18 +103,18 @@ def test_a_clear_winner_ends_the_race_early_either_way(part: int) -> None:
 
 def test_a_close_race_goes_on_until_the_last_look() -> None:
     for part in (0, 1):
-        assert stopping_rule(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0)) == ("", "")
-    assert stopping_rule(RACED, 2, Look(3, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
+        assert stopping_rule(RACED, part, InterimResult(1, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0)) == ("", "")
+    assert stopping_rule(RACED, 2, InterimResult(3, 3, 100, 0.8, 0.8, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
 
 
 def test_undecided_at_the_end_the_cheaper_arm_wins_unless_the_expected_gain_exceeds_the_tolerance() -> None:
     for difference, winner in ((-0.02, "frozen"), (0.0, "frozen"), (0.03, "tuned")):
-        won, why = stopping_rule(RACED, 2, Look(3, 3, 100, 0.8, 0.8 + difference, 0.02, 0.5, 0.5, 0.0, 0.0))
+        won, why = stopping_rule(RACED, 2, InterimResult(3, 3, 100, 0.8, 0.8 + difference, 0.02, 0.5, 0.5, 0.0, 0.0))
         assert won == winner
         assert why == "expected"
     # A tolerance of five points makes the same difference too small.
     lenient = replace(RACED, rule=replace(RULE, tolerance=5.0))
-    assert stopping_rule(lenient, 2, Look(3, 3, 100, 0.8, 0.83, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
+    assert stopping_rule(lenient, 2, InterimResult(3, 3, 100, 0.8, 0.83, 0.02, 0.5, 0.5, 0.0, 0.0))[0] == "frozen"
 
 
 def test_the_looks_spend_alpha_and_no_more() -> None:
@@ -123,7 +125,7 @@ def test_the_looks_spend_alpha_and_no_more() -> None:
         errors = [
             e
             for e in np.arange(0.0005, 0.2, 0.0005)
-            if "ahead" in stopping_rule(RACED, part, Look(1, 3, 100, 0.8, 0.8, 0.02, 1 - e, 1, 0.0, 0.0))[1]
+            if "ahead" in stopping_rule(RACED, part, InterimResult(1, 3, 100, 0.8, 0.8, 0.02, 1 - e, 1, 0.0, 0.0))[1]
         ]
         spent += max(errors)
     assert 0.09 < spent <= RULE.alpha + 1e-9
@@ -131,8 +133,8 @@ def test_the_looks_spend_alpha_and_no_more() -> None:
 
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_look_moves_towards_what_was_measured_and_tightens_with_the_error(part: int) -> None:
-    behind = RACED.model.lag[part][0] * (1 - RACED.frozen)
-    sharp = replace(RACED, model=replace(RACED.model, lag=((RACED.model.lag[part][0], 0.01),) * 3))
+    behind = RACED.model.remaining_gain[part][0] * (1 - RACED.frozen)
+    sharp = replace(RACED, model=replace(RACED.model, remaining_gain=((RACED.model.remaining_gain[part][0], 0.01),) * 3))
 
     def told(difference: float, error: float) -> tuple[float, float]:
         weights = sharp.posterior(part, difference, error)
@@ -157,37 +159,37 @@ def test_a_few_images_leave_the_chance_where_the_prediction_had_it(images: int) 
         for tuned in (0, 1):
             seen = interim_analysis(RACED, 2, 3, 3, np.full(images, bool(frozen)), np.full(images, bool(tuned)))
             if frozen == tuned:
-                assert seen.chance == pytest.approx(prior, abs=0.1)
+                assert seen.p_tuned_better == pytest.approx(prior, abs=0.1)
             assert stopping_rule(RACED, 0, seen)[0] == "" or images == 4
 
 
 def test_the_better_the_measured_the_likelier_the_win_however_far_from_the_prediction() -> None:
     """Fine-tuning that fell apart must lose, most of all where nobody expected it."""
-    confident = replace(RACED, model=replace(model(intercept=0.3, deviation=0.2), lag=LAG))
+    confident = replace(RACED, model=replace(model(intercept=0.3, deviation=0.2), remaining_gain=LAG))
     looks = [
         interim_analysis(confident, 2, 3, 3, *judged(max(-d, 0), max(d, 0), both=0.1))
         for d in (-320, -240, -160, -80, -20, 0, 20, 60, 160, 320)
     ]
-    assert [seen.chance for seen in looks] == sorted(seen.chance for seen in looks)
+    assert [seen.p_tuned_better for seen in looks] == sorted(seen.p_tuned_better for seen in looks)
     assert stopping_rule(confident, 2, looks[0])[0] == "frozen"
     assert stopping_rule(confident, 2, looks[-1])[0] == "tuned"
 
 
 def test_fine_tuning_is_given_its_lag_at_an_early_look() -> None:
     """At a third of its schedule fine-tuning still has to come; the same difference at the end is final."""
-    early, late = (interim_analysis(RACED, part, 1, 3, *judged(16, 8)).chance for part in (0, 2))
+    early, late = (interim_analysis(RACED, part, 1, 3, *judged(16, 8)).p_tuned_better for part in (0, 2))
     assert early > late
 
 
 def simulated(gain: float, runs: int = 400, images: int = 300, seed: int = 0) -> list[tuple[int, str]]:
     """Races in which fine-tuning ends so much better, lagging behind as the model says: (look, winner) where they ended."""
-    fair = replace(RACED, model=replace(model(deviation=0.25), lag=LAG))
+    fair = replace(RACED, model=replace(model(deviation=0.25), remaining_gain=LAG))
     rng = np.random.default_rng(seed)
     ended = []
     for _ in range(runs):
         u = rng.random(images)
         for part in range(3):
-            behind, spread = fair.model.lag[part]
+            behind, spread = fair.model.remaining_gain[part]
             ahead = gain - (behind + spread * rng.normal()) * (1 - fair.frozen)
             tuned_only, frozen_only = 0.03 + max(ahead, 0), 0.03 + max(-ahead, 0)
             frozen = u < fair.frozen
@@ -219,7 +221,7 @@ def test_the_less_a_look_foretells_the_end_the_less_it_moves_the_prediction() ->
     prior = float(RACED.gains.mean())
     moved = []
     for spread in (0.01, 1.0):
-        vague = replace(RACED, model=replace(RACED.model, lag=((0.0, spread),) * 3))
+        vague = replace(RACED, model=replace(RACED.model, remaining_gain=((0.0, spread),) * 3))
         moved.append(abs(float(vague.posterior(0, 0.12, 0.005) @ vague.gains) - prior))
     assert moved[1] < moved[0] / 2
 
@@ -236,5 +238,5 @@ def test_the_regrets_of_a_look_are_those_of_the_arm_that_they_are_named_after() 
     ahead, behind = interim_analysis(RACED, 2, 20, 20, *judged(8, 60)), interim_analysis(RACED, 2, 20, 20, *judged(60, 8))
     assert ahead.frozen_regret > 0.05 > 0.001 >= ahead.tuned_regret
     assert behind.tuned_regret > 0.05 > 0.001 >= behind.frozen_regret
-    assert ahead.safe > 0.99
-    assert behind.safe < 0.01
+    assert ahead.p_tuned_within > 0.99
+    assert behind.p_tuned_within < 0.01

@@ -77,7 +77,7 @@ def test_the_regrets_of_the_two_arms_differ_by_the_expected_gain() -> None:
 
 
 def test_a_larger_tolerance_makes_the_frozen_head_safer() -> None:
-    chances = [model(intercept=0.2).predict(SEEN, 0.8, tolerance).within for tolerance in (0, 0.005, 0.02, 0.1)]
+    chances = [model(intercept=0.2).predict(SEEN, 0.8, tolerance).p_frozen_within for tolerance in (0, 0.005, 0.02, 0.1)]
     assert chances == sorted(chances)
     assert chances[0] < 0.5 < chances[-1]
 
@@ -107,7 +107,7 @@ def test_who_knows_nothing_expects_nothing_either_way() -> None:
     seen = NEUTRAL.predict(SEEN, 0.5, 0.0)
     assert seen.gain == pytest.approx(0, abs=1e-6)
     assert seen.low < -0.1 < 0.1 < seen.high
-    assert seen.within == pytest.approx(0.5, abs=0.01)
+    assert seen.p_frozen_within == pytest.approx(0.5, abs=0.01)
 
 
 # --- with more images ----------------------------------------------------------------------------------------------------------------
@@ -140,10 +140,10 @@ def test_the_shipped_model_knows_the_figures_and_nothing_else() -> None:
     assert all(v > 0 for v in found.spread.values())
     assert all(found.lowest[name] <= found.highest[name] for name in NAMES)
     assert found.deviation > 0
-    assert found.slant >= 0
-    assert all(math.isfinite(v) for v in (found.intercept, found.deviation, found.slant, found.offset))
-    assert len(found.lag) == 3
-    assert all(spread >= 0 for _, spread in found.lag)
+    assert found.platt_slope >= 0
+    assert all(math.isfinite(v) for v in (found.intercept, found.deviation, found.platt_slope, found.platt_intercept))
+    assert len(found.remaining_gain) == 3
+    assert all(spread >= 0 for _, spread in found.remaining_gain)
     assert found.rows >= len(found.data) > 0
     assert all(found.coefficients[name] >= 0 for name in GROWING)
 

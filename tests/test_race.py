@@ -38,10 +38,10 @@ EPOCHS = 4
 
 def sure(shift: float) -> GainPredictor:
     """A prediction that knows beforehand how fine-tuning ends, so that the pictures' own noise decides nothing."""
-    return dataclasses.replace(predictor.NEUTRAL, intercept=shift, deviation=0.05, lag=((0.0, 0.01),) * 3)
+    return dataclasses.replace(predictor.NEUTRAL, intercept=shift, deviation=0.05, remaining_gain=((0.0, 0.01),) * 3)
 
 
-OPEN = dataclasses.replace(predictor.NEUTRAL, lag=((0.0, 0.01),) * 3)
+OPEN = dataclasses.replace(predictor.NEUTRAL, remaining_gain=((0.0, 0.01),) * 3)
 
 
 @dataclasses.dataclass

@@ -562,7 +562,7 @@ def test_a_time_budget_ends_the_features_of_a_frozen_case(job: Make, tmp_path: P
     first, second, third = finished_state(tmp_path / "run")["remarks"]
     assert re.fullmatch(r"train\.budget_minutes ended the features after 8 of \d+ validation images", first)
     assert re.fullmatch(r"train\.budget_minutes ended the features after 8 of \d+ training images", second)
-    assert third.endswith("it may lie short of its optimum, and it was not solved once more with the validation images")
+    assert third.endswith("it may not have reached its optimum, and it was not solved once more with the validation images")
 
 
 # --- no validation ----------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ Points = Annotated[StrictFloat, Field(ge=0, le=100)]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
-    """What a reader is told about a setting.
+    """The description of a setting.
 
     Attributes:
         text: what it does, with its unit.
@@ -394,7 +394,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
-# --- what a reader is told ------------------------------------------------------------------------------------------------------------
+# --- descriptions ---------------------------------------------------------------------------------------------------------------------
 
 
 def sections() -> dict[str, type]:
@@ -404,12 +404,12 @@ def sections() -> dict[str, type]:
 
 def settings(section: type) -> dict[str, Setting]:
     """Return the settings of a section of `Params` by name, each with what it allows in plain words."""
-    found = {}
+    described = {}
     for name, hint in typing.get_type_hints(section, include_extras=True).items():
         inner, *metadata = typing.get_args(hint)
         setting = next(m for m in metadata if isinstance(m, Setting))
-        found[name] = dataclasses.replace(setting, allowed=setting.allowed or _allowed(inner, metadata))
-    return found
+        described[name] = dataclasses.replace(setting, allowed=setting.allowed or _allowed(inner, metadata))
+    return described
 
 
 def _allowed(hint: Any, metadata: list[Any]) -> str:

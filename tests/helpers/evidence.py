@@ -40,7 +40,9 @@ SEEN = Evidence(
 NAMES = tuple(figures(SEEN, 0.9))
 
 
-def model(intercept: float = 0.0, deviation: float = 0.3, slant: float = 1.0, offset: float = 0.0, **coefficients: float) -> GainPredictor:
+def model(
+    intercept: float = 0.0, deviation: float = 0.3, platt_slope: float = 1.0, platt_intercept: float = 0.0, **coefficients: float
+) -> GainPredictor:
     """An outlook of one's own. Keywords are figures with underscores: their effect on the log odds, from the figures of SEEN at 90 %."""
     by_name = {name.replace(" ", "_"): name for name in NAMES}
     wide = {name: 10.0 for name in NAMES}
@@ -51,8 +53,8 @@ def model(intercept: float = 0.0, deviation: float = 0.3, slant: float = 1.0, of
         coefficients={name: 0.0 for name in NAMES} | {by_name[key]: value for key, value in coefficients.items()},
         intercept=intercept,
         deviation=deviation,
-        slant=slant,
-        offset=offset,
+        platt_slope=platt_slope,
+        platt_intercept=platt_intercept,
         lowest={name: -high for name, high in wide.items()},
         highest=wide,
         rows=100,
@@ -67,7 +69,7 @@ def rising(found: GainPredictor) -> None:
         seen = replace(SEEN, classes=classes, head_similarity=similarity, gain=gain, parameters=parameters)
         told = [found.predict(replace(seen, images=n), frozen, tolerance) for n in (20, 60, 300, 1000, 5000, 40_000, 300_000)]
         for fewer, more in pairwise(told):
-            assert 1 - more.within >= 1 - fewer.within - 1e-12
+            assert 1 - more.p_frozen_within >= 1 - fewer.p_frozen_within - 1e-12
             assert more.gain >= fewer.gain - 1e-12
 
 
@@ -104,7 +106,7 @@ def from_bits(correct: np.ndarray, last_held_out: float = 0.8, multi: np.ndarray
         held_out=100,
         probed=10,
         head_similarity=0.3,
-        hunger=((m, float(correct[:, -1].mean())),),
+        learning_curve=((m, float(correct[:, -1].mean())),),
         taps=taps,
         last=head_of(names[-1:], correct[:, -1], last_held_out),
         multi=head_of(names[-1:], correct[:, -1], last_held_out) if multi is None else head_of(names[:-4:-1], multi, 0.95),

@@ -18,7 +18,7 @@ class Case:
     """A row: which data it is for, and what is done with the pretrained network.
 
     Attributes:
-        keep: end (only the old head goes) or slice (the layers behind the slice point go too).
+        keep: end (only the old head goes) or slice (the layers after the slice point go, too).
         freeze: kept (all that is kept) or nothing.
         init: pretrained (the head is solved on frozen features first, then everything is trained: LP-FT), plain (the same from a head of
             zeros), random, or auto (pretrained; random where fine-tuning does not beat the frozen probe on validation).

@@ -1,8 +1,8 @@
 """The choice: which case applies and where the network is cut, by the evidence of a profile.
 
-Two comparisons decide. Fine-tuning has to gain more than `choose.tolerance` over the best frozen head (size), and cutting layers off has to gain
-more than `choose.gain` over the last tap (similarity). What is measured is cheap (probes), what is predicted is cheaper (predictor.py), and where
-the prediction leaves it open both ways are trained and compared (race.py).
+Two comparisons decide. Fine-tuning has to gain more than `choose.tolerance` over the best frozen head (size). Cutting layers off has to gain more
+than `choose.gain` over the last tap (similarity). Probes measure the frozen heads, and predictor.py predicts the gain of fine-tuning. Where the
+prediction leaves the choice open, race.py trains both ways and compares them.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from tlpipeline.profiling.profile import Probe, Profile, SliceTest, slice_test
 
 
 def undecided(profile: Profile, rule: ChooseParams) -> bool:
-    """Say whether a larger sample could still change the choice: the slice test is close, or the best head is near where the choice turns."""
+    """Return whether a larger sample could still change the choice: the slice test is close, or the best head is near the turning point."""
     test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
     close = rule.alpha / 4 < test.significance < 3 * rule.alpha and test.gain >= rule.gain / 200
     best = max(profile.heads, key=lambda head: head.accuracy)
@@ -34,22 +34,22 @@ def choose(profile: Profile, rule: ChooseParams) -> Decision:
 
 
 def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | None = None) -> Decision:
-    """Return the decision for a data set that is large (fine-tuning pays) or not; after a race, with what it found."""
+    """Return the decision for a data set that is large (fine-tuning pays) or not; after a race, with its result."""
     rule = weighed.rule
     test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
     wanted = forced_tap(profile, rule.slice) if rule.slice != AUTO else None
     tuning, cutting = tuning_gain(weighed, large, race), cut_gain(weighed, test, large)
     case = case_of(tuning, cutting) if rule.case == AUTO else find(rule.case)
     if wanted and rule.case == AUTO:
-        # Who forces a slice wants a case that slices, where there is one for this size of data.
+        # A forced slice needs a case that slices, if there is one for this size of data.
         case = next((c for c in CASES if c.size == case.size and c.keep == "slice"), case)
     asked = ("case", "slice") if case.keep == "slice" else ("case",)
     head = "cut" if case.keep == "slice" else "multi" if case.freeze == "kept" and weighed.head == "multi" else "last"
-    # Where the evidence asks for no slice but the user does: the best earlier tap there is.
+    # If the user forces a slice that the evidence does not support: the best earlier tap, or the one before the last.
     last = profile.taps[-1].name
     at = (wanted or test.tap or profile.taps[max(0, len(profile.taps) - 2)].name) if head == "cut" else last
     kept = next(t for t in profile.taps if t.name == at)
-    regret, within = _standing(profile, weighed, race, head if case.freeze == "kept" else "", kept)
+    regret, p_within = _regret_of(profile, weighed, race, head if case.freeze == "kept" else "", kept)
     return Decision(
         case=case.name,
         slice=at,
@@ -63,7 +63,7 @@ def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | 
         cutting=cutting,
         arms=arms_of(profile, weighed),
         regret=regret,
-        p_within_tolerance=within,
+        p_within_tolerance=p_within,
         race=race,
         race_wanted=race is None and not weighed.no_race,
         no_race="" if race else weighed.no_race,
@@ -85,21 +85,21 @@ def case_of(tuning: TuningGain, cutting: CutGain) -> Case:
 
 
 def tuning_gain(weighed: DecisionPolicy, large: bool, race: Race | None) -> TuningGain:
-    """Return what fine-tuning is expected to gain, beside the tolerance: predicted, or after a race what is left of the prediction."""
-    seen = weighed.prediction
-    counted, why = seen.gain, "prediction"
+    """Return the comparison of fine-tuning's gain with the tolerance: the predicted gain, or the expected gain after a race."""
+    prediction = weighed.prediction
+    counted, why = prediction.gain, "prediction"
     if race is not None:
         why = "race"
         if race.looks:
             counted = race.looks[-1].frozen_regret - race.looks[-1].tuned_regret
     elif not has_signal(weighed.evidence):
-        counted, why = min(seen.gain, 0.0), "no_signal"
-    gain, low, high, counted = (round(float(value), 6) for value in (seen.gain, seen.low, seen.high, counted))
+        counted, why = min(prediction.gain, 0.0), "no_signal"
+    gain, low, high, counted = (round(float(value), 6) for value in (prediction.gain, prediction.low, prediction.high, counted))
     return TuningGain(gain, low, high, counted, weighed.tolerance, large, why)
 
 
 def cut_gain(weighed: DecisionPolicy, test: SliceTest, large: bool) -> CutGain:
-    """Return what cutting is expected to gain, beside choose.gain.
+    """Return the comparison of the gain of cutting with choose.gain.
 
     A frozen network is cut only where the gain is significant, confirmed, and no head on several taps makes up for it. Where everything is
     trained nothing is cut; the gain, corrected for taking the best of several taps, then says only whether the data are different.
@@ -139,7 +139,7 @@ def weak_evidence(profile: Profile, weighed: DecisionPolicy) -> tuple[str, ...]:
 
 
 def forced_tap(profile: Profile, wanted: str) -> str:
-    """Return the tap that `choose.slice` means: a tap, or the last one of a stage.
+    """Return the tap that `choose.slice` names: a tap, or the last tap of a stage of blocks.
 
     Raises:
         BackboneError: there is no such tap.
@@ -153,7 +153,7 @@ def forced_tap(profile: Profile, wanted: str) -> str:
 
 def arms_of(profile: Profile, weighed: DecisionPolicy) -> tuple[Arm, ...]:
     """Return the ways to train, with their expected accuracy and cost."""
-    seen = weighed.prediction
+    prediction = weighed.prediction
     every = profile.images + 2 * profile.validation
     ops = {t.name: t.forward_ops / max(profile.forward_ops, 1) for t in profile.taps}
     frozen = [
@@ -164,25 +164,28 @@ def arms_of(profile: Profile, weighed: DecisionPolicy) -> tuple[Arm, ...]:
     start = weighed.frozen
     recipe = find("large_similar").recipe
     cost = (1 + recipe.refit_head) * every + recipe.epochs(profile.images) * (3 * profile.images + 2 * profile.validation)
-    accuracy, low, high = (round(float(np.clip(start + gain, 0, 1)), 4) for gain in (seen.gain, seen.low, seen.high))
+    accuracy, low, high = (round(float(np.clip(start + gain, 0, 1)), 4) for gain in (prediction.gain, prediction.low, prediction.high))
     return (*frozen, Arm("tuned", accuracy, low, high, float(cost)))
 
 
-def _standing(profile: Profile, weighed: DecisionPolicy, race: Race | None, head: str, kept: Probe) -> tuple[float, float]:
-    """Return the expected regret of what was decided, and P(it is not worse than the best by more than the tolerance).
+def _regret_of(profile: Profile, weighed: DecisionPolicy, race: Race | None, head: str, kept: Probe) -> tuple[float, float]:
+    """Return the expected regret of the choice, and the probability that it is at most the tolerance worse than the best.
 
     Args:
         head: last, cut or multi; "" for fine-tuning.
         kept: the last tap that is kept.
     """
     last = race.looks[-1] if race is not None and race.looks else None
-    seen, gains, tolerance = weighed.prediction, weighed.gains, weighed.tolerance
+    gains, tolerance = weighed.gains, weighed.tolerance
     own = profile.head(head).accuracy if head else weighed.frozen
     if head == "cut" and profile.cut is not None and profile.cut.taps[0] != kept.name:
-        own = kept.accuracy  # a tap that the user chose: its own probe is what was measured of it
+        own = kept.accuracy  # the user chose this tap; only its own probe was measured
     if head and own != weighed.frozen:  # forced: what the user chose against what would have been chosen
         lost = np.maximum(gains, 0.0) + weighed.frozen - own
         return round(float(lost.clip(min=0).mean()), 4), round(float((lost <= tolerance).mean()), 4)
-    told = seen if last is None else last
-    within = weighed.settled(tuned=not head) if last is None else weighed.model.settled(1 - last.chance if head else last.safe)
-    return round(told.frozen_regret if head else told.tuned_regret, 4), round(within, 4)
+    regrets = weighed.prediction if last is None else last
+    if last is None:
+        p_within = weighed.p_within_tolerance(tuned=not head)
+    else:
+        p_within = weighed.model.p_within_tolerance(1 - last.p_tuned_better if head else last.p_tuned_within)
+    return round(regrets.frozen_regret if head else regrets.tuned_regret, 4), round(p_within, 4)

@@ -12,10 +12,10 @@ from tlpipeline.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train that was weighed.
+    """A way to train that was considered.
 
     Attributes:
-        name: frozen (the head reads the last tap), cut (the layers behind the slice point are gone), multi (several taps, nothing cut off)
+        name: frozen (the head reads the last tap), cut (the layers after the slice point are gone), multi (several taps, nothing cut off)
             or tuned (fine-tuning).
         accuracy, low, high: expected on new images (0 to 1): measured by probes for the first three, predicted for tuned (80 % interval).
         cost: of one training run, in forward passes of one image through the whole network; a backward pass counts two.
@@ -29,14 +29,14 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Look:
-    """An interim analysis of the race.
+class InterimResult:
+    """The result of an interim analysis of the race.
 
     Attributes:
         epoch: of fine-tuning, of so many; images: of the judging half of validation.
         frozen, tuned: accuracy there; error: paired standard error of their difference.
-        chance: probability that fine-tuning ends better by more than the tolerance, the prediction included; safe: that it does not end
-            worse by more than the tolerance.
+        p_tuned_better: probability, given the prediction and this analysis, that fine-tuning ends better by more than the tolerance.
+        p_tuned_within: probability that it does not end worse by more than the tolerance.
         frozen_regret, tuned_regret: expected loss of choosing either; their difference is the expected gain of fine-tuning.
     """
 
@@ -46,8 +46,8 @@ class Look:
     frozen: float
     tuned: float
     error: float
-    chance: float
-    safe: float
+    p_tuned_better: float
+    p_tuned_within: float
     frozen_regret: float
     tuned_regret: float
 
@@ -64,7 +64,7 @@ class Race:
         cost: forward passes of one image.
     """
 
-    looks: tuple[Look, ...]
+    looks: tuple[InterimResult, ...]
     winner: str
     ended: str
     cost: float
@@ -148,7 +148,7 @@ class Decision:
 
     Attributes:
         case: name of the row.
-        slice: the tap behind which the network is cut (the last tap where nothing is cut off).
+        slice: the tap after which the network is cut (the last tap where nothing is cut off).
         head: last, cut or multi: which of the heads is trained; last where everything is.
         readings: what a head could read, deepest tap first (see `read`).
         size: input side in pixels.
@@ -228,7 +228,7 @@ class Decision:
             "tuning": TuningGain(**content["tuning"]),
             "cutting": CutGain(**content["cutting"]),
             "arms": tuple(Arm(**arm) for arm in content["arms"]),
-            "race": None if race is None else Race(**race | {"looks": tuple(Look(**look) for look in race["looks"])}),
+            "race": None if race is None else Race(**race | {"looks": tuple(InterimResult(**look) for look in race["looks"])}),
             "turning": None if turning is None else Turning(**turning),
             "outside": tuple(OutOfRange(**figure) for figure in content["outside"]),
         }

@@ -1,6 +1,6 @@
 """The explanation: a decision and its profile in plain words with their numbers, for the terminal, as markdown, and as rows for plots.
 
-What is said is made once, as sections of paragraphs, tables and lines; the terminal, markdown and the report page only set it.
+The content is made once, as sections of paragraphs, tables and lines; the terminal, markdown and the report page only lay it out.
 """
 
 import io
@@ -173,17 +173,17 @@ def probe_rows(profile: Profile, decision: Decision) -> list[dict[str, Any]]:
 
 
 def sections(decision: Decision, profile: Profile, width: int = MARKDOWN) -> tuple[Section, ...]:
-    """Return what there is to say, the decision first; drawings for so many columns."""
-    said, weak = reasons.changes(decision, profile), reasons.warnings(decision, profile)
+    """Return the sections, the decision first; drawings have at most `width` columns."""
+    changes, warnings, measured = reasons.changes(decision, profile), reasons.warnings(decision, profile), _measured(profile)
     written = [
         _what(decision, profile),
         Section("axes", "The two comparisons that decide", _axes(decision, width)),
         Section("arms", "What each way to train is expected to reach", _arms(decision, profile)),
         Section("race", "Were both ways trained and compared?", _race(decision, profile)),
         Section("probes", "How well each layer tells the classes apart", _curve(decision, profile, width)),
-        Section("changes", "What would change the decision", (Lines(said),) * bool(said)),
-        Section("measured", "What else was measured", (Lines(_measured(profile)),) * bool(_measured(profile))),
-        Section("warnings", "Warnings", (Lines(weak),) * bool(weak)),
+        Section("changes", "What would change the decision", (Lines(changes),) * bool(changes)),
+        Section("measured", "What else was measured", (Lines(measured),) * bool(measured)),
+        Section("warnings", "Warnings", (Lines(warnings),) * bool(warnings)),
     ]
     return tuple(section for section in written if section.parts)
 
@@ -192,14 +192,14 @@ def sections(decision: Decision, profile: Profile, width: int = MARKDOWN) -> tup
 
 
 def chosen(decision: Decision, profile: Profile) -> str | None:
-    """Return the arm that was chosen; None where the cut that was forced is none of those that were weighed."""
-    weighed = profile.cut is not None and profile.cut.taps[0] == decision.slice
-    arms = {"last": "frozen", "cut": "cut" if weighed else None, "multi": "multi"}
+    """Return the arm that was chosen; None if a forced cut is none of the considered arms."""
+    considered = profile.cut is not None and profile.cut.taps[0] == decision.slice
+    arms = {"last": "frozen", "cut": "cut" if considered else None, "multi": "multi"}
     return "tuned" if decision.freeze == "nothing" else arms[decision.head]
 
 
 def is_cut(decision: Decision, profile: Profile) -> bool:
-    """Say whether layers behind the slice point are cut off."""
+    """Return whether layers after the slice point are cut off."""
     return decision.slice != profile.taps[-1].name
 
 
@@ -209,7 +209,7 @@ def action(decision: Decision, profile: Profile) -> str:
         tried = decision.init == "auto" and profile.images >= decision.recipe.scratch_from
         return "the whole network is fine-tuned" + (", and trained from random weights where that is better" if tried else "")
     head = f"the network stays frozen, a new head reads {' + '.join(r.tap for r in decision.readings)}"
-    return f"cut behind {decision.slice}, {head}" if is_cut(decision, profile) else head
+    return f"cut after {decision.slice}, {head}" if is_cut(decision, profile) else head
 
 
 def _what(decision: Decision, profile: Profile) -> Section:
@@ -264,7 +264,7 @@ def _arms(decision: Decision, profile: Profile) -> tuple[str | Table, ...]:
         f"{whole:,.0f} of a fine-tuning run."
     )
     if mine is None:
-        note += f" What is chosen, a cut behind {decision.slice}, is none of these: its accuracy was not measured."
+        note += f" What is chosen, a cut after {decision.slice}, is none of these: its accuracy was not measured."
     loss = (
         f"The choice is expected to lose {decision.regret * 100:.1f} points against the best of these, and with probability "
         f"{decision.p_within_tolerance:.2f} not more than the tolerance."
@@ -277,7 +277,7 @@ def _race(decision: Decision, profile: Profile) -> tuple[str | Table, ...]:
     if race is None or not race.looks:
         return (sentence,)
     rows = tuple(
-        (f"{s.epoch} of {s.epochs}", f"{s.frozen:.1%}", f"{s.tuned:.1%}", f"{(s.tuned - s.frozen) * 100:+.1f} ± {s.error * 100:.1f}", f"{s.chance:.2f}")
+        (f"{s.epoch} of {s.epochs}", f"{s.frozen:.1%}", f"{s.tuned:.1%}", f"{(s.tuned - s.frozen) * 100:+.1f} ± {s.error * 100:.1f}", f"{s.p_tuned_better:.2f}")
         for s in race.looks
     )  # fmt: skip
     note = (
@@ -317,16 +317,16 @@ def _curve(decision: Decision, profile: Profile, width: int) -> tuple[str | Tabl
 
 def _measured(profile: Profile) -> tuple[str, ...]:
     said = []
-    if len(profile.hunger) > 1:
-        curve = ", ".join(f"{accuracy:.1%} with {images} images" for images, accuracy in profile.hunger)
+    if len(profile.learning_curve) > 1:
+        curve = ", ".join(f"{accuracy:.1%} with {images} images" for images, accuracy in profile.learning_curve)
         said.append(f"Learning curve of a head on several taps: {curve}. The last doubling gained {profile.slope * 100:+.1f} points.")
     if profile.head_similarity is not None:
         said.append(
-            f"Head similarity S = {profile.head_similarity:.2f}: the share of the labels' entropy that the source's own classes explain (0 to 1)."
+            f"Head similarity S = {profile.head_similarity:.2f}: the share of the labels' entropy that the source network's classes explain (0 to 1)."
         )
     if (tangent := profile.tangent) is not None:
         said.append(
-            f"Empirical NTK: the gradients of {tangent.images} images tell the classes apart with {tangent.accuracy:.1%}, where the features of "
+            f"Empirical NTK: the gradients of {tangent.images} images classify {tangent.accuracy:.1%} correctly, where the features of "
             f"several taps reach {tangent.frozen:.1%}."
         )
     return tuple(said)

@@ -1,4 +1,4 @@
-"""The evidence on the scales: what the figures of a profile say of fine-tuning under the user's rule, before and during a race."""
+"""The decision policy: what the figures of a profile say of fine-tuning under the user's settings, before and during a race."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import numpy as np
 
 from tlpipeline.choice import predictor
 from tlpipeline.choice.cases import CASES, DIFFERENT, LARGE, SIMILAR, SMALL, Case
-from tlpipeline.choice.decision import Look, Turning
+from tlpipeline.choice.decision import InterimResult, Turning
 from tlpipeline.choice.predictor import Evidence, GainPredictor, Prediction
 from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.profiling.probes import Matrix
@@ -27,7 +27,7 @@ SIGNAL = 0.3  # log odds by which the tangent probe must beat heads that read no
 
 @dataclass(frozen=True)
 class DecisionPolicy:
-    """The evidence as the rule sees it, before it is known whether fine-tuning is worth it."""
+    """The evidence, the user's settings and the fitted predictor: all that decides before a race."""
 
     evidence: Evidence
     rule: ChooseParams
@@ -42,17 +42,16 @@ class DecisionPolicy:
     def slices(self) -> bool:
         """Whether an earlier tap is significantly better (family-wise), by `gain` points, and its head not worse on held-out images.
 
-        Never where the labels are too few for the probes: then the textbook's first case stands against its third.
+        Never where the labels are too few for the probes: then the choice is between small_similar and large_similar.
         """
-        seen = self.evidence
-        return not weak_labels(seen) and seen.significance < self.rule.alpha and seen.gain >= self.rule.gain / 100 and seen.confirmed
+        evidence, rule = self.evidence, self.rule
+        return not weak_labels(evidence) and evidence.significance < rule.alpha and evidence.gain >= rule.gain / 100 and evidence.confirmed
 
     @cached_property
     def head(self) -> str:
-        """Which frozen head would be trained: cut where slicing pays, multi where it is expected to win more than the tolerance, else last."""
-        seen = self.evidence
+        """Which frozen head would be trained: cut where slicing pays, multi where it is expected to gain more than the tolerance, else last."""
         simple = "cut" if self.slices else "last"
-        gain = self.model.head_gain("over" if self.slices else "multi", seen)
+        gain = self.model.head_gain("over" if self.slices else "multi", self.evidence)
         return "multi" if gain > self.tolerance else simple
 
     @property
@@ -62,7 +61,7 @@ class DecisionPolicy:
 
     @cached_property
     def prediction(self) -> Prediction:
-        """What fine-tuning would win against that head."""
+        """What fine-tuning would gain over that head."""
         return self.model.predict(self.evidence, self.frozen, self.tolerance)
 
     @property
@@ -75,13 +74,13 @@ class DecisionPolicy:
         """Whether an earlier tap is better than the last by `gain` points, corrected for taking the best of several."""
         return self.evidence.similar < 0.5 and not weak_labels(self.evidence)
 
-    def settled(self, tuned: bool) -> float:
-        """Return P(this choice, without a race, is not worse than the best of all arms by more than the tolerance): the prediction's, calibrated.
+    def p_within_tolerance(self, tuned: bool) -> float:
+        """Return the calibrated probability that this choice, without a race, is at most the tolerance worse than the best arm.
 
-        Where nothing was read, at most what the prediction gives it.
+        Without a signal it is at most the probability before calibration.
         """
         own = float(((-self.gains if tuned else self.gains) <= self.tolerance).mean())
-        return self.model.settled(own) if has_signal(self.evidence) else min(self.model.settled(own), own)
+        return self.model.p_within_tolerance(own) if has_signal(self.evidence) else min(self.model.p_within_tolerance(own), own)
 
     @cached_property
     def gains(self) -> Matrix:
@@ -89,14 +88,13 @@ class DecisionPolicy:
         return self.model.gains(self.evidence, self.frozen)
 
     def posterior(self, part: int, difference: float, error: float) -> Matrix:
-        """Return weights for these gains, given a paired difference at a look of the race."""
-        behind, spread = self.model.lag[part]
-        # At a look fine-tuning stands `behind` its end, as a share of the frozen head's errors.
-        missing = 1 - min(self.frozen, 1.0)
-        width = math.hypot(error, spread * missing)
-        odds = -0.5 * ((difference - (self.gains - behind * missing)) / width) ** 2
-        # Relative to the best: a difference far from every prediction must still pull all the way.
-        weights = np.exp(odds - odds.max())
+        """Return weights for these gains, given a paired difference at an interim analysis of the race."""
+        remaining, spread = self.model.remaining_gain[part]  # shares of the frozen head's errors
+        errors = 1 - min(self.frozen, 1.0)
+        width = math.hypot(error, spread * errors)
+        log_likelihood = -0.5 * ((difference - (self.gains - remaining * errors)) / width) ** 2
+        # The maximum is subtracted, because a difference far from every prediction would underflow to weights of 0.
+        weights = np.exp(log_likelihood - log_likelihood.max())
         return np.asarray(weights / weights.sum())
 
     def evpi(self, gains: Matrix) -> float:
@@ -109,14 +107,14 @@ class DecisionPolicy:
 
     @property
     def open(self) -> bool:
-        """Whether the prediction leaves the choice between frozen and fine-tuned open, or `choose.effort` wants to see it anyway.
+        """Whether the choice between frozen and fine-tuned is open, or `choose.effort` asks for a race anyway.
 
-        Open: not knowing costs more than the tolerance, and fine-tuning does not gain more than that almost surely, or the data are unlike
-        those of the fit; or nothing was read, or the labels are too few to read anything.
+        It is open if knowing the gain would be worth more than the tolerance, unless fine-tuning almost surely gains more than that. It is also
+        open without a signal, and if the labels are too few for the probes.
         """
-        seen = self.prediction
-        between = self.evpi(self.gains) > self.tolerance and 1 - seen.within < self.rule.race_below
-        unlike = bool(seen.outside) and self.evpi(self.model.gains(self.evidence, self.frozen, size=True)) > self.tolerance
+        prediction = self.prediction
+        between = self.evpi(self.gains) > self.tolerance and 1 - prediction.p_frozen_within < self.rule.race_below
+        unlike = bool(prediction.outside) and self.evpi(self.model.gains(self.evidence, self.frozen, size=True)) > self.tolerance
         weak = bool(weak_labels(self.evidence)) or not has_signal(self.evidence)
         return self.rule.effort == "full" or between or unlike or weak
 
@@ -133,42 +131,42 @@ class DecisionPolicy:
 
     @property
     def judges_needed(self) -> int:
-        """How many validation images that select nothing it takes to judge a race."""
-        # Who asks for a race gets one, and where the probes are too weak to decide fewer judges than else tell more.
+        """How many validation images outside the selection half a race needs."""
+        # A user who asks for a race gets one. Where the probes are too weak to decide, even a race on few images says more.
         if self.rule.effort == "full":
             return LEAST_JUDGES
         return min(WEAK_JUDGES, self.rule.race_images) if weak_labels(self.evidence) else self.rule.race_images
 
 
 def weigh(profile: Profile, rule: ChooseParams, model: GainPredictor | None = None) -> DecisionPolicy:
-    """Return the evidence of a profile as the rule sees it, with the fitted model that comes with the package or another."""
+    """Return the policy for a profile, with the fitted model that comes with the package or another."""
     test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
     return DecisionPolicy(predictor.evidence(profile, test), rule, model or predictor.load_predictor())
 
 
-def has_signal(seen: Evidence) -> bool:
-    """Say whether anything read the labels better than the largest class does.
+def has_signal(evidence: Evidence) -> bool:
+    """Return whether any head or the tangent probe is better than always predicting the largest class.
 
-    Where nothing does the headroom is no promise: noise has as much of it. The cheapest case is taken then, unless a race shows better.
+    Without a signal the headroom means nothing: noise has it, too. The cheapest case is taken then, unless a race shows better.
     """
-    best = max(seen.last, seen.cut, seen.multi)
-    error = math.sqrt(max(best * (1 - best), 1 / seen.sampled) / seen.sampled)
-    return best - 2 * error > seen.majority or seen.tangent_gain > SIGNAL
+    best = max(evidence.last, evidence.cut, evidence.multi)
+    error = math.sqrt(max(best * (1 - best), 1 / evidence.sampled) / evidence.sampled)
+    return best - 2 * error > evidence.majority or evidence.tangent_gain > SIGNAL
 
 
-def weak_labels(seen: Evidence | Profile) -> tuple[str, ...]:
+def weak_labels(evidence: Evidence | Profile) -> tuple[str, ...]:
     """Return why the labels are too few for the probes, if they are: many_classes, few_per_class."""
-    weak = {"many_classes": seen.classes > seen.sampled / 2, "few_per_class": seen.images / seen.classes < LEAST_PER_CLASS}
+    weak = {"many_classes": evidence.classes > evidence.sampled / 2, "few_per_class": evidence.images / evidence.classes < LEAST_PER_CLASS}
     return tuple(code for code, true in weak.items() if true)
 
 
-def textbook(seen: Evidence | Profile) -> Case:
+def textbook(evidence: Evidence | Profile) -> Case:
     """Return the case by the textbook's two fixed bounds: a baseline for research, which nothing in the pipeline asks.
 
     Large: at least 1,000 training images. Similar: the source's classes explain at least half of the labels' entropy.
     """
-    size = LARGE if seen.images >= TEXTBOOK_IMAGES else SMALL
-    likeness = SIMILAR if (seen.head_similarity or 0.0) >= TEXTBOOK_SIMILARITY else DIFFERENT
+    size = LARGE if evidence.images >= TEXTBOOK_IMAGES else SMALL
+    likeness = SIMILAR if (evidence.head_similarity or 0.0) >= TEXTBOOK_SIMILARITY else DIFFERENT
     return next(case for case in CASES if (case.size, case.likeness) == (size, likeness))
 
 
@@ -181,12 +179,12 @@ def extrapolate(weighed: DecisionPolicy, images: int) -> tuple[Evidence, float]:
     Errors of learning curves fall as a power of the images (Hestness et al. 2017, arXiv 1712.00409); the power is that of the last doubling
     of the sample.
     """
-    seen = weighed.evidence
-    error, before = max(1 - weighed.frozen, 0.5 / seen.sampled), max(1 - weighed.frozen + seen.slope, 0.5 / seen.sampled)
+    evidence = weighed.evidence
+    error, before = max(1 - weighed.frozen, 0.5 / evidence.sampled), max(1 - weighed.frozen + evidence.slope, 0.5 / evidence.sampled)
     power = max(math.log2(before / error), 0.0)
-    there = min(error * (images / seen.images) ** -power, 1 - 1 / seen.classes)
+    there = min(error * (images / evidence.images) ** -power, 1 - 1 / evidence.classes)
     slope = min(there * 2**power, 1.0) - there
-    return dataclasses.replace(seen, images=images, slope=slope), 1 - there
+    return dataclasses.replace(evidence, images=images, slope=slope), 1 - there
 
 
 def turning_point(weighed: DecisionPolicy) -> int | None:
@@ -196,8 +194,8 @@ def turning_point(weighed: DecisionPolicy) -> int | None:
     images = float(weighed.evidence.images)
     while 20 <= images <= max(most, weighed.evidence.images):
         images = images / 1.05 if large else images * 1.05
-        seen, frozen = extrapolate(weighed, round(images))
-        if (model.predict(seen, frozen, weighed.tolerance).gain > weighed.tolerance) != large:
+        evidence, frozen = extrapolate(weighed, round(images))
+        if (model.predict(evidence, frozen, weighed.tolerance).gain > weighed.tolerance) != large:
             return round(images)
     return None
 
@@ -205,7 +203,7 @@ def turning_point(weighed: DecisionPolicy) -> int | None:
 def turning(weighed: DecisionPolicy, large: bool) -> Turning:
     """Return the number of images and the tolerance at which the decision changes sides.
 
-    Without a race alone: after one, the prediction does not say what more images would do.
+    Only without a race: after one, the prediction does not say what more images would do.
     """
     gain = weighed.prediction.gain
     tolerance = None if gain <= 0 else frozen_from(weighed) if large else gain
@@ -226,51 +224,51 @@ def frozen_from(weighed: DecisionPolicy) -> float:
 # --- the race's arithmetic --------------------------------------------------------------------------------------------------------------
 
 
-def interim_analysis(weighed: DecisionPolicy, part: int, epoch: int, epochs: int, frozen: Bits, tuned: Bits) -> Look:
-    """Return what a look of the race says: the prediction, corrected by what the judging images say (Bayes).
+def interim_analysis(weighed: DecisionPolicy, part: int, epoch: int, epochs: int, frozen: Bits, tuned: Bits) -> InterimResult:
+    """Return the result of an interim analysis: the prediction, updated by the validation images that selected nothing (Bayes' rule).
 
-    A short trial lies: what fine-tuning still gains from this look to the end of its schedule was measured together with the prediction.
+    Fine-tuning still gains from here to the end of its schedule. How much was measured together with the prediction.
 
     Args:
-        part: which look, 0 to 2.
-        frozen, tuned: who was right among the judging images, one after the other the same images.
+        part: which analysis, 0 to 2.
+        frozen, tuned: whether each of these images is classified correctly, in the same order.
     """
     difference = tuned.astype(float) - frozen.astype(float)
     images = len(difference)
-    # Half a discordant image more: a record without a difference is no certainty.
+    # At least half a discordant image: equal answers on all images are no certainty.
     error = math.sqrt(max(float(difference.var()), 0.5 / images) / images)
     weights = weighed.posterior(part, float(difference.mean()), error)
-    chance = float(weights @ (weighed.gains > weighed.tolerance))
-    safe = float(weights @ (-weighed.gains <= weighed.tolerance))
+    p_tuned_better = float(weights @ (weighed.gains > weighed.tolerance))
+    p_tuned_within = float(weights @ (-weighed.gains <= weighed.tolerance))
     lost = [round(float(weights @ (sign * weighed.gains).clip(min=0)), 4) for sign in (1, -1)]
-    return Look(
+    return InterimResult(
         epoch,
         epochs,
         images,
         float(frozen.mean()),
         float(tuned.mean()),
         round(error, 4),
-        round(chance, 4),
-        round(safe, 4),
+        round(p_tuned_better, 4),
+        round(p_tuned_within, 4),
         lost[0],
         lost[1],
     )
 
 
 def interim_epochs(epochs: int) -> list[int]:
-    """Return the epochs of the planned looks: a third, two thirds, the end of the schedule; fewer where it is shorter than three epochs."""
+    """Return the epochs of the planned interim analyses: a third, two thirds, the end of the schedule; fewer where it is shorter than three epochs."""
     return sorted({max(round(epochs * part / LOOKS), 1) for part in range(1, LOOKS + 1)})
 
 
-def stopping_rule(weighed: DecisionPolicy, part: int, last: Look) -> tuple[str, str]:
+def stopping_rule(weighed: DecisionPolicy, part: int, last: InterimResult) -> tuple[str, str]:
     """Return (winner, why) after an interim analysis, ("", "") while the race goes on (see `decision.Race`).
 
     At the end an undecided race goes to the cheaper arm, unless the expected gain of fine-tuning exceeds the tolerance.
     """
     spent = weighed.rule.alpha * ALPHA_SPENDING[part]
-    if last.chance >= 1 - spent:
+    if last.p_tuned_better >= 1 - spent:
         return "tuned", "ahead"
-    if last.chance <= spent:
+    if last.p_tuned_better <= spent:
         return "frozen", "futile"
     if part < LOOKS - 1:
         return "", ""

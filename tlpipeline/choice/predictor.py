@@ -1,8 +1,8 @@
-"""The outlook: what fine-tuning would reach on these data, before anything is fine-tuned. A small fitted model, readable as JSON.
+"""The gain predictor: what fine-tuning would reach on these data, before anything is fine-tuned. A small fitted model, readable as JSON.
 
-Frozen heads are measured by probes. Fine-tuning is predicted: how far it lies above the frozen head, on the scale of log odds, is a linear
-function of a few figures of the profile, fitted (fitting.py) on the rows of `benchmarks/regret.py`. On that scale a head at 98 % leaves little
-to win whatever the data are: headroom is built in.
+Frozen heads are measured by probes; fine-tuning is predicted. The difference of their log odds is a linear function of a few figures of the
+profile. It is fitted by research/fitting.py on the rows of `research.regret`. On the scale of log odds a head at 98 % leaves little to gain,
+whatever the data are.
 """
 
 import json
@@ -26,32 +26,32 @@ FORMAT = 2
 DRAWS = 400
 HEADS = ("cut", "multi", "over")
 GROWING = ("log10 images", "log10 images per class")
-# Figures of which the fit must have seen the like, and by how much of their range they may lie beyond it.
+# Figures that must lie in the range of the fit, and by how much of this range they may lie beyond it.
 RANGES = ("log10 images", "log10 classes", "log10 images per class", "log10 parameters", "head similarity")
 MARGIN = 0.1
-# Not predicted from: a line through the sizes of three networks says nothing of a fourth, and with the others the prediction errs more on data sets
-# that it has not seen (docs/log.md). What capacity is worth on these data the gradients say; these figures tell whether a data set
-# and a network are like those of the fit.
+# Figures with a coefficient of 0. A line through the sizes of three networks says nothing of a fourth, and the others make the prediction worse on
+# left-out data sets (docs/log.md). The tangent probe measures capacity instead. These figures only show whether a data set and a network are like
+# those of the fit.
 UNUSED = ("log10 parameters", "log10 images per class", "head similarity", "slope", "gain of the tangent probe")
-# How much less is known for each range that a figure lies beyond what was seen (log odds), and at most so many ranges are counted.
+# Standard deviation (log odds) that is added for each range that a figure lies beyond the fit, and the most ranges that are counted.
 UNKNOWN, FARTHEST = 0.25, 2.0
 
 
 def _student(p: Matrix) -> Matrix:
-    """Return quantiles of Student's t with four degrees of freedom (Shaw 2006), scaled so that half of it lies where half of a normal one does."""
+    """Return quantiles of Student's t with four degrees of freedom (Shaw 2006), scaled so that its quartiles are those of a standard normal distribution."""
     alpha = 4 * p * (1 - p)
     t = np.sign(p - 0.5) * 2 * np.sqrt(np.cos(np.arccos(np.sqrt(alpha)) / 3) / np.sqrt(alpha) - 1)
     return np.asarray(t * NormalDist().inv_cdf(0.75) / 0.740697)
 
 
-# The middles of equal parts of that distribution: the same in every run, no seed needed. Its tails are heavy: what a race sees must be able
-# to overrule the prediction, however sure that was.
+# Quantiles of that distribution at equal steps: the same in every run, so no seed is needed. The tails are heavy, so that the result of a race can
+# overrule a prediction with a narrow interval.
 QUANTILES: Matrix = _student((np.arange(DRAWS) + 0.5) / DRAWS)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the choice looks at, as one flat row: the figures of a profile that decide.
+    """The figures of a profile that decide, as one flat row.
 
     Attributes:
         images, classes, validation: training images, classes, images of the judging half of validation; majority: share of the largest class.
@@ -129,12 +129,12 @@ def evidence(profile: Profile, test: SliceTest) -> Evidence:
 
 
 def _tangent(profile: Profile) -> dict[str, float]:
-    seen = profile.tangent
-    if seen is None:
+    tangent = profile.tangent
+    if tangent is None:
         return {}
     return {
-        "tangent_gain": log_odds(seen.accuracy, seen.images) - log_odds(seen.frozen, seen.images),
-        "tangent_error": math.log(seen.error / seen.frozen_error),
+        "tangent_gain": log_odds(tangent.accuracy, tangent.images) - log_odds(tangent.frozen, tangent.images),
+        "tangent_error": math.log(tangent.error / tangent.frozen_error),
     }
 
 
@@ -142,39 +142,40 @@ def _tangent(profile: Profile) -> dict[str, float]:
 
 
 def log_odds(accuracy: float, images: float) -> float:
-    """Return the log odds of an accuracy that was seen on so many images, half an image added to either side so that it stays finite."""
+    """Return the log odds of an accuracy measured on so many images. Half an image is added to hits and misses, so that it stays finite."""
     hits = accuracy * images
     return math.log((hits + 0.5) / (images - hits + 0.5))
 
 
-def figures(seen: Evidence, frozen: float) -> dict[str, float]:
+def figures(evidence: Evidence, frozen: float) -> dict[str, float]:
     """Return the inputs of the model; `frozen` is the leave-one-out accuracy of the frozen head that would be trained."""
     return {
-        "log10 images": math.log10(max(seen.images, 1)),
-        "log10 images per class": math.log10(max(seen.images / seen.classes, 1)),
-        "log10 parameters": math.log10(max(seen.parameters, 1)),
-        "log odds of the frozen head": log_odds(frozen, seen.sampled),
-        "head similarity": seen.head_similarity or 0.0,
-        "slope": 10 * seen.slope,
-        "gain of the tangent probe": seen.tangent_gain,
-        "error of the tangent probe": seen.tangent_error,
+        "log10 images": math.log10(max(evidence.images, 1)),
+        "log10 images per class": math.log10(max(evidence.images / evidence.classes, 1)),
+        "log10 parameters": math.log10(max(evidence.parameters, 1)),
+        "log odds of the frozen head": log_odds(frozen, evidence.sampled),
+        "head similarity": evidence.head_similarity or 0.0,
+        "slope": 10 * evidence.slope,
+        "gain of the tangent probe": evidence.tangent_gain,
+        "error of the tangent probe": evidence.tangent_error,
     }
 
 
-def ranged(seen: Evidence, figures: Mapping[str, float]) -> dict[str, float]:
+def ranged(evidence: Evidence, figures: Mapping[str, float]) -> dict[str, float]:
     """Return the figures whose range in the rows of the fit matters; classes are no input of the model, but have one, too."""
-    return {name: value for name, value in {**figures, "log10 classes": math.log10(max(seen.classes, 1))}.items() if name in RANGES}
+    return {name: value for name, value in {**figures, "log10 classes": math.log10(max(evidence.classes, 1))}.items() if name in RANGES}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What fine-tuning is expected to win against the frozen head, as shares (0 to 1).
+    """What fine-tuning is expected to gain over the frozen head, as shares (0 to 1).
 
     Attributes:
         frozen, tuned: expected accuracies.
         gain, low, high: expected tuned minus frozen, with its central 80 % interval.
         frozen_regret, tuned_regret: expected loss of choosing either.
-        within: calibrated probability that the frozen head is not worse by more than the tolerance; safe: that fine-tuning is not.
+        p_frozen_within: calibrated probability that the frozen head is at most the tolerance worse than fine-tuning; p_tuned_within: that
+            fine-tuning is at most the tolerance worse than the frozen head.
         outside: what lies outside the data that the model was fitted on.
     """
 
@@ -185,8 +186,8 @@ class Prediction:
     high: float
     frozen_regret: float
     tuned_regret: float
-    within: float
-    safe: float
+    p_frozen_within: float
+    p_tuned_within: float
     outside: tuple[OutOfRange, ...]
 
 
@@ -196,11 +197,12 @@ class GainPredictor:
 
     Attributes:
         center, spread, coefficients: of each figure; intercept.
-        deviation: standard deviation of what the figures leave unexplained, on data sets that the fit has not seen (log odds).
-        slant, offset: calibration of the probability: log odds of `within` are slant * raw + offset (Platt 1999).
-        settled_slant, settled_offset: calibration of the probability that what is chosen is within the tolerance of the best of all arms.
-        heads: what frozen heads win against each other (see head_gain): (at S = 0, slope by S, spread), as shares.
-        lag: for each look of a race how far what it sees is behind the end, and the spread of that, as shares of the frozen head's errors.
+        deviation: standard deviation of the residual on left-out data sets (log odds).
+        platt_slope, platt_intercept: calibration of `p_frozen_within` (Platt 1999): its log odds are platt_slope * raw + platt_intercept.
+        choice_platt_slope, choice_platt_intercept: the same for the probability that the choice is within the tolerance of the best arm.
+        heads: usual gains of frozen heads over each other (see head_gain): (at S = 0, slope by S, standard deviation), as shares.
+        remaining_gain: for each interim analysis of a race, what fine-tuning still gains from there to its end, and the standard deviation of
+            that, as shares of the frozen head's errors.
         lowest, highest: range of each figure in the rows of the fit.
         rows, data: what it was fitted on.
     """
@@ -210,32 +212,32 @@ class GainPredictor:
     coefficients: Mapping[str, float]
     intercept: float
     deviation: float
-    slant: float
-    offset: float
-    settled_slant: float
-    settled_offset: float
+    platt_slope: float
+    platt_intercept: float
+    choice_platt_slope: float
+    choice_platt_intercept: float
     heads: Mapping[str, Sequence[float]]
-    lag: Sequence[Sequence[float]]
+    remaining_gain: Sequence[Sequence[float]]
     lowest: Mapping[str, float]
     highest: Mapping[str, float]
     rows: int
     data: Sequence[str]
 
-    def head_gain(self, name: str, seen: Evidence) -> float:
-        """Return what a frozen head is expected to win against another, as a share: cut or multi against last, over: multi against cut.
+    def head_gain(self, name: str, evidence: Evidence) -> float:
+        """Return what a frozen head is expected to gain over another, as a share: cut or multi over last; over: multi over cut.
 
-        What was measured on other data and what the probes say here, each weighted by its precision: with 80 images a paired difference of
-        8 points is within the noise, but it is also what is usual.
+        The usual gain on other data and the measured gain here are weighted by their precisions. With 80 images a paired difference of 8
+        points is within the noise, but it is also usual.
         """
         level, slope, spread = self.heads[name]
-        usual = level + slope * (seen.head_similarity or 0.0)
-        measured, error = float(getattr(seen, f"{name}_gain")), float(getattr(seen, f"{name}_error"))
+        usual = level + slope * (evidence.head_similarity or 0.0)
+        measured, error = float(getattr(evidence, f"{name}_gain")), float(getattr(evidence, f"{name}_error"))
         return (usual * error**2 + measured * spread**2) / (error**2 + spread**2)
 
     def _within_range(self, x: dict[str, float]) -> dict[str, float]:
-        """Return the figures brought to the edge of what the fit has seen: a line is not trusted beyond its points.
+        """Return the figures clipped to the range of the fit: a line is not trusted beyond its points.
 
-        The size is left as it is: that more images speak for fine-tuning is known without a fit.
+        The number of images is not clipped: more images favor fine-tuning, which is known without a fit.
         """
         return x | {name: float(np.clip(value, *self._edges(name))) for name, value in x.items() if name not in GROWING}
 
@@ -244,50 +246,49 @@ class GainPredictor:
         margin = MARGIN * (high - low) if math.isfinite(high - low) else 0.0
         return low - margin, high + margin
 
-    def _beyond(self, seen: Evidence, frozen: float) -> dict[str, float]:
-        """Return by how many of their ranges figures lie beyond what the fit has seen."""
+    def _beyond(self, evidence: Evidence, frozen: float) -> dict[str, float]:
+        """Return by how many of their ranges figures lie beyond the fit."""
         out = {}
-        for name, value in ranged(seen, figures(seen, frozen)).items():
+        for name, value in ranged(evidence, figures(evidence, frozen)).items():
             low, high = self._edges(name)
             if not low <= value <= high:
                 width = max(self.highest[name] - self.lowest[name], 0.1)
                 out[name] = max(low - value, value - high) / width
         return out
 
-    def unexplained(self, seen: Evidence, frozen: float, size: bool = False) -> float:
-        """Return the deviation of the shift (log odds): more where the network or the labels are unlike what the fit has seen.
+    def unexplained(self, evidence: Evidence, frozen: float, size: bool = False) -> float:
+        """Return the standard deviation of the shift (log odds), which is larger for networks or labels outside the fit.
 
         Args:
-            size: whether the number of images counts as well. It does where doubt itself is asked for; in a prediction it would make more
-                images speak against fine-tuning.
+            size: whether the number of images counts as well. In a prediction it must not: more images would then count against fine-tuning.
         """
-        far = min(sum(ranges for name, ranges in self._beyond(seen, frozen).items() if size or name not in GROWING), FARTHEST)
+        far = min(sum(ranges for name, ranges in self._beyond(evidence, frozen).items() if size or name not in GROWING), FARTHEST)
         return math.hypot(self.deviation, UNKNOWN * far)
 
-    def shift(self, seen: Evidence, frozen: float) -> float:
+    def shift(self, evidence: Evidence, frozen: float) -> float:
         """Return the expected log odds of fine-tuning minus those of the frozen head."""
-        x = self._within_range(figures(seen, frozen))
+        x = self._within_range(figures(evidence, frozen))
         return self.intercept + sum(self.coefficients[k] * (x[k] - self.center[k]) / self.spread[k] for k in self.coefficients)
 
-    def gains(self, seen: Evidence, frozen: float, size: bool = False) -> Matrix:
+    def gains(self, evidence: Evidence, frozen: float, size: bool = False) -> Matrix:
         """Return equally likely gains of fine-tuning against the frozen head, as shares: (DRAWS,). `size` as in `unexplained`."""
-        return self._drawn(seen, frozen, self.unexplained(seen, frozen, size))
+        return self._drawn(evidence, frozen, self.unexplained(evidence, frozen, size))
 
-    def _drawn(self, seen: Evidence, frozen: float, deviation: float) -> Matrix:
-        base = log_odds(frozen, seen.sampled)
-        return np.asarray(_share(base + self.shift(seen, frozen) + deviation * QUANTILES) - _share(base))
+    def _drawn(self, evidence: Evidence, frozen: float, deviation: float) -> Matrix:
+        base = log_odds(frozen, evidence.sampled)
+        return np.asarray(_share(base + self.shift(evidence, frozen) + deviation * QUANTILES) - _share(base))
 
-    def predict(self, seen: Evidence, frozen: float, tolerance: float) -> Prediction:
+    def predict(self, evidence: Evidence, frozen: float, tolerance: float) -> Prediction:
         """Predict.
 
         Args:
-            seen: the evidence.
+            evidence: the figures that decide.
             frozen: leave-one-out accuracy of the frozen head that would be trained.
             tolerance: as a share (0 to 1).
         """
-        base, gains = log_odds(frozen, seen.sampled), self.gains(seen, frozen)
-        # What is unlike the rows is doubted more, and doubt takes no side: spread wide, log odds would pull every gain below zero.
-        expected = float(self._drawn(seen, frozen, self.deviation).mean())
+        base, gains = log_odds(frozen, evidence.sampled), self.gains(evidence, frozen)
+        # The expected gain uses the deviation of the fit: a wider one, in log odds, would pull the mean of the gains below zero.
+        expected = float(self._drawn(evidence, frozen, self.deviation).mean())
         raw = log_odds(float((gains <= tolerance).mean()), DRAWS)
         return Prediction(
             frozen=float(_share(base)),
@@ -297,31 +298,31 @@ class GainPredictor:
             high=float(np.quantile(gains, 0.9)),
             frozen_regret=float(gains.clip(min=0).mean()),
             tuned_regret=float((-gains).clip(min=0).mean()),
-            within=float(_share(self.slant * raw + self.offset)),
-            safe=float((-gains <= tolerance).mean()),
-            outside=self.outside(seen, frozen),
+            p_frozen_within=float(_share(self.platt_slope * raw + self.platt_intercept)),
+            p_tuned_within=float((-gains <= tolerance).mean()),
+            outside=self.outside(evidence, frozen),
         )
 
-    def settled(self, own: float) -> float:
-        """Return P(what is chosen is not worse than the best of all arms by more than the tolerance).
+    def p_within_tolerance(self, own: float) -> float:
+        """Return the calibrated probability that the choice is not worse than the best of all arms by more than the tolerance.
 
         Args:
-            own: what the prediction, or the last look of a race, gives what is chosen of not being worse than the other way by more than that.
+            own: probability by the prediction, or by the last interim analysis, that the choice is not worse than the other way by more than that.
         """
-        return float(_share(self.settled_slant * log_odds(own, DRAWS) + self.settled_offset))
+        return float(_share(self.choice_platt_slope * log_odds(own, DRAWS) + self.choice_platt_intercept))
 
-    def outside(self, seen: Evidence, frozen: float) -> tuple[OutOfRange, ...]:
+    def outside(self, evidence: Evidence, frozen: float) -> tuple[OutOfRange, ...]:
         """Return the figures that lie outside the rows of the fit by more than a tenth of their range; counts as counts, not as logarithms."""
 
         def plain(name: str, value: float) -> float:
             return round(10**value if name.startswith("log10 ") else value, 2)
 
-        values = ranged(seen, figures(seen, frozen))
+        values = ranged(evidence, figures(evidence, frozen))
         out = [
             OutOfRange(name.removeprefix("log10 "), *(plain(name, v) for v in (values[name], self.lowest[name], self.highest[name])))
-            for name in self._beyond(seen, frozen)
+            for name in self._beyond(evidence, frozen)
         ]
-        if seen.head_similarity is None and self.data:
+        if evidence.head_similarity is None and self.data:
             out.append(
                 OutOfRange("head similarity", None, self.lowest.get("head similarity", 0.0), self.highest.get("head similarity", 1.0))
             )
@@ -337,19 +338,19 @@ class GainPredictor:
         return cls(**{f.name: content[f.name] for f in fields(cls)})
 
 
-# Knows nothing: fine-tuning is as good as the frozen head, give or take. Where the fit starts from.
+# The start of the fit: fine-tuning is expected to be as good as the frozen head.
 NEUTRAL = GainPredictor(
     center={},
     spread={},
     coefficients={},
     intercept=0.0,
     deviation=1.0,
-    slant=1.0,
-    offset=0.0,
-    settled_slant=1.0,
-    settled_offset=0.0,
+    platt_slope=1.0,
+    platt_intercept=0.0,
+    choice_platt_slope=1.0,
+    choice_platt_intercept=0.0,
     heads=dict.fromkeys(HEADS, (0.0, 0.0, 0.05)),
-    lag=((0.5, 0.5), (0.2, 0.3), (0.0, 0.05)),
+    remaining_gain=((0.5, 0.5), (0.2, 0.3), (0.0, 0.05)),
     lowest={},
     highest={},
     rows=0,

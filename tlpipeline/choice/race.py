@@ -1,8 +1,8 @@
-"""The race: where the evidence leaves it open, fine-tuning runs against the best frozen head, on the same split, as a Ray Train job.
+"""The race: where the evidence leaves the choice open, fine-tuning and the best frozen head are both trained and compared, on the same split.
 
-Fine-tuning gets its real schedule: a trial with a third of its epochs reads up to 28 points too low in our measurements. At three planned
-looks both are compared on the half of validation that selected nothing, and the race ends as soon as the error spent on that look allows.
-What the winner trained is kept for the train stage, which goes on where the race ended. `train.budget_minutes` bounds both arms together.
+Fine-tuning gets its real schedule: a trial with a third of its epochs was up to 28 points too low in our measurements. Three interim analyses
+are planned. Each compares both arms on the half of validation that selected nothing, and may end the race. The train stage continues from the
+winner's checkpoint. `train.budget_minutes` bounds both arms together.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tlpipeline.choice import decide, policy, reasons
-from tlpipeline.choice.decision import Decision, Look, Race
+from tlpipeline.choice.decision import Decision, InterimResult, Race
 from tlpipeline.choice.policy import DecisionPolicy
 from tlpipeline.data import splits
 from tlpipeline.params import ClusterParams
@@ -27,7 +27,7 @@ from tlpipeline.training.checkpoint import STATE
 from tlpipeline.training.config import TrainingConfig
 
 NO_TIME = 1e-9  # minutes: 0 would be no bound
-RACE = "race"  # under which the looks, the winner and the reason are kept in the state of the run
+RACE = "race"  # name of the looks, the winner and the reason in the records of the run's state
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class InterimAnalysis:
     frozen_correct: str
 
     def on_epoch_end(self, epoch: EpochEnd) -> bool:
-        """Record a look where one is planned; stop if it decides the race."""
+        """Record the interim analysis that is planned for this epoch, if one is; stop if it decides the race."""
         state, planned = epoch.state, policy.interim_epochs(epoch.epochs)
         if state.epoch not in planned:
             return False
@@ -69,7 +69,7 @@ def run(
     kept: Path,
     progress: Progress,
 ) -> Decision:
-    """Race, and decide by what it found.
+    """Train and compare both ways, and decide by the result.
 
     Args:
         profile, weighed: the evidence.
@@ -91,11 +91,11 @@ def run(
     tuned = ray_train.run(other, cluster, f"race-tuned-{name}", runs, progress, "choose")
     state = json.loads((tuned / STATE).read_text(encoding="utf-8"))
     record = state["records"].get(RACE, {"looks": [], "winner": "", "ended": ""})
-    looks = tuple(Look(**look) for look in record["looks"])
+    looks = tuple(InterimResult(**look) for look in record["looks"])
     images, others = profile.images, 2 * profile.validation
     cost = cost_of(arms["frozen"], images, others) + images + others + state["epoch"] * (3 * images + others)
     winner, ended = record["winner"], record["ended"]
-    if not winner:  # what had no time to be raced has none to be trained; and what stops early was not ahead
+    if not winner:  # the time budget ended the race: there is no time to fine-tune either
         winner, ended = "frozen", "budget"
     race = Race(looks, winner, ended, float(cost))
     shutil.copytree({"frozen": frozen, "tuned": tuned}[race.winner], kept, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""The decision in sentences, made from its numbers and those of the profile: why this case, what would change it, and what makes it weak."""
+"""The decision in sentences, made from its numbers and those of the profile: why this case, what would change it, and which evidence is weak."""
 
 from tlpipeline.choice.decision import CutGain, Decision, OutOfRange, TuningGain
 from tlpipeline.profiling.profile import Profile
@@ -14,7 +14,7 @@ NO_RACE = {
     "forced": "The case is set by choose.case.",
     "quick": "choose.effort is quick.",
     "clear": "The prediction is clear enough: knowing the gain beforehand would be worth {evpi:.1f} points, with a tolerance of {tolerance:g}.",
-    "few_judges": "{validation} validation images are left to judge by, and it takes {judges_needed}.",
+    "few_judges": "{validation} validation images are left to compare on, and it takes {judges_needed}.",
     "other_weights": "train.override.init starts from weights that the prediction does not know.",
 }
 WEAK = {
@@ -23,11 +23,11 @@ WEAK = {
     "unprobed_classes": "The sample of {sampled} images holds {probed} of {classes} classes, which makes the probes look better. Set "
     "profile.images_max higher.",
     "no_held_out": "No validation images are left to confirm a cut, so nothing is cut off.",
-    "one_tap": "{backbone} has one tap, so no cut could be looked for. Name more in its class: taps = (...).",
+    "one_tap": "{backbone} has one tap, so no cut could be tested. Name more in its class: taps = (...).",
     "no_source_head": "{backbone} comes without its source head, so the head similarity S is unknown and counts as 0.",
     "no_signal": "No signal: the best head ({best:.1%}) is not clearly better than the largest class alone ({majority:.1%}). The cheapest case is "
     "taken unless training both ways shows better. Check the labels.",
-    "few_judges": "The choice is open, but fine-tuning was not tried: {validation} validation images are left to judge by, and it takes "
+    "few_judges": "The choice is open, but fine-tuning was not tried: {validation} validation images are left to compare on, and it takes "
     "{judges_needed}.",
     "slice_unused": "choose.slice is not used, because {case} cuts nothing off.",
 }
@@ -43,14 +43,14 @@ def summary(decision: Decision, profile: Profile) -> str:
 
 
 def tuning_sentence(decision: Decision, profile: Profile) -> tuple[str, str]:
-    """Return what fine-tuning is expected to gain, beside the tolerance, and what follows, both without a full stop."""
+    """Return how fine-tuning's expected gain compares with the tolerance, and what follows, both without a full stop."""
     tuning, border = decision.tuning, f"the tolerance of {100 * decision.tuning.border:g}"
     follows = "the whole network is trained" if tuning.exceeds else "the network stays frozen"
     predicted = f"{points(tuning.gain)} ({span(tuning.low, tuning.high)})"
     if tuning.why == "race" and decision.race is not None:
         race, looks = decision.race, decision.race.looks
-        seen = f": {100 * (looks[-1].tuned - looks[-1].frozen):+.1f} points on {looks[-1].images} validation images" if looks else ""
-        return f"Fine-tuning and the frozen head were both trained{seen}; {ENDED[race.ended]}", follows
+        measured = f": {100 * (looks[-1].tuned - looks[-1].frozen):+.1f} points on {looks[-1].images} validation images" if looks else ""
+        return f"Fine-tuning and the frozen head were both trained{measured}; {ENDED[race.ended]}", follows
     if tuning.why == "no_signal":
         return "No head recognizes the labels better than chance, so a predicted gain of fine-tuning does not count", follows
     if tuning.gain <= 0 and not tuning.exceeds:
@@ -65,7 +65,7 @@ def cutting_sentence(decision: Decision, profile: Profile) -> tuple[str, str]:
         follows = (
             "the data are unlike the source and the recipe is the stronger one"
             if decision.tuning.exceeds
-            else f"the layers behind {cutting.tap} are cut off"
+            else f"the layers after {cutting.tap} are cut off"
         )
     else:
         follows = "the data are like the source and the recipe is the gentle one" if decision.tuning.exceeds else "all layers stay"
@@ -73,11 +73,11 @@ def cutting_sentence(decision: Decision, profile: Profile) -> tuple[str, str]:
         return "The network has one tap, where nothing can be cut off", follows
     if cutting.why == "weak_labels":
         return "There are too few labels to say what a cut would gain", follows
-    beats = f"The best earlier layer, {cutting.earlier}, reads the labels {points(abs(cutting.gain))} {'worse' if cutting.gain < 0 else 'better'}"
+    beats = f"The best earlier layer, {cutting.earlier}, predicts the labels {points(abs(cutting.gain))} {'worse' if cutting.gain < 0 else 'better'}"
     beats += f" than the last, {last}"
     border = f"the {100 * cutting.border:g} point{'s' * (cutting.border != 0.01)} required"
     why = {
-        "confirmed": f"Cutting behind {cutting.tap} gains {points(cutting.gain)} against the last layer, {last}, {_beside(cutting)} {border}",
+        "confirmed": f"Cutting after {cutting.tap} gains {points(cutting.gain)} against the last layer, {last}, {_beside(cutting)} {border}",
         "corrected": f"{beats} ({100 * cutting.corrected:.1f} corrected for taking the best of {len(profile.taps) - 1}), {_beside(cutting)} {border}",
         "not_significant": beats + ("" if cutting.gain <= 0 else f", which may be chance (p = {cutting.significance:.2f})"),
         "below_border": f"{beats}, {_beside(cutting)} {border}",
@@ -150,7 +150,7 @@ def warnings(decision: Decision, profile: Profile) -> tuple[str, ...]:
 
 def _out_of_range(figure: OutOfRange) -> str:
     if figure.value is None:
-        return "Out of range: the prediction was fitted on networks with a source head, which this one has not."
+        return "Out of range: the prediction was fitted on networks with a source head, and this one has none."
     digits = ".2f" if figure.name == "head similarity" else ",.0f"
     here, low, high = (f"{value:{digits}}" for value in (figure.value, figure.low, figure.high))
     return f"Out of range: {figure.name} {here}; the prediction was fitted on {low} to {high}."

@@ -1,4 +1,4 @@
-"""The sample's features as inner products: every probe, head and learning curve of the profile is solved from these."""
+"""Inner products of the sample's features, from which every probe, head and learning curve of the profile is solved."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from tlpipeline.stats import Bits, pack, wilson
 from tlpipeline.training.heads import solve_kernel
 from tlpipeline.training.recipe import IMBALANCE
 
-HUNGER_DRAWS = 3
+CURVE_DRAWS = 3
 LEAST_PENALTY = PENALTIES[0] / 100
 CONFIRMED_ON = 1024  # images of the sample that a head is solved on to confirm a slice
 
@@ -29,7 +29,9 @@ class GramMatrices:
     """Scaled features of the sample at each tap, and their inner products.
 
     Args:
-        scales: of each tap, with the norm behind them; before: penalties of a smaller sample by taps, {} for the first; penalties: of this.
+        read: scaled features at each tap; own: their inner products.
+        scales: scaling of each tap, and the norm that is divided out afterwards.
+        before: penalties of a smaller sample by taps, {} for the first sample; penalties: those of this sample.
     """
 
     read: Sequence[npt.NDArray[np.float32]]
@@ -40,14 +42,14 @@ class GramMatrices:
     penalties: dict[tuple[int, ...], float]
 
     def tried(self, taps: Sequence[int]) -> tuple[float, ...]:
-        """Return the penalties worth trying: all at first, later what a smaller sample said, and less."""
+        """Return the penalties to try: all for the first sample, then the best one of the smaller sample and a tenth of it."""
         if not self.before:
             return PENALTIES
         usual = self.before.get(tuple(taps), float(np.median(list(self.before.values()))))
         return usual, max(usual / 10, LEAST_PENALTY)
 
     def fit(self, taps: Sequence[int]) -> tuple[Fit, Bits]:
-        """Return the leave-one-out fit on these taps together, and who was right."""
+        """Return the leave-one-out fit on these taps together, and which images it classifies correctly."""
         together = None
         if sum(self.read[i].shape[1] for i in taps) < len(self.labels):
             together = np.concatenate([self.read[i] for i in taps], axis=1, dtype=np.float64) / math.sqrt(len(taps))
@@ -61,7 +63,7 @@ class GramMatrices:
         return Head(tuple(names), float(right.mean()), *wilson(int(right.sum()), len(right)), pack(right))
 
     def confirm(self, profile: Profile, features: Sequence[Tensor], labels: npt.NDArray[np.int64], progress: Progress) -> Profile:
-        """Return the profile with its cut and its last head solved as in training, and judged on held-out images.
+        """Return the profile with its cut and its last head solved as in training, and evaluated on held-out images.
 
         Args:
             features: of the held-out images at each tap.
@@ -73,7 +75,7 @@ class GramMatrices:
         for number, head in enumerate((profile.last, profile.cut)):
             assert head is not None
             taps = [names.index(name) for name in head.taps]
-            # Each tap counts as often as it has blocks, of a total variance of one each, as in training: without the norm that probes take out.
+            # As in training, each block of a tap has a total variance of one. The norm that probes divide out is multiplied back in.
             kernel = sum(self.scales[i][1] ** 2 * self.own[i][few, few] for i in taps)
             alpha, logits = solve_kernel(np.asarray(kernel), self.labels[few], classes, IMBALANCE, 0, tolerance=1e-4)
             for i in taps:
@@ -81,11 +83,11 @@ class GramMatrices:
                 logits = logits + scale(features[i]).float() @ (norm * alpha.float() @ torch.from_numpy(self.read[i][few])).T
             right = logits.argmax(1).numpy() == labels
             reached.append(replace(head, held_out=float(right.mean())))
-            progress(Event("profile", number + 1, 2, f"head on {' + '.join(head.taps)} held against {len(labels)} other images"))
+            progress(Event("profile", number + 1, 2, f"head on {' + '.join(head.taps)} checked on {len(labels)} other images"))
         return replace(profile, held_out=len(labels), last=reached[0], cut=reached[1])
 
     def tangent(self, taps: Sequence[int], gradients: Matrix, first: Sequence[int]) -> Tangent:
-        """Return what the tangent kernel of some images of the sample reads, beside these taps on the same images."""
+        """Return how well the tangent kernel classifies some images of the sample, compared with these taps on the same images."""
         y = self.labels[list(first)]
         frozen = _centered(_mean([self.own[i] for i in taps])[np.ix_(first, first)])
         frozen = frozen / (frozen.trace() / len(y) or 1.0)
@@ -96,14 +98,14 @@ class GramMatrices:
                 reached += [float(_right(fit, y).mean()), float(((fit.scores - one_hot(y)) ** 2).mean())]
         return Tangent(len(y), *reached)
 
-    def hunger(self, taps: Sequence[int], whole: float, seed: int) -> tuple[tuple[int, float], ...]:
+    def learning_curve(self, taps: Sequence[int], whole: float, seed: int) -> tuple[tuple[int, float], ...]:
         """Return the learning curve of a head: (images, accuracy) at a quarter, half and all of the sample, each the mean of some draws.
 
         A draw takes every k-th image of a shuffled class, so that its classes keep their proportions.
         """
         kernel, penalty = _mean([self.own[i] for i in taps]), self.penalties[tuple(taps)]
         m, rng = len(kernel), np.random.default_rng(seed)
-        # Classes in the order in which they appear, which follows from the images: their names play no part.
+        # Classes in their order of appearance, which depends on the images only, not on the names of the classes.
         _, first, inverse = np.unique(self.labels, return_index=True, return_inverse=True)
         place = first[inverse]
         points = []
@@ -111,12 +113,12 @@ class GramMatrices:
             if m // parts < 2 * len(np.unique(self.labels)):
                 continue
             reached = []
-            for _ in range(HUNGER_DRAWS):
+            for _ in range(CURVE_DRAWS):
                 order = rng.permutation(m)
                 drawn = np.sort(order[np.argsort(place[order], kind="stable")][::parts])
                 y = self.labels[drawn]
                 inside = _centered(kernel[np.ix_(drawn, drawn)])
-                # Fewer images want the penalty of all of them, or a larger one.
+                # With fewer images the best penalty is that of all images, or a larger one.
                 reached.append(float(_right(leave_one_out(inside, one_hot(y), (penalty, 10 * penalty)), y).mean()))
             points.append((len(drawn), float(np.mean(reached))))
         return (*points, (m, whole))
@@ -141,7 +143,7 @@ def gram_matrices(
     scaled, own, scales = [], [], []
     for read, x in zip(readings, features, strict=False):
         scale = scaling(x, read.blocks)
-        # Products in the features' own precision: their rounding, about 1e-7 of the diagonal, is far below the weakest penalty.
+        # Products in float32: their rounding error, about 1e-7 of the diagonal, is far below the weakest penalty.
         a = scale(x).float().numpy()
         norm = math.sqrt(float(np.square(a).sum(dtype=np.float64)) / len(a)) or 1.0
         a /= norm

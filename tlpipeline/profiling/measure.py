@@ -1,7 +1,7 @@
-"""Profiling: what a data set looks like to a pretrained network, measured on a bounded sample of its training images.
+"""Profiling: how well a pretrained network's features separate the classes, measured on a bounded sample of the training images.
 
-One pass in eval mode reads all taps at once. At each tap an exact leave-one-out ridge probe says how well the labels can be read there
-(the probe pools as the head will).
+One pass in eval mode gives the features at all taps. At each tap an exact leave-one-out ridge probe measures how well they predict the labels.
+The probe pools as the head will.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import DataError
 from tlpipeline.params import ProfileParams
 from tlpipeline.profiling.gram import CONFIRMED_ON, GramMatrices, gram_matrices
-from tlpipeline.profiling.ntk import BUCKETS, Sketcher, tangent_kernel
+from tlpipeline.profiling.ntk import BUCKETS, GradientSketcher, tangent_kernel
 from tlpipeline.profiling.probes import head_similarity
 from tlpipeline.profiling.profile import Head, Probe, Profile, Tangent, slice_point
 from tlpipeline.progress import Event, Progress
@@ -37,10 +37,10 @@ from tlpipeline.stats import pack, wilson
 
 HELD_OUT = 512
 GRADIENT_BATCH = 64
-EACH_CLASS = 8  # images of a class that a probe wants
+EACH_CLASS = 8  # images of a class that a probe needs
 TANGENT_IMAGES = 512
-SOLVERS = 0.3  # of what the passes cost, which the solvers may cost when the sample grows
-SLOWER = 2.1  # what an operation of theirs takes, against one of a convolution: 1.9 to 2.6 by the clock (benchmarks/speed.py solvers)
+SOLVERS = 0.3  # largest cost of the solvers when the sample grows, as a share of the cost of the passes
+SLOWER = 2.1  # time of an operation of a solver against one of a convolution: 1.9 to 2.6 by the clock (benchmarks/speed.py solvers)
 
 
 def measure(
@@ -55,15 +55,15 @@ def measure(
     store: Store | None = None,
     half: bool = False,
 ) -> Profile:
-    """Profile the training side of a data set; the sample is doubled while the choice is open.
+    """Profile the training images of a data set; the sample is doubled while the choice is open.
 
     Args:
         backbone: uncut.
         root: folder that the manifest's paths start from.
         size: input side, pixels.
-        undecided: says of a profile whether more images could still change the choice.
+        undecided: returns whether a larger sample could still change the choice.
         store: keeps what is computed of each image, for later stages and runs.
-        half: the network reads in bfloat16, as the frozen cases will; gradients are taken in float32.
+        half: the network computes features in bfloat16, as the frozen cases will; gradients are in float32.
 
     Raises:
         DataError: there are no training images.
@@ -72,25 +72,25 @@ def measure(
     if not rows:
         raise DataError("expected training images to profile, found none. Check the quarantine list of ingest.")
     labels = {label: i for i, label in enumerate(manifest.classes)}
-    sight = _Sight(backbone, root, size, device, progress, store or Store(), half)
+    passes = _Passes(backbone, root, size, device, progress, store or Store(), half)
     val = manifest.used(VAL)
-    aside, judges = (
+    selecting, judges = (
         sample([r for r in val if splits.in_selection_half(r.md5)], HELD_OUT, params.seed),
         sum(not splits.in_selection_half(r.md5) for r in val),
     )
-    drawn, kernels, profile = _large_enough(sight, rows, labels, judges, params, undecided)
+    drawn, kernels, profile = _large_enough(passes, rows, labels, judges, params, undecided)
     there = {r.label for r in drawn}
-    held = [r for r in aside if r.label in there]
+    held = [r for r in selecting if r.label in there]
     if held and profile.cut is not None:
         truth = np.array([labels[r.label] for r in held])
-        profile = kernels.confirm(profile, sight.features(held), truth, progress)
+        profile = kernels.confirm(profile, passes.features(held), truth, progress)
     if params.tangent:
-        profile = replace(profile, tangent=sight.tangent(kernels, drawn, profile.multi.taps, params.seed))
+        profile = replace(profile, tangent=passes.tangent(kernels, drawn, profile.multi.taps, params.seed))
     return profile
 
 
 def _large_enough(
-    sight: "_Sight",
+    passes: "_Passes",
     rows: Sequence[Row],
     labels: Mapping[str, int],
     judges: int,
@@ -109,13 +109,13 @@ def _large_enough(
     penalties: dict[tuple[int, ...], float] = {}
     drawn = sample(rows, wanted, params.seed)
     while True:
-        read = sight.features(drawn)
-        kernels = gram_matrices(sight.readings, read, np.array([labels[r.label] for r in drawn]), penalties)
-        sight.progress(Event("profile", len(drawn), len(drawn), f"probes of {len(drawn)} images at {len(sight.taps)} taps"))
-        profile = _of_sample(sight, rows, judges, read, kernels, params.seed)
+        read = passes.features(drawn)
+        kernels = gram_matrices(passes.readings, read, np.array([labels[r.label] for r in drawn]), penalties)
+        passes.progress(Event("profile", len(drawn), len(drawn), f"probes of {len(drawn)} images at {len(passes.taps)} taps"))
+        profile = _of_sample(passes, rows, judges, read, kernels, params.seed)
         wanted, penalties = 2 * len(drawn), kernels.penalties
         more = wanted <= params.images_max and len(drawn) < len(rows)
-        if not more or solving(sight.readings, wanted, profile.classes) > SOLVERS * sight.passing(wanted, params.tangent):
+        if not more or solving(passes.readings, wanted, profile.classes) > SOLVERS * passes.cost_of(wanted, params.tangent):
             break
         larger = sample(rows, wanted, params.seed)
         if len(larger) <= len(drawn) or not undecided(profile):
@@ -125,27 +125,27 @@ def _large_enough(
 
 
 def _of_sample(
-    sight: "_Sight",
+    passes: "_Passes",
     rows: Sequence[Row],
     judges: int,
     read: Sequence[Tensor],
     kernels: GramMatrices,
     seed: int,
 ) -> Profile:
-    """Return what a sample's features at all taps say, nothing held against other images yet.
+    """Return the profile of a sample's features at all taps, without the check on held-out images.
 
     Args:
         rows: all training images; judges: how many validation images select nothing.
     """
-    backbone, logits = sight.backbone, len(sight.taps)
+    backbone, logits = passes.backbone, len(passes.taps)
     counts = Counter(r.label for r in rows)
     similarity = head_similarity(read[logits].softmax(1).double().numpy(), kernels.labels) if backbone.source_classes else None
-    with threadpool_limits(1):  # factorisations of a sample's size take longer with two
-        probed = _probe(sight.taps, sight.readings, kernels, seed)
+    with threadpool_limits(1):  # factorizations of a sample's size take longer with two
+        probed = _probe(passes.taps, passes.readings, kernels, seed)
     return Profile(
         backbone=backbone.name,
         weights=backbone.fingerprint,
-        size=sight.transforms.size,
+        size=passes.transforms.size,
         normalization=backbone.normalization,
         images=len(rows),
         classes=len(counts),
@@ -161,8 +161,8 @@ def _of_sample(
     )
 
 
-class _Sight:
-    """How a network sees images: features at all its taps, and what else is asked of single passes. What was seen is kept by content."""
+class _Passes:
+    """Passes of a network over images: features at all taps, and gradients. The results are cached by the images' content."""
 
     def __init__(
         self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress, store: Store, half: bool
@@ -190,11 +190,11 @@ class _Sight:
     def features(self, wanted: Sequence[Row]) -> list[Tensor]:
         """Return the features at each tap: (images, features) each.
 
-        Behind them come the source head's logits where it has one.
+        The last entry has the source head's logits, if the network has one.
         """
         images = Images(self.root, wanted, self.transforms)
-        told = self._told("features", int(self.reader.missing(wanted).sum()))
-        return [rows.all() for rows in self.reader.extract(images, told)]
+        report = self._reporter("features", int(self.reader.missing(wanted).sum()))
+        return [rows.all() for rows in self.reader.extract(images, report)]
 
     def inputs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """Yield inputs (batch, 3, size, size) on the CPU."""
@@ -202,7 +202,7 @@ class _Sight:
         return (normalize(pixels, self.transforms) for _, pixels in batches)
 
     def tangent(self, kernels: GramMatrices, drawn: Sequence[Row], taps: Sequence[str], seed: int) -> Tangent:
-        """Return what the gradients of at most TANGENT_IMAGES of the drawn images say, beside a head on these taps."""
+        """Return the tangent probe on at most TANGENT_IMAGES of the drawn images, compared with a head on these taps."""
         few = {r.md5 for r in sample(drawn, TANGENT_IMAGES, seed)}
         at = [i for i, r in enumerate(drawn) if r.md5 in few]
         chosen = [drawn[i] for i in at]
@@ -213,31 +213,31 @@ class _Sight:
             f"{self.backbone.name} gradients at {name}",
         )
         new = [row for row, there in zip(chosen, column.has([r.md5 for r in chosen]), strict=True) if not there]
-        told = self._told("gradients", len(new))
-        sketcher = Sketcher(self._cut(self.backbone, [name]), self.device, seed) if new else None
+        report = self._reporter("gradients", len(new))
+        sketcher = GradientSketcher(self._cut(self.backbone, [name]), self.device, seed) if new else None
         done = 0
         for batch in self.inputs(new):
             assert sketcher is not None
             part = new[done : done + len(batch)]
             column.add([row.md5 for row in part], sketcher.sketch(batch))
             done += len(batch)
-            told(done)
+            report(done)
         gradients = tangent_kernel(column.rows([r.md5 for r in chosen]).all())
         names = [t.name for t in self.taps]
         return kernels.tangent([names.index(tap) for tap in taps], gradients, at)
 
-    def passing(self, images: int, tangent: bool) -> float:
-        """Return what the passes of a sample of so many images cost, in operations: a backward pass counts two."""
+    def cost_of(self, images: int, tangent: bool) -> float:
+        """Return the operations of the passes over a sample of so many images; a backward pass counts two."""
         return self.taps[-1].forward_ops * (images + 3 * min(images, TANGENT_IMAGES) * tangent)
 
-    def _told(self, what: str, images: int) -> Callable[[int], None]:
+    def _reporter(self, what: str, images: int) -> Callable[[int], None]:
         return lambda done: self.progress(Event("profile", done, images, f"{what} of {images} images at {len(self.taps)} taps"))
 
 
 def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
-    """Draw rows, classes in proportion but each at least once, by a hash of seed and content: neither order nor names play a part.
+    """Draw rows, classes in proportion but each at least once, by a hash of seed and content, so that neither order nor names matter.
 
-    With more classes than an eighth of the sample, as many of them are drawn as fill it with eight images each, or all that they have.
+    With more classes than an eighth of the sample, only some classes are drawn: as many as fill it with at most eight images each.
     """
 
     def rank(text: str) -> str:
@@ -268,10 +268,10 @@ def sample(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
 def solving(readings: Sequence[TapPooling], images: int, classes: int) -> float:
     """Return what the solvers cost for a sample of so many images: inner products, probes, and the two heads that confirm a slice.
 
-    In operations of a convolution, counted and not timed: where it decides, no run may differ from another.
+    In operations of a convolution, which are counted and not timed, so that equal runs decide alike.
 
-    A probe costs two factorisations (after the first sample, which decides between all penalties), and there are four heads besides the taps;
-    a head takes about 100 walks through a matrix of as many rows and columns as it has images, each of two products.
+    A probe costs two factorizations (after the first sample, which tries all penalties), and there are four heads besides the taps. A head takes
+    about 100 passes over a square matrix of as many rows as there are images, each with two products.
     """
     widths = [sum(r.blocks) for r in readings]
     products = sum(2 * images**2 * width for width in widths)
@@ -288,7 +288,7 @@ def _probe(taps: Sequence[cutting.Tap], readings: Sequence[TapPooling], kernels:
     accuracy = [float(right.mean()) for _, right in fits]
     probes = []
     for i, (tap, read, (fit, right)) in enumerate(zip(taps, readings, fits, strict=True)):
-        behind = right.astype(float) - fits[-1][1]
+        difference = right.astype(float) - fits[-1][1]
         earlier = sorted(range(i), key=lambda j: (-accuracy[j], -j))[:2]
         low, high = wilson(int(right.sum()), len(labels))
         probes.append(
@@ -304,8 +304,8 @@ def _probe(taps: Sequence[cutting.Tap], readings: Sequence[TapPooling], kernels:
                 low=low,
                 high=high,
                 balanced=float(np.mean([right[labels == c].mean() for c in classes])),
-                gain=float(behind.mean()),
-                gain_error=float(behind.std() / math.sqrt(len(labels))),
+                gain=float(difference.mean()),
+                gain_error=float(difference.std() / math.sqrt(len(labels))),
                 penalty=fit.penalty,
                 correct=pack(right),
                 head=tuple(names[j] for j in sorted([i, *earlier], reverse=True)),
@@ -322,5 +322,5 @@ def _probe(taps: Sequence[cutting.Tap], readings: Sequence[TapPooling], kernels:
         "last": head(names[-1:]),
         "multi": multi,
         "cut": None if at is None else head(probes[at].head),
-        "hunger": kernels.hunger([names.index(name) for name in multi.taps], multi.accuracy, seed),
+        "learning_curve": kernels.learning_curve([names.index(name) for name in multi.taps], multi.accuracy, seed),
     }

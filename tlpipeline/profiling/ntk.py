@@ -1,10 +1,10 @@
-"""The tangent probe: what the first steps of fine-tuning could read, from gradients, without a training step.
+"""The tangent probe: how well fine-tuning by small steps could classify, estimated from gradients without a training step.
 
 For small steps a network moves along its gradients: fine-tuning is then ridge regression on the empirical tangent kernel k(x, x') =
 <grad f(x), grad f(x')> (Jacot et al. 2018; Wei, Hu and Steinhardt 2022 find that it predicts how fine-tuned networks generalize). One random
 projection of the last features stands for all outputs (Mohamadi et al. 2022), and gradients are kept as count sketches, whose inner products
-are those of the gradients in expectation (Charikar et al. 2002). Where this kernel reads the labels better than the frozen features do,
-fine-tuning has something to win.
+are those of the gradients in expectation (Charikar et al. 2002). Where this kernel predicts the labels better than the frozen features do,
+fine-tuning is likely to gain.
 """
 
 import numpy as np
@@ -15,10 +15,10 @@ from tlpipeline.backbones.features import pool
 from tlpipeline.profiling.probes import Matrix
 
 BUCKETS = 1 << 14
-AVERAGE = (1,)  # a finer pyramid reads worse here: gradients of single cells say where, not what
+AVERAGE = (1,)  # a finer pyramid predicts worse: gradients of single cells depend on position more than on class
 
 
-class Sketcher:
+class GradientSketcher:
     """Turns images into sketches of their gradients.
 
     Args:
@@ -61,7 +61,7 @@ def tangent_kernel(sketches: Tensor) -> Matrix:
     """Return the centered tangent kernel of images, of gradients of length one: (n, n), its mean diagonal 1.
 
     Args:
-        sketches: (n, buckets), as a `Sketcher` gives them.
+        sketches: (n, buckets), as a `GradientSketcher` gives them.
     """
     x = sketches.double().numpy()
     x = x - x.mean(0)

@@ -1,7 +1,7 @@
-"""The profile as values: what was measured of a data set at each tap of a network, and the test whether an earlier tap beats the last.
+"""The profile as values: what was measured at each tap of a network, and the test whether an earlier tap beats the last.
 
-From the probes follow the two axes: is the data set large enough for this network to be fine-tuned (headroom), and is it similar to what the
-network knows (do the last layers still help)?
+The probes answer two questions. Is the data set large enough to fine-tune this network (headroom)? Is it similar to the network's original
+training images (do the last layers still help)?
 """
 
 import math
@@ -17,7 +17,7 @@ from tlpipeline.stats import Bits, unpack
 
 @dataclass(frozen=True)
 class Probe:
-    """One tap, and how well the labels can be read there.
+    """One tap, and how well its features predict the labels.
 
     Attributes:
         name, channels, height, width, parameters, forward_ops, grids: of the tap and the head's pyramid there.
@@ -25,7 +25,7 @@ class Probe:
         balanced: the mean of the per-class accuracies.
         gain, gain_error: accuracy minus the last tap's, and the paired standard error of that difference.
         penalty: the ridge penalty that was chosen.
-        correct: one bit a sample image, hexadecimal: was it classified correctly when left out?
+        correct: a bit for each image of the sample, as hexadecimal: whether it is classified correctly when left out.
         head: taps that a head reads when the network is cut here, deepest first: this one and the two best earlier ones.
     """
 
@@ -59,8 +59,8 @@ class Head:
     Attributes:
         taps: what it reads, deepest first.
         accuracy, low, high, correct: leave-one-out on the sample, as in Probe, for all its taps together.
-        held_out: accuracy of the head itself, solved on the sample, on the half of validation that may select (judging is left to the other
-            half); None where it was not asked or there are no such images.
+        held_out: accuracy of the head itself, solved on the sample, on the half of validation that may select (the other half judges
+            races); None if it was not measured.
     """
 
     taps: tuple[str, ...]
@@ -73,7 +73,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Tangent:
-    """What the tangent probe says, beside the multi-tap head on the same images (at most TANGENT_IMAGES).
+    """The result of the tangent probe, and of the multi-tap head on the same images (at most TANGENT_IMAGES).
 
     Attributes:
         images: how many.
@@ -96,16 +96,16 @@ class Profile:
         backbone, weights: name of the network and fingerprint of its weights.
         size: input side, pixels.
         normalization: batch, layer or none.
-        images, classes: of the training side; majority: share of its largest class; smallest, largest: images of a class.
-        validation: images of the half of the validation side that judges.
-        sampled, held_out: images that were looked at: for the probes, and apart from them (the half of validation that selects).
+        images, classes: numbers of training images and classes; majority: share of the largest class; smallest, largest: images of a class.
+        validation: images of the half of validation that judges races.
+        sampled, held_out: images of the probes' sample, and of the half of validation that selects.
         probed: classes in the sample.
         head_similarity: S, the share of the labels' entropy that the source head's classes explain (cross-fitted LEEP); None without head.
-        hunger: (images, leave-one-out accuracy) of the multi-tap head on a quarter, half and all of the sample, three draws each.
+        learning_curve: (images, leave-one-out accuracy) of the multi-tap head on a quarter, half and all of the sample, three draws each.
         taps: first to last.
         last: the head on the last tap; multi: on the last tap and the two best earlier ones, nothing cut off; cut: on the taps at and below
             the best slice point, None where there is one tap only.
-        tangent: what gradients say that fine-tuning could read, None where it was not asked for.
+        tangent: the tangent probe, None if it is switched off.
     """
 
     backbone: str
@@ -122,7 +122,7 @@ class Profile:
     held_out: int
     probed: int
     head_similarity: float | None
-    hunger: tuple[tuple[int, float], ...]
+    learning_curve: tuple[tuple[int, float], ...]
     taps: tuple[Probe, ...]
     last: Head
     multi: Head
@@ -156,7 +156,7 @@ class Profile:
     @property
     def slope(self) -> float:
         """Accuracy that the frozen features gained by the last doubling of the sample."""
-        return self.hunger[-1][1] - self.hunger[-2][1] if len(self.hunger) > 1 else 0.0
+        return self.learning_curve[-1][1] - self.learning_curve[-2][1] if len(self.learning_curve) > 1 else 0.0
 
     @property
     def last_head(self) -> tuple[TapPooling, ...]:
@@ -169,7 +169,7 @@ class Profile:
         return tuple(by_name[name].reading for name in by_name[tap].head)
 
     def correct(self) -> Bits:
-        """Return who was right: (sampled, taps)."""
+        """Return which images the probe of each tap classifies correctly: (sampled, taps)."""
         return np.stack([unpack(t.correct, self.sampled) for t in self.taps], axis=1)
 
     def to_json(self) -> dict[str, Any]:
@@ -183,9 +183,9 @@ class Profile:
         heads = {
             k: None if content[k] is None else Head(**content[k] | {"taps": tuple(content[k]["taps"])}) for k in ("last", "multi", "cut")
         }
-        hunger = tuple((int(n), float(a)) for n, a in content["hunger"])
+        learning_curve = tuple((int(n), float(a)) for n, a in content["learning_curve"])
         tangent = None if content["tangent"] is None else Tangent(**content["tangent"])
-        return cls(**{**content, **heads, "taps": taps, "hunger": hunger, "tangent": tangent})
+        return cls(**{**content, **heads, "taps": taps, "learning_curve": learning_curve, "tangent": tangent})
 
 
 # --- the slice point ----------------------------------------------------------------------------------------------------------------
@@ -219,14 +219,14 @@ def slice_point(correct: Bits) -> int | None:
     The one-standard-error rule (Breiman et al. 1984), here toward keeping more of the network.
 
     Args:
-        correct: who was right at each tap, (images, taps).
+        correct: whether each image is classified correctly at each tap, (images, taps).
     """
     if correct.shape[1] < 2:
         return None
     earlier = correct[:, :-1].astype(float)
     best = int(np.flatnonzero(earlier.mean(0) == earlier.mean(0).max())[-1])
-    behind = earlier[:, [best]] - earlier
-    return int(np.flatnonzero(behind.mean(0) <= behind.std(0) / math.sqrt(len(earlier)))[-1])
+    shortfall = earlier[:, [best]] - earlier
+    return int(np.flatnonzero(shortfall.mean(0) <= shortfall.std(0) / math.sqrt(len(earlier)))[-1])
 
 
 def slice_test(profile: Profile, gain: float, draws: int, seed: int = 0) -> SliceTest:
@@ -235,7 +235,7 @@ def slice_test(profile: Profile, gain: float, draws: int, seed: int = 0) -> Slic
     The correction for looking at many taps matters: the best of 16 taps of pure noise looks 4.7 points better than chance.
 
     Args:
-        gain: what an earlier tap must win for the data to count as different, as a share (0 to 1).
+        gain: what an earlier tap must gain for the data to count as different, as a share (0 to 1).
     """
     correct = profile.correct()
     at = slice_point(correct)
@@ -248,7 +248,7 @@ def slice_test(profile: Profile, gain: float, draws: int, seed: int = 0) -> Slic
     counts = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=draws) / m
     largest = ((counts @ difference - gains) / errors).max(1)
 
-    def chance(asked: float) -> float:
+    def p_value(asked: float) -> float:
         observed = ((gains - asked) / errors).max()
         return float((1 + (largest >= observed).sum()) / (1 + draws))
 
@@ -258,4 +258,4 @@ def slice_test(profile: Profile, gain: float, draws: int, seed: int = 0) -> Slic
     # Where the p-value passes one half: (1 + how many draws reach the observed t) / (1 + draws) < 1/2.
     median = np.sort(largest)[-max(math.ceil((1 + draws) / 2) - 1, 1)]
     corrected = float((gains - median * errors).max())
-    return SliceTest(profile.taps[at].name, profile.taps[best].name, float(gains[best]), corrected, chance(0.0), chance(gain), confirmed)
+    return SliceTest(profile.taps[at].name, profile.taps[best].name, float(gains[best]), corrected, p_value(0.0), p_value(gain), confirmed)

@@ -1,4 +1,4 @@
-"""Prediction: the transforms travel inside the model, so what is predicted is what was evaluated."""
+"""Prediction: the transforms are stored with the model, so predictions are prepared as the evaluation was."""
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
@@ -26,7 +26,7 @@ Picture: TypeAlias = "str | Path | Image.Image | Pixels"
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image.
+    """The prediction of a model for one image.
 
     Attributes:
         path: of the file, "" for an image in memory.
@@ -44,10 +44,10 @@ class Prediction:
 
 
 def find_model(text: str, root: Path, place: Path | None = None) -> Path:
-    """Return the model folder that a text means: a folder, or a version of the workspace's registry (name@v1, name#prod).
+    """Return the folder of a model, given the folder itself or a version in the workspace's registry (name@v1, name#prod).
 
     Args:
-        place: folder to fetch a version to that is not here yet; None keeps it in the workspace.
+        place: folder to fetch a version to that the workspace does not have; None fetches it into the workspace.
     """
     if Path(text).is_dir():
         return Path(text)
@@ -55,21 +55,21 @@ def find_model(text: str, root: Path, place: Path | None = None) -> Path:
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
-    """Return these files, each folder replaced by all files below it, sorted, but the system's own (dot-files).
+    """Return these files, with each folder replaced by the files below it, sorted and without dot-files.
 
     Raises:
-        DataError: a folder holds none.
+        DataError: a folder has no files.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            found.append(path)
+            files.append(path)
             continue
         below = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
         if not below:
             raise DataError(f"expected images in {path}, found an empty folder. Name image files, or a folder that holds some.")
-        found += below
-    return found
+        files += below
+    return files
 
 
 class Model:
@@ -122,28 +122,28 @@ class Model:
         for image in several:
             rows.append(_row(Path(image).expanduser()) if isinstance(image, str | Path) else memory.add(image))
         pictures = Images(Path(), rows, self._description.transforms, decoded=memory if memory.prepared else None)
-        # What is in memory was not read from a file that the workspace knows: nothing of it is kept.
+        # Features of images in memory are not cached: they do not belong to a file of the workspace.
         with nullcontext() if memory.prepared else self._store() as store:
-            chances = classifier.probabilities(self._classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
+            probabilities = classifier.probabilities(self._classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
         return [
             Prediction(row.path, self.classes[max(range(len(p)), key=p.__getitem__)], max(p), dict(zip(self.classes, p, strict=True)))
-            for row, p in zip(rows, chances, strict=True)
+            for row, p in zip(rows, probabilities, strict=True)
         ]
 
     def predict_readable(self, images: Sequence[Path]) -> tuple[list[Prediction], dict[Path, str]]:
-        """Predict the files that are images; of each other one, return in words why it is none.
+        """Predict the files that are readable images; return the reason for each of the other files.
 
         Args:
             images: files, and folders of them.
 
         Raises:
-            DataError: none of them can be read, or a folder holds none.
+            DataError: no file is a readable image, or a folder has no files.
         """
         files = list_images(images)
         try:
             return self.predict(files), {}
         except DataError:
-            # Only now is it worth decoding all of them once more; what was computed until then is in the store.
+            # Now all files are decoded to find the unreadable ones. Features that were computed before the error are in the cache.
             reasons = {path: why for path in files if (why := _unreadable(path))}
             readable = [path for path in files if path not in reasons]
             if not readable or not reasons:
@@ -152,7 +152,7 @@ class Model:
 
 
 class _Memory:
-    """Images that are in memory, prepared for the network; those of files are read when they are asked for."""
+    """Images in memory, prepared for the network; image files are read when they are needed."""
 
     def __init__(self, transforms: Transforms) -> None:
         self.transforms = transforms
@@ -195,10 +195,10 @@ def _image_of(array: Pixels) -> Image.Image:
 def _unreadable(path: Path) -> str:
     """Return in words why a file cannot be used, "" if it can."""
     try:
-        found = decoding.inspect(decoding.read_regular(path))
+        inspected = decoding.inspect(decoding.read_regular(path))
     except OSError as error:
         return error.strerror or str(error)
-    return found if isinstance(found, str) else ""
+    return inspected if isinstance(inspected, str) else ""
 
 
 def _row(path: Path) -> Row:

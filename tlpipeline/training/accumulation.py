@@ -51,15 +51,15 @@ class GradientAccumulation:
                 return take(min(steps, most))
             except torch.cuda.OutOfMemoryError as error:
                 images = math.ceil(share / min(steps, most))
-                found = f"expected room in the GPU's memory for {images} images at a time, found none. "
+                message = f"expected room in the GPU's memory for {images} images at a time, found none. "
                 if steps >= most:
-                    raise TrainingError(found + "Set data.size or train.batch_size lower.") from error
+                    raise TrainingError(message + "Set data.size or train.batch_size lower.") from error
                 steps *= 2
                 restore(before)
                 if self.context.size > 1:
                     # Other workers wait in the middle of this step: only a new start brings all to the same number of parts.
                     raise OutOfMemory(
-                        f"{found}Set train.override.gradient_accumulation_steps to {steps} (the batch stays as large), "
+                        f"{message}Set train.override.gradient_accumulation_steps to {steps} (the batch stays as large), "
                         "or data.size or train.batch_size lower.",
                         steps,
                     ) from error

@@ -43,22 +43,22 @@ def train_head(model: Classifier, run: Run) -> None:
     val, train = [datasets.val[i] for i in read_val], [datasets.train[i] for i in read_train]
     labels, val_labels = datasets.train_labels[read_train], datasets.val_labels[read_val]
     head: SolvedHead | None = None
-    chances = torch.zeros(len(val), model.head.out_features)
+    val_probabilities = torch.zeros(len(val), model.head.out_features)
     if context.rank == 0:
         kind = model.blocks, model.head.out_features, config.plan.recipe.head_imbalance, config.seed
         x, held_out = FeatureTable(extractor.rows(train)), FeatureTable(extractor.rows(val))
         head = solve_head(x, labels, *kind, tolerance=1e-4, expired=budget.expired_here)
-        chances = head_probabilities(head, held_out)
+        val_probabilities = head_probabilities(head, held_out)
         if budget.expired_here():
             more = ", and it was not solved once more with the validation images" if model.frozen else ""
-            state.remark(f"{BUDGET} ended while the head was solved: it may lie short of its optimum{more}")
+            state.remark(f"{BUDGET} ended while the head was solved: it may not have reached its optimum{more}")
         elif model.frozen and len(val):
             # Nothing is left to select: the head is solved once more, on the validation images as well. Fine-tuning must start without them.
             both = np.concatenate([labels, val_labels])
             head = solve_head(x.concat(held_out), both, *kind, head[2], head[:2], expired=budget.expired_here)
-            head = calibrated(head, chances, val_labels)
-    broadcast([chances], context)
-    accuracy, loss, correct = validated(chances, val_labels)
+            head = calibrated(head, val_probabilities, val_labels)
+    broadcast([val_probabilities], context)
+    accuracy, loss, correct = validated(val_probabilities, val_labels)
     state.history.append({"phase": HEAD, "epoch": 0, "loss": 0.0, "accuracy": accuracy, "log_loss": loss, "correct": correct})
     state.update_best(state.validation(accuracy, loss))
     _put(head, model, run)
@@ -69,13 +69,13 @@ def train_head(model: Classifier, run: Run) -> None:
 def refit_head(model: Classifier, run: Run) -> Classifier:
     """Return the trained network with a head on all final taps, solved on the images as they are.
 
-    The head that was trained with the network has seen random crops, is a step behind the features, and reads one tap. It stays if it is
-    clearly better on validation (two paired standard errors) than one that is solved on the training images.
+    The head that was trained with the network was trained on random crops, is one step older than the features, and reads one tap. It stays if it
+    is clearly better on validation (two paired standard errors) than one that is solved on the training images.
     """
     datasets, context, budget, state = run.datasets, run.context, run.budget, run.state
     taps, images = run.config.plan.final_head_taps, [*datasets.train, *datasets.val]
     head: SolvedHead | None = None
-    chances = torch.zeros(len(datasets.val), model.head.out_features)
+    val_probabilities = torch.zeros(len(datasets.val), model.head.out_features)
     # If fine-tuning was undone, the backbone is the one whose features the cache holds.
     undone = state.best.phase == HEAD
     half = undone and extracts_in_bfloat16(context.device, run.config.precision)
@@ -87,13 +87,13 @@ def refit_head(model: Classifier, run: Run) -> Classifier:
             state.remark(NO_TIME)
             return model
         if context.rank == 0:
-            head, chances = _solve_final_head(wide, extractor, run)
+            head, val_probabilities = _solve_final_head(wide, extractor, run)
     if budget.expired():
-        state.remark(NO_TIME)  # it may lie short of its optimum, and the one that was trained is there
+        state.remark(NO_TIME)  # the head may not have reached its optimum; the trained one is kept
         return model
     if len(datasets.val):
-        broadcast([chances], context)
-        accuracy, loss, correct = validated(chances, datasets.val_labels)
+        broadcast([val_probabilities], context)
+        accuracy, loss, correct = validated(val_probabilities, datasets.val_labels)
         line = {
             "phase": "last head",
             "epoch": state.best_line["epoch"],
@@ -127,8 +127,8 @@ def _put(head: SolvedHead | None, model: Classifier, run: Run) -> None:
 def _solve_final_head(model: Classifier, extractor: FeatureExtractor, run: Run) -> tuple[SolvedHead, Tensor]:
     """Return the head on all labeled images, and the probabilities (n, K) of validation by a head on the training images.
 
-    The penalty is found on the validation images: features that were trained on images say nothing of their own fit. Then nothing is left to
-    select, and the validation images count as well.
+    The penalty is chosen on the validation images, because the features were trained on the training images. Then nothing is left to select, and
+    the head is solved on the validation images as well.
     """
     datasets, expired = run.datasets, run.budget.expired_here
     kind = model.blocks, model.head.out_features, run.config.plan.recipe.head_imbalance, run.config.seed
@@ -139,27 +139,27 @@ def _solve_final_head(model: Classifier, extractor: FeatureExtractor, run: Run) 
     first = solve_head(x, datasets.train_labels, *kind, *near, tolerance=1e-4, expired=expired)
     both = np.concatenate([datasets.train_labels, datasets.val_labels])
     head = solve_head(x.concat(val), both, *kind, first[2], first[:2], tolerance=1e-4, expired=expired)
-    chances = head_probabilities(first, val)
-    return calibrated(head, chances, datasets.val_labels), chances
+    val_probabilities = head_probabilities(first, val)
+    return calibrated(head, val_probabilities, datasets.val_labels), val_probabilities
 
 
-def calibrated(head: SolvedHead, chances: Tensor, labels: Labels) -> SolvedHead:
-    """Return a head with the same answers, and the confidence that suits a head on the training images alone.
+def calibrated(head: SolvedHead, probabilities: Tensor, labels: Labels) -> SolvedHead:
+    """Return a head with the same predicted classes, and with probabilities calibrated by a head on the training images alone.
 
     Args:
-        chances, labels: probabilities (n, K) of validation by that one, and the true classes (see `inverse_temperature`).
+        probabilities, labels: probabilities (n, K) of validation by that one, and the true classes (see `inverse_temperature`).
     """
-    by = inverse_temperature(chances, labels)
+    by = inverse_temperature(probabilities, labels)
     return head[0] * by, head[1] * by, head[2]
 
 
 def head_probabilities(head: SolvedHead, features: FeatureTable) -> Tensor:
     """Return a solved head's probabilities (n, K) of rows of features."""
-    chances = torch.empty(len(features), len(head[1]))
+    probabilities = torch.empty(len(features), len(head[1]))
     for part in batch_ranges(len(features), CHUNK):
         rows = slice(part.start, part.stop)
-        chances[rows] = (features.take(rows) @ head[0].T + head[1]).softmax(1)
-    return chances
+        probabilities[rows] = (features.take(rows) @ head[0].T + head[1]).softmax(1)
+    return probabilities
 
 
 # --- the features -----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The new head on frozen features: multinomial logistic regression, solved to its optimum.
 
-The loss is convex, so the L2 penalty is all there is to tune. It is found on held-out images, as Kornblith, Shlens and Le do for their
+The loss is convex, so the L2 penalty is all there is to tune. It is chosen on held-out images, as Kornblith, Shlens and Le do for their
 probes (2019, arXiv 1805.08974). Features may be mapped from disk: memory is bounded whatever the number of images.
 """
 
@@ -36,7 +36,7 @@ WALKED = 8 << 20  # logits of one part of a walk; there are three times as many 
 CHUNK = 1024
 
 ABSENT = -1e4  # bias of a class without a training image
-TEMPERATURE_SPREAD = 0.2  # standard deviation of the temperature's logarithm, before anything is seen
+TEMPERATURE_SPREAD = 0.2  # standard deviation of the temperature's logarithm, before any data (the prior)
 LEAST_STEPS = 20  # of a solver whose time is up: fewer give no head that is worth having
 
 Labels = npt.NDArray[np.int64]
@@ -135,11 +135,11 @@ class Problem:
         loss = 0.0
         gradient, residues = torch.zeros_like(weight), torch.zeros_like(bias)
         for where, x in self.features.parts(self.classes):
-            log_chances = head(x).log_softmax(0)
+            log_probabilities = head(x).log_softmax(0)
             y, share = self.labels[where], self.shares[where]
             index = torch.arange(len(y))
-            loss -= float(log_chances[y, index].double() @ share)
-            residue = log_chances.exp()
+            loss -= float(log_probabilities[y, index].double() @ share)
+            residue = log_probabilities.exp()
             residue[y, index] -= 1
             residue *= share.float()
             gradient += (residue @ x.float()).double()
@@ -164,8 +164,8 @@ class Problem:
 
         options: dict[str, Any] = {"maxiter": steps, "maxfun": 2 * steps, "gtol": tolerance, "ftol": 1e-9}
         with threadpool_limits(self.threads()):
-            found = minimize(self, start, args=(penalty,), jac=True, method="L-BFGS-B", options=options, callback=stepped)
-        return np.asarray(found.x)
+            solution = minimize(self, start, args=(penalty,), jac=True, method="L-BFGS-B", options=options, callback=stepped)
+        return np.asarray(solution.x)
 
     def threads(self) -> int:
         """Return how many threads a pass keeps busy. It is two thin products for each part: for 24 classes two threads took twice as long as one."""
@@ -185,7 +185,7 @@ def solve_head(
     tolerance: float | None = None,
     expired: IsExpired = never,
 ) -> tuple[Tensor, Tensor, float]:
-    """Solve multinomial logistic regression by L-BFGS, its L2 penalty found on held-out images, standardization folded into the result.
+    """Solve multinomial logistic regression by L-BFGS, its L2 penalty chosen on held-out images, standardization folded into the result.
 
     Where there are fewer images than features the problem is solved in the span of the images (see `solve_kernel`), which changes nothing
     but the cost.
@@ -251,7 +251,7 @@ def _solve(
     tolerance: float,
     expired: IsExpired,
 ) -> tuple[Tensor, Tensor, float]:
-    """Return weight (K, d) and bias (K,) on scaled features, and the penalty, found on held-out images if it is not known."""
+    """Return weight (K, d) and bias (K,) on scaled features, and the penalty, chosen on held-out images if it is not known."""
     present, own = np.unique(labels, return_inverse=True)
     own = own.astype(np.int64)
     shares = image_weights(own, imbalance)
@@ -274,8 +274,8 @@ def _begun(bias: Tensor) -> Tensor:
 
     Started from ABSENT, with a hundred of 600 classes, the solver did not arrive in 25 times the time (docs/log.md).
     """
-    seen = bias > ABSENT / 2
-    return torch.where(seen, bias, bias[seen].mean() if bool(seen.any()) else torch.zeros((), dtype=bias.dtype))
+    present = bias > ABSENT / 2
+    return torch.where(present, bias, bias[present].mean() if bool(present.any()) else torch.zeros((), dtype=bias.dtype))
 
 
 class Span:
@@ -363,8 +363,8 @@ def _held_out_penalty(
                 both = torch.from_numpy(at[k]).view(classes, -1)
                 head = problem.logits(both[:, :-1], both[:, -1])
                 # Classes that the other folds lack have no images to be right about.
-                chances = head(x[torch.from_numpy(b)]).T.double().softmax(1)
-                total += score(chances, y[b])[1] * len(b)
+                probabilities = head(x[torch.from_numpy(b)]).T.double().softmax(1)
+                total += score(probabilities, y[b])[1] * len(b)
             losses[i], reached[i] = total, at[0]
         return losses[i]
 
@@ -425,20 +425,20 @@ def _downhill(loss: Callable[[int], float], expired: IsExpired) -> int:
     return best
 
 
-def inverse_temperature(chances: Tensor, labels: Labels) -> float:
+def inverse_temperature(probabilities: Tensor, labels: Labels) -> float:
     """Return the factor for logits that makes a head as confident as it is accurate: temperature scaling (Guo et al. 2017, arXiv 1706.04599).
 
     It minimizes the log loss on images that the head was not solved on, drawn towards 1 so that a few images change little. The predicted
     classes stay the same. The penalty that suits them leaves a head of hundreds of classes far too unsure (docs/log.md).
 
     Args:
-        chances: (n, K) of those images; labels: (n,) their classes.
+        probabilities: (n, K) of those images; labels: (n,) their classes.
     """
     from scipy.optimize import minimize_scalar
 
     if not len(labels):
         return 1.0
-    logits, y = chances.double().clamp(min=1e-30).log(), torch.from_numpy(labels)
+    logits, y = probabilities.double().clamp(min=1e-30).log(), torch.from_numpy(labels)
 
     def loss(power: float) -> float:
         return float(functional.cross_entropy(logits * math.exp(power), y, reduction="sum")) + power**2 / (2 * TEMPERATURE_SPREAD**2)
@@ -449,15 +449,15 @@ def inverse_temperature(chances: Tensor, labels: Labels) -> float:
 # --- judging --------------------------------------------------------------------------------------------------------------------------
 
 
-def score(chances: Tensor, labels: Labels) -> tuple[float, float]:
+def score(probabilities: Tensor, labels: Labels) -> tuple[float, float]:
     """Return accuracy and mean log loss of probabilities (n, K); (0, infinity) of no images."""
     if not len(labels):
         return 0.0, math.inf
     y = torch.from_numpy(np.asarray(labels)).long()
-    accuracy = float((chances.argmax(1) == y).double().mean())
-    return accuracy, float(-chances.double()[torch.arange(len(y)), y].clamp(min=1e-12).log().mean())
+    accuracy = float((probabilities.argmax(1) == y).double().mean())
+    return accuracy, float(-probabilities.double()[torch.arange(len(y)), y].clamp(min=1e-12).log().mean())
 
 
-def validated(chances: Tensor, labels: Labels) -> tuple[float, float, str]:
+def validated(probabilities: Tensor, labels: Labels) -> tuple[float, float, str]:
     """Return accuracy, mean log loss, and which images were classified correctly, as packed bits."""
-    return *score(chances, labels), pack(chances.argmax(1).numpy() == labels)
+    return *score(probabilities, labels), pack(probabilities.argmax(1).numpy() == labels)

@@ -201,8 +201,8 @@ class Trainer:
     def _validate(self, val: Images, epoch: Epoch, epochs: int) -> tuple[float, str]:
         """Validate the epoch that was just trained, and keep the model if it counts; return the accuracy and who was right, packed."""
         state, count = self.state, len(self.datasets.val)
-        chances = all_gather(probabilities(self.model, val, self.context.device, lambda _: None), count, self.context)
-        accuracy, log_loss, correct = validated(chances, self.datasets.val_labels)
+        predicted = all_gather(probabilities(self.model, val, self.context.device, lambda _: None), count, self.context)
+        accuracy, log_loss, correct = validated(predicted, self.datasets.val_labels)
         line: dict[str, float | str] = {"phase": state.phase, "epoch": state.epoch, "loss": epoch.loss, "accuracy": accuracy}
         state.history.append(line | {"log_loss": log_loss, "correct": correct})
         candidate = state.validation(accuracy, log_loss)
@@ -306,7 +306,7 @@ class Trainer:
         images.augment, images.waited = augmentation(self.recipe.crop, config.flip, config.seed, state.epoch), 0.0
         self.train_mode()
         guard = DivergenceGuard(context.device, config.cadence.check_steps or CHECK_STEPS[context.device.type])
-        total, seen, started = torch.zeros((), dtype=torch.float64, device=context.device), 0, time.monotonic()
+        total, processed, started = torch.zeros((), dtype=torch.float64, device=context.device), 0, time.monotonic()
         trained, complete = sum(len(b) for b in batches[: state.step]), True
         mine = [[int(i) for i in batch[context.rank :: context.size]] for batch in batches[state.step :]]
         for step, (indices, pixels) in enumerate(images.batches(mine, pinned=context.device.type == "cuda"), state.step):
@@ -321,9 +321,9 @@ class Trainer:
                 guard.check()
             optimizer.step()
             total += losses
-            seen, trained = seen + len(batches[step]), trained + len(batches[step])
+            processed, trained = processed + len(batches[step]), trained + len(batches[step])
             if self.run.on_progress.due():
-                self._report_step(float(losses) / len(indices), seen, trained, images.waited, started, epochs)
+                self._report_step(float(losses) / len(indices), processed, trained, images.waited, started, epochs)
             if step + 1 == len(batches):
                 break
             if guard.due(step + 1) and self.run.budget.expired():
@@ -337,15 +337,15 @@ class Trainer:
                 self._checkpoint(optimizer)
         guard.check()
         seconds = max(time.monotonic() - started, 1e-6)
-        return Epoch((state.loss + self._summed(total)) / max(trained, 1), seen / seconds, images.waited / seconds, complete)
+        return Epoch((state.loss + self._summed(total)) / max(trained, 1), processed / seconds, images.waited / seconds, complete)
 
     def _summed(self, total: Tensor) -> float:
         """Return the sum of the workers' losses."""
         return float(all_reduce(total.cpu(), self.context, torch.distributed.ReduceOp.SUM))
 
-    def _report_step(self, loss: float, seen: int, trained: int, waited: float, started: float, epochs: int) -> None:
+    def _report_step(self, loss: float, processed: int, trained: int, waited: float, started: float, epochs: int) -> None:
         state, seconds = self.state, max(time.monotonic() - started, 1e-6)
-        speed = seen / seconds
+        speed = processed / seconds
         remaining = clock(((epochs - state.epoch) * len(self.datasets.train) - trained) / max(speed, 1e-6))
         text = (
             f"{state.phase} epoch {state.epoch + 1}/{epochs}, loss {loss:.3f}, {speed:.0f} images/s, "
