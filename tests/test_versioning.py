@@ -293,9 +293,43 @@ def test_a_link_to_a_folder_is_refused_because_dvc_would_not_version_what_is_beh
     (workspace / "images" / "class0").rename(tmp_path / "elsewhere")
     (workspace / "images" / "class0").symlink_to(tmp_path / "elsewhere")
     before = git.head(workspace)
-    with pytest.raises(DataError, match=r"found 1 links to folders, such as .*class0\. DVC does not follow links.*Copy the folders there"):
+    with pytest.raises(DataError, match=r"found 1 links that lead outside, such as .*class0 to .*elsewhere\. .*Copy the images there"):
+        create.commit_data(workspace)
+    (workspace / "images" / "class0").unlink()
+    (tmp_path / "elsewhere").rename(workspace / "images" / "class0")
+    (workspace / "images" / "class3").symlink_to("class1")
+    with pytest.raises(DataError, match=r"expected each folder in .* once, found .*class., which leads to .* again"):
         create.commit_data(workspace)
     assert git.head(workspace) == before
+
+
+@pytest.mark.parametrize("entrance", ["init", "run", "replace", "commit"])
+def test_a_link_that_leads_out_of_the_images_is_refused_with_its_target(
+    entrance: str, workspace: Path, tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    (tmp_path / "secret.png").write_bytes(tiny(1))
+    images = workspace / "images" if entrance == "commit" else make_images(2, 20)
+    (images / "class0" / "inside.png").symlink_to("001.png")
+    (images / "class0" / "linked.png").symlink_to(tmp_path / "secret.png")
+    before = git.head(workspace), contents(workspace, "images")
+    enter: dict[str, Callable[[], Any]] = {
+        "init": lambda: create.init(tmp_path / "new", images, "demonstration", "DEFAULT", None),
+        "run": lambda: create.check(workspace, images),
+        "replace": lambda: create.replace_images(workspace, images),
+        "commit": lambda: create.commit_data(workspace),
+    }
+    with pytest.raises(DataError, match=r"found 1 links that lead outside, such as .*linked\.png to .*secret\.png\. .*remove the links"):
+        enter[entrance]()
+    assert (git.head(workspace), contents(workspace, "images")) == before
+
+
+def test_images_that_dvc_links_to_its_cache_are_versioned(workspace: Path) -> None:
+    assert run_python(workspace, "-m", "dvc", "config", "cache.type", "symlink").returncode == 0
+    shutil.rmtree(workspace / "images")
+    assert run_python(workspace, "-m", "dvc", "checkout", "images.dvc").returncode == 0
+    assert (workspace / "images" / "class0" / "000.png").is_symlink()
+    before = versioning.data_hash(workspace, "images")
+    assert create.commit_data(workspace)[0] == before
 
 
 @pytest.mark.parametrize(
@@ -336,8 +370,62 @@ def test_images_that_were_not_versioned_are_before_others_take_their_place(works
     create.replace_images(workspace, make_images(2, 5))
     assert not (workspace / "images" / "class0" / "only here.png").exists()
     assert git.run(workspace, "show", "--name-only", "--format=%s") == "Images before their replacement\n\nimages.dvc"
+    shutil.rmtree(workspace / ".dvc" / "cache")  # the remote has them, too
     versioning.download(workspace, "HEAD", "images", workspace / "before")
     assert (workspace / "before" / "class0" / "only here.png").is_file()
+
+
+def unplug(workspace: Path) -> Callable[[], None]:
+    """Take the remote of a workspace away; return what brings it back."""
+    remote, away = workspace / ".dvc-remote", workspace / ".dvc-away"
+    remote.rename(away)
+    remote.write_text("no folder")
+
+    def plug() -> None:
+        remote.unlink()
+        away.rename(remote)
+
+    return plug
+
+
+def test_images_that_cannot_be_pushed_are_not_replaced(workspace: Path, make_images: Callable[..., Path]) -> None:
+    paint(0, 500).save(workspace / "images" / "class0" / "only here.png")
+    unplug(workspace)
+    with pytest.raises(Unreachable, match="Cannot push to the DVC remote"):
+        create.replace_images(workspace, make_images(2, 20))
+    assert (workspace / "images" / "class0" / "only here.png").is_file()
+
+
+def test_files_that_dvc_ignores_are_not_lost_when_the_images_are_replaced(workspace: Path, make_images: Callable[..., Path]) -> None:
+    put(workspace, {".dvcignore": b"*.txt\n", "images/class0/notes.txt": b"only here"})
+    with pytest.raises(DataError, match=r"excludes 1 files of .*such as .*notes\.txt\. They would be lost"):
+        create.replace_images(workspace, make_images(2, 20))
+    assert (workspace / "images" / "class0" / "notes.txt").read_bytes() == b"only here"
+
+
+def test_what_a_failed_push_left_behind_is_pushed_by_the_next_one(workspace: Path) -> None:
+    plug = unplug(workspace)
+    paint(0, 500).save(workspace / "images" / "class0" / "only here.png")
+    with pytest.raises(Unreachable):
+        create.commit_data(workspace)
+    plug()
+    (workspace / "images" / "class0" / "only here.png").unlink()
+    create.commit_data(workspace)
+    assert versioning.push(workspace) == 0
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    versioning.download(workspace, "HEAD~1", "images", workspace / "before")
+    assert (workspace / "before" / "class0" / "only here.png").is_file()
+
+
+def test_a_clone_that_lacks_earlier_versions_pushes_what_it_has(workspace: Path, tmp_path: Path) -> None:
+    paint(0, 500).save(workspace / "images" / "class0" / "new.png")
+    create.commit_data(workspace)
+    clone = tmp_path / "clone"
+    git.run(tmp_path, "clone", "--quiet", str(workspace), str(clone))
+    assert run_python(clone, "-m", "dvc", "remote", "modify", "--local", "storage", "url", str(workspace / ".dvc-remote")).returncode == 0
+    assert run_python(clone, "-m", "dvc", "pull", "images.dvc").returncode == 0
+    shutil.rmtree(tmp_path / "workspace" / ".dvc-remote")
+    assert versioning.push(clone) > 0
 
 
 # --- one stage ------------------------------------------------------------------------------------------------------------------------

@@ -200,9 +200,24 @@ def _walk_once(images: Path) -> Iterator[tuple[str, list[str]]]:
         yield folder, names
 
 
-def linked_folders(images: Path) -> list[Path]:
-    """Return the links to folders below a folder, sorted."""
-    return sorted(Path(folder) / name for folder, folders, _ in os.walk(images) for name in folders if (Path(folder) / name).is_symlink())
+def refuse_outside_links(images: Path, *allowed: Path) -> None:
+    """Check that no link below a folder of images leads out of it: whatever it points to would be copied, versioned and published.
+
+    Args:
+        allowed: other folders that links may lead to, such as DVC's cache.
+
+    Raises:
+        DataError: one does.
+    """
+    places = [place.resolve() for place in (images, *allowed)]
+    links = (Path(folder) / name for folder, *names in os.walk(images) for name in (*names[0], *names[1]))
+    outside = sorted(link for link in links if link.is_symlink() and not any(link.resolve().is_relative_to(place) for place in places))
+    if outside:
+        raise DataError(
+            f"expected images and folders in {images}, found {len(outside)} links that lead outside, such as {outside[0]} to "
+            f"{outside[0].resolve()}. What they point to would be versioned and pushed. Copy the images there in place of the links, "
+            "or remove the links."
+        )
 
 
 def _unreadable(error: OSError) -> None:

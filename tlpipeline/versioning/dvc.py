@@ -205,21 +205,60 @@ def _require_answer(repo: Any, objects: Iterable[str] | None = None) -> None:
 
 
 def push(root: Path) -> int:
-    """Copy all files that the workspace refers to into the default remote; return their number.
+    """Copy into the default remote all files that the workspace refers to, and those that were added in each commit since the last push.
+
+    A version whose push failed, or that another one replaced at once, would else be in this cache alone.
+
+    Returns:
+        The number of files.
 
     Raises:
         WorkspaceError: there is no default remote, or it cannot be reached.
     """
+    from dvc.exceptions import UploadError
+
+    root = root.resolve()
     with _repo(root) as repo:
-        if not repo.config["core"].get("remote"):
+        if not (name := repo.config["core"].get("remote")):
             raise WorkspaceError(
                 "expected a DVC remote to publish to, found none. Add one: `dvc remote add --default storage FOLDER_OR_URL`."
             )
+        # The mark is a local ref, which git does not push: each clone and each remote has its own.
+        place = hashlib.md5(str(repo.config["remote"][name].get("url")).encode(), usedforsecurity=False).hexdigest()
+        mark, present = f"refs/tlpipeline/pushed/{place}", git.head(root)
+        # Not `repo.push(revs=...)`: at a revision DVC takes a relative remote for one at the root of the file system.
+        texts = git.contents_since(root, mark, "*.dvc") if present else []
         try:
             _require_answer(repo)
-            return int(repo.push())
+            earlier = repo.cloud.push(_cached(repo, texts))
+            if earlier.failed:
+                raise UploadError(len(earlier.failed))
+            pushed = len(earlier.transferred) + int(repo.push())
         except _dvc_error(OSError) as error:
             raise Unreachable(f"Cannot push to the DVC remote: {error}. Nothing was registered. Check the remote and run again.") from error
+    if present:
+        git.run(root, "update-ref", mark, present)
+    return pushed
+
+
+def _cached(repo: Any, texts: Iterable[str]) -> list[Any]:
+    """Return the hashes of what .dvc files with these contents record, as far as it is in the cache: a clone lacks earlier versions."""
+    import yaml
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    cache = repo.cache.local
+    outs = [out for text in texts for out in (yaml.safe_load(text) or {}).get("outs", ())]
+    recorded = {HashInfo("md5", str(out["md5"])) for out in outs if out.get("hash") == "md5" and out.get("md5")}
+    whole = {info for info in recorded if content_md5(Path(cache.oid_to_path(info.value))) == info.value.removesuffix(".dir")}
+    hashes = whole | {info for listed in whole if listed.isdir for _, _, info in Tree.load(cache, listed)}
+    return [info for info in hashes if os.path.exists(cache.oid_to_path(info.value))]
+
+
+def cache_folder(root: Path) -> Path:
+    """Return the folder of DVC's cache."""
+    with _repo(root) as repo:
+        return Path(repo.cache.local.path)
 
 
 def pull_hint(root: Path) -> str:

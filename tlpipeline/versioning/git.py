@@ -42,6 +42,22 @@ def commit(root: Path, message: str, paths: Sequence[str]) -> str:
     return head(root)
 
 
+def contents_since(root: Path, mark: str, pattern: str) -> list[str]:
+    """Return the text of each file of a pattern in each commit that changed it: since the commit of a ref, or ever if there is no such ref."""
+    known = run(root, "rev-parse", "--verify", "--quiet", mark, check=False)
+    limit = [f"^{known}"] if known else []
+    lines = run(
+        root, "-c", "core.quotePath=false", "log", "--format=:%H", "--name-only", "--diff-filter=d", "HEAD", *limit, "--", pattern
+    ).splitlines()
+    texts, commit = [], ""
+    for line in filter(None, lines):
+        if line.startswith(":"):
+            commit = line[1:]
+        else:
+            texts.append(read_at(root, commit, line) or "")
+    return texts
+
+
 def head(root: Path) -> str:
     """Return the present commit, "" before the first one."""
     return run(root, "rev-parse", "--verify", "--quiet", "HEAD", check=False)

@@ -117,5 +117,5 @@ def disk_errors(root: Path) -> Iterator[None]:
             raise
         raise WorkspaceError(
             f"The disk of {root} is full ({error.strerror or os.strerror(errno.ENOSPC)}). Earlier records are unchanged. "
-            "Free some space (`dvc gc --workspace` removes unused versions), then run again."
+            "Free some space (`tlpipeline cache clear` frees what can be computed again), then run again."
         ) from error

@@ -67,6 +67,7 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
         dvc.check_remote(remote)
     catalogue.load(backbone, weights, md5=md5)
     if images is not None:
+        dataset.refuse_outside_links(images)
         dataset.ingest(images, small_class_splits(images), lambda done, total: progress(Event("init", done, total, "images checked")))
     missing = [path for path in (*reversed(root.resolve().parents), root.resolve()) if not path.exists()]
     try:
@@ -133,7 +134,7 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
         The hash of the data set, and remarks for people.
 
     Raises:
-        DataError: there are links to folders, or files that DVC ignores.
+        DataError: there are links to folders or to files elsewhere, or files that DVC ignores.
         WorkspaceError: DVC or git refuses.
     """
     from tlpipeline.data import dataset, splits
@@ -143,12 +144,8 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     if dvc.is_stage_output(root, images):
         dvc.reproduce_upstream(root, images)  # a stage writes the images, so there is nothing to add
         return dvc.data_hash(root, images), []
+    dataset.refuse_outside_links(root / images, dvc.cache_folder(root))
     files = dataset.list_files(root / images)
-    if linked := dataset.linked_folders(root / images):
-        raise DataError(
-            f"expected folders in {root / images}, found {len(linked)} links to folders, such as {linked[0]}. DVC does not follow links, so their "
-            "images would be used but not versioned. Copy the folders there, or give the images by `tlpipeline run --images`."
-        )
     if ignored := dvc.ignored_files(root, images, files):
         raise DataError(
             f"A .dvcignore excludes {len(ignored)} files of {root / images} from versioning, such as {ignored[0]}. They would still be used for "
@@ -175,10 +172,11 @@ def _trained_on(root: Path, name: str) -> frozenset[str]:
 
 
 def replace_images(root: Path, images: Path) -> None:
-    """Replace the workspace's images by a copy of another folder.
+    """Replace the workspace's images by a copy of another folder, after what is there is in the DVC remote.
 
     Raises:
-        DataError: that folder is not a usable data set; then nothing is replaced.
+        DataError: that folder is not a usable data set, or files of the old one cannot be versioned; then nothing is replaced.
+        WorkspaceError: the old images cannot be pushed; then nothing is replaced either.
     """
     from tlpipeline.data import dataset
 
@@ -186,11 +184,19 @@ def replace_images(root: Path, images: Path) -> None:
     target = root / name
     if images.resolve() == target.resolve():
         return
+    dataset.refuse_outside_links(images)
     dataset.ingest(images, small_class_splits(images), lambda done, total: None)
-    if target.is_dir() and not dvc.is_stage_output(root, name) and dvc.has_changed(root, name):
-        # Images added since the last commit exist nowhere else.
-        dvc.add(root, name)
-        git.commit(root, "Images before their replacement", _recorded(name))
+    if target.is_dir() and not dvc.is_stage_output(root, name):
+        if ignored := dvc.ignored_files(root, name, sorted(path for path in target.rglob("*") if path.is_file())):
+            raise DataError(
+                f"A .dvcignore excludes {len(ignored)} files of {target} from versioning, such as {ignored[0]}. They would be lost when "
+                "the images are replaced. Move them out of the folder, then run again."
+            )
+        if dvc.has_changed(root, name):
+            # Images added since the last commit exist nowhere else.
+            dvc.add(root, name)
+            git.commit(root, "Images before their replacement", _recorded(name))
+        dvc.push(root)
     draft = target.with_name(f".{target.name}.draft")
     unlink(draft)
     try:
@@ -248,6 +254,7 @@ def check(root: Path, images: Path | None = None) -> None:
     ray_train.preflight(params.cluster)
     folder = root / params.data.images
     if images is not None:
+        dataset.refuse_outside_links(images)
         dataset.list_files(images)
     elif not folder.is_dir() and not dvc.is_stage_output(root, params.data.images):
         raise DataError(f"expected the images in {folder}, found no such folder; {dvc.pull_hint(root)}. Or give other images by --images.")
