@@ -235,3 +235,13 @@ def test_a_splits_csv_that_cannot_be_read_is_refused_with_the_way_back(tmp_path:
     ) as caught:
         read_exceptions(tmp_path / "splits.csv")
     assert f", found {found}" in str(caught.value)
+
+
+def test_lines_that_give_an_image_two_splits_are_refused_with_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "splits.csv"
+    line = f"{'0' * 32},test,cat\n"
+    path.write_text(f"md5,split,label\n{line}\n{line}{'1' * 32},val,cat\n{'0' * 32},train,cat\n")
+    with pytest.raises(DataError, match=r"found test in line 2 and train in line 6 for 0{32}\. Remove one of them"):
+        read_exceptions(path)
+    path.write_text(f"md5,split,label\n{line}{line}")
+    assert read_exceptions(path) == {"0" * 32: "test"}

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from tests.helpers.processes import run_python
 from tests.helpers.workspaces import dvc_status, flip, set_param
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.splits import TEST, TRAIN, VAL
-from tlpipeline.errors import BackboneError, DataError, Unreachable, WorkspaceError
+from tlpipeline.errors import BackboneError, DataError, ParamsError, Unreachable, WorkspaceError
 from tlpipeline.files import unlink
 from tlpipeline.params import load
 from tlpipeline.progress import silent
@@ -168,6 +170,105 @@ def test_a_remote_is_written_as_it_was_meant(tmp_path: Path, monkeypatch: Any) -
         (tmp_path / name).mkdir()
         versioning.init(tmp_path / name, remote)
         assert f"url = {written}\n" in (tmp_path / name / ".dvc" / "config").read_text()
+
+
+PASSWORD = "s3cr@t"  # with a character that ends the part before the host elsewhere
+
+
+@pytest.mark.parametrize(
+    "remote", [f"https://user:{PASSWORD}@host/path", f"https://{PASSWORD}@host/path", f"ssh://user:{PASSWORD}@host/path"]
+)
+def test_a_password_in_the_url_of_a_remote_stays_in_the_clone(remote: str, tmp_path: Path) -> None:
+    versioning.init(tmp_path, remote)
+    scheme = remote.partition(":")[0]
+    assert f"url = {scheme}://host/path\n" in (tmp_path / ".dvc" / "config").read_text()
+    kept = tmp_path / ".dvc" / "config.local"
+    assert f"url = {remote}\n" in kept.read_text()
+    assert kept.stat().st_mode & 0o077 == 0
+    assert git.run(tmp_path, "check-ignore", ".dvc/config.local") == ".dvc/config.local"
+    assert git.run(tmp_path, "grep", "--untracked", "--fixed-strings", PASSWORD, check=False) == ""
+
+
+def test_a_user_without_a_password_is_no_secret(tmp_path: Path) -> None:
+    versioning.init(tmp_path, "ssh://git@host/path")
+    assert "url = ssh://git@host/path\n" in (tmp_path / ".dvc" / "config").read_text()
+    assert not (tmp_path / ".dvc" / "config.local").exists()
+
+
+def test_a_password_is_in_no_message(tmp_path: Path, make_images: Callable[..., Path], capfd: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        remote = f"http://user:{PASSWORD}@127.0.0.1:{free.getsockname()[1]}/path"
+    with pytest.raises(WorkspaceError) as caught:
+        create.init(tmp_path / "new", make_images(), "demonstration", "DEFAULT", remote)
+    told = "".join(traceback.format_exception(caught.value)) + repr(caught.value) + "".join(capfd.readouterr())
+    assert "Cannot push to the DVC remote" in told
+    assert PASSWORD not in told
+    assert "s3cr" not in told
+
+
+def test_a_password_that_a_url_cannot_hold_is_refused_with_how_to_write_it(tmp_path: Path, make_images: Callable[..., Path]) -> None:
+    with pytest.raises(WorkspaceError, match=r"Write / # \? and @ of a password as %2F") as caught:
+        create.init(tmp_path / "new", make_images(), "demonstration", "DEFAULT", "https://user:pa/ss@host/path")
+    assert "ss@" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("password", "s3cret"), ("url", "https://user:s3cret@host/path")])
+def test_a_password_that_a_run_would_commit_is_refused_with_where_to_keep_it(key: str, value: str, workspace: Path) -> None:
+    create.check(workspace)
+    for name, content in (("url", "https://host/path"), (key, value)):
+        assert run_python(workspace, "-m", "dvc", "remote", "modify", "storage", name, content).returncode == 0
+    with pytest.raises(
+        WorkspaceError, match=rf"found {key} of the remote storage.*`dvc remote modify --local storage {key} VALUE`"
+    ) as caught:
+        create.check(workspace)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_password_in_the_storage_of_a_cluster_is_refused(workspace: Path) -> None:
+    set_param(workspace, "cluster.storage", "s3://key:s3cret@bucket/path")
+    with pytest.raises(ParamsError, match=r"expected cluster\.storage in params\.yaml.*without a password"):
+        create.check(workspace)
+
+
+def test_a_name_for_commits_is_asked_for_before_anything_else(workspace: Path, monkeypatch: Any) -> None:
+    for key in ("user.name", "user.email"):
+        git.run(workspace, "config", "--unset", key, check=False)
+    git.run(workspace, "config", "user.useConfigOnly", "true")
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, os.devnull)
+    for who in ("AUTHOR", "COMMITTER"):
+        for what in ("NAME", "EMAIL"):
+            monkeypatch.delenv(f"GIT_{who}_{what}", raising=False)
+    monkeypatch.delenv("EMAIL", raising=False)
+    for enter in (create.check, create.commit_data):
+        with pytest.raises(WorkspaceError, match=r"`git config --global user\.name NAME` and `git config --global user\.email ADDRESS`"):
+            enter(workspace)
+
+
+def test_an_init_that_was_killed_is_continued_by_the_same_command(
+    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: Any
+) -> None:
+    images = make_images(2, 20)
+    hook = (
+        put(tmp_path / "template", {"hooks/pre-commit": b"#!/bin/sh\nkill -9 $(cut -d ' ' -f 4 /proc/$PPID/stat)\n"})
+        / "hooks"
+        / "pre-commit"
+    )
+    hook.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("GIT_TEMPLATE_DIR", str(tmp_path / "template"))
+        assert run_python(tmp_path, "-m", "tlpipeline", "init", "new", "--images", str(images)).returncode == -9
+    assert (tmp_path / "new" / "images").is_dir()
+    with pytest.raises(WorkspaceError, match=r"found what an interrupted `tlpipeline init` with other options left\. Repeat that command"):
+        create.init(tmp_path / "new", None, "demonstration", "DEFAULT", None)
+    put(tmp_path / "new", {"notes.txt": b"mine"})
+    create.init(tmp_path / "new", images, "demonstration", "DEFAULT", None)
+    assert git.run(tmp_path / "new", "log", "--format=%s").splitlines() == ["First images", "New workspace"]
+    assert len(versioning.tracked_files(tmp_path / "new", "images")) == 40
+    assert (tmp_path / "new" / "notes.txt").read_bytes() == b"mine"
+    with pytest.raises(WorkspaceError, match="expected a new or empty folder"):
+        create.init(tmp_path / "new", images, "demonstration", "DEFAULT", None)
 
 
 # --- what is no workspace -------------------------------------------------------------------------------------------------------------

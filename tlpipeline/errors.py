@@ -22,11 +22,29 @@ A bug in our own code is an AssertionError, never one of these.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What stands between :// and the last @ of a URL's host.
+_USER = re.compile(r"([a-z][a-z0-9+.-]*)://([^/\s]*)@", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """Return a text with the passwords and tokens of the URLs in it replaced by ***; a mere name of a user stays, except on the web."""
+
+    def mask(match: re.Match[str]) -> str:
+        scheme, user = match.groups()
+        secret = ":" in user or scheme.lower() in ("http", "https", "webdav", "webdavs")
+        return f"{scheme}://***@" if secret else match[0]
+
+    return _USER.sub(mask, text)
 
 
 class PipelineError(Exception):
-    """Base of all errors that a user can fix."""
+    """Base of all errors that a user can fix. Its message shows no passwords: what git and DVC say goes into it."""
+
+    def __init__(self, *values: object) -> None:
+        super().__init__(*(masked(value) if isinstance(value, str) else value for value in values))
 
 
 class ParamsError(PipelineError):

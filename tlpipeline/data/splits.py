@@ -6,6 +6,7 @@ The few exceptions for small classes are lines of `splits.csv`. A given `{train,
 """
 
 import csv
+import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from tlpipeline.data.decoding import inspect, read_content
 from tlpipeline.errors import DataError
+from tlpipeline.files import write_bytes
 
 TRAIN, VAL, TEST = "train", "val", "test"
 SPLIT_NAMES = (TRAIN, VAL, TEST)
@@ -79,21 +81,29 @@ def read_exceptions(path: Path) -> dict[str, str]:
     """Read splits.csv as a mapping of md5 to split; a missing file has no exceptions.
 
     Raises:
-        DataError: it is empty or not text, or a line is not `md5,split,label` with a known split.
+        DataError: it is empty or not text, a line is not `md5,split,label` with a known split, or two lines give an image different splits.
     """
     if not path.exists():
         return {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            header, lines = reader.fieldnames, list(reader)
+            header, lines = reader.fieldnames, [(reader.line_num, line) for line in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise _no_exceptions(path, str(error)) from error
     if header != ["md5", "split", "label"]:
         raise _no_exceptions(path, ",".join(header) if header else "an empty file")
-    if unknown := [line["split"] for line in lines if line["split"] not in SPLIT_NAMES]:
+    if unknown := [line["split"] for _, line in lines if line["split"] not in SPLIT_NAMES]:
         raise _no_exceptions(path, f"the split {unknown[0]}")
-    return {line["md5"]: line["split"] for line in lines}
+    first: dict[str, tuple[int, str]] = {}
+    for number, line in lines:
+        earlier, split = first.setdefault(line["md5"], (number, line["split"]))
+        if split != line["split"]:
+            raise DataError(
+                f"expected one split for each image in {path}, found {split} in line {earlier} and {line['split']} in line {number} for "
+                f"{line['md5']}. Remove one of them; `git log -p {path.name}` shows which one is older."
+            )
+    return {md5: split for md5, (_, split) in first.items()}
 
 
 def _no_exceptions(path: Path, content: str) -> DataError:
@@ -106,14 +116,15 @@ def _no_exceptions(path: Path, content: str) -> DataError:
 def write_exceptions(path: Path, new: Iterable[SplitException]) -> None:
     """Append lines to splits.csv; create it with its header if it is missing."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    header = not before
-    with path.open("a", newline="", encoding="utf-8") as file:
-        if before and not before.endswith("\n"):
-            file.write("\n")  # an editor left the last line without an end
-        writer = csv.writer(file, lineterminator="\n")
-        if header:
-            writer.writerow(["md5", "split", "label"])
-        writer.writerows((line.md5, line.split, line.label) for line in new)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    if not before:
+        writer.writerow(["md5", "split", "label"])
+    elif not before.endswith("\n"):
+        text.write("\n")  # an editor left the last line without an end
+    writer.writerows((line.md5, line.split, line.label) for line in new)
+    if text.getvalue():
+        write_bytes((before + text.getvalue()).encode(), path)
 
 
 def needed_exceptions(

@@ -15,11 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tlpipeline.environment import patience
-from tlpipeline.errors import Unreachable, WorkspaceError
+from tlpipeline.errors import Unreachable, WorkspaceError, masked
 from tlpipeline.files import file_md5, is_truncated_json, unlink
 from tlpipeline.versioning import git, lock
+
+# Settings of remotes that let others in.
+_SECRETS = {
+    "password", "passphrase", "token", "secret_access_key", "session_token", "sas_token", "account_key", "connection_string", "client_secret",
+    "gdrive_client_secret", "oss_key_secret",
+}  # fmt: skip
 
 
 def silence() -> None:
@@ -36,6 +43,8 @@ def silence() -> None:
 
 def init(root: Path, remote: str) -> None:
     """Make a folder a git and DVC repository with a default remote; existing repositories stay.
+
+    A password in the URL of the remote goes to .dvc/config.local, which git ignores.
 
     Raises:
         WorkspaceError: DVC does not know this kind of remote.
@@ -61,11 +70,18 @@ def init(root: Path, remote: str) -> None:
 
 
 def check_remote(remote: str) -> None:
-    """Check that the package that DVC needs for this kind of remote is installed.
+    """Check that a remote can be understood, and that the package that DVC needs for it is installed.
 
     Raises:
-        WorkspaceError: it is not.
+        WorkspaceError: it cannot, or is not.
     """
+    try:
+        urlsplit(remote).port  # noqa: B018
+    except ValueError as error:
+        raise WorkspaceError(
+            "expected a URL as remote, found one in which the part before the host cannot be read. Write / # ? and @ of a password as "
+            "%2F %23 %3F and %40."
+        ) from error
     silence()
     from dvc.fs import get_fs_cls
 
@@ -84,11 +100,37 @@ def _not_installed(error: ImportError) -> WorkspaceError:
 def _configure(root: Path, remote: str) -> None:
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo, repo.config.edit("repo") as config:
-        config["core"]["analytics"] = False
-        config["core"]["autostage"] = False
-        config["core"]["remote"] = "storage"
-        config["remote"] = {"storage": {"url": remote}}
+    public = masked(remote).replace("://***@", "://", 1)
+    with Repo(str(root)) as repo:
+        with repo.config.edit("repo") as config:
+            config["core"]["analytics"] = False
+            config["core"]["autostage"] = False
+            config["core"]["remote"] = "storage"
+            config["remote"] = {"storage": {"url": public}}
+        if public != remote:
+            with repo.config.edit("local") as config:
+                config["remote"] = {"storage": {"url": remote}}
+            (root / ".dvc" / "config.local").chmod(0o600)
+
+
+def require_no_secrets(root: Path) -> None:
+    """Check that .dvc/config, which a run commits, has no new password.
+
+    Raises:
+        WorkspaceError: it has one.
+    """
+    if not git.run(root, "status", "--porcelain", "--", ".dvc/config"):
+        return
+    with _repo(root) as repo:
+        remotes = repo.config.load_one("repo")["remote"]
+    for name, settings in remotes.items():
+        for key, value in settings.items():
+            if key in _SECRETS or masked(str(value)) != str(value):
+                public = f"dvc remote modify {name} url URL_WITHOUT_PASSWORD" if key == "url" else f"dvc remote modify --unset {name} {key}"
+                raise WorkspaceError(
+                    f"expected no password in .dvc/config, which is committed, found {key} of the remote {name}. Give it to this clone alone "
+                    f"(`dvc remote modify --local {name} {key} VALUE`), and take it out of the file (`{public}`)."
+                )
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------
@@ -250,7 +292,7 @@ def _cached(repo: Any, texts: Iterable[str]) -> list[Any]:
     cache = repo.cache.local
     outs = [out for text in texts for out in (yaml.safe_load(text) or {}).get("outs", ())]
     recorded = {HashInfo("md5", str(out["md5"])) for out in outs if out.get("hash") == "md5" and out.get("md5")}
-    whole = {info for info in recorded if content_md5(Path(cache.oid_to_path(info.value))) == info.value.removesuffix(".dir")}
+    whole = {info for info in recorded if content_md5(Path(cache.oid_to_path(info.value))) == str(info.value).removesuffix(".dir")}
     hashes = whole | {info for listed in whole if listed.isdir for _, _, info in Tree.load(cache, listed)}
     return [info for info in hashes if os.path.exists(cache.oid_to_path(info.value))]
 

@@ -68,6 +68,19 @@ def has_origin(root: Path) -> bool:
     return "origin" in run(root, "remote").split()
 
 
+def require_identity(root: Path) -> None:
+    """Check that git knows whose commits these are: it would say so only after everything else is done.
+
+    Raises:
+        WorkspaceError: it does not.
+    """
+    if not all(run(root, "var", name, check=False) for name in ("GIT_AUTHOR_IDENT", "GIT_COMMITTER_IDENT")):
+        raise WorkspaceError(
+            f"expected a name and an e-mail address for git commits in {root}, found none. Set them: "
+            "`git config --global user.name NAME` and `git config --global user.email ADDRESS`."
+        )
+
+
 def require_branch(root: Path) -> None:
     """Check that the present branch can be pushed, if there is a remote `origin`.
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tlpipeline.errors import DataError, WorkspaceError
-from tlpipeline.files import file_md5, unlink
+from tlpipeline.errors import DataError, ParamsError, WorkspaceError, masked
+from tlpipeline.files import file_md5, unlink, write_bytes
 from tlpipeline.params import AUTO
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry import versions
@@ -22,6 +22,7 @@ from tlpipeline.versioning import dvc, git, lock
 from tlpipeline.workspace import layout, settings
 
 TEMPLATE = Path(__file__).with_name("template")
+STARTED = layout.OWN / "init"  # there while a workspace is made
 TRACKED = (
     "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.QUARANTINE, layout.PROFILE, layout.CASE, layout.METRICS, layout.CLASSES,
     versions.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
@@ -49,7 +50,17 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     from tlpipeline.backbones import catalogue
     from tlpipeline.data import dataset
 
-    if root.exists() and (root.is_file() or any(root.iterdir())):
+    # What would be made. A killed `init` leaves this, and the same command then continues.
+    options = [str(images and images.resolve()), backbone, weights, str(remote)]
+    order = hashlib.md5("\0".join(options).encode(), usedforsecurity=False).hexdigest()
+    started = root / STARTED
+    interrupted = started.is_file()
+    if interrupted and started.read_text(encoding="utf-8") != order:
+        raise WorkspaceError(
+            f"expected a new or empty folder at {root}, found what an interrupted `tlpipeline init` with other options left. Repeat that "
+            "command, which continues, or choose another folder."
+        )
+    if root.exists() and not interrupted and (root.is_file() or any(root.iterdir())):
         raise WorkspaceError(
             f"expected a new or empty folder at {root}, found {'a file' if root.is_file() else 'files in it'}. Choose another one."
         )
@@ -72,20 +83,28 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     missing = [path for path in (*reversed(root.resolve().parents), root.resolve()) if not path.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
+        write_bytes(order.encode(), started)
     except OSError as error:
         raise WorkspaceError(f"Cannot create the folder {root}: {error.strerror}. Choose another one.") from error
     try:
         _fill(root, images, backbone, source if source.is_file() else weights, md5, remote)
+        started.unlink()
     except BaseException:
-        for path in missing[:1] or list(root.iterdir()):  # remove what was created; an existing folder stays
+        # Remove what was created; an existing folder stays, and what an interrupted command made may hold other files by now.
+        for path in [] if interrupted else missing[:1] or list(root.iterdir()):
             unlink(path)
         raise
+    if remote is not None and masked(remote) != remote:
+        kept = "the remote's password is in .dvc/config.local, which git ignores: each clone needs its own (`dvc remote modify --local`)"
+        progress(Event("init", 1, 1, kept))
 
 
 def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
     from tlpipeline.data import digits, splits
     from tlpipeline.data.decoding import available_cpus
 
+    for name in (".git", ".dvc", layout.SPLITS):
+        unlink(root / name)  # of an interrupted command
     for name in ("dvc.yaml", "params.yaml", "prefect.yaml"):
         shutil.copy(TEMPLATE / name, root / name)
     shutil.copy(TEMPLATE / "gitignore", root / ".gitignore")
@@ -96,12 +115,12 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
         # The demonstration shows two workers; its digits must not be mirrored.
         changes |= {"train.flip": False, "cluster.workers": min(2, available_cpus())}
     else:
-        shutil.copytree(images, root / "images")
+        shutil.copytree(images, root / "images", dirs_exist_ok=True)
         changes["data.name"] = _name_from(root)
         deployments = root / "prefect.yaml"
         deployments.write_text(deployments.read_text(encoding="utf-8").replace("digits", _name_from(root)), encoding="utf-8")
     if isinstance(weights, Path):
-        (root / "weights").mkdir()
+        (root / "weights").mkdir(exist_ok=True)
         shutil.copy(weights, root / "weights" / weights.name)
         changes |= {"backbone.weights": f"weights/{weights.name}", "backbone.weights_md5": md5}
     settings.change(root / layout.PARAMS, changes)
@@ -139,6 +158,7 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     """
     from tlpipeline.data import dataset, splits
 
+    git.require_identity(root)
     params = layout.params_of(root)
     images = params.data.images
     if dvc.is_stage_output(root, images):
@@ -243,7 +263,14 @@ def check(root: Path, images: Path | None = None) -> None:
 
     lock.require_workspace(root)
     git.require_branch(root)
+    git.require_identity(root)
+    dvc.require_no_secrets(root)
     params = layout.params_of(root)
+    if masked(params.cluster.storage) != params.cluster.storage:
+        raise ParamsError(
+            "expected cluster.storage in params.yaml, which is committed, without a password, found one. Give it by the environment, such as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
     if params.choose.case != AUTO:
         cases.find(params.choose.case)
     override(Recipe(), "pretrained", params.train.override, freeze=False)
