@@ -266,7 +266,7 @@ def two_nodes(folder: Path) -> Iterator[tuple[str, Callable[[], int]]]:
     """Start a Ray cluster of two nodes, one CPU each; give its address, and a function that kills one and starts another in its place."""
     with pytest.MonkeyPatch.context() as environment:
         # Ray notes the newest cluster in its temporary folder; other programs must not take this one for theirs.
-        for name, value in {**ENVIRONMENT, "RAY_TMPDIR": str(folder)}.items():
+        for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(folder)}.items():
             environment.setenv(name, value)
         from ray.cluster_utils import Cluster
 

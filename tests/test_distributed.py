@@ -259,6 +259,24 @@ def test_workers_have_the_priority_of_who_starts_them(ray_runtime: None) -> None
     assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("token", ["", "another"])
+def test_who_has_not_the_token_of_our_ray_runs_nothing_in_it(ray_runtime: None, tmp_path: Path, token: str) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    code = f"import ray; ray.init({address!r}, log_to_driver=False); print(ray.get(ray.remote(lambda: 'ran').remote()))"
+    others = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")} | {"HOME": str(tmp_path)}
+    if token:
+        others |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    done = subprocess.run([sys.executable, "-c", code], env=others, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "ran" not in done.stdout.split()
+    assert f"Failed to connect to Ray cluster at {address}" in done.stderr
+    assert ray.get(ray.remote(lambda: "ran").remote()) == "ran"
+
+
 def test_two_ray_workers_give_the_model_that_one_process_gives(whole: Whole, tmp_path: Path) -> None:
     single = ray_train.run(whole.job("single"), HERE, "single", tmp_path / "runs", silent)
     assert weights(whole.finished).keys() == weights(single).keys()
@@ -387,7 +405,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     import ray.train.torch
 
     made = Asked()
-    for key in [*ray_train.ENVIRONMENT, "RAY_AUTH_MODE", NICENESS]:
+    for key in [*ray_train.ENVIRONMENT, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", NICENESS]:
         monkeypatch.setenv(key, "1")  # so that it is as before afterwards
         monkeypatch.delenv(key)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -482,6 +500,7 @@ def test_a_joined_cluster_with_too_few_cpus_is_refused_with_the_way_out(
 def test_a_cluster_is_joined_as_it_is(joined: Asked, port: int) -> None:
     ray_train.runtime(2)
     assert joined.started == [{"address": f"127.0.0.1:{port}", "log_to_driver": False, "logging_level": "ERROR"}]
+    assert not [key for key in os.environ if key.startswith("RAY_AUTH")]
 
 
 def test_a_cluster_that_does_not_answer_is_named_at_once_with_the_way_out(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,9 +550,17 @@ def test_a_ray_of_ones_own_is_local_and_as_small_as_its_workers(workers: int, as
     assert started["object_store_memory"] == 256 << 20
     assert os.environ[NICENESS] == "7"  # whoever has said it is heard
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     ray_train.runtime(workers)
     assert len(asked.started) == 1
+
+
+@pytest.mark.parametrize("said", ["RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
+def test_who_has_said_how_ray_admits_is_heard(asked: Asked, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv(said, "x")
+    ray_train.runtime(2)
+    assert {key: value for key, value in os.environ.items() if key.startswith("RAY_AUTH")} == {said: "x"}
 
 
 def test_what_the_user_has_said_to_ray_is_heard(

@@ -16,7 +16,7 @@ import psutil
 
 WEIGHTS = "model/weights.safetensors"
 # One thread in each process, so that a run on a busy machine costs what it computes.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class Run:

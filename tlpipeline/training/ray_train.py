@@ -9,6 +9,7 @@ import contextvars
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -295,7 +296,9 @@ def runtime(workers: int) -> None:
                 f"expected a Ray cluster at RAY_ADDRESS={address}, but: {error}. Start it, or set RAY_ADDRESS to where it is, or unset it."
             ) from error
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only
+    # Ray listens on all interfaces, and runs what it is sent. With a token only this process and those that it starts can send something.
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Ray's default is 15: beside any other busy process its workers would get a twentieth of a processor. On a cluster its owner decides.
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
