@@ -106,7 +106,7 @@ def evaluate(workspace: Path) -> float:
     """Measure the model on the test split; return its accuracy."""
     _follow(workspace, "evaluate", "evaluate")
     create_markdown_artifact(release.evaluation_markdown(workspace), key="evaluation", description="Metrics on the held-out test side")
-    return float(layout.read_json(workspace, layout.METRICS)["accuracy"])
+    return layout.read_metrics(workspace).accuracy
 
 
 @task(task_run_name="gate")

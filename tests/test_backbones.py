@@ -348,6 +348,34 @@ def test_a_damaged_file_is_refused(name: str, content: bytes, tmp_path: Path) ->
         load_file("nets:resnet20", tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda bias: bias.sum(), r"LAST is \(\), expected"),
+        (lambda bias: bias.to("meta"), "a tensor on meta.*under 'LAST'"),
+        (lambda bias: bias.to_sparse(), "sparse.*under 'LAST'"),
+        (lambda bias: bias.to(torch.int8), "LAST is int8, expected float32"),
+        (lambda bias: bias.to(torch.complex64), "LAST is complex64, expected float32"),
+        (lambda bias: 3, "found int under 'LAST'"),
+    ],
+    ids=["scalar", "meta", "sparse", "int8", "complex", "number"],
+)
+@pytest.mark.parametrize("name", ["demonstration", "resnet18", "nets:resnet20"])
+def test_tensors_that_are_no_weights_are_refused(name: str, change: Callable[[Tensor], Any], words: str, tmp_path: Path) -> None:
+    """PyTorch itself copies int8 and complex numbers into floats without a word."""
+    state = dict(load(name, "none").module.state_dict())
+    last = list(state)[-1]
+    torch.save({**state, last: change(state[last])}, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match=words.replace("LAST", last)):
+        load_file(name, tmp_path / "w.pth")
+
+
+def test_weights_without_names_are_refused(tmp_path: Path) -> None:
+    torch.save(dict(enumerate(load("nets:resnet20", "none").module.state_dict().values())), tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match=r"found a tensor.* under 0"):
+        load_file("nets:resnet20", tmp_path / "w.pth")
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     with pytest.raises(BackboneError, match=r"a state dict.*found list.*model.state_dict\(\)"):

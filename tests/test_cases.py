@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.decisions import DIFFERENT_SMALL, RULE, SIMILAR_LARGE, SIMILAR_SMALL, decide
 from tests.helpers.evidence import planted
+from tlpipeline import records
 from tlpipeline.choice.cases import CASES, find
 from tlpipeline.choice.decision import Decision, InterimResult, Race
 from tlpipeline.errors import ParamsError
@@ -38,7 +39,7 @@ def test_a_row_is_found_by_its_name_and_an_unknown_one_suggests_the_nearest() ->
 
 def test_a_decision_survives_json() -> None:
     decision = decide(planted(DIFFERENT_SMALL))
-    assert Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
+    assert records.parse(Decision, json.dumps(decision.to_json()), "case.json", "") == decision
     race = Race(
         (InterimResult(2, 5, 100, 0.8, 0.82, 0.02, 0.6, 0.9, 0.01, 0.0), InterimResult(5, 5, 100, 0.8, 0.9, 0.02, 0.99, 1.0, 0.1, 0.0)),
         "tuned",
@@ -46,7 +47,7 @@ def test_a_decision_survives_json() -> None:
         1e4,
     )
     raced = replace(decision, race=race)
-    assert Decision.from_json(json.loads(json.dumps(raced.to_json()))) == raced
+    assert records.parse(Decision, json.dumps(raced.to_json()), "case.json", "") == raced
 
 
 def test_override_changes_one_recipe_value_and_refuses_unknown_ones() -> None:

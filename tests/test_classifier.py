@@ -159,7 +159,7 @@ def test_a_model_of_another_format_is_refused(found: Any, folder: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", '{"format": 1}', "[]", '{"format": 1, "transforms": 3}'])
 def test_a_damaged_description_is_refused(content: str, folder: Path) -> None:
     (folder / DESCRIPTION).write_text(content)
-    with pytest.raises(RegistryError, match=DESCRIPTION if content != "[]" else "format"):
+    with pytest.raises(RegistryError, match=DESCRIPTION):
         load(folder)
 
 

@@ -6,16 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.helpers.workspaces import REPOSITORY
+from tlpipeline import records
 from tlpipeline.choice import explain, reasons
 from tlpipeline.choice.cases import CASES, find
 from tlpipeline.choice.decision import Arm, CutGain, Decision, InterimResult, OutOfRange, Race, TuningGain, Turning
+from tlpipeline.evaluation.metrics import ClassMetrics, Metrics
 from tlpipeline.profiling.profile import Head, Probe, Profile
 from tlpipeline.report import page as report
 from tlpipeline.workspace import create, release
@@ -28,13 +30,15 @@ LONG = "backbone.encoder.layers.encoder_layer_11.self_attention.out_projection.o
 def profile(names: tuple[str, ...] = NAMES, accuracies: tuple[float, ...] = ACCURACIES) -> Profile:
     """A profile of 1,234 images whose third tap is the best."""
     taps = tuple(
-        Probe(n, 8, 4, 4, 1000 * (i + 1), 50_000 * (i + 1), (1, 2), a, a - 0.03, a + 0.02, a, a - accuracies[-1], 0.01, 0.1, "ff", (n,))
+        Probe(
+            n, 8, 4, 4, 1000 * (i + 1), 50_000 * (i + 1), (1, 2), a, a - 0.03, a + 0.02, a, a - accuracies[-1], 0.01, 0.1, "ff" * 64, (n,)
+        )
         for i, (n, a) in enumerate(zip(names, accuracies, strict=True))
     )
 
     def head(*read: str) -> Head:
         best = max(t.accuracy for t in taps if t.name in read)
-        return Head(read, best, best - 0.03, best + 0.02, "ff", best)
+        return Head(read, best, best - 0.03, best + 0.02, "ff" * 64, best)
 
     cut = head(names[2], names[1]) if len(names) > 2 else None
     learning_curve = ((128, 0.876), (256, 0.913), (512, 0.934))
@@ -489,7 +493,7 @@ def test_the_command_prints_markdown_and_json(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == explain.markdown(raced(), profile()) == release.decision_markdown(tmp_path)
     cli.explain(tmp_path, json=True)
     content = json.loads(capsys.readouterr().out)
-    assert Decision.from_json(content["decision"]) == raced()
+    assert records.parse(Decision, json.dumps(content["decision"]), "case.json", "") == raced()
     assert content["plane"] == explain.plane_rows(raced())
     assert content["probes"] == explain.probe_rows(profile(), raced())
 
@@ -535,16 +539,16 @@ def test_mistakes_of_the_command_are_one_sentence_with_a_way_out(
     assert f"expected a decision in {tmp_path / 'case.json'}, found no such file" in refused("-w", tmp_path)
     for damaged in ('{"case": "small_similar"}', "{", "[]"):
         (tmp_path / "case.json").write_text(damaged)
-        assert "as this version writes it, found another content" in refused("-w", tmp_path)
+        assert "as this version writes it, but" in refused("-w", tmp_path)
     put(tmp_path, replace(decision(), slice="layer4"), profile())
     assert "found one that cuts at layer4, which is not one of its taps" in refused("-w", tmp_path)
 
 
 def test_the_evaluation_in_markdown_is_a_table_whatever_the_classes_are_called(tmp_path: Path) -> None:
-    figures = {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95, "images": 5, "balanced_accuracy": 0.9, "macro_f1": 0.9}
-    (tmp_path / "metrics.json").write_text(json.dumps({**figures, "calibration_error": 0.1}))
-    classes = {"a|b": {"images": 5, "precision": 1.0, "recall": 0.9}, "none": {"images": 0, "precision": 0.0, "recall": 0.0}}
-    (tmp_path / "classes.json").write_text(json.dumps(classes))
+    classes = {"a|b": ClassMetrics(5, 1.0, 0.9, 0.9), "none": ClassMetrics(0, 0.0, 0.0, 0.0)}
+    figures = asdict(Metrics(0.9, 0.8, 0.95, 0.95, 0.9, 0.9, 0.1, 0.1, "a|b", 1.0, 5, ("none",), classes))
+    (tmp_path / "classes.json").write_text(json.dumps(figures.pop("classes")))
+    (tmp_path / "metrics.json").write_text(json.dumps(figures))
     *_, first, second = release.evaluation_markdown(tmp_path).splitlines()
     assert (first, second) == (r"| a\|b | 5 | 1.000 | 0.900 |", "| none | 0 | not evaluated |  |")
 

@@ -25,7 +25,6 @@ from tlpipeline.choice import decide, reasons
 from tlpipeline.choice.cases import CASES
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.errors import DataError, WorkspaceError
-from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, silent
 from tlpipeline.registry import versions
 from tlpipeline.report import page as report
@@ -155,11 +154,11 @@ def test_decision_and_evaluation_are_artifacts_and_the_stages_show_their_progres
         **dict.fromkeys(BARS, "progress"),
     }
     assert reasons.summary(*release.load_decision(first.workspace)) in found["decision"].data
-    accuracy = layout.read_json(first.workspace, layout.METRICS)["accuracy"]
+    accuracy = layout.read_metrics(first.workspace).accuracy
     assert f"accuracy {accuracy:.1%}" in found["evaluation"].data
     assert all(label in found["evaluation"].data for label in ("class0", "class1", "class2"))
     assert [float(found[key].data) for key in BARS] == [100] * len(BARS)
-    images = layout.read_json(first.workspace, layout.METRICS)["images"]
+    images = layout.read_metrics(first.workspace).images
     assert (found["ingest"].description, found["evaluate"].description) == ("72 of 72 files read", f"{images} of {images} test images")
 
 
@@ -253,7 +252,7 @@ def test_a_rejection_is_committed_with_its_verdict_but_makes_no_tag(first: Run, 
     assert git(rejected.workspace, "log", "-1", "--format=%s").startswith("Rejected: large_similar")
     assert {"dvc.lock", "case.json"} <= set(git(rejected.workspace, "diff", "--name-only", "HEAD~1").splitlines())
     assert json.loads(git(rejected.workspace, "show", "HEAD:case.json"))["forced"] == ["choose.case"]
-    assert json.loads(git(rejected.workspace, "show", "HEAD:metrics.json")) == layout.read_json(rejected.workspace, layout.METRICS)
+    assert json.loads(git(rejected.workspace, "show", "HEAD:metrics.json")) == json.loads((rejected.workspace / layout.METRICS).read_text())
     assert git(rejected.workspace, "status", "--porcelain") == ""
     assert not dvc_status(rejected.workspace)
 
@@ -287,7 +286,7 @@ def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_
     ]
     assert registry.show("workspace#prod").startswith("# workspace@v0.1.0")
     assert "large_similar" in registry.show("workspace@v0.2")
-    taps = layout.head_taps(workspace)
+    taps = [reading.tap for reading in layout.read_model(workspace).readings]
     assert len(taps) > 1, "the head that is solved last reads several"
     assert f"the head reads {', '.join(taps)} |" in registry.show("workspace@v0.2")
     assert (versions.model_folder(workspace, old) / "weights.safetensors").read_bytes() != (
@@ -306,7 +305,7 @@ def test_an_accepted_version_goes_to_prod_at_once_where_the_gate_says_so(registe
     assert git(registered, "tag", "--points-at", "HEAD").splitlines() == ["workspace#prod#1", "workspace@v0.2.0"]
     case = layout.read_case(registered)
     assert case.case == "small_different"
-    assert case.slice != layout.read_json(registered, layout.PROFILE)["taps"][-1]["name"], "the later layers are gone"
+    assert case.slice != layout.read_profile(registered).taps[-1].name, "the later layers are gone"
 
 
 # --- a race ---------------------------------------------------------------------------------------------------------------------------
@@ -345,7 +344,7 @@ def test_whoever_starts_from_other_weights_is_told_why_there_is_no_race(first: R
     workspace = copy(first.workspace, tmp_path / "workspace")
     set_param(workspace, "choose.effort", "full")
     set_param(workspace, "train.override", "{init: plain}")
-    profile = Profile.from_json(layout.read_json(workspace, layout.PROFILE))
+    profile = layout.read_profile(workspace)
     assert decide.choose(profile, layout.params_of(workspace).choose).race_wanted
     assert stages.bring_up_to_date(workspace, "choose", silent)
     case = layout.read_case(workspace)
@@ -512,7 +511,7 @@ def test_the_report_holds_verdict_case_reason_matrix_classes_and_seconds(first: 
 
 def test_the_report_says_how_fast_training_was_and_how_long_it_waited_for_data(first: Run, rejected: Run) -> None:
     for run in (first, rejected):
-        measured = layout.read_json(run.workspace, layout.RUN)["training"]
+        measured = layout.read_run(run.workspace).training
         assert report.pace(measured) in _Page(Path(run.result.report)).text
     assert re.fullmatch(
         r"Training took [1-9]\d* images a second; its first worker waited for data \d+% of the time\.", report.pace(measured)
@@ -524,6 +523,6 @@ def test_the_confusion_matrix_of_the_report_counts_every_test_image_once(first: 
     assert table
     cells = re.findall(r"<td[^>]*>(\d*)</td>", table[1])
     assert len(cells) == 9
-    metrics = layout.read_json(first.workspace, layout.METRICS)
-    assert sum(int(cell or 0) for cell in cells) == metrics["images"]
-    assert sum(int(cell or 0) for cell in cells[::4]) == round(metrics["accuracy"] * metrics["images"])
+    metrics = layout.read_metrics(first.workspace)
+    assert sum(int(cell or 0) for cell in cells) == metrics.images
+    assert sum(int(cell or 0) for cell in cells[::4]) == round(metrics.accuracy * metrics.images)

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.helpers.archives import take
 from tests.helpers.evidence import planted
 from tests.helpers.scenes import PARAMS, measured, scene, texture, write
+from tlpipeline import records
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.decide import choose
@@ -256,10 +257,10 @@ def test_an_image_that_does_not_decode_while_profiling_is_named(make_images: Cal
 def test_a_profile_survives_json(make_images: Callable[..., Path]) -> None:
     found = measured(make_images(classes=3, each=20))
     assert found.cut is not None
-    assert Profile.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert records.parse(Profile, json.dumps(found.to_json()), "profile.json", "") == found
     alone = planted([0.8])
     assert alone.cut is None
-    assert Profile.from_json(json.loads(json.dumps(alone.to_json()))) == alone
+    assert records.parse(Profile, json.dumps(alone.to_json()), "profile.json", "") == alone
 
 
 def test_each_head_reads_the_taps_that_it_says(make_images: Callable[..., Path]) -> None:

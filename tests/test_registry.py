@@ -179,6 +179,23 @@ def test_a_tag_on_a_commit_without_a_model_is_refused(registered: Path) -> None:
         versions.model_folder(registered, versions.resolve(registered, "workspace@latest"))
 
 
+def test_a_tag_of_a_version_that_is_on_no_commit_is_named_with_the_way_out(registered: Path) -> None:
+    blob = git.run(registered, "rev-parse", "HEAD:params.yaml")
+    git.run(registered, "tag", "notes", blob)
+    git.run(registered, "tag", "-a", "workspace-old@v1.0.0", "-m", "another model", blob)
+    assert [str(version) for version in versions.versions(registered, "workspace")] == ["workspace@v0.1.0"]
+    git.run(registered, "tag", "-a", "workspace@v9.0.0", "-m", "a blob", blob)
+    with pytest.raises(RegistryError, match=r"the tag workspace@v9.0.0 on a commit, .* `git tag --delete workspace@v9.0.0`"):
+        versions.resolve(registered, "workspace@latest")
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"name": "workspace", "version": 1, "stage": "", "before": ""}', "[]"])
+def test_a_damaged_record_of_a_publication_is_refused_with_the_way_out(content: str, registered: Path) -> None:
+    (registered / ".tlpipeline" / "publishing.json").write_text(content)
+    with pytest.raises(RegistryError, match=r"publishing\.json as this version writes it.*Delete it"):
+        versions.resume_publication(registered, promoting=True)
+
+
 # --- a registration that is killed ----------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +334,7 @@ def test_a_version_that_gto_takes_out_of_a_stage_holds_it_no_more_and_is_not_rol
 
 @pytest.mark.slow
 def test_a_version_that_gto_withdraws_is_neither_listed_nor_champion_and_its_number_is_not_given_again(two: Path) -> None:
-    case, classes = layout.read_case(two).case, list(layout.read_metrics(two)["classes"])
+    case, classes = layout.read_case(two).case, list(layout.read_metrics(two).classes)
     git.gto(two, "deprecate", "workspace", "v0.1.1")
     assert standing(two) == [("workspace@v0.1.0", ("prod",))]
     assert str(versions.champion(two, "workspace")) == str(versions.resolve(two, "workspace@latest")) == "workspace@v0.1.0"
@@ -327,7 +344,7 @@ def test_a_version_that_gto_withdraws_is_neither_listed_nor_champion_and_its_num
 
 
 def test_a_model_that_gto_withdraws_is_registered_no_more_and_a_run_does_not_register_it_again(two: Path) -> None:
-    case, classes = layout.read_case(two).case, list(layout.read_metrics(two)["classes"])
+    case, classes = layout.read_case(two).case, list(layout.read_metrics(two).classes)
     git.gto(two, "deprecate", "workspace")
     assert standing(two) == []
     assert versions.champion(two, "workspace") is None

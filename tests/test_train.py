@@ -750,7 +750,7 @@ def test_the_metric_is_the_same_on_any_number_of_workers_and_counts_each_test_im
         shutil.copy(worlds.place / layout.MANIFEST, root)
         shutil.copytree(worlds.finished(f"{name} {workers}") / "model", root / layout.MODEL)
         stages.evaluate(root, silent)
-        found.append(layout.read_metrics(root))
+        found.append(asdict(layout.read_metrics(root)))
         said.append(read_predictions(root / layout.PREDICTIONS))
     assert found[0]["images"] == len(rows)
     assert 0 < found[0]["accuracy"] < 1  # else nothing could differ

@@ -38,7 +38,7 @@ from tlpipeline.training.distributed import LocalContext
 from tlpipeline.training.images import Datasets, decoded_side
 from tlpipeline.training.optim import decays, flat, lr_shares, optimizer, schedule, unflat
 from tlpipeline.training.progress import ProgressWriter
-from tlpipeline.training.recipe import Recipe
+from tlpipeline.training.recipe import Recipe, current_names
 from tlpipeline.training.trainer import Run, Trainer
 
 Make = Callable[..., TrainingConfig]
@@ -851,7 +851,7 @@ def test_a_recipe_value_that_cannot_be_is_refused(changes: dict[str, Any], messa
 def test_recipe_values_are_known_by_their_earlier_names_too() -> None:
     changed = decided(TUNED).overridden({"rate_none": 0.5, "solve_again": True, "accumulate": 2}).recipe
     assert (changed.lr_none, changed.refit_head, changed.gradient_accumulation_steps) == (0.5, True, 2)
-    assert Recipe.from_json({"rate_none": 0.5, "patience": 3}) == Recipe(lr_none=0.5)
+    assert Recipe(**current_names({"rate_none": 0.5, "patience": 3})) == Recipe(lr_none=0.5)
 
 
 def test_a_frozen_case_cannot_start_from_random_weights() -> None:

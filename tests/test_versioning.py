@@ -635,18 +635,18 @@ def test_a_stage_that_fails_is_not_recorded_and_leaves_its_old_outputs(ingested:
 
 
 def test_seconds_go_to_a_file_that_neither_git_nor_dvc_keeps(ingested: Path) -> None:
-    assert set(layout.read_json(ingested, layout.RUN)["seconds"]) == {"ingest"}
+    assert set(layout.read_run(ingested).seconds) == {"ingest"}
     assert git.run(ingested, "check-ignore", layout.RUN) == layout.RUN
     assert layout.RUN not in (ingested / "dvc.yaml").read_text()
     stages.bring_up_to_date(ingested, "ingest", silent)
-    assert layout.read_json(ingested, layout.RUN)["seconds"] == {"ingest": None}
+    assert layout.read_run(ingested).seconds == {"ingest": None}
 
 
 def test_a_run_json_that_a_kill_tore_is_taken_for_empty(registered: Path) -> None:
     for left in ("", '{"seconds": {"ingest": 0.'):
         (registered / layout.RUN).write_text(left)
         assert not stages.bring_up_to_date(registered, "profile", silent)
-        assert layout.read_run(registered) == {"seconds": {"profile": None}}
+        assert layout.read_run(registered).seconds == {"profile": None}
         (registered / layout.RUN).write_text(left)
         registration = Registration("workspace@v0.1.0", False, "", None, "again")
         assert release.summary(registered, registration, release.write_report(registered, registration)).seconds == {}

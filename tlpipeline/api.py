@@ -296,25 +296,21 @@ class Registry:
 
     def versions(self) -> Versions:
         """Return the registered versions, newest first."""
-        import json
-
         from tlpipeline.registry import versions
-        from tlpipeline.versioning import dvc, git
-        from tlpipeline.workspace import layout
+        from tlpipeline.versioning import dvc
 
         params = self._workspace.params
         rows = []
         for version in reversed(versions.versions(self._root, params.data.name)):
-            case = json.loads(git.read_at(self._root, version.commit, layout.CASE) or "{}")
-            metrics = json.loads(git.read_at(self._root, version.commit, layout.METRICS) or "{}")
+            reached = versions.accuracy_of(self._root, version)
             rows.append(
                 RegisteredVersion(
                     name=str(version),
                     stages=version.stages,
-                    case=case.get("case", ""),
-                    accuracy=metrics.get("accuracy"),
-                    low=metrics.get("accuracy_low"),
-                    high=metrics.get("accuracy_high"),
+                    case=versions.case_of(self._root, version),
+                    accuracy=reached.accuracy,
+                    low=reached.accuracy_low,
+                    high=reached.accuracy_high,
                     data=dvc.stage_input(self._root, "ingest", params.data.images, version.commit),
                     commit=version.commit,
                 )

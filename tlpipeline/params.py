@@ -18,10 +18,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, ScalarEvent
 
 from tlpipeline.errors import ParamsError, nearest
+from tlpipeline.records import shown
 
 AUTO = "auto"
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
-_SHOWN_CHARACTERS = 80
 # Settings of earlier versions, which an old file may still hold: those with another name now, and those without effect.
 RENAMED: dict[str, str] = {
     "train.precision": "backbone.precision",
@@ -308,7 +308,7 @@ def _current(path: Path) -> tuple[dict[Any, Any], list[str]]:
     content = _read(path)
     if not isinstance(content, dict):
         raise ParamsError(
-            f"{path.name}: expected sections such as {', '.join(list(sections())[:4])}, found {_shown(content)}. "
+            f"{path.name}: expected sections such as {', '.join(list(sections())[:4])}, found {shown(content)}. "
             f"`git show HEAD:{path.name}` prints the last version that was committed."
         )
     # A section whose lines are all commented out is YAML's null.
@@ -371,27 +371,15 @@ def _explained(error: ValidationError) -> str:
         return f"{section}: there is no such section; {nearest(section, sections())}"
     known = settings(sections()[section])
     if not keys:
-        return f"{section}: expected a section with settings such as {', '.join(list(known)[:4])}, found {_shown(value)}."
+        return f"{section}: expected a section with settings such as {', '.join(list(known)[:4])}, found {shown(value)}."
     if keys[0] not in known:
         return f"{section}.{keys[0]}: there is no such setting; {nearest(keys[0], known)}"
     path, allowed = f"{section}.{keys[0]}", known[keys[0]].allowed
     if allowed == "true or false" and value in ("yes", "no", "on", "off"):
         return f"{path}: expected {allowed}, found the word {value}, which is text in YAML 1.2."
     if keys[0] == "override" and keys[1:] and isinstance(first["loc"][2], str) and first["loc"][3:4] != ("[key]",):
-        return f"{path}.{keys[1]}: expected a number, a word, true or false, found {_shown(value)}."
-    return f"{path}: expected {allowed}, found {_shown(value)}."
-
-
-def _shown(value: Any) -> str:
-    """Return a short picture of a value from the file, with its type where that is the mistake."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict | list):
-        return "a list" if isinstance(value, list) else "a section"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value) if isinstance(value, str | int | float) else f"{value} ({type(value).__name__})"
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+        return f"{path}.{keys[1]}: expected a number, a word, true or false, found {shown(value)}."
+    return f"{path}: expected {allowed}, found {shown(value)}."
 
 
 # --- descriptions ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tlpipeline import records
 from tlpipeline.backbones.taps import Backbone, cut
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.environment import patience
@@ -179,7 +180,7 @@ def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
         fingerprint = file_md5(_PACKAGED / "demonstration.safetensors")
     else:
         state, fingerprint = _weights(weights, md5, root, "demonstration", (DEFAULT, NONE))
-    classes = len(state["fc3.bias"]) if state and "fc3.bias" in state else 10
+    classes = _rows(state or {}, "fc3.bias") or 10
     return _assemble("demonstration", weights, fingerprint, _seeded(partial(Demonstration, classes), seed), state, fixed=True)
 
 
@@ -238,6 +239,11 @@ def _custom(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbon
     return _assemble(name, weights, fingerprint, module, state)
 
 
+def _rows(state: Mapping[str, Tensor], name: str) -> int:
+    """Return the length of a tensor, 0 where it is missing or a scalar."""
+    return len(state[name]) if name in state and state[name].dim() else 0
+
+
 def _source_classes(module: nn.Module, state: Mapping[str, Tensor]) -> int:
     """Return the rows of the module's last tensor in these weights, 0 if they equal the module's own or are missing."""
     name, tensor = next(reversed(module.state_dict().items()), ("", torch.zeros(())))
@@ -280,8 +286,8 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
         state = state and {key: value for key, value in state.items() if not key.lower().startswith("aux")}
     module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
     head = list(module.state_dict())[-1]
-    if state and head in state and len(state[head]) != len(module.state_dict()[head]):
-        options["num_classes"] = len(state[head])  # trained on other classes than ImageNet's
+    if (rows := _rows(state or {}, head)) not in (0, len(module.state_dict()[head])):
+        options["num_classes"] = rows  # trained on other classes than ImageNet's
         module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
     positional = name.startswith(("vit", "swin"))
     # torchvision gives only the size of the weights. The true minimum is two patches a side, or one position in the last stage.
@@ -331,12 +337,12 @@ def _weights(weights: str, md5: str, root: Path, name: str, names: Sequence[str]
 
 
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    from safetensors.torch import load_file
-
+    if path.suffix == ".safetensors":
+        return records.read_tensors(path, "Save the state dict with safetensors.torch.save_file.", BackboneError)
     try:
-        if path.suffix == ".safetensors":
-            return cast(Mapping[str, Tensor], load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         # PyTorch's message continues with advice on how to execute the code.
         reason = (
@@ -349,10 +355,18 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
     for key in ("state_dict", "model", "net"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict):
         raise BackboneError(
             f"expected a state dict (names to tensors) in {path}, found {type(content).__name__}. Save `model.state_dict()`."
         )
+    for key, value in content.items():
+        # A meta tensor has a shape and no numbers.
+        usable = isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        if not usable:
+            what = f"a tensor on {value.device} of layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            raise BackboneError(
+                f"expected a state dict (names to dense tensors on the CPU) in {path}, found {what} under {key!r}. Save `model.state_dict()`."
+            )
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
@@ -390,8 +404,22 @@ def _has_head(backbone: Backbone) -> bool:
     return trunk_parameters < sum(int(p.numel()) for p in backbone.module.parameters())
 
 
+def unfit_types(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return in words which tensors have a type that PyTorch would convert without a word although it means other numbers."""
+    return [
+        f"{k} is {str(state[k].dtype).removeprefix('torch.')}, expected {str(v.dtype).removeprefix('torch.')}"
+        for k, v in expected.items()
+        if k in state and ((v.is_floating_point() and not state[k].is_floating_point()) or state[k].is_complex() != v.is_complex())
+    ]
+
+
 def _load_weights(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
     expected = module.state_dict()
+    if types := unfit_types(state, expected):
+        raise BackboneError(
+            f"expected weights of {name} as floating-point numbers, found {len(types)} tensors of another type: {'; '.join(types[:3])}. "
+            "Quantized weights cannot be trained: save the model's state dict before it is quantized."
+        )
     shapes = [
         f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
         for k in expected

@@ -1,8 +1,7 @@
 """The classifier: a cut backbone, pooled features at its taps, one linear head; saved to a folder without pickles."""
 
-import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tlpipeline import records
 from tlpipeline.backbones import catalogue, taps
 from tlpipeline.backbones.features import FeatureExtractor, forward_passes, pass_size, with_pooling
 from tlpipeline.backbones.pooling import TapPooling
@@ -22,6 +22,7 @@ from tlpipeline.files import write_json, write_tensors
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 FORMAT = 1
+_AGAIN = "Fetch the model again, or train it again with `tlpipeline run`."
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,10 @@ class Description:
         """Return plain values."""
         return {"format": FORMAT, **asdict(self)}
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Description":
-        """Return the description from the content of `to_json`."""
-        t = content["transforms"]
-        return cls(
-            content["architecture"],
-            content["cut"],
-            tuple(TapPooling(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
-            tuple(content["classes"]),
-            Transforms(t["size"], t["resize"], tuple(t["mean"]), tuple(t["std"]), t["interpolation"]),
-            bool(content.get("frozen", False)),
-            tuple(content.get("remarks", ())),
-            bool(content.get("in_bfloat16", False)),
-        )
+
+@dataclass(frozen=True)
+class _Format:
+    format: object = None
 
 
 class Classifier(nn.Module):
@@ -132,14 +123,7 @@ def load(folder: Path, root: Path | None = None, trusts: Callable[[str], bool] =
         RegistryError: there is no model, or its description cannot be read.
         BackboneError: its network is not trusted, or its tensors do not fit its description.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
-        raise RegistryError(
-            f"expected a model folder with {WEIGHTS} and {DESCRIPTION} at {folder}, found none. Train one with `tlpipeline run`."
-        )
-    description = _description(folder)
+    description = describe(folder)
     name = description.architecture
     if ":" in name and not trusts(name):
         raise BackboneError(
@@ -148,28 +132,36 @@ def load(folder: Path, root: Path | None = None, trusts: Callable[[str], bool] =
             f"trust={name!r}."
         )
     backbone = catalogue.load(name, catalogue.NONE, root=root, size=description.transforms.size)
+    tensors = records.read_tensors(folder / WEIGHTS, _AGAIN, BackboneError)
     model = Classifier(backbone, description.readings, len(description.classes), description.frozen, description.in_bfloat16)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (RuntimeError, SafetensorError) as error:
+        if types := catalogue.unfit_types(tensors, model.state_dict()):
+            raise ValueError("; ".join(types))
+        model.load_state_dict(tensors)
+    except (RuntimeError, ValueError) as error:
         raise BackboneError(
-            f"The tensors in {folder / WEIGHTS} do not fit {name} or are damaged: "
-            f"{' '.join(str(error).split())[:300]}. Fetch the model again, or train it again with `tlpipeline run`."
+            f"The tensors in {folder / WEIGHTS} do not fit {name}: {' '.join(str(error).split())[:300]}. {_AGAIN}"
         ) from error
     return model.eval(), description
 
 
-def _description(folder: Path) -> Description:
-    try:
-        content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        format_found = content.get("format") if isinstance(content, dict) else content
-        if format_found == FORMAT:
-            return Description.from_json(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RegistryError(f"The description of the model in {folder / DESCRIPTION} is damaged: {error}. Fetch it again.") from error
-    raise RegistryError(
-        f"expected a model of format {FORMAT} in {folder}, found {format_found!r}. Use the version of tlpipeline that wrote it."
-    )
+def describe(folder: Path) -> Description:
+    """Read the description in a model folder.
+
+    Raises:
+        RegistryError: there is none, it is damaged, or another version wrote it.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file() or not (folder / WEIGHTS).is_file():
+        raise RegistryError(
+            f"expected a model folder with {WEIGHTS} and {DESCRIPTION} at {folder}, found none. Train one with `tlpipeline run`."
+        )
+    number = records.read(_Format, path, _AGAIN, RegistryError).format
+    if number != FORMAT:
+        raise RegistryError(
+            f"expected a model of format {FORMAT} in {path}, found {number!r}. Use the version of tlpipeline that wrote it."
+        )
+    return records.read(Description, path, _AGAIN, RegistryError)
 
 
 # --- predicting -----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """The features that a head reads at a tap: averages over a pyramid of grids. Loads no torch."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 
 @dataclass(frozen=True)
@@ -11,8 +14,8 @@ class TapPooling:
     """
 
     tap: str
-    channels: int
-    grids: tuple[int, ...]
+    channels: Annotated[int, Field(ge=1, le=10**6)]
+    grids: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1)]
 
     @property
     def blocks(self) -> tuple[int, ...]:

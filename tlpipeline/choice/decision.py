@@ -2,12 +2,29 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.training.config import TrainingPlan
 from tlpipeline.training.override import override
-from tlpipeline.training.recipe import Recipe
+from tlpipeline.training.recipe import INITS, Recipe, current_names
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _codes(*names: str) -> Any:
+    """Return the constraint that an edited file holds one of these codes."""
+    return Field(pattern=f"^({'|'.join(names)})$")
+
+
+Weak = Annotated[
+    str,
+    _codes(
+        "many_classes", "few_per_class", "unprobed_classes", "no_held_out", "one_tap", "no_source_head", "no_signal", "few_judges", "slice_unused"
+    ),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,11 +38,11 @@ class Arm:
         cost: of one training run, in forward passes of one image through the whole network; a backward pass counts two.
     """
 
-    name: str
-    accuracy: float
-    low: float
-    high: float
-    cost: float
+    name: Annotated[str, _codes("frozen", "cut", "multi", "tuned")]
+    accuracy: Finite
+    low: Finite
+    high: Finite
+    cost: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -43,13 +60,13 @@ class InterimResult:
     epoch: int
     epochs: int
     images: int
-    frozen: float
-    tuned: float
-    error: float
-    p_tuned_better: float
-    p_tuned_within: float
-    frozen_regret: float
-    tuned_regret: float
+    frozen: Finite
+    tuned: Finite
+    error: Finite
+    p_tuned_better: Finite
+    p_tuned_within: Finite
+    frozen_regret: Finite
+    tuned_regret: Finite
 
 
 @dataclass(frozen=True)
@@ -65,9 +82,9 @@ class Race:
     """
 
     looks: tuple[InterimResult, ...]
-    winner: str
-    ended: str
-    cost: float
+    winner: Annotated[str, _codes("frozen", "tuned")]
+    ended: Annotated[str, _codes("ahead", "futile", "expected", "budget")]
+    cost: Finite
 
 
 @dataclass(frozen=True)
@@ -82,13 +99,13 @@ class TuningGain:
         why: prediction, no_signal or race.
     """
 
-    gain: float
-    low: float
-    high: float
-    counted: float
-    border: float
+    gain: Finite
+    low: Finite
+    high: Finite
+    counted: Finite
+    border: Finite
     exceeds: bool
-    why: str
+    why: Annotated[str, _codes("prediction", "no_signal", "race")]
 
 
 @dataclass(frozen=True)
@@ -109,13 +126,16 @@ class CutGain:
 
     tap: str | None
     earlier: str | None
-    gain: float
-    corrected: float
-    significance: float
-    counted: float
-    border: float
+    gain: Finite
+    corrected: Finite
+    significance: Finite
+    counted: Finite
+    border: Finite
     exceeds: bool
-    why: str
+    why: Annotated[
+        str,
+        _codes("confirmed", "corrected", "one_tap", "weak_labels", "not_significant", "below_border", "not_confirmed", "several_taps"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -123,9 +143,9 @@ class OutOfRange:
     """A figure that lies outside of what the gain predictor was fitted on; `value` is None where it could not be measured."""
 
     name: str
-    value: float | None
-    low: float
-    high: float
+    value: Finite | None
+    low: Finite
+    high: Finite
 
 
 @dataclass(frozen=True)
@@ -139,7 +159,7 @@ class Turning:
 
     images: int | None
     fitted: int
-    tolerance: float | None
+    tolerance: Finite | None
 
 
 @dataclass(frozen=True)
@@ -165,29 +185,29 @@ class Decision:
         forced: keys of params.yaml that overrode the evidence.
     """
 
-    case: str
+    case: Annotated[str, Field(pattern="^[a-z_]+$")]
     slice: str
-    head: str
+    head: Annotated[str, _codes("last", "cut", "multi")]
     readings: tuple[TapPooling, ...]
     size: int
-    freeze: str
-    init: str
-    recipe: Recipe
+    freeze: Annotated[str, _codes("kept", "nothing")]
+    init: Annotated[str, _codes(*INITS)]
+    recipe: Annotated[Recipe, BeforeValidator(current_names)]
     tuning: TuningGain
     cutting: CutGain
     arms: tuple[Arm, ...]
-    regret: float
-    p_within_tolerance: float
+    regret: Finite
+    p_within_tolerance: Finite
     race: Race | None
     race_wanted: bool
-    no_race: str
+    no_race: Annotated[str, _codes("", "forced", "quick", "clear", "few_judges", "other_weights")]
     judges_needed: int
-    evpi: float
+    evpi: Finite
     turning: Turning | None
-    saved_parameters: float
-    saved_ops: float
+    saved_parameters: Finite
+    saved_ops: Finite
     outside: tuple[OutOfRange, ...]
-    weak: tuple[str, ...]
+    weak: tuple[Weak, ...]
     forced: tuple[str, ...]
 
     @property
@@ -214,22 +234,14 @@ class Decision:
         recipe, init = override(self.recipe, self.init, changes, freeze=self.freeze == "kept")
         return replace(self, recipe=recipe, init=init)
 
+    def contradiction(self) -> str:
+        """Return in words where the values of an edited file contradict each other, "" if they do not."""
+        if "tuned" not in [arm.name for arm in self.arms]:
+            return "arms lacks tuned"
+        if not (self.race or self.race_wanted or self.no_race):
+            return "no_race does not say why there was no race"
+        return "" if self.readings else "readings is empty"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for case.json."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Decision":
-        """Read what `to_json` gave."""
-        race, turning = content["race"], content["turning"]
-        structured = {
-            "readings": tuple(TapPooling(r["tap"], r["channels"], tuple(r["grids"])) for r in content["readings"]),
-            "recipe": Recipe.from_json(content["recipe"]),
-            "tuning": TuningGain(**content["tuning"]),
-            "cutting": CutGain(**content["cutting"]),
-            "arms": tuple(Arm(**arm) for arm in content["arms"]),
-            "race": None if race is None else Race(**race | {"looks": tuple(InterimResult(**look) for look in race["looks"])}),
-            "turning": None if turning is None else Turning(**turning),
-            "outside": tuple(OutOfRange(**figure) for figure in content["outside"]),
-        }
-        return cls(**{**content, **structured, "weak": tuple(content["weak"]), "forced": tuple(content["forced"])})

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from tlpipeline import records
 from tlpipeline.data.decoding import UNREADABLE, available_cpus, decode, describe_error, inspect, read_content, read_regular
-from tlpipeline.data.splits import MINIMUM_PER_CLASS, SPLIT_FOLDERS, TEST, TRAIN, VAL, folder_layout, split_of
+from tlpipeline.data.splits import MINIMUM_PER_CLASS, SPLIT_FOLDERS, SPLIT_NAMES, TEST, TRAIN, VAL, folder_layout, split_of
 from tlpipeline.errors import DataChanged, DataError
 
 
@@ -83,6 +85,7 @@ def read_image(root: Path, row: Row, min_side: int | None = None) -> Image.Image
         raise DataError(f"Cannot decode the image {path}: {describe_error(error)}. Replace or remove it, then run again.") from error
 
 
+_MD5 = re.compile("[0-9a-f]{32}")
 _WAY_BACK = "The image folder changed during a run. Start the run again, or restore the images with `dvc checkout`."
 
 
@@ -336,20 +339,23 @@ def write_manifest(manifest: Manifest, path: Path, quarantine: Path) -> None:
 
 
 def read_manifest(path: Path, quarantine: Path | None = None) -> Manifest:
-    """Read the files of `write_manifest`; without `quarantine` there are no rejected files and remarks."""
-    import pyarrow.parquet as pq
+    """Read the files of `write_manifest`; without `quarantine` there are no rejected files and remarks.
 
+    Raises:
+        DataError: one of them is missing or damaged.
+    """
     # In batches of a few thousand rows, and with one object per distinct string: half the memory for 100,000 images.
-    columns = [f.name for f in fields(Row)]
+    columns = {f.name: f.type for f in fields(Row) if isinstance(f.type, type)}
     known: dict[str, str] = {}
     rows: list[Row] = []
-    for part in pq.ParquetFile(path).iter_batches(4096, columns=columns):
-        values = part.to_pydict()
+    for batch in records.read_parquet(path, columns, records.ANEW, error=DataError):
+        values = batch.to_pydict()
         for name in ("label", "split", "mode", "duplicate_of"):
             values[name] = [known.setdefault(text, text) for text in values[name]]
         rows += [Row(*line) for line in zip(*(values[name] for name in columns), strict=True)]
+    if odd := next((row for row in rows if not _MD5.fullmatch(row.md5) or row.split not in SPLIT_NAMES), None):
+        raise records.unlike(path, f"{odd.path} has the md5 {odd.md5!r} and the split {odd.split!r}", records.ANEW, DataError)
     if quarantine is None:
         return Manifest(tuple(rows), (), ())
-    with quarantine.open(newline="", encoding="utf-8") as file:
-        lines = [(line["path"], line["reason"]) for line in csv.DictReader(file)]
-    return Manifest(tuple(rows), tuple(Rejected(p, r) for p, r in lines if p), tuple(r for p, r in lines if not p))
+    lines = records.read_csv(Rejected, quarantine, records.ANEW, DataError)
+    return Manifest(tuple(rows), tuple(line for line in lines if line.path), tuple(line.reason for line in lines if not line.path))

@@ -1,6 +1,11 @@
 """How an image becomes the input of a network."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+_PIXELS = 10_000  # a larger side in a file is a mistake
 
 
 @dataclass(frozen=True)
@@ -14,10 +19,10 @@ class Transforms:
         interpolation: bilinear or bicubic.
     """
 
-    size: int
-    resize: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    size: Annotated[int, Field(ge=1, le=_PIXELS)]
+    resize: Annotated[int, Field(ge=1, le=_PIXELS)]
+    mean: Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
+    std: Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
     interpolation: str
 
     def at(self, size: int) -> "Transforms":

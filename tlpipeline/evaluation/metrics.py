@@ -2,17 +2,19 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tlpipeline import records
 from tlpipeline.data.dataset import Row
 from tlpipeline.stats import wilson
 
 ECE_BINS = 15
+_PROBABILITY = "p:"  # begins the names of the columns of predictions.parquet that hold one for each class
 
 Probabilities = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -45,6 +47,44 @@ class Predictions:
         return np.asarray(self.predicted == self.labels)
 
 
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Precision, recall, F1 and test images of a class."""
+
+    images: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The content of metrics.json, and of classes.json as `classes`.
+
+    Attributes:
+        accuracy: with Wilson's interval at the level `confidence`.
+        balanced_accuracy, macro_f1: over the classes with test images.
+        log_loss: in nats.
+        calibration_error: expected, over 15 equal-width bins of the highest probability (Guo et al. 2017, arXiv 1706.04599).
+        majority_class: the largest class in training; majority_accuracy: of always predicting it.
+        images: of the test split; not_evaluated: classes without any.
+    """
+
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    confidence: float
+    balanced_accuracy: float
+    macro_f1: float
+    log_loss: float
+    calibration_error: float
+    majority_class: str
+    majority_accuracy: float
+    images: int
+    not_evaluated: tuple[str, ...]
+    classes: dict[str, ClassMetrics] = field(default_factory=dict)
+
+
 def make_predictions(rows: Sequence[Row], classes: Sequence[str], probabilities: Probabilities) -> Predictions:
     """Return the predictions of manifest rows with their probabilities (n, classes)."""
     index = {label: i for i, label in enumerate(classes)}
@@ -53,18 +93,13 @@ def make_predictions(rows: Sequence[Row], classes: Sequence[str], probabilities:
     )
 
 
-def compute_metrics(predictions: Predictions, confidence: float, trained_on: Mapping[str, int]) -> dict[str, Any]:
-    """Return the content of metrics.json.
+def compute_metrics(predictions: Predictions, confidence: float, trained_on: Mapping[str, int]) -> Metrics:
+    """Return the metrics of predictions.
 
     Args:
         predictions: on the test split.
         confidence: level of the interval.
         trained_on: training images per class, for the majority baseline.
-
-    Returns:
-        Accuracy with Wilson's interval; balanced accuracy and macro F1 over the classes with test images; log loss in nats.
-        Expected calibration error over 15 equal-width bins of the highest probability (Guo et al. 2017, arXiv 1706.04599).
-        Precision, recall, F1 and number of images of each class.
     """
     n = len(predictions.labels)
     hits = int(predictions.correct.sum())
@@ -77,29 +112,24 @@ def compute_metrics(predictions: Predictions, confidence: float, trained_on: Map
     evaluated = support > 0
     true_probability = predictions.probabilities[np.arange(n), predictions.labels].clip(min=1e-12) if n else np.ones(1)
     majority = max(sorted(trained_on), key=lambda label: trained_on[label])
-    return {
-        "accuracy": _rounded(hits / max(n, 1)),
-        "accuracy_low": _rounded(low),
-        "accuracy_high": _rounded(high),
-        "confidence": confidence,
-        "balanced_accuracy": _rounded(recall[evaluated].mean()) if n else 0.0,
-        "macro_f1": _rounded(f1[evaluated].mean()) if n else 0.0,
-        "log_loss": _rounded(-np.log(true_probability).mean()),
-        "calibration_error": _rounded(calibration_error(predictions)),
-        "majority_class": majority,
-        "majority_accuracy": _rounded(float((predictions.labels == predictions.classes.index(majority)).mean()) if n else 0.0),
-        "images": n,
-        "not_evaluated": [c for c, evaluated_class in zip(predictions.classes, evaluated, strict=True) if not evaluated_class],
-        "classes": {
-            label: {
-                "images": int(support[i]),
-                "precision": _rounded(precision[i]),
-                "recall": _rounded(recall[i]),
-                "f1": _rounded(f1[i]),
-            }
+    return Metrics(
+        accuracy=_rounded(hits / max(n, 1)),
+        accuracy_low=_rounded(low),
+        accuracy_high=_rounded(high),
+        confidence=confidence,
+        balanced_accuracy=_rounded(recall[evaluated].mean()) if n else 0.0,
+        macro_f1=_rounded(f1[evaluated].mean()) if n else 0.0,
+        log_loss=_rounded(-np.log(true_probability).mean()),
+        calibration_error=_rounded(calibration_error(predictions)),
+        majority_class=majority,
+        majority_accuracy=_rounded(float((predictions.labels == predictions.classes.index(majority)).mean()) if n else 0.0),
+        images=n,
+        not_evaluated=tuple(c for c, evaluated_class in zip(predictions.classes, evaluated, strict=True) if not evaluated_class),
+        classes={
+            label: ClassMetrics(int(support[i]), _rounded(precision[i]), _rounded(recall[i]), _rounded(f1[i]))
             for i, label in enumerate(predictions.classes)
         },
-    }
+    )
 
 
 def _rounded(value: float) -> float:
@@ -155,20 +185,32 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         "label": [predictions.classes[i] for i in predictions.labels],
         "predicted": [predictions.classes[i] for i in predictions.predicted],
     }
-    columns |= {f"p:{label}": predictions.probabilities[:, i].astype(np.float32) for i, label in enumerate(predictions.classes)}
+    columns |= {f"{_PROBABILITY}{label}": predictions.probabilities[:, i].astype(np.float32) for i, label in enumerate(predictions.classes)}
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read the file of `write_predictions`."""
-    import pyarrow.parquet as pq
+    """Read the file of `write_predictions`.
 
-    table = pq.read_table(path)
-    classes = tuple(name[2:] for name in table.column_names if name.startswith("p:"))
+    Raises:
+        WorkspaceError: it is missing or damaged.
+    """
+    md5: list[str] = []
+    labels: list[str] = []
+    classes: tuple[str, ...] = ()
+    parts: list[Probabilities] = []
+    for batch in records.read_parquet(path, {"md5": str, "label": str}, records.ANEW, prefix=_PROBABILITY):
+        md5 += batch.column("md5").to_pylist()
+        labels += batch.column("label").to_pylist()
+        columns = [name for name in batch.schema.names if name.startswith(_PROBABILITY)]
+        classes = tuple(name.removeprefix(_PROBABILITY) for name in columns)
+        parts.append(np.stack([batch.column(name).to_numpy() for name in columns], axis=1))
     index = {label: i for i, label in enumerate(classes)}
-    labels = np.array([index[label] for label in table["label"].to_pylist()], dtype=np.int64)
-    probabilities = np.stack([table[f"p:{label}"].to_numpy() for label in classes], axis=1)
-    return Predictions(tuple(table["md5"].to_pylist()), classes, labels, probabilities)
+    if unknown := sorted(set(labels) - set(index)):
+        raise records.unlike(path, f"the class {unknown[0]} has no column of probabilities", records.ANEW)
+    if not parts:
+        raise records.unlike(path, "it has no rows", records.ANEW)
+    return Predictions(tuple(md5), classes, np.array([index[label] for label in labels], dtype=np.int64), np.concatenate(parts))
 
 
 def write_confusion(predictions: Predictions, path: Path) -> None:

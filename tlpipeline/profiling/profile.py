@@ -5,14 +5,19 @@ training images (do the last layers still help)?
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.stats import Bits, unpack
+
+# What an edited file may hold; the pipeline itself writes nothing else.
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Size = Annotated[int, Field(ge=1, le=2**53)]
 
 
 @dataclass(frozen=True)
@@ -30,20 +35,20 @@ class Probe:
     """
 
     name: str
-    channels: int
-    height: int
-    width: int
-    parameters: int
-    forward_ops: int
+    channels: Size
+    height: Size
+    width: Size
+    parameters: Count
+    forward_ops: Count
     grids: tuple[int, ...]
-    accuracy: float
-    low: float
-    high: float
-    balanced: float
-    gain: float
-    gain_error: float
+    accuracy: Share
+    low: Share
+    high: Share
+    balanced: Share
+    gain: Annotated[float, Field(allow_inf_nan=False)]
+    gain_error: Annotated[float, Field(allow_inf_nan=False)]
     penalty: float
-    correct: str
+    correct: Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
     head: tuple[str, ...]
 
     @property
@@ -64,11 +69,11 @@ class Head:
     """
 
     taps: tuple[str, ...]
-    accuracy: float
-    low: float
-    high: float
-    correct: str
-    held_out: float | None = None
+    accuracy: Share
+    low: Share
+    high: Share
+    correct: Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
+    held_out: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,10 @@ class Tangent:
         frozen, frozen_error: of the multi-tap features alone.
     """
 
-    images: int
-    accuracy: float
+    images: Size
+    accuracy: Share
     error: float
-    frozen: float
+    frozen: Share
     frozen_error: float
 
 
@@ -110,19 +115,19 @@ class Profile:
 
     backbone: str
     weights: str
-    size: int
+    size: Size
     normalization: str
-    images: int
-    classes: int
-    majority: float
-    smallest: int
-    largest: int
-    validation: int
-    sampled: int
-    held_out: int
-    probed: int
-    head_similarity: float | None
-    learning_curve: tuple[tuple[int, float], ...]
+    images: Size
+    classes: Size
+    majority: Share
+    smallest: Size
+    largest: Size
+    validation: Count
+    sampled: Size
+    held_out: Count
+    probed: Size
+    head_similarity: Share | None
+    learning_curve: tuple[tuple[Size, Share], ...]
     taps: tuple[Probe, ...]
     last: Head
     multi: Head
@@ -172,20 +177,26 @@ class Profile:
         """Return which images the probe of each tap classifies correctly: (sampled, taps)."""
         return np.stack([unpack(t.correct, self.sampled) for t in self.taps], axis=1)
 
+    def contradiction(self) -> str:
+        """Return in words where the values of an edited file contradict each other, "" if they do not."""
+        names = [tap.name for tap in self.taps]
+        if not names:
+            return "it has no taps"
+        if strange := [name for tap in self.taps for name in tap.head or ("",) if name not in names]:
+            return f"a head reads {strange[0]!r}, which is not one of its taps"
+        if strange := [name for head in self.heads for name in head.taps or ("",) if name not in names]:
+            return f"a head reads {strange[0]!r}, which is not one of its taps"
+        measured: list[Probe | Head] = [*self.taps, *self.heads]
+        for at in measured:
+            if len(at.correct) != 2 * math.ceil(self.sampled / 8):
+                return f"`correct` has not a bit for each of {self.sampled} images"
+            if not at.low - 1e-3 <= at.accuracy <= at.high + 1e-3:  # they are rounded
+                return f"an accuracy of {at.accuracy:g} lies outside of its interval"
+        return ""
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for profile.json."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Profile":
-        """Read what `to_json` gave."""
-        taps = tuple(Probe(**t | {"grids": tuple(t["grids"]), "head": tuple(t["head"])}) for t in content["taps"])
-        heads = {
-            k: None if content[k] is None else Head(**content[k] | {"taps": tuple(content[k]["taps"])}) for k in ("last", "multi", "cut")
-        }
-        learning_curve = tuple((int(n), float(a)) for n, a in content["learning_curve"])
-        tangent = None if content["tangent"] is None else Tangent(**content["tangent"])
-        return cls(**{**content, **heads, "taps": taps, "learning_curve": learning_curve, "tangent": tangent})
 
 
 # --- the slice point ----------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tlpipeline.choice.explain import cell
 
 TEMPLATE = Path(__file__).with_name("template") / "card.md"
 
 
-def card(version: str, facts: Mapping[str, Any]) -> str:
+def card(version: str, facts: Mapping[str, object]) -> str:
     """Return the model card as markdown."""
     import jinja2
 

@@ -6,13 +6,14 @@ A version is at the commit whose dvc.lock records the model. Its tag comes last:
 Promotions are only ever added; a rollback is another promotion.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
+from tlpipeline import records
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import RegistryError, WorkspaceError, nearest
@@ -21,6 +22,7 @@ from tlpipeline.files import write_json
 from tlpipeline.params import backbone_name
 from tlpipeline.versioning import dvc, git, lock
 
+T = TypeVar("T")
 PROD = "prod"
 CARD = "MODEL_CARD.md"
 _PENDING = ".tlpipeline/publishing.json"  # a version that is registered, but not yet published and promoted
@@ -77,6 +79,8 @@ def _events(root: Path, name: str) -> list[_Event]:
     events = []
     for index, (tag, commit) in enumerate(git.tags(root).items()):
         if tag.startswith(name) and (match := _TAG.fullmatch(tag, len(name))):
+            if not commit:
+                raise RegistryError(f"expected the tag {tag} on a commit, found it on another object. Delete it: `git tag --delete {tag}`.")
             number = (int(match["major"]), int(match["minor"]), int(match["patch"])) if match["major"] else None
             events.append((index, _Event(tag, commit, number, match["stage"], bool(match["off"]), int(match["count"] or 0))))
     counted = sorted((event.count, index) for index, event in events if event.count)
@@ -216,11 +220,77 @@ def next_number(root: Path, name: str, classes: Sequence[str], case: str) -> tup
     if not known:
         return (0, 1, 0)
     major, minor, patch = known[-1].number
-    previous_case = json.loads(git.read_at(root, known[-1].commit, "case.json") or "{}").get("case")
-    previous_classes = json.loads(git.read_at(root, known[-1].commit, "classes.json") or "{}")
-    if previous_case != case or sorted(previous_classes) != sorted(classes):
+    if case_of(root, known[-1]) != case or classes_of(root, known[-1]) != sorted(classes):
         return (major, minor + 1, 0)
     return (major, minor, patch + 1)
+
+
+@dataclass(frozen=True)
+class _Case:
+    case: str = ""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The accuracy of a version on its test images, with its interval; None where it has none."""
+
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+
+
+def case_of(root: Path, version: Version) -> str:
+    """Return the case that a version was trained as, "" if it has none.
+
+    Raises:
+        RegistryError: the case.json of its commit is damaged.
+    """
+    return _committed(root, version, "case.json", _Case).case
+
+
+def accuracy_of(root: Path, version: Version) -> Accuracy:
+    """Return the accuracy of a version.
+
+    Raises:
+        RegistryError: the metrics.json of its commit is damaged.
+    """
+    return _committed(root, version, "metrics.json", Accuracy)
+
+
+def classes_of(root: Path, version: Version) -> list[str]:
+    """Return the classes of a version, sorted.
+
+    Raises:
+        RegistryError: the classes.json of its commit is damaged.
+    """
+    return sorted(_committed(root, version, "classes.json", dict[str, object]))
+
+
+def _committed(root: Path, version: Version, name: str, kind: type[T]) -> T:
+    way_out = f"Look at it with `git show {version}:{name}`; `gto deprecate` withdraws the version."
+    return records.parse(kind, git.read_at(root, version.commit, name) or "{}", f"{name} of {version}", way_out, RegistryError)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """The content of publishing.json.
+
+    Attributes:
+        version: of the model `name`; stage: to which it is promoted, "" if to none.
+        before: last promotion to that stage, before this one.
+        pushed: whether its tag is published.
+    """
+
+    name: str
+    version: str
+    stage: str
+    before: str
+    pushed: bool = False
+
+
+def _pending(root: Path) -> _Pending:
+    way_out = "Delete it: then nothing is published by itself. `git push --tags` publishes what `tlpipeline registry list` shows."
+    return records.read(_Pending, root / _PENDING, way_out, RegistryError)
 
 
 def publish(
@@ -244,7 +314,7 @@ def publish(
     dvc.push(root)
     text = f"v{'.'.join(map(str, number))}"
     version = Version(number, name, git.commit(root, message, paths))
-    write_json({"name": name, "version": str(version), "stage": stage, "before": _latest(root, name, stage)}, root / _PENDING)
+    write_json(asdict(_Pending(name, str(version), stage, _latest(root, name, stage))), root / _PENDING)
     try:
         git.gto(root, "register", name, "HEAD", "--version", text, "--message", message)
     except WorkspaceError as error:
@@ -270,26 +340,26 @@ def resume_publication(root: Path, promoting: bool) -> tuple[Version, str] | Non
     """
     if not (root / _PENDING).exists():
         return None
-    pending = json.loads((root / _PENDING).read_text(encoding="utf-8"))
-    version = next((v for v in versions(root, pending["name"]) if str(v) == pending["version"]), None)
+    pending = _pending(root)
+    version = next((v for v in versions(root, pending.name) if str(v) == pending.version), None)
     if version is None:  # the run was killed before it wrote the tag, or the version was withdrawn
         (root / _PENDING).unlink()
         return None
-    return _finish_publication(root, version, pending["stage"] if promoting else "")
+    return _finish_publication(root, version, pending.stage if promoting else "")
 
 
 def _finish_publication(root: Path, version: Version, stage: str) -> tuple[Version, str]:
-    pending = json.loads((root / _PENDING).read_text(encoding="utf-8"))
+    pending = _pending(root)
     try:
         git.push(root)
     except WorkspaceError as error:
-        if pending.get("pushed"):
+        if pending.pushed:
             raise RegistryError(f"Cannot publish the promotion of {version}: {error}. Fix this, and run again.") from error
         git.delete_tag(root, str(version))
         (root / _PENDING).unlink()
         raise RegistryError(f"Cannot publish {version}: {error}. Its tag was removed; run `git pull`, and run again.") from error
-    write_json(pending | {"pushed": True}, root / _PENDING)
-    promoted = promote(root, version, stage, pending["before"]) if stage else ""
+    write_json(asdict(replace(pending, pushed=True)), root / _PENDING)
+    promoted = promote(root, version, stage, pending.before) if stage else ""
     (root / _PENDING).unlink()
     return version, promoted
 

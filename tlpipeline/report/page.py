@@ -1,13 +1,12 @@
 """The report page: values in, HTML out. It is one file with nothing outside it."""
 
 import base64
-import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -16,8 +15,13 @@ from tlpipeline.choice.cases import CASES, LARGE, SIMILAR
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data.dataset import Manifest
 from tlpipeline.data.splits import SPLIT_NAMES, TRAIN
+from tlpipeline.evaluation.metrics import Metrics
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.registry.versions import Registration
+from tlpipeline.training.config import Epoch
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATE = Path(__file__).with_name("template")
 THUMBNAIL = 96
@@ -50,10 +54,10 @@ def page(
     case: Decision,
     read: Sequence[str],
     profile: Profile,
-    metrics: Mapping[str, Any],
+    metrics: Metrics,
     matrix: Sequence[Sequence[int]],
     manifest: Manifest,
-    history: str,
+    history: Sequence[Epoch],
     mistakes: Sequence[Mistake],
     remarks: Sequence[str],
     seconds: Mapping[str, float | None],
@@ -80,7 +84,7 @@ def page(
             plane=_plane(case),
             curve=_curve(profile, case.slice, read),
             metrics=metrics,
-            classes=list(metrics["classes"]),
+            classes=list(metrics.classes),
             matrix=matrix,
             most=max((max(row) for row in matrix), default=1) or 1,
             images=len(used),
@@ -89,7 +93,7 @@ def page(
             trained={label: sum(r.label == label and r.split == TRAIN for r in used) for label in manifest.classes},
             rejected=manifest.rejected,
             remarks=remarks,
-            epochs=[line for line in csv.DictReader(io.StringIO(history)) if line["arm"] != "head"],
+            epochs=[epoch for epoch in history if epoch.arm != "head"],
             mistakes=mistakes,
             seconds=seconds,
             pace=pace(training),
@@ -111,7 +115,7 @@ def pace(training: Mapping[str, float]) -> str:
     return f"Training took {training['images_per_second']:.0f} images a second; its first worker waited for data {waited:.0%} of the time."
 
 
-def _plane(decision: Decision) -> dict[str, Any]:
+def _plane(decision: Decision) -> dict[str, object]:
     """Return the two gains as a picture of 350 x 312: a quadrant for each case, borders with their values, and where this data set lies."""
     side, left, top = 130, 58, 8
     x, y = explain.scale(decision.tuning), explain.scale(decision.cutting)
@@ -135,7 +139,7 @@ def _plane(decision: Decision) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, Any]:
+def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, object]:
     """Return the probe curve in the coordinates of an 720 x 260 picture."""
     low = max(0.0, min(t.low for t in profile.taps) - 0.02)
     high = min(1.0, max(t.high for t in profile.taps) + 0.02)
@@ -161,7 +165,7 @@ def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _environment() -> Any:
+def _environment() -> "jinja2.Environment":
     import jinja2
     from markupsafe import Markup, escape
 

@@ -8,6 +8,17 @@ from tlpipeline.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
+class Epoch:
+    """A line of plots/history.csv: an epoch of fine-tuning, or a head that was solved (`arm`), with its validation."""
+
+    epoch: int
+    arm: str
+    loss: float
+    accuracy: float
+    log_loss: float
+
+
+@dataclass(frozen=True)
 class TrainingPlan:
     """How the network is cut and trained.
 

@@ -1,9 +1,7 @@
 """The values of a training run that the method sets. Loads no torch."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 INITS = ("pretrained", "plain", "random", "auto")
 AUTO, SGD, ADAMW = "auto", "sgd", "adamw"
@@ -83,11 +81,6 @@ class Recipe:
     refit_head: bool = True
     compile: bool = False
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Recipe":
-        """Read what `asdict` wrote as JSON, or what an earlier version wrote, whose removed values are left out."""
-        return cls(**{ALIASES.get(name, name): value for name, value in content.items() if name not in REMOVED})
-
     @property
     def head_imbalance(self) -> float:
         """How uneven classes may be before a head that is solved weighs them alike; infinite where nothing is balanced."""
@@ -128,3 +121,10 @@ class Recipe:
     def freezes_statistics(self, size: int) -> bool:
         """Return whether batch normalization keeps the source's statistics at this input size."""
         return self.statistics == FIXED or (self.statistics == AUTO and size >= SMALL_PIXELS)
+
+
+def current_names(content: object) -> object:
+    """Return the values of a recipe in a file under today's names, without those that were removed."""
+    if not isinstance(content, dict):
+        return content
+    return {ALIASES.get(name, name): value for name, value in content.items() if name not in REMOVED}

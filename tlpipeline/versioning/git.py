@@ -21,7 +21,9 @@ def run(root: Path, *arguments: str, check: bool = True) -> str:
         WorkspaceError: git failed (with `check`) or is not installed.
     """
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL
+        )
     except FileNotFoundError as error:
         if not root.is_dir():
             raise WorkspaceError(f"expected a workspace at {root}, found no such folder. Name another with --workspace.") from error
@@ -169,11 +171,11 @@ def fetch_tags(root: Path) -> None:
 
 
 def tags(root: Path) -> dict[str, str]:
-    """Return each tag with its commit, the oldest first."""
-    lines = run(
-        root, "for-each-ref", "refs/tags", "--sort=creatordate", "--format=%(refname:short) %(objectname) %(*objectname)"
-    ).splitlines()
-    return {parts[0]: parts[-1] for parts in (line.split() for line in lines)}
+    """Return each tag with its commit, "" where it is on something else, the oldest first."""
+    form = "%(objecttype) %(objectname) %(*objecttype) %(*objectname)%09%(refname:short)"  # the second pair is empty for a plain tag
+    lines = run(root, "for-each-ref", "refs/tags", "--sort=creatordate", f"--format={form}").splitlines()
+    objects = {name: pairs.split()[-2:] for pairs, _, name in (line.partition("\t") for line in lines)}
+    return {name: commit if kind == "commit" else "" for name, (kind, commit) in objects.items()}
 
 
 def delete_tag(root: Path, tag: str) -> None:
@@ -198,6 +200,6 @@ def gto(root: Path, *arguments: str) -> None:
     """
     command = [sys.executable, "-P", "-c", "from gto.cli import app; app()", *arguments]
     silent = {"ITERATIVE_DO_NOT_TRACK": "1", **os.environ}  # a user's setting wins
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=silent)
+    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, env=silent)
     if done.returncode:
         raise WorkspaceError(f"gto {arguments[0]}: {(done.stderr or done.stdout).strip()}")

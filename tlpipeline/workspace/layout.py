@@ -1,22 +1,26 @@
 """The layout of a workspace: names of its files, and functions that read them."""
 
 import gc
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from tlpipeline import records
 from tlpipeline.choice.decision import Decision
 from tlpipeline.errors import WorkspaceError
-from tlpipeline.files import is_truncated_json, unlink, write_json
+from tlpipeline.files import unlink, write_json
 from tlpipeline.params import Params, load
+from tlpipeline.training.config import Epoch
 
 if TYPE_CHECKING:
+    from tlpipeline.backbones.classifier import Description
     from tlpipeline.data.cache import Store
+    from tlpipeline.evaluation.metrics import Metrics
     from tlpipeline.profiling.profile import Profile
 
-T = TypeVar("T")
+R = TypeVar("R", "Profile", Decision)
 PARAMS = "params.yaml"
 SPLITS = "splits.csv"
 MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
@@ -43,30 +47,26 @@ def read_profile(root: Path) -> "Profile":
     """Return the measurements in profile.json.
 
     Raises:
-        WorkspaceError: another version of tlpipeline wrote it.
+        WorkspaceError: it is damaged, or another version of tlpipeline wrote it.
     """
     from tlpipeline.profiling.profile import Profile
 
-    return _parsed(Profile.from_json, root / PROFILE)
+    return _consistent(records.read(Profile, root / PROFILE, records.ANEW, extra="forbid"), root / PROFILE)
 
 
 def read_case(root: Path) -> Decision:
     """Return the decision in case.json.
 
     Raises:
-        WorkspaceError: another version of tlpipeline wrote it.
+        WorkspaceError: it is damaged, or another version of tlpipeline wrote it.
     """
-    return _parsed(Decision.from_json, root / CASE)
+    return _consistent(records.read(Decision, root / CASE, records.ANEW, extra="forbid"), root / CASE)
 
 
-def _parsed(from_json: Callable[[Any], T], path: Path) -> T:
-    try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WorkspaceError(
-            f"expected {path} as this version writes it, found another content ({error!r}). `tlpipeline run` writes it anew; "
-            "for `dvc repro`, delete the file first."
-        ) from error
+def _consistent(value: R, path: Path) -> R:
+    if contradiction := value.contradiction():
+        raise records.unlike(path, contradiction, records.ANEW)
+    return value
 
 
 def delete_outdated(root: Path, stage: str) -> None:
@@ -87,35 +87,72 @@ def with_recipe(decision: Decision, params: Params) -> Decision:
     return decision.overridden({name: value for name, value in params.train.override.items() if name != "init"})
 
 
-def head_taps(root: Path) -> tuple[str, ...]:
-    """Return the taps that the model's head reads, deepest first."""
-    return tuple(reading["tap"] for reading in read_json(root, f"{MODEL}/model.json")["readings"])
+def read_model(root: Path) -> "Description":
+    """Return what model/model.json says of the trained model.
+
+    Raises:
+        RegistryError: it is missing or damaged.
+    """
+    from tlpipeline.backbones import classifier
+
+    return classifier.describe(root / MODEL)
 
 
-def read_metrics(root: Path) -> dict[str, Any]:
-    """Return metrics.json, with the metrics of each class as `classes`."""
-    return read_json(root, METRICS) | {"classes": read_json(root, CLASSES)}
+def read_metrics(root: Path) -> "Metrics":
+    """Return metrics.json with the classes of classes.json.
+
+    Raises:
+        WorkspaceError: one of them is missing or damaged.
+    """
+    from tlpipeline.evaluation.metrics import ClassMetrics, Metrics
+
+    classes = records.read(dict[str, ClassMetrics], root / CLASSES, records.ANEW)
+    return replace(records.read(Metrics, root / METRICS, records.ANEW), classes=classes)
 
 
-def read_json(root: Path, name: str) -> dict[str, Any]:
-    """Return the content of a JSON file of the workspace, {} if it is missing."""
-    path = root / name
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def read_history(root: Path) -> list[Epoch]:
+    """Return the epochs in plots/history.csv.
+
+    Raises:
+        WorkspaceError: it is missing or damaged, or has no lines.
+    """
+    epochs = records.read_csv(Epoch, root / HISTORY, records.ANEW)
+    if not epochs:
+        raise records.unlike(root / HISTORY, "it has no lines", records.ANEW)
+    return epochs
 
 
-def read_run(root: Path) -> dict[str, Any]:
-    """Return run.json, {} if it is missing or truncated: nothing depends on it."""
-    return {} if is_truncated_json(root / RUN) else read_json(root, RUN)
+@dataclass
+class RunRecord:
+    """The content of run.json: what differs between equal runs.
+
+    Attributes:
+        seconds: of each step, None where it was up to date.
+        training: its images a second, and the share of time that it waited for data.
+    """
+
+    seconds: dict[str, float | None] = field(default_factory=dict)
+    training: dict[str, float] = field(default_factory=dict)
 
 
-def record_run(root: Path, name: str, value: Any) -> None:
-    """Record in run.json what differs between equal runs: the seconds of a stage, or the speed of its training."""
-    content = {} if name == "ingest" else read_run(root)
-    if isinstance(value, dict):
-        content[name] = value
-    else:
-        content.setdefault("seconds", {})[name] = value
-    write_json(content, root / RUN)
+def read_run(root: Path) -> RunRecord:
+    """Return run.json, empty if it is missing or damaged: nothing depends on it."""
+    try:
+        return records.read(RunRecord, root / RUN, records.ANEW)
+    except WorkspaceError:
+        return RunRecord()
+
+
+def record_seconds(root: Path, name: str, seconds: float | None) -> None:
+    """Record the seconds of a stage in run.json; the first stage starts it anew."""
+    record = RunRecord() if name == "ingest" else read_run(root)
+    record.seconds[name] = seconds
+    write_json(asdict(record), root / RUN)
+
+
+def record_training(root: Path, training: dict[str, float]) -> None:
+    """Record the speed of training in run.json."""
+    write_json(asdict(replace(read_run(root), training=training)), root / RUN)
 
 
 @contextmanager

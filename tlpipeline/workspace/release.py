@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlpipeline.choice.decision import Decision
 from tlpipeline.display import Displayed, table
@@ -55,7 +55,7 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
     git.fetch_tags(root)  # another clone may have promoted the champion
     best = versions.champion(root, params.data.name)
     if best is None:
-        return gate.compare_with_majority(challenger, layout.read_metrics(root)["majority_class"], params.gate, uneven)
+        return gate.compare_with_majority(challenger, layout.read_metrics(root).majority_class, params.gate, uneven)
     rows = manifest.used(splits.TEST)
 
     def on_progress(done: int) -> None:
@@ -82,20 +82,20 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
     case = layout.read_case(root)
     metrics = layout.read_metrics(root)
     if not verdict.accepted:
-        git.commit(root, f"Rejected: {case.case}, accuracy {metrics['accuracy']:.4f}", tracked)
+        git.commit(root, f"Rejected: {case.case}, accuracy {metrics.accuracy:.4f}", tracked)
         dvc.push(root)
         return Registration("", False, "", verdict, verdict.reason)
-    number = versions.next_number(root, name, list(metrics["classes"]), case.case)
+    number = versions.next_number(root, name, list(metrics.classes), case.case)
     version = versions.Version(number, name, "")
     from tlpipeline.registry.card import card
 
     (root / versions.CARD).write_text(card(str(version), card_facts(root, verdict)), encoding="utf-8")
-    message = f"{version}: {case.case}, accuracy {metrics['accuracy']:.4f}"
+    message = f"{version}: {case.case}, accuracy {metrics.accuracy:.4f}"
     version, promoted = versions.publish(root, name, number, message, tracked, versions.PROD if params.gate.promote == "auto" else "")
     return Registration(str(version), True, promoted, verdict, verdict.reason)
 
 
-def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
+def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, object]:
     """Return the content of the model card: everything needed to rebuild the model, and its metrics."""
     from tlpipeline.choice import reasons
 
@@ -104,7 +104,7 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, Any]:
         "name": params.data.name,
         "case": case,
         "why": reasons.summary(case, profile),
-        "read": layout.head_taps(root),
+        "read": [reading.tap for reading in layout.read_model(root).readings],
         "bounded": training_limits(root),
         "metrics": layout.read_metrics(root),
         "verdict": verdict,
@@ -133,9 +133,9 @@ def training_limits(root: Path) -> tuple[str, ...]:
     """Return remarks on what limited the training of the model: time or memory that ran out."""
     from tlpipeline.training.recipe import BUDGET
 
-    remarks = tuple(layout.read_json(root, f"{layout.MODEL}/model.json").get("remarks", ()))
-    ended = (layout.read_json(root, layout.CASE).get("race") or {}).get("ended", "")
-    return remarks + ((f"{BUDGET} ended the comparison of both ways to train",) if ended == "budget" else ())
+    race = layout.read_case(root).race
+    ended = race is not None and race.ended == "budget"
+    return layout.read_model(root).remarks + (f"{BUDGET} ended the comparison of both ways to train",) * ended
 
 
 # --- report ---------------------------------------------------------------------------------------------------------------------------
@@ -165,16 +165,16 @@ def write_report(root: Path, registration: Registration) -> Path:
         name=params.data.name,
         registration=registration,
         case=case,
-        read=layout.head_taps(root),
+        read=[reading.tap for reading in layout.read_model(root).readings],
         profile=profile,
         metrics=layout.read_metrics(root),
         matrix=evaluate.confusion(predictions).tolist(),
         manifest=manifest,
-        history=(root / layout.HISTORY).read_text(encoding="utf-8"),
+        history=layout.read_history(root),
         mistakes=errors,
         remarks=manifest.remarks + distribution_shift(root) + training_limits(root),
-        seconds=layout.read_run(root).get("seconds", {}),
-        training=layout.read_run(root).get("training", {}),
+        seconds=layout.read_run(root).seconds,
+        training=layout.read_run(root).training,
         data_hash=dvc.data_hash(root, params.data.images),
         commit=git.head(root),
     )
@@ -243,15 +243,12 @@ def distribution_shift(root: Path) -> tuple[str, ...]:
 
     The best of several validations is optimistic, so five points are allowed beyond the test interval.
     """
-    import csv
-
-    with (root / layout.HISTORY).open(newline="", encoding="utf-8") as file:
-        validated = max(float(line["accuracy"]) for line in csv.DictReader(file))
+    validated = max(epoch.accuracy for epoch in layout.read_history(root))
     metrics = layout.read_metrics(root)
-    if validated <= metrics["accuracy_high"] + 0.05:
+    if validated <= metrics.accuracy_high + 0.05:
         return ()
     return (
-        f"shift: {validated:.1%} on validation but {metrics['accuracy']:.1%} on test: the test images differ from the training images "
+        f"shift: {validated:.1%} on validation but {metrics.accuracy:.1%} on test: the test images differ from the training images "
         "in kind, or the training split has near copies",
     )
 
@@ -277,15 +274,15 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         remarks=manifest.remarks + distribution_shift(root) + training_limits(root),
         case=case.case,
         reason=reasons.summary(case, profile),
-        accuracy=metrics["accuracy"],
-        low=metrics["accuracy_low"],
-        high=metrics["accuracy_high"],
+        accuracy=metrics.accuracy,
+        low=metrics.accuracy_low,
+        high=metrics.accuracy_high,
         champion=against,
         version=registration.version,
         new=registration.new,
         outcome=registration.reason,
         report=str(report),
-        seconds=layout.read_run(root).get("seconds", {}),
+        seconds=layout.read_run(root).seconds,
     )
 
 
@@ -323,13 +320,13 @@ def evaluation_markdown(root: Path) -> str:
 
     metrics = layout.read_metrics(root)
     lines = [
-        f"**accuracy {metrics['accuracy']:.1%}** ({metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}, {metrics['images']} test images), "
-        f"balanced {metrics['balanced_accuracy']:.1%}, macro F1 {metrics['macro_f1']:.3f}, calibration error {metrics['calibration_error']:.3f}",
+        f"**accuracy {metrics.accuracy:.1%}** ({metrics.accuracy_low:.1%} to {metrics.accuracy_high:.1%}, {metrics.images} test images), "
+        f"balanced {metrics.balanced_accuracy:.1%}, macro F1 {metrics.macro_f1:.3f}, calibration error {metrics.calibration_error:.3f}",
         "",
         "| class | images | precision | recall |",
         "|---|---:|---:|---:|",
     ]
-    for label, c in metrics["classes"].items():
-        figures = f"{c['precision']:.3f} | {c['recall']:.3f}" if c["images"] else "not evaluated | "
-        lines += [f"| {explain.cell(label)} | {c['images']} | {figures} |"]
+    for label, c in metrics.classes.items():
+        figures = f"{c.precision:.3f} | {c.recall:.3f}" if c.images else "not evaluated | "
+        lines += [f"| {explain.cell(label)} | {c.images} | {figures} |"]
     return "\n".join(lines)

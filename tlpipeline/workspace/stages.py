@@ -50,7 +50,8 @@ from tlpipeline.workspace.layout import (
     params_of,
     read_case,
     read_profile,
-    record_run,
+    record_seconds,
+    record_training,
     with_recipe,
 )
 from tlpipeline.workspace.outputs import atomic_outputs
@@ -157,7 +158,7 @@ def train(root: Path, progress: Progress) -> None:
         finished = ray_train.run(job, params.cluster, name, runs, progress)
     lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
     with atomic_outputs(root, MODEL, HISTORY) as (model, curve):
-        record_run(root, "training", lines["speed"])
+        record_training(root, lines["speed"])
         shutil.copytree(finished / "model", model)
         _write_csv(
             curve,
@@ -215,7 +216,8 @@ def evaluate(root: Path, progress: Progress) -> None:
     predictions = predict_rows(
         root, root / MODEL, rows, lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images"))
     )
-    content = measuring.compute_metrics(predictions, params.evaluate.confidence, measuring.class_counts(manifest.used(splits.TRAIN)))
+    trained_on = measuring.class_counts(manifest.used(splits.TRAIN))
+    content = dataclasses.asdict(measuring.compute_metrics(predictions, params.evaluate.confidence, trained_on))
     # In a separate file, so that `dvc metrics show` stays readable with many classes.
     classes = content.pop("classes")
     with atomic_outputs(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (path, classes_path, predictions_path, confusion_path):
@@ -265,7 +267,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
     if name in ("choose", "train") and ran:
         shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed without training
     if not ran:
-        record_run(root, name, None)
+        record_seconds(root, name, None)
     return ran
 
 
@@ -274,7 +276,7 @@ def timed(root: Path, name: str) -> Iterator[None]:
     """Write the seconds of the body to run.json."""
     started = time.monotonic()
     yield
-    record_run(root, name, round(time.monotonic() - started, 2))
+    record_seconds(root, name, round(time.monotonic() - started, 2))
 
 
 def predict_rows(root: Path, folder: Path, rows: "Sequence[Row]", progress: Callable[[int], None]) -> "Predictions":
