@@ -1,4 +1,4 @@
-"""The command line: verbs, printing, exit codes. What a user may turn is in params.yaml, not here.
+"""The command line: verbs, printing, exit codes. Settings are in params.yaml, not here.
 
 Heavy imports (torch, ray, prefect, dvc) happen inside the functions: `tlpipeline --help` needs none of them.
 """
@@ -36,7 +36,7 @@ Folder = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the w
 
 
 def main() -> None:
-    """Run a command; a mistake that the user can mend is one message and exit code 2, Ctrl-C is 130."""
+    """Run a command. A mistake that the user can correct gives one message and exit code 2; Ctrl-C gives 130."""
     set_thread_waiting()  # before a command imports torch, which reads it
     try:
         code = app(prog_name="tlpipeline", standalone_mode=False)
@@ -116,14 +116,14 @@ def _help_if_bare(context: typer.Context) -> None:
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="New or empty folder.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of <class>/<image>, which is copied; without it the embedded sample.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of <class>/<image> to copy; without it, the sample digits.")] = None,
     backbone: Annotated[str, typer.Option(help="demonstration, a torchvision classifier, or package.module:callable.")] = "demonstration",
     weights: Annotated[str, typer.Option(help="DEFAULT, a torchvision weights name, a weights file, or none.")] = "DEFAULT",
-    remote: Annotated[str | None, typer.Option(help="DVC remote, a folder or URL; without it a folder inside the workspace.")] = None,
+    remote: Annotated[str | None, typer.Option(help="DVC remote, a folder or URL; without it, a folder inside the workspace.")] = None,
 ) -> None:
     """Make a workspace.
 
-    It is a git and DVC repository that holds the pipeline, its settings, and the versioned images.
+    A workspace is a git and DVC repository with the pipeline, its settings, and the versioned images.
     """
     from tlpipeline.api import Workspace
 
@@ -135,11 +135,12 @@ def init(
 @app.command()
 def run(
     workspace: Folder = Path(),
-    images: Annotated[Path | None, typer.Option(help="Folder that replaces the workspace's images first.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images that first replaces those of the workspace.")] = None,
 ) -> None:
-    """Run the whole flow.
+    """Run the whole pipeline.
 
-    It versions the images, profiles them, chooses a case, trains, evaluates, compares with the model in production, registers, and reports.
+    It versions and profiles the images, chooses a case, trains and evaluates. A model that beats the one in production is registered. A report
+    is written.
     """
     from tlpipeline.api import Workspace
 
@@ -165,10 +166,10 @@ def stage(
 @app.command()
 def explain(
     workspace: Folder = Path(),
-    markdown: Annotated[bool, typer.Option("--markdown", help="As markdown.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="The decision and the points of its plots, as JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print markdown.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the decision and the points of its plots as JSON.")] = False,
 ) -> None:
-    """Say which case was chosen, and why."""
+    """Print which case was chosen, and why."""
     from tlpipeline.api import Workspace
 
     if markdown and json:
@@ -199,13 +200,13 @@ def sample(folder: Annotated[Path, typer.Argument(help="Folder to write to.")]) 
 def predict(
     model: Annotated[str, typer.Argument(help="A model folder, name@v1, or name#prod.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    json: Annotated[bool, typer.Option("--json", help="All probabilities, as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print all probabilities as JSON.")] = False,
     trust: Annotated[list[str], typer.Option(help="module:callable of a network that a model folder from elsewhere may call.")] = [],  # noqa: B006
     workspace: Folder = Path(),
 ) -> None:
     """Print the class and probability of images.
 
-    Files that cannot be read are named with the reason on standard error; the exit code is then 2.
+    If files cannot be read, their names and the reasons go to standard error, and the exit code is 2.
     """
     from tlpipeline.api import load_model
 
@@ -233,11 +234,11 @@ def predict(
 @data.command("commit")
 def data_commit(
     workspace: Folder = Path(),
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the git commit.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Message of the git commit.")] = None,
 ) -> None:
     """Version the images as they are now.
 
-    They are pushed to the DVC remote. A Prefect server, if PREFECT_API_URL names one, is told that they changed.
+    The images are pushed to the DVC remote. If PREFECT_API_URL names a Prefect server, an event is sent there.
     """
     from tlpipeline.api import Workspace
 
@@ -278,11 +279,11 @@ def registry_promote(
 
 @registry.command("rollback")
 def registry_rollback(
-    name: Annotated[str | None, typer.Argument(help="Name of the model; without it the workspace's.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the model; without it, the model of this workspace.")] = None,
     stage: Annotated[str, typer.Option(help="Stage to roll back.")] = "prod",
     workspace: Folder = Path(),
 ) -> None:
-    """Put the version back that was in a stage before."""
+    """Restore the version that was in a stage before."""
     from tlpipeline.api import Workspace
 
     print(Workspace(workspace).registry.rollback(name, stage))

@@ -115,7 +115,7 @@ class ProfileParams:
         StrictInt, Field(ge=16), Setting("most training images that the profile measures; the sample doubles while the choice is open")
     ] = 2048
     tangent: Annotated[
-        StrictBool, Setting("also measure what gradients say, on at most 512 images; it costs a backward pass for each image")
+        StrictBool, Setting("also measure the tangent probe on at most 512 images; it costs a backward pass for each image")
     ] = True
     seed: Annotated[Seed, Setting("seed of the sample")] = 0
 
@@ -135,18 +135,17 @@ class ChooseParams:
     effort: Annotated[
         Literal["quick", "auto", "full"],
         Setting(
-            "quick: choose without training; auto: train both ways and compare if the evidence is open; full: always compare", shown=True
+            "quick: choose without training; auto: train both ways and compare them if the choice is open; full: always compare",
+            shown=True,
         ),
     ] = "auto"
     race_below: Annotated[Share, Setting("the choice is open only if P(fine-tuning gains more than the tolerance) is below this")] = 0.75
-    race_images: Annotated[
-        StrictInt, Field(ge=1), Setting("validation images that a comparison by training needs; with fewer the prediction decides")
-    ] = 100
+    race_images: Annotated[StrictInt, Field(ge=1), Setting("validation images that a race needs; with fewer, the prediction decides")] = 100
     gain: Annotated[Points, Setting("an earlier tap must beat the last one by this many percentage points before the network is cut")] = 1.0
     alpha: Annotated[
         StrictFloat,
         Field(ge=0.001, le=0.5),
-        Setting("error probability of the test for a cut (over all taps), and of the comparison by training (over all its looks)"),
+        Setting("error probability of the test for a cut (over all taps), and of the race (over all its interim analyses)"),
     ] = 0.10
     draws: Annotated[
         StrictInt,
@@ -172,7 +171,7 @@ class TrainParams:
     budget_minutes: Annotated[
         StrictFloat,
         Field(ge=0),
-        Setting("minutes for the train stage, and for a comparison; the best model so far is kept; 0: no limit", shown=True),
+        Setting("minutes for the train stage, and for a race; the best model so far is kept; 0: no limit", shown=True),
     ] = 0.0
     override: Annotated[
         Mapping[StrictStr, StrictBool | StrictInt | StrictFloat | StrictStr],
@@ -199,7 +198,7 @@ class GateParams:
     ] = "better"
     metric: Annotated[
         Literal["auto", "accuracy", "balanced_accuracy"],
-        Setting("what is compared; auto: balanced_accuracy where training weighs uneven classes alike, else accuracy"),
+        Setting("what is compared; auto: balanced_accuracy if classes are so uneven that training weights them, else accuracy"),
     ] = "auto"
     test: Annotated[Literal["mcnemar", "bootstrap"], Setting("mcnemar (exact) or bootstrap (paired), both on the same test images")] = (
         "mcnemar"
@@ -217,7 +216,7 @@ class CacheParams:
     """Features and decoded images, kept by content in .tlpipeline/cache. Nothing here changes what is trained."""
 
     max_gb: Annotated[
-        StrictFloat, Field(ge=0), Setting("size limit in GB; what was not used for longest is deleted first; 0 keeps nothing")
+        StrictFloat, Field(ge=0), Setting("size limit in GB; the least recently used entries are deleted first; 0 keeps nothing")
     ] = 10.0
 
 

@@ -1,7 +1,7 @@
 """The catalogue of pretrained networks: `load` builds a network with its taps, at which `taps.cut` cuts it.
 
-Three kinds of names are known: `demonstration` (the textbook network, with weights in the package), the torchvision classifiers by
-their names, and your own network as `my_package.nets:resnet20`. Two attributes describe your own network:
+There are three kinds of names: `demonstration` (the textbook network, with weights in the package), the name of a torchvision classifier, and
+`my_package.nets:resnet20` for your own network. Two attributes describe your own network:
 
     class ResNet20(nn.Module):
         taps = ("layer1", "layer2", "layer3")                                  # names of submodules, first to last

@@ -217,7 +217,7 @@ class Decision:
 
     @property
     def under(self) -> tuple[TapPooling, ...]:
-        """What the head reads that is trained with everything else: the last tap, so that all layers are under it; or that is solved on frozen features."""
+        """The taps of the first head: the last tap if it is trained with all layers, else those that it is solved on."""
         return self.readings if self.freeze == "kept" else self.readings[:1]
 
     @property

@@ -83,7 +83,7 @@ def _by_decomposition(kernel: Tensor, features: Tensor | None, targets: Tensor) 
 
 
 def _by_cholesky(kernel: Tensor, features: Tensor | None, targets: Tensor) -> Callable[[float], tuple[Tensor, Tensor]]:
-    """Return the same by a factorisation for each ridge: K (K + r)^-1 = 1 - r (K + r)^-1, or by the columns where they are fewer."""
+    """Return the same by a factorization for each ridge: K (K + r)^-1 = 1 - r (K + r)^-1, or by the columns where they are fewer."""
     from scipy.linalg.lapack import dtrtri
 
     inner = kernel if features is None else features.T @ features
@@ -104,8 +104,8 @@ def _by_cholesky(kernel: Tensor, features: Tensor | None, targets: Tensor) -> Ca
 def guesses(scores: Matrix, targets: Matrix) -> npt.NDArray[np.int64]:
     """Return the class index that left-out scores (m, K) of targets (m, K) say.
 
-    Leaving an image out lowers the mean of its own class a little and so favors the others: on pure noise of equally large classes the
-    largest score would be right less often than chance. The class means of all images are put back.
+    Leaving an image out lowers the mean of its own class a little, which favors the other classes. On pure noise with equally large classes,
+    the largest score would be right less often than chance. So the class means of all images are put back.
     """
     return np.asarray((scores + (targets - targets.mean(0)) / max(len(targets) - 1, 1)).argmax(1))
 

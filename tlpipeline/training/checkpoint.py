@@ -118,8 +118,8 @@ class State:
     def end_phase(self, candidate: Best, correct: str, images: int) -> bool:
         """End the phase with its last epoch; return whether that one replaces what there was before.
 
-        Fine-tuning replaces the head that it started from unless it is clearly worse (two paired standard errors): a validation
-        of 20 images must not undo it, and one of none says nothing. Training from random weights must be better.
+        Fine-tuning replaces the head that it started from, unless it is clearly worse (two paired standard errors). So a noisy
+        difference on 20 validation images does not undo it. Training from random weights must be better.
         """
         head = self.head_line
         if self.phase == FINE_TUNE and head is not None:

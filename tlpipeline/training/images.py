@@ -51,8 +51,8 @@ class Datasets:
 def decoded_side(datasets: Datasets, crop: float) -> int:
     """Return the side in pixels at which training images are kept decoded.
 
-    Twice as large as crops of the training size need, so that training sees images as sharp as validation does (docs/log.md), but no larger
-    than the images are.
+    It is twice as large as crops of the training size need, so that training images are as sharp as validation images (docs/log.md). It is no
+    larger than the images are.
 
     Args:
         crop: smallest share of the area that a random crop keeps.

@@ -259,10 +259,10 @@ class Trainer:
         return parallel
 
     def _warm_up(self, network: nn.Module) -> None:
-        """Take a step that counts for nothing.
+        """Take a step that changes no weights.
 
-        After its first step DistributedDataParallel sorts gradients anew, and the order in which more than two workers' are summed depends on
-        that: a run that continues in the middle of an epoch would differ in last digits from an uninterrupted one.
+        After its first step DistributedDataParallel reorders the gradients, and with more than two workers their sums depend on that order.
+        Without this step, a run that continues in the middle of an epoch would differ in the last digits from an uninterrupted one.
         """
         before, side = buffers(self.model), self.datasets.transforms.size
         self.train_mode()
@@ -289,9 +289,9 @@ class Trainer:
     def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Return the batches of an epoch over all workers.
 
-        A last batch of a few images would be a noisy step, and each worker needs two for BatchNorm: it is left out, and its images come in
-        another epoch's order. A quarter of a batch is the same bound for any number of workers that have two images each in it. A batch that
-        is the only one is taken: it has two images for each worker.
+        A last batch of less than a quarter of a batch is left out: it would be a noisy step, and each worker needs two images for BatchNorm.
+        Its images are in other batches in other epochs. The bound is the same for any number of workers with two images each in it. If there
+        is only one batch, it is taken.
         """
         order = self.order(epoch)
         batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
