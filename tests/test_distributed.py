@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.images import paint
 from tests.helpers.training import decided
-from tests.helpers.workspaces import REPOSITORY
+from tests.helpers.workspaces import REPOSITORY, flip
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import CASES
 from tlpipeline.data import dataset
@@ -302,6 +302,19 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened
     resumed = ray_train.run(whole.job("resumed"), TWO, "resumed", tmp_path / "runs", kill_one)
     assert killed
     assert same(resumed, whole.finished)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_damaged_checkpoint_of_workers_is_passed_over_for_the_one_before_it(whole: Whole, tmp_path: Path) -> None:
+    made, told = whole.job("damaged"), []
+    ray_train.run(made, TWO, "damaged", tmp_path / "runs", silent)
+    newest = max((tmp_path / "runs" / "damaged").glob("checkpoint_2*"))
+    flip(newest / "model" / "weights.safetensors")
+    again = ray_train.run(made, TWO, "damaged", tmp_path / "runs", told.append)
+    assert same(again, whole.finished)
+    [text] = [event.text for event in told if "is damaged" in event.text]
+    assert "(model/weights.safetensors changed since it was written) and not used; continues from an earlier one" in text
 
 
 @pytest.mark.slow
