@@ -1,12 +1,15 @@
 """The retraining flow. prefect.yaml deploys it to run every night, and whenever `tlpipeline data commit` reports changed data."""
 
 import signal
+import subprocess
+from functools import cache
 from pathlib import Path
 
 import httpx
 from prefect import flow, get_client
 from prefect.events import Event, Resource
 from prefect.runtime import flow_run
+from prefect.server.api.server import SubprocessASGIServer
 
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.tasks import pipeline
@@ -55,12 +58,22 @@ def reach() -> None:
         client = get_client(sync_client=True)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if server := SubprocessASGIServer().server_process:
+        _end_with_this_process(server.pid)
     with client:
         if error := client.api_healthcheck():
             raise WorkspaceError(
                 f"Cannot reach a Prefect server at {client.api_url}: {error}. Start it (`prefect server start`), or unset PREFECT_API_URL "
                 "to run without one."
             ) from error
+
+
+@cache
+def _end_with_this_process(server: int) -> "subprocess.Popen[bytes]":
+    """Have Prefect's temporary server ended even if this process is killed: a shell waits for the end of a pipe that dies with it."""
+    wait = 'read -r _; ps -o args= -p "$0" | grep -q prefect.server && kill "$0"'
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(["sh", "-c", wait, str(server)], stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 def announce(name: str, data_hash: str, images: int) -> None:

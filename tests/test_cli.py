@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import typer
+from rich.console import Console
 
 from tests.helpers.workspaces import set_param
 from tlpipeline import cli
 from tlpipeline.data.decoding import FORMATS
+from tlpipeline.display import printable, table
 from tlpipeline.errors import WorkspaceError
+from tlpipeline.progress import Event
 from tlpipeline.versioning import git, lock
 from tlpipeline.workspace import layout
 
@@ -596,6 +600,20 @@ def test_a_run_that_is_told_to_end_takes_the_server_with_it_that_it_started(work
     lock.require_unlocked(workspace)
 
 
+@pytest.mark.slow
+def test_the_server_that_a_run_started_ends_with_it_even_if_it_is_killed(workspace: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")}
+    command = [sys.executable, "-m", "tlpipeline", "run", "-w", str(workspace)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as process:
+        assert process.stderr
+        assert process.stderr.readline().startswith("ingest")
+        started = psutil.Process(process.pid).children()
+        assert any("uvicorn" in child.cmdline() for child in started)
+        process.kill()
+        _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+
+
 def test_a_training_run_leaves_its_own_checkpoints_and_no_older_ones(call: Callable[..., Said], registered: Path) -> None:
     """`dvc repro` has yet to record it."""
     runs = registered / ".tlpipeline" / "runs"
@@ -753,6 +771,32 @@ def test_predict_reads_no_pipe_and_no_device(call: Callable[..., Said], register
         assert f"{path}" in said.err
         assert "a pipe or a device, not a regular file" in said.err
         assert len(said.out.splitlines()) == others
+
+
+def test_names_of_files_classes_and_models_do_not_steer_the_terminal(call: Callable[..., Said], registered: Path) -> None:
+    description = registered / "model" / "model.json"
+    description.write_text(description.read_text().replace('"class1"', json.dumps("Äpfel \u202e\x1b[31m\x07")))
+    image, broken = registered / "a\x1b]0;title\x07 é\n.png", registered / "b\x1b[2J.png"
+    shutil.copy(registered / "images" / "class1" / "003.png", image)
+    broken.write_bytes(b"none")
+    said = call("predict", registered / "model", image, broken, "-w", registered)
+    assert said.out.startswith(rf"{registered}/a\x1b]0;title\x07 é\n.png  Äpfel \u202e\x1b[31m\x07  ")
+    assert len(said.out.splitlines()) == 1
+    assert rf"{registered}/b\x1b[2J.png: not an image" in said.err
+    said = call("registry", "list", "-w", "c\x1b[2J")
+    assert r"expected a workspace at c\x1b[2J" in refused(said)
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m", "\r", "\x9b2J", "\u202e", "\u2066", "\udc80", "\x7f", "\u2028"])
+def test_what_steers_a_terminal_is_escaped_wherever_text_is_drawn(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    escaped = text[0].encode("unicode_escape").decode() + text[1:]
+    assert printable(f"naïve 名前\t{text}\n") == f"naïve 名前\t{escaped}\n"
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, record=True)
+    console.print(table(("name",), [(f"naïve {text}",)]))
+    assert f"naïve {escaped}" in console.export_text()
+    with cli._Bar() as bar:
+        bar(Event("train", 1, 1, f"naïve {text}"))
+    assert f"naïve {escaped}" in capsys.readouterr().err
 
 
 def test_predict_calls_only_what_the_workspace_or_the_user_names(call: Callable[..., Said], registered: Path) -> None:

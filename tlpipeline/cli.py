@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tlpipeline.display import Displayed
+from tlpipeline.display import Displayed, printable
 from tlpipeline.environment import set_thread_waiting
 from tlpipeline.errors import DataError, PipelineError
 from tlpipeline.files import is_disk_full, is_out_of_memory, is_permission_error
@@ -88,7 +88,7 @@ def _ends_in_order() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -129,7 +129,7 @@ def init(
 
     with _Bar() as bar:
         root = Workspace.init(folder, images, backbone, weights, remote, bar).root
-    print(f"workspace {root} is ready. Settings: {root / 'params.yaml'}. Next: tlpipeline run --workspace {shlex.quote(str(root))}")
+    _print(f"workspace {root} is ready. Settings: {root / 'params.yaml'}. Next: tlpipeline run --workspace {shlex.quote(str(root))}")
 
 
 @app.command()
@@ -180,7 +180,7 @@ def explain(
 
         print(dumps(explanation.to_json(), indent=2))
     elif markdown:
-        _write(explanation.markdown())
+        _write(printable(explanation.markdown()))
     else:
         from shutil import get_terminal_size
 
@@ -193,7 +193,7 @@ def sample(folder: Annotated[Path, typer.Argument(help="Folder to write to.")]) 
     """Write the embedded sample images; a stage of sample/dvc.yaml."""
     from tlpipeline.data import digits
 
-    print(f"{digits.write(folder)} images written to {folder}")
+    _print(f"{digits.write(folder)} images written to {folder}")
 
 
 @app.command()
@@ -218,10 +218,10 @@ def predict(
         print(dumps([dataclasses.asdict(p) for p in predictions], indent=2))
     else:
         for prediction in predictions:
-            print(prediction)
+            _print(printable(str(prediction), lines=False))
     if reasons:
         for path, why in reasons.items():
-            _say(f"{path}: {why}")
+            _say(printable(f"{path}: {why}", lines=False))
         raise DataError(
             f"expected {len(predictions) + len(reasons)} images, of which {len(reasons)} cannot be read; the {len(predictions)} others are "
             "predicted. Replace those files or leave them out."
@@ -243,7 +243,7 @@ def data_commit(
     from tlpipeline.api import Workspace
 
     _tell_old_settings(workspace)
-    print(Workspace(workspace).commit_data(message))
+    _print(Workspace(workspace).commit_data(message))
 
 
 # --- registry -------------------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def registry_show(version: Annotated[str, typer.Argument(help="name@v1, name@lat
     """Print the model card of a version."""
     from tlpipeline.api import Workspace
 
-    print(Workspace(workspace).registry.show(version))
+    _print(Workspace(workspace).registry.show(version))
 
 
 @registry.command("promote")
@@ -274,7 +274,7 @@ def registry_promote(
     """Put a version into a stage."""
     from tlpipeline.api import Workspace
 
-    print(Workspace(workspace).promote(version, stage))
+    _print(Workspace(workspace).promote(version, stage))
 
 
 @registry.command("rollback")
@@ -286,7 +286,7 @@ def registry_rollback(
     """Restore the version that was in a stage before."""
     from tlpipeline.api import Workspace
 
-    print(Workspace(workspace).registry.rollback(name, stage))
+    _print(Workspace(workspace).registry.rollback(name, stage))
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------------------------
@@ -328,7 +328,12 @@ def _show(value: Displayed) -> None:
     if console.is_terminal:
         console.print(value)
     else:
-        _write(f"{value}\n")
+        _print(value)
+
+
+def _print(value: object) -> None:
+    """Print a value; names of files, classes and models come from anywhere, and must not steer the terminal."""
+    _write(f"{printable(str(value))}\n")
 
 
 def _write(text: str) -> None:
@@ -377,8 +382,8 @@ class _Bar:
             if event.stage not in self.tasks:
                 for task in self.bar.tasks:  # what came before has ended, and sometimes before its count did
                     self.bar.update(task.id, total=task.total or 1, completed=task.total or 1)
-                self.tasks[event.stage] = self.bar.add_task(event.text, total=event.total or None, stage=event.stage)
-            self.bar.update(self.tasks[event.stage], completed=event.done, total=event.total or None, description=event.text)
+                self.tasks[event.stage] = self.bar.add_task(printable(event.text), total=event.total or None, stage=event.stage)
+            self.bar.update(self.tasks[event.stage], completed=event.done, total=event.total or None, description=printable(event.text))
             return
         # Not on a terminal: what ends an epoch or a stage is worth a line, the rest is not.
         for stage in [name for name in self.last if name != event.stage]:
@@ -390,4 +395,4 @@ class _Bar:
             self.last[event.stage] = event.text
 
     def _line(self, stage: str, text: str) -> None:
-        print(f"{stage:<9} {text}", file=sys.stderr, flush=True)
+        print(printable(f"{stage:<9} {text}"), file=sys.stderr, flush=True)

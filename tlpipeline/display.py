@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+# Control characters, marks of direction, separators of lines, and the bytes of file names that are no UTF-8.
+_OTHER = r"\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_STEERING, _STEERING_OR_END = re.compile(rf"[\x00-\x08{_OTHER}]"), re.compile(rf"[\x00-\x0a{_OTHER}]")
 WIDTH = 160  # columns of plain text
 NOTEBOOK_WIDTH = 110
 _HTML = "<pre style=\"line-height:1.3;overflow-x:auto;font-family:Menlo,Consolas,'DejaVu Sans Mono',monospace\">{code}</pre>"
@@ -36,6 +40,15 @@ class Displayed(ABC):
         return console.export_html(inline_styles=True, code_format=_HTML)
 
 
+def printable(text: str, lines: bool = True) -> str:
+    """Return text without characters that steer a terminal or turn the direction of writing; escapes such as \\x1b stand for them.
+
+    Args:
+        lines: keep ends of lines and tabs.
+    """
+    return (_STEERING if lines else _STEERING_OR_END).sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def _console(width: int, record: bool = False) -> Console:
     from rich.console import Console
 
@@ -52,5 +65,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableTyp
         drawn.add_column(style="bold", no_wrap=True)
         drawn.add_column(overflow="fold")
     for row in rows:
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
     return drawn

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlpipeline.display import Displayed, table
+from tlpipeline.display import Displayed, printable, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -165,7 +165,8 @@ class CacheInfo(Displayed):
         from rich.text import Text
 
         rows = [(e.label, str(e.files), f"{e.bytes / 1e6:.1f}", _minutes(e.used)) for e in self.entries]
-        total = Text(f"{self.bytes / 1e9:.3f} of {self.max_gb:g} GB (cache.max_gb) in {self.folder}", no_wrap=True, overflow="ignore")
+        size = f"{self.bytes / 1e9:.3f} of {self.max_gb:g} GB (cache.max_gb) in {self.folder}"
+        total = Text(printable(size), no_wrap=True, overflow="ignore")
         return Group(table(("what", "files", "MB", "last used"), rows), total) if rows else total
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from tlpipeline.choice import reasons
 from tlpipeline.choice.cases import CASES, LARGE, SIMILAR
 from tlpipeline.choice.decision import CutGain, Decision, TuningGain
+from tlpipeline.display import printable
 from tlpipeline.profiling.profile import Profile
 
 ARMS = {"frozen": "frozen", "cut": "cut", "multi": "multi-tap", "tuned": "fine-tuned"}
@@ -66,20 +67,20 @@ def text(decision: Decision, profile: Profile, width: int, color: bool = False) 
     fill = partial(textwrap.fill, width=width, break_on_hyphens=False)
     console = Console(file=out, width=width, height=1000, force_terminal=color, color_system="standard" if color else None, highlight=False)
     for section in sections(decision, profile, width):
-        console.print(Text(fill(section.title), style="bold"))
+        console.print(Text(printable(fill(section.title)), style="bold"))
         for part in section.parts:
             if isinstance(part, Table):
                 grid = Grid(box=None, pad_edge=False, header_style="dim")
                 for i, title in enumerate(part.header):
                     grid.add_column(Text(title), justify="right" if i in part.numbers else "left", overflow="fold", no_wrap=i in part.fixed)
                 for row in part.rows:
-                    grid.add_row(*map(Text, row), style="bold" if row[0] == "→" else None)
+                    grid.add_row(*(Text(printable(cell)) for cell in row), style="bold" if row[0] == "→" else None)
                 console.print(grid)
             elif isinstance(part, str):
-                console.print(Text(fill(part)))
+                console.print(Text(printable(fill(part))))
             else:
                 lines = part.lines if part.drawn else [fill(f"- {line}", subsequent_indent="  ") for line in part.lines]
-                console.print(Text("\n".join(lines)))
+                console.print(Text(printable("\n".join(lines))))
         console.print()
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines()) + "\n"
 
