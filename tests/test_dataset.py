@@ -344,7 +344,9 @@ def test_a_listed_image_that_cannot_be_read_is_refused_with_the_way_out(make_ima
     row = listed(images).rows[0]
     (images / row.path).unlink()
     (images / row.path).mkdir()
-    with pytest.raises(DataError, match=rf"Cannot read the image {images / row.path}: it is a folder, a pipe or a device, .*Make it readable"):
+    with pytest.raises(
+        DataError, match=rf"Cannot read the image {images / row.path}: it is a folder, a pipe or a device, .*Make it readable"
+    ):
         read_image(images, row)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -432,9 +433,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port of this machine at which somebody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1]
+    """A port of this machine at which somebody answers."""
+
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"\0")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -524,6 +534,13 @@ def test_a_cluster_that_does_not_answer_is_named_at_once_with_the_way_out(asked:
     with pytest.raises(
         ClusterError, match=rf"at RAY_ADDRESS={address}, but: .*refused\. Start it, or set RAY_ADDRESS to where it is, or unset"
     ):
+        ray_train.runtime(2)
+    assert not asked.started
+
+
+def test_a_cluster_that_is_silent_is_named_with_the_way_out(asked: Asked, silent_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", silent_server)
+    with pytest.raises(ClusterError, match=rf"at RAY_ADDRESS={silent_server}, but: timed out\. Start it"):
         ray_train.runtime(2)
     assert not asked.started
 

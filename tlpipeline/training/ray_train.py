@@ -26,7 +26,7 @@ import torch
 from tlpipeline import errors
 from tlpipeline.backbones.precision import enable_tf32
 from tlpipeline.data.decoding import available_cpus
-from tlpipeline.environment import thread_waiting
+from tlpipeline.environment import patience, thread_waiting
 from tlpipeline.errors import ClusterError, OutOfMemory, PipelineError
 from tlpipeline.files import DISK_FULL, write_json
 from tlpipeline.params import AUTO, ClusterParams
@@ -41,7 +41,7 @@ Loop = Callable[[TrainingConfig, DistributedContext, Path], Path | None]
 
 # The other workers wait while the first one solves a head, which may take longer than Ray's half hour. Ray itself notices dead workers.
 _PATIENCE = 24 * 3600
-_KNOCK = 10.0  # seconds
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how HTTP/2 begins, which Ray speaks
 _OBJECT_STORE = 256 * 2**20  # images never pass through Ray
 # Read when Ray Train is first used. A short poll ends each fit up to two seconds earlier; the preemption watcher has no use on one machine.
 ENVIRONMENT = {
@@ -312,14 +312,16 @@ def runtime(workers: int) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Check that somebody listens at a host and port; Ray would try for minutes.
+    """Check that somebody answers at a host and port; Ray would try for minutes.
 
     Raises:
         OSError: nobody does.
     """
     host, _, port = address.rpartition(":")
     if "/" not in address and host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=patience()) as caller:
+            caller.sendall(_GREETING)
+            caller.recv(1)  # a Ray with TLS refuses this, which is an answer, too
 
 
 def shutdown() -> None:
