@@ -326,6 +326,21 @@ def test_new_images_are_versioned_committed_and_published(workspace: Path) -> No
     assert versioning.push(workspace) == 0
 
 
+@pytest.mark.parametrize("place", [15, -1], ids=["unreadable", "another image"])
+def test_an_image_that_is_altered_where_dvc_does_not_see_it_is_refused_with_both_hashes(workspace: Path, place: int) -> None:
+    image = workspace / "images" / "class0" / "000.png"
+    dvc_status(workspace)  # DVC notes time and size of each file
+    before = versioning.content_md5(image)
+    flip(image, place)
+    assert not versioning.has_changed(workspace, "images")
+    with pytest.raises(
+        DataError, match=rf"found 1 with another content .* such as class0/000\.png \(md5 .* for {before}\)\. Move them away"
+    ):
+        stages.ingest(workspace, silent)
+    os.utime(image)
+    stages.ingest(workspace, silent)
+
+
 def test_images_come_back_as_they_were_at_a_commit_even_without_the_cache(workspace: Path, tmp_path: Path) -> None:
     before, commit = contents(workspace, "images"), git.head(workspace)
     paint(0, 500).save(workspace / "images" / "class0" / "000.png")

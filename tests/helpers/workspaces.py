@@ -24,10 +24,10 @@ def dvc_status(workspace: Path) -> list[str]:
     return list(json.loads(done.stdout))
 
 
-def flip(path: Path) -> None:
-    """Change a byte of a file, and neither its size nor its time."""
+def flip(path: Path, place: int | None = None) -> None:
+    """Change a byte of a file, by default the middle one, and neither its size nor its time."""
     before, content = path.stat(), bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 if place is None else place] ^= 1
     path.chmod(0o644)
     path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
