@@ -6,9 +6,6 @@ multi   a head on several taps, nothing is cut off            lpft    the usual 
 scratch all is trained from random weights                    plain   the same from a head of zeros
 """
 
-import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
-
-# isort: split
 import dataclasses
 import json
 import resource

@@ -13,9 +13,6 @@ Units and subsets are those of `research.regret`. But of the test images only th
 these networks costs a tenth of a second. And CIFAR-10 is whole.
 """
 
-import tlpipeline  # noqa: F401  (before torch, which reads how threads wait when it is imported)
-
-# isort: split
 import argparse
 import dataclasses
 import fcntl

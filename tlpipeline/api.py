@@ -155,10 +155,11 @@ class Workspace:
         Raises:
             PipelineError: as the stage that fails says.
         """
-        from tlpipeline.environment import set_prefect
+        from tlpipeline.environment import set_prefect, set_thread_waiting
         from tlpipeline.versioning import lock
         from tlpipeline.workspace import create
 
+        set_thread_waiting()  # before torch is imported, which reads it: a Prefect server runs beside
         pictures = None if images is None else _expanded(images)
         create.check(self.root, pictures)  # a mistake is reported before the Prefect server starts
         lock.require_unlocked(self.root)
