@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 from prefect.server.api.server import SubprocessASGIServer
 
 from tlpipeline.errors import WorkspaceError
+from tlpipeline.files import is_out_of_memory
 from tlpipeline.tasks import pipeline
 from tlpipeline.workspace.create import exclusive
 from tlpipeline.workspace.release import Summary
@@ -49,13 +50,20 @@ def reach() -> None:
     """Check that the Prefect server answers. If none is configured, Prefect starts a temporary one.
 
     Raises:
-        WorkspaceError: it does not answer.
+        WorkspaceError: it does not start, or does not answer.
     """
     # A terminal sends Ctrl-C, and SIGHUP when it is closed, to every process of the run. The temporary server inherits this mask, so it
     # still accepts the report of the interruption; Prefect would retry for minutes to reach a dead server.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         client = get_client(sync_client=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise WorkspaceError(
+            f"expected Prefect's temporary server to start, but: {' '.join(str(error).split()).rstrip('.')[:300]}. Run again when the machine is less busy, "
+            "set PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more than 120, or start a server (`prefect server start`) and set PREFECT_API_URL."
+        ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if server := SubprocessASGIServer().server_process:

@@ -1,5 +1,6 @@
 """The command line: light to start, its verbs frozen, and every mistake of a user is one message with a way out."""
 
+import errno
 import io
 import itertools
 import json
@@ -218,7 +219,15 @@ def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], monke
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError("of numpy"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 120000000000 bytes")]
+    "error",
+    [
+        MemoryError("of numpy"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 120000000000 bytes"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    ],
 )
 def test_memory_that_is_missing_is_one_message(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     from tlpipeline.data import digits
@@ -948,3 +957,14 @@ def test_dvc_draws_no_bars_of_its_own_between_ours() -> None:
     for bars in (Tqdm, OfData):
         with bars(total=3, file=Terminal()) as bar:
             assert bar.disable
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_temporary_server_that_does_not_start_in_time_is_one_message(workspace: Path, tmp_path: Path) -> None:
+    hurried = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "0", "PREFECT_HOME": str(tmp_path / "prefect")}
+    line = [sys.executable, "-m", "tlpipeline", "run", "-w", str(workspace)]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **hurried})
+    message = refused(Said(done.returncode, done.stdout, done.stderr))
+    assert "expected Prefect's temporary server to start, but: " in message
+    assert "`prefect server start`" in message

@@ -1,5 +1,6 @@
 """The explanation: every number is the decision's, in the terminal, as markdown, as JSON and on the report page, whatever the layout."""
 
+import html
 import json
 import os
 import re
@@ -385,7 +386,7 @@ def test_the_tables_of_the_markdown_are_well_formed() -> None:
             assert re.fullmatch(r"\|( -{3}:? \|)+", rule)
             assert rows
         assert re.findall(r"^#+ ", words, re.M)[0] == "## "
-    assert "&lt;g>" in explain.markdown(made, hostile)
+    assert "&lt;g&gt;" in explain.markdown(made, hostile)
 
 
 def test_what_is_drawn_in_the_markdown_is_as_wide_in_every_fixed_width_font() -> None:
@@ -579,3 +580,31 @@ def test_the_report_tells_the_same(made: Decision) -> None:
     left, top = quadrants[made.case]
     assert left < float(x) < left + 130
     assert top < float(y) < top + 130
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<img src=x onerror=alert(1)>",
+        "a|b",
+        "[a](javascript:b)",
+        "`a`",
+        "**a**",
+        "__a__",
+        "a\n# b",
+        "&lt;",
+        "\\|",
+        "\x1b[31m",
+        "$(rm)",
+        "; rm",
+        "-rf",
+    ],
+)
+def test_a_name_means_itself_in_markdown(name: str) -> None:
+    shown = explain.cell(name)
+    assert not re.search(r"[\x00-\x1f]|[<>]|(?<!\\)(\\\\)*[|*`\[\]]|(?<![\\\w])_", shown)
+    assert re.sub(r"\\(.)", r"\1", html.unescape(shown)) == re.sub(r"[\x00-\x1f]", " ", name)
+
+
+def test_a_name_inside_which_an_underscore_stands_is_left_as_it_is() -> None:
+    assert explain.cell("features.denoise_layer2 (10 %)") == "features.denoise_layer2 (10 %)"

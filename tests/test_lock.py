@@ -173,3 +173,9 @@ def test_a_dvc_repro_elsewhere_fails_with_a_clear_message_while_a_run_is_on(work
     assert "Wait for it to end" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (workspace / "dvc.lock").exists()
+
+
+def test_a_disk_without_room_for_the_first_records_is_refused_before_a_run(tmp_path: Path) -> None:
+    lock.require_room(tmp_path)
+    with pytest.raises(WorkspaceError, match=r"expected room on the disk of .*, found .* MB\. Free some space"):
+        lock.require_room(tmp_path, least=2**62)

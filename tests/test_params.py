@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +362,35 @@ def test_every_retired_setting_is_gone_and_every_renamed_one_is_there() -> None:
 def test_reading_settings_loads_no_torch() -> None:
     code = "import sys, tlpipeline.params; print(sorted({'torch', 'numpy', 'prefect', 'ray', 'dvc'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_number_with_a_leading_zero_is_decimal_as_yaml_1_2_says(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("train:\n  seed: 010\n")
+    assert load(tmp_path / "params.yaml").train.seed == 10
+
+
+def test_aliases_of_aliases_are_refused_before_they_take_memory(tmp_path: Path) -> None:
+    lines = ["a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghij")]
+    (tmp_path / "params.yaml").write_text("\n".join(lines))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ParamsError, match=r"line 2: expected a value, found \*a, an alias of a section or list"):
+            load(tmp_path / "params.yaml")
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.system [touch MARK]", "!!python/name:os.system", "!!python/module:os", "!own {a: 1}"]
+)
+def test_nothing_but_plain_data_is_made_of_a_settings_file(tag: str, tmp_path: Path) -> None:
+    """Neither when it is read, nor when one value of it is changed and the rest is written back."""
+    path, mark = tmp_path / "params.yaml", tmp_path / "mark"
+    path.write_text(f"data:\n  name: digits\nextra: {tag.replace('MARK', str(mark))}\n")
+    writer.change(path, {"data.name": "flowers"})
+    assert tag.split()[0] in path.read_text()
+    with pytest.raises(ParamsError):
+        load(path)
+    assert not mark.exists()

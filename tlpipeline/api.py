@@ -163,6 +163,7 @@ class Workspace:
         pictures = None if images is None else _expanded(images)
         create.check(self.root, pictures)  # a mistake is reported before the Prefect server starts
         lock.require_unlocked(self.root)
+        lock.require_room(self.root)
         set_prefect(self.root)
         from tlpipeline.flows.retrain import reach, retrain
         from tlpipeline.tasks.pipeline import listener

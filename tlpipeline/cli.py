@@ -3,6 +3,7 @@
 Heavy imports (torch, ray, prefect, dvc) happen inside the functions: `tlpipeline --help` needs none of them.
 """
 
+import errno
 import os
 import shlex
 import signal
@@ -30,6 +31,7 @@ app.add_typer(registry, name="registry")
 app.add_typer(cache, name="cache")
 
 _INTERRUPTED = 130
+_MEMORY = "error: expected memory to compute in, found too little: {error}. Set data.size lower, or run where there is more."
 _KEPT = "interrupted; checkpoints are kept, and the next run goes on from the last one"
 
 Folder = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the workspace.")]
@@ -50,6 +52,8 @@ def main() -> None:
             _say(f"error: expected room on the disk, found none: {error}. Nothing half-written is used; free some space and run again.")
         elif is_permission_error(error):
             _say(f"error: expected to be allowed to use a file or folder, but: {error}. Change its rights or its owner, and run again.")
+        elif error.errno in (errno.ENOMEM, errno.EAGAIN):
+            _say(_MEMORY.format(error=error))
         else:
             raise
         sys.exit(2)
@@ -58,7 +62,7 @@ def main() -> None:
             _say(f"error: {error.format_message()}")
             sys.exit(error.exit_code)
         if is_out_of_memory(error):
-            _say(f"error: expected memory to compute in, found too little: {error}. Set data.size lower, or run where there is more.")
+            _say(_MEMORY.format(error=str(error) or type(error).__name__))
             sys.exit(2)
         raise
     if code == _INTERRUPTED:  # what the parser makes of Ctrl-C

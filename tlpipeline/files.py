@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CHECKSUMS = "checksums.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = ("can't allocate memory", "can't start new thread", "bad_alloc")
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -30,8 +31,8 @@ def is_permission_error(error: OSError) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error means that memory ran out. PyTorch has no error type of its own for that on CPUs."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    """Return whether an error means that memory ran out, also for a thread. PyTorch and Python have no error type of their own for that."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
 
 
 def _has_code(error: OSError, codes: Sequence[int]) -> bool:

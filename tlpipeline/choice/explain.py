@@ -5,6 +5,7 @@ The content is made once, as sections of paragraphs, tables and lines; the termi
 
 import io
 import math
+import re
 import textwrap
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,10 @@ from tlpipeline.profiling.profile import Profile
 
 ARMS = {"frozen": "frozen", "cut": "cut", "multi": "multi-tap", "tuned": "fine-tuned"}
 LEAST, MOST, MARKDOWN = 40, 110, 76  # columns; longer lines are hard to read
-_SAFE = str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*", "\n": " "})
+# In markdown: what starts a table cell, HTML, emphasis, a link, code or a line; an underscore inside a word is none.
+_SAFE = str.maketrans({c: f"\\{c}" for c in "\\|*`[]~"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # Prefect's fixed-width font, and others, has no drawing characters: what replaces them has another width.
 _PLAIN = str.maketrans("┌┬┐├┼┤└┴┘─│●█·╌", "+++++++++-|o#.-")
 _PLAIN_CELL = _PLAIN | str.maketrans("├┤", "[]")
@@ -108,8 +112,8 @@ def markdown(decision: Decision, profile: Profile) -> str:
 
 
 def cell(words: str) -> str:
-    """Return words for a cell of a markdown table."""
-    return words.translate(_SAFE)
+    """Return words for a cell or sentence of markdown, in which they mean themselves."""
+    return _UNDERSCORE.sub(r"\\_", _CONTROL.sub(" ", words).translate(_SAFE))
 
 
 def to_json(decision: Decision, profile: Profile) -> dict[str, Any]:

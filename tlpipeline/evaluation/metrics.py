@@ -228,4 +228,4 @@ def write_confusion(predictions: Predictions, path: Path) -> None:
 
 def _cell(text: str) -> str:
     quoted = text.replace('"', '""')
-    return f'"{quoted}"' if any(c in text for c in ',"\n') else text
+    return f'"{quoted}"' if any(c in text for c in ',"\r\n') else text

@@ -139,7 +139,9 @@ def _of_sample(
     """
     backbone, logits = passes.backbone, len(passes.taps)
     counts = Counter(r.label for r in rows)
-    similarity = head_similarity(read[logits].softmax(1).double().numpy(), kernels.labels) if backbone.source_classes else None
+    # Rounded: the last digits depend on how many threads sum.
+    chances = read[logits].softmax(1).double().numpy() if backbone.source_classes else None
+    similarity = None if chances is None else round(head_similarity(chances, kernels.labels), 6)
     with threadpool_limits(1):  # factorizations of a sample's size take longer with two
         probed = _probe(passes.taps, passes.readings, kernels, seed)
     return Profile(

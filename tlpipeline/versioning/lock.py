@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from tlpipeline.errors import WorkspaceError
 from tlpipeline.files import is_disk_full
 
 LOCK = Path(".tlpipeline/lock")
+ROOM = 8_000_000  # bytes that a run writes before it has computed anything: Prefect's database above all
 _HOLDER = "TLPIPELINE_LOCK_HOLDER"
 
 
@@ -90,6 +92,18 @@ def require_writable(root: Path) -> None:
     if place := read_only(root):
         raise WorkspaceError(
             f"expected a writable workspace, found {place}, which you may only read. Change its permissions or owner, or clone the workspace."
+        )
+
+
+def require_room(root: Path, least: int = ROOM) -> None:
+    """Check that the disk has room for the first records of a run.
+
+    Raises:
+        WorkspaceError: it has less than this many bytes.
+    """
+    if (free := shutil.disk_usage(root).free) < least:
+        raise WorkspaceError(
+            f"expected room on the disk of {root}, at least {least / 1e6:.0f} MB, found {free / 1e6:.1f} MB. Free some space, and run again."
         )
 
 
