@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.helpers.mutations import damaged
 from tlpipeline.backbones import catalogue
 from tlpipeline.backbones import taps as cutting
 from tlpipeline.backbones.classifier import DESCRIPTION, Classifier, Description, load, probabilities, save
@@ -354,6 +355,18 @@ def test_a_damaged_shard_is_thrown_away_and_built_again(damage: str, listed: tup
     assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 1  # the damaged one would be read at each start
     again = [r.all() for r in reader(Store(tmp_path / "cache"), net, LAST).rows(rows)]
     assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
+
+
+def test_a_mutant_of_a_shard_never_gives_other_values(tmp_path: Path) -> None:
+    names, rows = [f"{i:032x}" for i in range(8)], torch.arange(24.0).reshape(8, 3)
+    Store(tmp_path).column("key", "test").add(names, rows)
+    (shard,) = tmp_path.glob("*/*.safetensors")
+    content = shard.read_bytes()
+    for seed in range(100):
+        shard.write_bytes(damaged(content, seed))
+        column = Store(tmp_path).column("key", "test")
+        kept = [name for name, present in zip(names, column.has(names), strict=True) if present]
+        assert torch.equal(column.rows(kept).all() if kept else rows[:0], rows[: len(kept)])
 
 
 def reader_after(tmp_path: Path, net: Backbone, folder: Path, rows: list[Row]) -> FeatureExtractor:

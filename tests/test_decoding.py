@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, UnidentifiedImageError
 
 from tests.helpers.images import encoded, paint
+from tests.helpers.mutations import damaged
 from tests.helpers.processes import run_python
 from tlpipeline.data import decoding
 from tlpipeline.data.decoding import decode
@@ -281,3 +282,12 @@ with ThreadPoolExecutor(4) as pool:
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < decoding.MAX_BYTES)
 """
     assert run_python(tmp_path, "-c", code).stdout == "True\n"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_a_mutant_of_an_image_is_read_or_said_in_words_to_be_unreadable(form: str) -> None:
+    file = io.BytesIO()
+    paint(1, 0, 24).save(file, form)
+    read = [decoding.inspect(damaged(file.getvalue(), seed)) for seed in range(50)]
+    assert all(what if isinstance(what, str) else what[:2] > (0, 0) for what in read)
+    assert any(isinstance(what, str) for what in read)
