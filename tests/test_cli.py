@@ -968,3 +968,16 @@ def test_a_temporary_server_that_does_not_start_in_time_is_one_message(workspace
     message = refused(Said(done.returncode, done.stdout, done.stderr))
     assert "expected Prefect's temporary server to start, but: " in message
     assert "`prefect server start`" in message
+
+
+@pytest.mark.parametrize("name", ["x; touch mark", "$(touch mark)", "`touch mark`", "--help", "-rf", "x\ntouch mark"])
+def test_a_name_is_never_a_command_or_an_option(
+    name: str, call: Callable[..., Said], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    for words in (["registry", "promote", "--", name], ["registry", "show", "--", name], ["registry", "rollback", "--", name]):
+        said = call(*words)
+        assert said.code == 2
+        assert "Traceback" not in said.err
+        assert "found no" in said.err or "found none" in said.err
+    assert not (workspace / "mark").exists()

@@ -2,8 +2,9 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from tlpipeline.evaluation.metrics import (
     write_confusion,
     write_predictions,
 )
+from tlpipeline.registry.card import card
 
 
 def drawn(n: int = 300, classes: int = 5, seed: int = 0, absent: int | None = None) -> Predictions:
@@ -211,3 +213,17 @@ def test_the_confusion_matrix_is_written_as_one_line_an_image(tmp_path: Path) ->
 
 def test_of_equal_majorities_the_first_by_name_is_taken_in_whatever_order_they_come() -> None:
     assert compute_metrics(drawn(100, 3), 0.95, {"class 2": 90, "class 1": 90, "class 0": 5}).majority_class == "class 1"
+
+
+def test_names_of_classes_mean_themselves_in_the_model_card() -> None:
+    names = ("<script>alert(1)</script>", "[a](javascript:b)", "a\n# title", "**b**")
+    reached = replace(compute_metrics(drawn(100, 4), 0.95, {"class 0": 9}), not_evaluated=names)
+    reached = replace(reached, classes=dict(zip(names, reached.classes.values(), strict=True)))
+    facts: dict[str, object] = dict.fromkeys(("why", "data", "model", "params_md5", "seed", "parent"), "x") | {
+        "case": {"case": "small_similar", "slice": "fc2", "size": 32}, "read": ["fc2"], "bounded": (), "metrics": reached, "environment": {},
+        "verdict": {"reason": f"not compared: {', '.join(names)}"},
+        "params": {"backbone": {"name": "net", "weights": "none"}, "cluster": {"workers": 0}},
+    }  # fmt: skip
+    text = card("x@v0.1.0", facts)
+    assert not re.search(r"<script|^# title|[^\\]\[a|[^\\]\*\*b", text, re.M)
+    assert text.count(r"\[a\](javascript:b)") == 4
