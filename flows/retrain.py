@@ -69,11 +69,11 @@ def reach() -> None:
     if server := SubprocessASGIServer().server_process:
         _end_with_this_process(server.pid)
     with client:
-        if error := client.api_healthcheck():
+        if refused := client.api_healthcheck():
             raise WorkspaceError(
-                f"Cannot reach a Prefect server at {client.api_url}: {error}. Start it (`prefect server start`), or unset PREFECT_API_URL "
+                f"Cannot reach a Prefect server at {client.api_url}: {refused}. Start it (`prefect server start`), or unset PREFECT_API_URL "
                 "to run without one."
-            ) from error
+            ) from refused
 
 
 @cache
