@@ -723,6 +723,7 @@ ray_train.shutdown()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_driver_loses_nothing(whole: Whole, tmp_path: Path) -> None:
     """Killed after the second epoch and started again, the run ends as the uninterrupted one, and goes on where it was."""

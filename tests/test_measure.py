@@ -185,6 +185,7 @@ def test_the_sample_does_not_grow_where_the_solvers_would_cost_more_than_their_s
     assert found.sampled == (fit[-1] if fit else 24)
 
 
+@pytest.mark.slow
 def test_solvers_grow_faster_than_passes(known: dict[str, Profile]) -> None:
     readings = [tap.reading for tap in known["own"].taps]
     shares = [measure.solving(readings, n, 10) / n for n in (256, 512, 1024, 2048)]

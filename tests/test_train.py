@@ -308,6 +308,7 @@ class Running(Clock):
         return self.now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [2, 4, 6, 1000])
 def test_time_that_is_up_leaves_the_head_that_was_trained(seconds: int, job: Callable[..., TrainingConfig], tmp_path: Path) -> None:
     """Before the features, between them, or while the head is solved: what is short of its optimum takes no trained head's place."""
@@ -322,6 +323,7 @@ def test_time_that_is_up_leaves_the_head_that_was_trained(seconds: int, job: Cal
     assert finished_state(tmp_path / "late")["remarks"] == (late if seconds < 1000 else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pretrained", "plain", "random"])
 @pytest.mark.parametrize("validation", [True, False])
 def test_a_head_is_solved_last_whatever_came_before(

@@ -638,6 +638,7 @@ def test_fine_tuning_gained_if_the_epoch_that_is_kept_did() -> None:
 # --- interruption -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 3, 6])
 def test_a_long_epoch_is_kept_in_parts_and_continued(number: int, job: Make, tmp_path: Path) -> None:
     """Schedule, sampler, dropout, the optimizer and the summed loss stand where they stood."""

@@ -246,6 +246,7 @@ def test_a_name_for_commits_is_asked_for_before_anything_else(workspace: Path, m
             enter(workspace)
 
 
+@pytest.mark.slow
 def test_an_init_that_was_killed_is_continued_by_the_same_command(
     tmp_path: Path, make_images: Callable[..., Path], monkeypatch: Any
 ) -> None:

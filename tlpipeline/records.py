@@ -127,7 +127,7 @@ def read_tensors(path: Path, way_out: str, error: type[PipelineError] = Workspac
     try:
         return dict(load_file(path))
     except SafetensorError as damage:
-        raise unlike(path, _damaged(damage), way_out, error) from damage
+        raise error(f"expected tensors in {path}, but {_damaged(damage)}. {way_out}") from damage
 
 
 def unlike(name: str | Path, difference: str, way_out: str, error: type[PipelineError] = WorkspaceError) -> PipelineError:
