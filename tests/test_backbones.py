@@ -6,7 +6,9 @@ import http.client
 import io
 import json
 import math
+import os
 import sys
+import tempfile
 import urllib.error
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -338,6 +340,24 @@ def test_a_pickle_that_would_execute_is_refused_and_not_executed(tmp_path: Path)
     assert not marker.exists()
     torch.load(tmp_path / "trap.pth", weights_only=False)
     assert marker.exists(), "the trap is a real one"
+
+
+def test_weights_that_belong_to_another_user_are_named_with_the_way_out() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # the folders of tmp_path are closed to others themselves
+        Path(folder).chmod(0o755)
+        weights = Path(folder) / "weights.safetensors"
+        weights.write_bytes(b"tensors")
+        weights.chmod(0 if os.geteuid() else 0o600)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(
+                BackboneError, match=r"may be read at .*weights\.safetensors, found Permission denied\. Change its mode or owner"
+            ):
+                load("nets:resnet20", str(weights), md5="0" * 32)
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize("name", ["damaged.safetensors", "damaged.pth"])

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from tests.helpers.workspaces import set_param
 from tlpipeline import cli
+from tlpipeline.data import dataset
 from tlpipeline.data.decoding import FORMATS
 from tlpipeline.display import printable, table
 from tlpipeline.errors import WorkspaceError
@@ -361,6 +362,24 @@ def test_init_takes_everything_back_from_a_folder_that_was_there_and_from_those_
     for folder in (".", "far/away"):
         assert "Check the remote" in refused(call("init", folder, "--images", images, "--remote", tmp_path / "remote"))
         assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.slow
+def test_a_workspace_is_made_and_read_in_the_c_locale_by_a_user_who_keeps_files_to_himself(
+    make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    pictures = make_images(classes=2, each=12)
+    (pictures / "class0").rename(pictures / "café")
+    environment = {**{k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}, "LC_ALL": "C"}
+
+    def call(*words: str) -> str:
+        command = [sys.executable, "-m", "tlpipeline", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, umask=0o077, capture_output=True, check=True).stdout.decode()
+
+    call("init", "made", "--images", str(pictures))
+    call("stage", "ingest", "--workspace", "made")
+    assert set(dataset.read_manifest(tmp_path / "made" / layout.MANIFEST).classes) == {"café", "class1"}
+    assert (tmp_path / "made" / layout.MANIFEST).stat().st_mode & 0o077 == 0
 
 
 def test_init_below_a_file_is_refused(call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path]) -> None:

@@ -24,7 +24,7 @@ from tests.helpers.workspaces import dvc_status, flip, set_param
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.splits import TEST, TRAIN, VAL
 from tlpipeline.errors import BackboneError, DataError, ParamsError, Unreachable, WorkspaceError
-from tlpipeline.files import unlink
+from tlpipeline.files import file_md5, unlink
 from tlpipeline.params import load
 from tlpipeline.progress import silent
 from tlpipeline.registry.versions import Registration
@@ -611,6 +611,15 @@ def test_a_changed_dependency_makes_the_stage_run(ingested: Path) -> None:
     assert stages.bring_up_to_date(ingested, "ingest", silent)
     assert len(dataset.read_manifest(ingested / layout.MANIFEST).rows) == 73
     assert not versioning.run_stage(ingested, "ingest", never)
+
+
+def test_an_image_that_another_one_replaces_is_seen_though_the_clock_went_back(ingested: Path) -> None:
+    image = ingested / "images" / "class0" / "003.png"
+    paint(0, 500).save(image)
+    os.utime(image, (0, 0))
+    assert stages.bring_up_to_date(ingested, "ingest", silent)
+    rows = {row.path: row.md5 for row in dataset.read_manifest(ingested / layout.MANIFEST).rows}
+    assert rows["class0/003.png"] == file_md5(image)
 
 
 def test_where_training_runs_makes_no_stage_stale(ingested: Path) -> None:

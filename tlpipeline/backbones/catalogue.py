@@ -327,7 +327,12 @@ def _weights(weights: str, md5: str, root: Path, name: str, names: Sequence[str]
     path = root / weights
     if not path.is_file():
         raise BackboneError(f"expected {', '.join(names)} or a file as weights of {name}, found {weights!r}; {nearest(weights, names)}")
-    actual = file_md5(path)
+    try:
+        actual = file_md5(path)
+    except PermissionError as error:
+        raise BackboneError(
+            f"expected a weights file that may be read at {path}, found {error.strerror}. Change its mode or owner."
+        ) from error
     if md5 != actual:
         raise BackboneError(
             f"expected the weights file {weights} to have the md5 in backbone.weights_md5 ({md5}), found {actual}. "
