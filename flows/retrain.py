@@ -79,7 +79,7 @@ def reach() -> None:
 @cache
 def _end_with_this_process(server: int) -> "subprocess.Popen[bytes]":
     """Have Prefect's temporary server ended even if this process is killed: a shell waits for the end of a pipe that dies with it."""
-    wait = 'read -r _; ps -o args= -p "$0" | grep -q prefect.server && kill "$0"'
+    wait = 'read -r _; grep -aq prefect.server "/proc/$0/cmdline" && kill "$0"'
     nowhere = subprocess.DEVNULL
     return subprocess.Popen(["sh", "-c", wait, str(server)], stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
 

@@ -21,6 +21,9 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+for role in ("AUTHOR", "COMMITTER"):  # who runs the tests may have told git no name
+    os.environ.setdefault(f"GIT_{role}_NAME", "tests")
+    os.environ.setdefault(f"GIT_{role}_EMAIL", "tests@example.org")
 
 
 @pytest.fixture(scope="session")

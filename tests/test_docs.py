@@ -192,7 +192,7 @@ def test_few_blocks_are_left_out_and_each_says_why() -> None:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's home with pictures, and new ones."""
     home = tmp_path_factory.mktemp("home")
-    for folder, start, each in (("pictures", 0, 40), ("new", 100, 4)):
+    for folder, start, each in (("pictures", 0, 100), ("new", 200, 4)):
         for label, name in enumerate(("apple", "pear")):
             (home / folder / name).mkdir(parents=True)
             for index in range(start, start + each):

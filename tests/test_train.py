@@ -34,8 +34,8 @@ from tests.helpers.training import (
     trained,
 )
 from tests.helpers.workspaces import set_param
-from tlpipeline.backbones import catalogue, features, taps
-from tlpipeline.backbones.classifier import Classifier, load, probabilities
+from tlpipeline.backbones import catalogue, classifier, features, taps
+from tlpipeline.backbones.classifier import Classifier, Description, probabilities
 from tlpipeline.backbones.features import extract, scaling
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.cases import CASES, Case
@@ -59,6 +59,10 @@ from tlpipeline.training.trainer import batch_size
 from tlpipeline.workspace import layout, stages
 
 SEVERAL = (TapPooling("fc2", 128, (1,)), TapPooling("conv3", 128, (1, 2)))
+
+
+def load(folder: Path) -> tuple[Classifier, Description]:
+    return classifier.load(folder, trusts=lambda network: True)
 
 
 def pretrained(decision: Decision) -> dict[str, torch.Tensor]:
@@ -750,6 +754,7 @@ def test_the_metric_is_the_same_on_any_number_of_workers_and_counts_each_test_im
         (root / "images").symlink_to(worlds.images)
         shutil.copy(Path(__file__).parent.parent / layout.PARAMS, root)
         shutil.copy(worlds.place / layout.MANIFEST, root)
+        set_param(root, "backbone.name", "nets:resnet20")
         shutil.copytree(worlds.finished(f"{name} {workers}") / "model", root / layout.MODEL)
         stages.evaluate(root, silent)
         found.append(asdict(layout.read_metrics(root)))
