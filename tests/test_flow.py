@@ -162,7 +162,6 @@ def test_decision_and_evaluation_are_artifacts_and_the_stages_show_their_progres
     assert (found["ingest"].description, found["evaluate"].description) == ("72 of 72 files read", f"{images} of {images} test images")
 
 
-@pytest.mark.slow
 def test_after_a_flow_dvc_has_nothing_to_do(first: Run, tmp_path: Path) -> None:
     assert dvc(first.workspace, "status") == "Data and pipelines are up to date."
     workspace = copy(first.workspace, tmp_path / "workspace")
@@ -171,7 +170,6 @@ def test_after_a_flow_dvc_has_nothing_to_do(first: Run, tmp_path: Path) -> None:
     assert (workspace / "dvc.lock").read_text() == lock
 
 
-@pytest.mark.slow
 def test_what_was_registered_is_in_the_remote(first: Run, tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--branch", "workspace@v0.1.0", str(first.workspace), str(clone)], check=True)
@@ -212,7 +210,6 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.slow
 def test_dvc_shows_the_two_gains_and_the_probes_with_the_cut(first: Run, tmp_path: Path) -> None:
     workspace = copy(first.workspace, tmp_path / "workspace")
     set_param(workspace, "choose.slice", "conv2")
@@ -257,7 +254,6 @@ def test_a_rejection_is_committed_with_its_verdict_but_makes_no_tag(first: Run, 
     assert not dvc_status(rejected.workspace)
 
 
-@pytest.mark.slow
 def test_an_accepted_challenger_is_the_next_version_and_promotions_go_forth_and_back(rejected: Run, tmp_path: Path) -> None:
     workspace = copy(rejected.workspace, tmp_path / "workspace")
     set_param(workspace, "gate.rule", "not_worse")

@@ -813,7 +813,6 @@ def test_every_output_is_the_same_to_the_byte_whichever_process_wrote_it(entranc
     assert sorted(OUTPUTS) == sorted(out["path"] for stage in recorded.values() for out in stage["outs"])
 
 
-@pytest.mark.slow
 def test_the_same_run_twice_gives_the_same_bytes(entrances: Entrances) -> None:
     again = entrances.flow.with_name("again")
     assert bring_all_up_to_date(again) == list(stages.STAGES)
@@ -821,7 +820,6 @@ def test_the_same_run_twice_gives_the_same_bytes(entrances: Entrances) -> None:
     assert lock_text(again) == lock_text(entrances.flow)
 
 
-@pytest.mark.slow
 def test_after_the_flow_dvc_has_nothing_to_report_and_nothing_to_run(entrances: Entrances) -> None:
     before, kept = lock_text(entrances.flow), contents(entrances.flow, str(layout.CACHE))
     assert not dvc_status(entrances.flow)
@@ -832,7 +830,6 @@ def test_after_the_flow_dvc_has_nothing_to_report_and_nothing_to_run(entrances: 
     assert contents(entrances.flow, str(layout.CACHE)) == kept != {}
 
 
-@pytest.mark.slow
 def test_what_dvc_runs_again_finds_the_features_that_are_kept(entrances: Entrances, tmp_path: Path) -> None:
     """DVC deletes what a stage writes before it runs it; the cache is none of that, and nothing is computed or written there anew."""
     shutil.copytree(entrances.dvc, tmp_path / "copy", symlinks=True)
@@ -841,7 +838,6 @@ def test_what_dvc_runs_again_finds_the_features_that_are_kept(entrances: Entranc
     assert contents(tmp_path / "copy", str(layout.CACHE)) == kept != {}
 
 
-@pytest.mark.slow
 def test_after_dvc_the_flow_has_nothing_to_run(entrances: Entrances) -> None:
     assert not dvc_status(entrances.dvc)
     assert bring_all_up_to_date(entrances.dvc) == []
@@ -860,7 +856,6 @@ def test_nothing_of_the_finished_training_run_is_left(entrances: Entrances) -> N
     assert not (entrances.flow / layout.RUNS).exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "stale"),
     [
@@ -884,7 +879,6 @@ def test_a_setting_makes_exactly_the_stages_stale_that_use_it_whether_the_file_l
     assert dvc_status(root) == stale
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entrance", ["flow", "dvc"])
 def test_a_setting_that_is_taken_out_of_the_file_has_its_default_and_dvc_goes_on(
     entrances: Entrances, tmp_path: Path, entrance: str
@@ -903,7 +897,6 @@ def test_a_setting_that_is_taken_out_of_the_file_has_its_default_and_dvc_goes_on
     assert layout.params_of(root).choose.tolerance == 0.5
 
 
-@pytest.mark.slow
 def test_a_section_that_the_file_does_not_hold_is_added_empty(entrances: Entrances, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(entrances.flow, root, symlinks=True)
@@ -916,7 +909,6 @@ def test_a_section_that_the_file_does_not_hold_is_added_empty(entrances: Entranc
     assert dvc_status(root) == []
 
 
-@pytest.mark.slow
 def test_dvc_runs_an_experiment_with_a_changed_setting(entrances: Entrances, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(entrances.flow, root, symlinks=True)
