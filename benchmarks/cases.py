@@ -25,7 +25,7 @@ from tlpipeline.workspace.layout import PARAMS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "cases.csv"
-COLUMNS = ("data", "backbone", "images", "train", "classes", "size", "case", "slice", "p_similar", "p_large", "accuracy", "low", "high",
+COLUMNS = ("data", "backbone", "images", "train", "classes", "size", "case", "slice", "accuracy", "low", "high",
            "majority", "profile_s", "train_s", "run_s", "version")  # fmt: skip
 SQUEEZENET = ("squeezenet1_0", "squeezenet1_0-imagenet.safetensors")
 RESNET20 = ("nets:resnet20", "resnet20-cifar10.safetensors")
@@ -89,7 +89,7 @@ def row(name: str, folder: Path, seconds: float) -> dict[str, object]:
     return {
         "data": name, "backbone": JOBS[name][0], "images": profile["images"] + sum(c["images"] for c in classes.values()),
         "train": profile["images"], "classes": profile["classes"], "size": case["size"], "case": case["case"], "slice": case["slice"],
-        "p_similar": case["similar"], "p_large": case["large"], "accuracy": metrics["accuracy"], "low": metrics["accuracy_low"],
+        "accuracy": metrics["accuracy"], "low": metrics["accuracy_low"],
         "high": metrics["accuracy_high"], "majority": metrics["majority_accuracy"], "profile_s": spent["profile"], "train_s": spent["train"],
         "run_s": round(seconds, 1), "version": tags[-1] if tags else "",
     }  # fmt: skip
@@ -141,13 +141,13 @@ def main() -> None:
                 print(",".join(COLUMNS), file=file)
             print(",".join(str(found[c]) for c in COLUMNS), file=file)
         print(" | ".join(str(found[c]) for c in COLUMNS), flush=True)
-    print("| data | training images | classes | pixels | case | kept up to | P(similar) | P(large) | test accuracy |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| data | training images | classes | pixels | case | kept up to | test accuracy |")
+    print("|---|---|---|---|---|---|---|")
     for found in rows():
         accuracy, low, high = (100 * float(found[key]) for key in ("accuracy", "low", "high"))
         print(
             f"| {found['data']} | {found['train']} | {found['classes']} | {found['size']} | `{found['case']}` | {found['slice']} | "
-            f"{float(found['p_similar']):.2f} | {float(found['p_large']):.2f} | {accuracy:.1f} % ({low:.1f} to {high:.1f}) |"
+            f"{accuracy:.1f} % ({low:.1f} to {high:.1f}) |"
         )
 
 
