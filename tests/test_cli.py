@@ -618,7 +618,10 @@ def test_a_run_that_is_told_to_end_takes_the_server_with_it_that_it_started(work
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         servers = [child for child in children if b"uvicorn" in Path(f"/proc/{child}/cmdline").read_bytes()]
         process.send_signal(number)
-        rest = process.stderr.read()
+        try:
+            rest = process.stderr.read()
+        finally:
+            process.kill()  # if it has not ended, nobody waits for it
     assert first.startswith("ingest"), first + rest
     assert process.returncode == 128 + number, rest
     assert "interrupted; checkpoints are kept, and the next run goes on from the last one" in rest.splitlines()

@@ -30,6 +30,7 @@ app.add_typer(data, name="data")
 app.add_typer(registry, name="registry")
 app.add_typer(cache, name="cache")
 
+_ENDING = 120  # seconds after which a run that was told to end is killed
 _INTERRUPTED = 130
 _MEMORY = "error: expected memory to compute in, found too little: {error}. Set data.size lower, or run where there is more."
 _KEPT = "interrupted; checkpoints are kept, and the next run goes on from the last one"
@@ -79,6 +80,8 @@ def _ends_in_order() -> Iterator[None]:
     """
 
     def end(number: int, _: object) -> None:
+        # An exception that interrupts a library while it takes a lock can leave the lock taken, and the end would wait for it forever.
+        signal.alarm(_ENDING)
         raise SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
