@@ -54,7 +54,9 @@ def test_what_is_no_workspace_is_refused_with_the_way_to_make_one(tmp_path: Path
 )
 def test_a_full_disk_is_told_with_the_way_out(error: OSError, tmp_path: Path) -> None:
     with (
-        pytest.raises(WorkspaceError, match=r"The disk of .* is full .*Earlier records are unchanged\. Free some space"),
+        pytest.raises(
+            WorkspaceError, match=r"expected room on the disk of .*, found none .*Earlier records are unchanged\. Free some space"
+        ),
         lock.disk_errors(tmp_path),
     ):
         raise error

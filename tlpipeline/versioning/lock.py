@@ -130,6 +130,6 @@ def disk_errors(root: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise WorkspaceError(
-            f"The disk of {root} is full ({error.strerror or os.strerror(errno.ENOSPC)}). Earlier records are unchanged. "
+            f"expected room on the disk of {root}, found none ({error.strerror or os.strerror(errno.ENOSPC)}). Earlier records are unchanged. "
             "Free some space (`tlpipeline cache clear` frees what can be computed again), then run again."
         ) from error
