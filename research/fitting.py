@@ -68,8 +68,8 @@ def fit(rows: Sequence[Observed], penalty: float, tolerance: float) -> GainPredi
         tuned = seen.gain > tolerance
         settled.append(log_odds(float(((-gains if tuned else gains) <= tolerance).mean()), DRAWS))
         good.append((row.tuned_test if tuned else row.frozen_test) >= row.best_test - tolerance)
-    platt_slope, platt_intercept = _platt(np.array(raw), np.array(truth))
-    choice_platt_slope, choice_platt_intercept = _platt(np.array(settled), np.array(good))
+    platt_slope, platt_intercept = platt_scaling(np.array(raw), np.array(truth))
+    choice_platt_slope, choice_platt_intercept = platt_scaling(np.array(settled), np.array(good))
     return replace(
         model,
         platt_slope=platt_slope,
@@ -170,7 +170,7 @@ def _named(names: Sequence[str], values: npt.NDArray[np.float64]) -> dict[str, f
     return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
 
 
-def _platt(raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
+def platt_scaling(raw: npt.NDArray[np.float64], truth: npt.NDArray[np.bool_]) -> tuple[float, float]:
     """Return platt_slope (not negative) and platt_intercept by logistic regression of the truth on raw log odds, drawn towards 1 and 0: believing them."""
     from scipy.optimize import minimize
 

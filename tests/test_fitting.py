@@ -155,7 +155,7 @@ def test_calibration_finds_by_how_much_a_model_is_too_sure(too_sure: float) -> N
     rng = np.random.default_rng(0)
     raw = rng.uniform(-MOST, MOST, 1500)
     truth = rng.random(1500) < 1 / (1 + np.exp(-raw / too_sure - 0.5))
-    platt_slope, platt_intercept = fitting._platt(raw, truth)
+    platt_slope, platt_intercept = fitting.platt_scaling(raw, truth)
     assert platt_slope == pytest.approx(1 / too_sure, abs=0.15)
     assert platt_intercept == pytest.approx(0.5, abs=0.2)
 
@@ -177,18 +177,18 @@ def test_calibration_is_the_best_there_is_however_little_the_raw_chances_say(see
         return float((np.logaddexp(0, odds) - truth * odds).sum() + 0.5 * (at[0] - 1) ** 2 + 0.5 * at[1] ** 2)
 
     platt_slope, platt_intercept = minimize(loss, [1.0, 0.0]).x
-    assert fitting._platt(raw, truth) == (pytest.approx(platt_slope, abs=0.01), pytest.approx(platt_intercept, abs=0.01))
+    assert fitting.platt_scaling(raw, truth) == (pytest.approx(platt_slope, abs=0.01), pytest.approx(platt_intercept, abs=0.01))
 
 
 def test_two_rows_hardly_calibrate() -> None:
-    platt_slope, platt_intercept = fitting._platt(np.array([1.0, -1.0]), np.array([True, False]))
+    platt_slope, platt_intercept = fitting.platt_scaling(np.array([1.0, -1.0]), np.array([True, False]))
     assert 0.8 < platt_slope < 1.6
     assert abs(platt_intercept) < 0.01
 
 
 def test_chances_that_point_the_wrong_way_are_worth_nothing_and_not_turned_round() -> None:
     raw = np.linspace(-2, 2, 41)
-    assert fitting._platt(raw, raw < 0)[0] == 0
+    assert fitting.platt_scaling(raw, raw < 0)[0] == 0
 
 
 def test_calibration_tames_a_model_that_is_too_sure() -> None:
