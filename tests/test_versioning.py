@@ -272,6 +272,26 @@ def test_an_init_that_was_killed_is_continued_by_the_same_command(
         create.init(tmp_path / "new", images, "demonstration", "DEFAULT", None)
 
 
+@pytest.mark.slow
+def test_an_init_that_was_killed_after_its_last_commit_has_made_a_workspace(
+    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: Any
+) -> None:
+    """What a user does there afterwards is not made anew by the same command."""
+    images = make_images(2, 20)
+    killing = b"#!/bin/sh\n[ $(git rev-list --count HEAD) = 2 ] && kill -9 $(cut -d ' ' -f 4 /proc/$PPID/stat)\n"
+    hook = put(tmp_path / "template", {"hooks/post-commit": killing}) / "hooks" / "post-commit"
+    hook.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("GIT_TEMPLATE_DIR", str(tmp_path / "template"))
+        assert run_python(tmp_path, "-m", "tlpipeline", "init", "new", "--images", str(images)).returncode == -9
+    before = git.head(tmp_path / "new")
+    put(tmp_path / "new", {"params.yaml": b"train: {seed: 7}\n"})
+    with pytest.raises(WorkspaceError, match="expected a new or empty folder"):
+        create.init(tmp_path / "new", images, "demonstration", "DEFAULT", None)
+    assert git.head(tmp_path / "new") == before
+    assert (tmp_path / "new" / "params.yaml").read_bytes() == b"train: {seed: 7}\n"
+
+
 # --- what is no workspace -------------------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     options = [str(images and images.resolve()), backbone, weights, str(remote)]
     order = hashlib.md5("\0".join(options).encode(), usedforsecurity=False).hexdigest()
     started = root / STARTED
-    interrupted = started.is_file()
+    interrupted = started.is_file() and not _is_committed(root)
     if interrupted and started.read_text(encoding="utf-8") != order:
         raise WorkspaceError(
             f"expected a new or empty folder at {root}, found what an interrupted `tlpipeline init` with other options left. Repeat that "
@@ -97,6 +97,11 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     if remote is not None and masked(remote) != remote:
         kept = "the remote's password is in .dvc/config.local, which git ignores: each clone needs its own (`dvc remote modify --local`)"
         progress(Event("init", 1, 1, kept))
+
+
+def _is_committed(root: Path) -> bool:
+    """Return whether `_fill` has made its two commits. From then on the folder is a workspace, and its history is not made anew."""
+    return (root / ".git").exists() and int(git.run(root, "rev-list", "--count", "HEAD", check=False) or 0) >= 2
 
 
 def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
