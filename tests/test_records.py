@@ -133,6 +133,15 @@ def test_each_mutant_of_a_manifest_is_read_or_refused_as_a_mistake(manifest: Pat
             assert str(manifest) in str(error)  # noqa: PT017
 
 
+def test_a_manifest_keeps_its_groups_and_one_of_an_older_version_has_none(tmp_path: Path) -> None:
+    rows = tuple(Row(f"a/{i}.png", f"{i:032x}", "a", "train", 8, 8, "RGB", "", group=f"scene{i // 2}") for i in range(4))
+    path = tmp_path / "m.parquet"
+    dataset.write_manifest(Manifest(rows, (), ()), path, tmp_path / "q.csv")
+    assert [row.group for row in dataset.read_manifest(path).rows] == ["scene0", "scene0", "scene1", "scene1"]
+    pq.write_table(pq.read_table(path).drop_columns(["group"]), path)
+    assert [row.group for row in dataset.read_manifest(path).rows] == [""] * 4
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

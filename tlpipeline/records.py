@@ -6,7 +6,7 @@ Such a file may be cut off, edited, or written by another version. The error nam
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -53,7 +53,12 @@ def parse(
 
 
 def read_parquet(
-    path: Path, columns: Mapping[str, type], way_out: str, prefix: str | None = None, error: type[PipelineError] = WorkspaceError
+    path: Path,
+    columns: Mapping[str, type],
+    way_out: str,
+    prefix: str | None = None,
+    error: type[PipelineError] = WorkspaceError,
+    optional: Collection[str] = (),
 ) -> Iterator[Any]:
     """Yield a parquet file as pyarrow's record batches.
 
@@ -61,6 +66,7 @@ def read_parquet(
         columns: names and types (str, int or float) of the columns that are read.
         prefix: the columns whose names begin with it are read as well, as numbers; there must be one.
         way_out, error: as for `read`.
+        optional: those of `columns` that the file may lack; the batches then lack them too.
 
     Raises:
         PipelineError: the file is missing or cut off, or a column is missing, has another type or has gaps.
@@ -73,6 +79,7 @@ def read_parquet(
     try:
         with ParquetFile(path) as file:
             schema = file.schema_arrow
+            columns = {name: kind for name, kind in columns.items() if name in schema.names or name not in optional}
             prefixed = [name for name in schema.names if prefix is not None and name.startswith(prefix)]
             if prefix is not None and not prefixed:
                 raise unlike(path, f"no column begins with {prefix}", way_out, error)

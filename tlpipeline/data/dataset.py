@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from PIL import Image
@@ -22,7 +22,8 @@ from tlpipeline.errors import DataChanged, DataError
 class Row:
     """One readable image file: a line of the manifest.
 
-    `duplicate_of` is the path of an exact copy that is used instead, "" if this file is used.
+    `duplicate_of` is the path of an exact copy that is used instead, "" if this file is used. Images of the same `group` are not
+    independent (frames of a track, patches of a patient) and always share a split; "" is an image without a group.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Row:
     height: int
     mode: str
     duplicate_of: str
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -346,11 +348,13 @@ def read_manifest(path: Path, quarantine: Path | None = None) -> Manifest:
     """
     # In batches of a few thousand rows, and with one object per distinct string: half the memory for 100,000 images.
     columns = {f.name: f.type for f in fields(Row) if isinstance(f.type, type)}
+    later = {f.name: f.default for f in fields(Row) if f.default is not MISSING}  # columns that older versions do not write
     known: dict[str, str] = {}
     rows: list[Row] = []
-    for batch in records.read_parquet(path, columns, records.ANEW, error=DataError):
+    for batch in records.read_parquet(path, columns, records.ANEW, error=DataError, optional=later):
         values = batch.to_pydict()
-        for name in ("label", "split", "mode", "duplicate_of"):
+        values |= {name: [default] * batch.num_rows for name, default in later.items() if name not in values}
+        for name in ("label", "split", "mode", "duplicate_of", "group"):
             values[name] = [known.setdefault(text, text) for text in values[name]]
         rows += [Row(*line) for line in zip(*(values[name] for name in columns), strict=True)]
     if odd := next((row for row in rows if not _MD5.fullmatch(row.md5) or row.split not in SPLIT_NAMES), None):
