@@ -38,6 +38,7 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
         pipeline.version(workspace, images)
         pipeline.stage(workspace, "ingest")
         pipeline.stage(workspace, "profile")
+        pipeline.stage(workspace, "check")
         case = pipeline.choose(workspace)
         pipeline.train(workspace, case)
         pipeline.evaluate(workspace)

@@ -73,7 +73,7 @@ def test_a_network_whose_file_lies_in_the_workspace_is_trained_evaluated_and_loa
         tmp_path / "ws" / "params.yaml",
         {"backbone.name": "network_beside_the_data:Small", "backbone.weights": "none", "choose.case": "small_similar"},
     )
-    for stage in ("ingest", "profile", "choose", "train", "evaluate"):
+    for stage in ("ingest", "profile", "check", "choose", "train", "evaluate"):
         workspace.stage(stage)
     path = sorted(pictures.rglob("*.png"))[0]
     model = tmp_path / "ws" / "model"

@@ -32,8 +32,8 @@ from tlpipeline.workspace import layout, release, stages
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
-ORDER = ["version", "ingest", "profile", "choose", "train-small_similar", "evaluate", "gate", "register", "report"]
-BARS = ("ingest", "profile", "training", "evaluate")
+ORDER = ["version", "ingest", "profile", "check", "choose", "train-small_similar", "evaluate", "gate", "register", "report"]
+BARS = ("ingest", "profile", "check", "training", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def test_dvc_shows_the_two_gains_and_the_probes_with_the_cut(first: Run, tmp_pat
 
 def test_a_rejection_is_committed_with_its_verdict_but_makes_no_tag(first: Run, rejected: Run) -> None:
     assert rejected.state == "COMPLETED"
-    assert [r.name for r in task_runs(rejected)][4] == "train-large_similar"
+    assert [r.name for r in task_runs(rejected)][5] == "train-large_similar"
     assert (rejected.result.case, rejected.result.version, rejected.result.new) == ("large_similar", "", False)
     assert rejected.result.outcome.startswith("rejected: ")
     assert "not significantly better than workspace@v0.1.0" in rejected.result.outcome

@@ -35,7 +35,7 @@ from tlpipeline.workspace import create, layout, release, stages
 # As little as the pipeline can do: what is tested is who runs it.
 CHEAP = {"profile.images": "16", "profile.images_max": "16", "choose.draws": "100", "train.epochs": "1", "cluster.workers": "0"}
 OUTPUTS = [
-    layout.MANIFEST, layout.QUARANTINE, layout.PROFILE, layout.PROBE, layout.CASE, layout.MODEL, layout.HISTORY, layout.METRICS,
+    layout.MANIFEST, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.PROBE, layout.CASE, layout.MODEL, layout.HISTORY, layout.METRICS,
     layout.CLASSES, layout.PREDICTIONS, layout.CONFUSION, layout.RACE, layout.PLANE,
 ]  # fmt: skip
 
@@ -868,7 +868,17 @@ def test_a_run_leaves_only_what_is_to_be_committed(entrances: Entrances) -> None
     for root in (entrances.flow, entrances.dvc):
         lines = git.run(root, "status", "--short", "--untracked-files=all").splitlines()
         assert sorted(line.split()[-1] for line in lines) == sorted(
-            ["params.yaml", "dvc.lock", layout.QUARANTINE, layout.PROFILE, layout.CASE, layout.METRICS, layout.CLASSES]
+            [
+                "params.yaml",
+                "dvc.lock",
+                layout.QUARANTINE,
+                layout.PROFILE,
+                layout.QUALITY,
+                layout.ALARMS,
+                layout.CASE,
+                layout.METRICS,
+                layout.CLASSES,
+            ]
         )
 
 

@@ -179,7 +179,7 @@ class Workspace:
         """Run one stage, whether it is up to date or not, as `dvc repro` does.
 
         Args:
-            name: "ingest", "profile", "choose", "train" or "evaluate".
+            name: "ingest", "profile", "check", "choose", "train" or "evaluate".
 
         Raises:
             PipelineError: there is no such stage, or as the stage says.

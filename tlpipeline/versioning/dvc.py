@@ -412,6 +412,12 @@ def _stage(repo: Any, name: str) -> Any:
     return repo.stage.load_one(path=str(Path(repo.root_dir) / "dvc.yaml"), name=name)
 
 
+def has_stage(root: Path, name: str) -> bool:
+    """Return whether dvc.yaml lists a stage."""
+    with _repo(root) as repo:
+        return any(stage.addressing == name for stage in repo.index.stages)
+
+
 def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
     """Bring a stage up to date in this process and record it in dvc.lock; return whether it had to run.
 

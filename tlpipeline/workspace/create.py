@@ -24,7 +24,7 @@ from tlpipeline.workspace import layout, settings
 TEMPLATE = Path(__file__).with_name("template")
 STARTED = layout.OWN / "init"  # there while a workspace is made
 TRACKED = (
-    "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.QUARANTINE, layout.PROFILE, layout.CASE, layout.METRICS, layout.CLASSES,
+    "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.CASE, layout.METRICS, layout.CLASSES,
     versions.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
 PLOTS = ("plane.json", "probe.json")  # templates with which `dvc plots show` draws the decision

@@ -16,6 +16,7 @@ from tlpipeline.training.config import Epoch
 
 if TYPE_CHECKING:
     from tlpipeline.backbones.classifier import Description
+    from tlpipeline.checking.quality import Quality
     from tlpipeline.data.cache import Store
     from tlpipeline.evaluation.metrics import Metrics
     from tlpipeline.profiling.profile import Profile
@@ -25,6 +26,7 @@ PARAMS = "params.yaml"
 SPLITS = "splits.csv"
 MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
 PROFILE = "profile.json"
+QUALITY, ALARMS = "quality.csv", "alarms.json"
 CASE, RACE = "case.json", "race"
 PLANE, PROBE = "plots/plane.csv", "plots/probe.csv"
 FORMER_PLOT = "plots/cases.csv"  # expected by the dvc.yaml of an older workspace
@@ -52,6 +54,17 @@ def read_profile(root: Path) -> "Profile":
     from tlpipeline.profiling.profile import Profile
 
     return _consistent(records.read(Profile, root / PROFILE, records.ANEW, extra="forbid"), root / PROFILE)
+
+
+def read_quality(root: Path) -> "Quality":
+    """Return what the stage check wrote.
+
+    Raises:
+        WorkspaceError: it is missing or damaged.
+    """
+    from tlpipeline.checking import quality
+
+    return quality.read_quality(root / QUALITY, root / ALARMS)
 
 
 def read_case(root: Path) -> Decision:

@@ -172,7 +172,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         manifest=manifest,
         history=layout.read_history(root),
         mistakes=errors,
-        remarks=manifest.remarks + distribution_shift(root) + training_limits(root),
+        remarks=manifest.remarks + data_alarms(root) + distribution_shift(root) + training_limits(root),
         seconds=layout.read_run(root).seconds,
         training=layout.read_run(root).training,
         data_hash=dvc.data_hash(root, params.data.images),
@@ -238,6 +238,11 @@ def _counted(number: int, one: str, more: str) -> str:
     return f"{number} {one if number == 1 else more}"
 
 
+def data_alarms(root: Path) -> tuple[str, ...]:
+    """Return what the stage check says of the data."""
+    return tuple(map(str, layout.read_quality(root).alarms))
+
+
 def distribution_shift(root: Path) -> tuple[str, ...]:
     """Return a remark if the test accuracy is significantly below the validation accuracy: then the splits differ in kind.
 
@@ -271,7 +276,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         classes=len(manifest.classes),
         copies=len([r for r in manifest.rows if r.duplicate_of]),
         rejected=len(manifest.rejected),
-        remarks=manifest.remarks + distribution_shift(root) + training_limits(root),
+        remarks=manifest.remarks + data_alarms(root) + distribution_shift(root) + training_limits(root),
         case=case.case,
         reason=reasons.summary(case, profile),
         accuracy=metrics.accuracy,

@@ -1,4 +1,4 @@
-"""The five stages of the pipeline. `dvc.yaml` and the flow call the same functions.
+"""The stages of the pipeline. `dvc.yaml` and the flow call the same functions.
 
 What a stage writes depends on its inputs alone; seconds go to run.json, which git and DVC ignore. Its outputs are moved into place
 together when they are complete, so an interrupted stage leaves nothing half-written.
@@ -26,6 +26,7 @@ from tlpipeline.training.config import TrainingConfig
 from tlpipeline.versioning import dvc, lock
 from tlpipeline.workspace import settings
 from tlpipeline.workspace.layout import (
+    ALARMS,
     CACHE,
     CASE,
     CLASSES,
@@ -41,6 +42,7 @@ from tlpipeline.workspace.layout import (
     PREDICTIONS,
     PROBE,
     PROFILE,
+    QUALITY,
     QUARANTINE,
     RACE,
     RUNS,
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
 TRAINING_CODE = ("data", "backbones", "training", "profiling", "choice")
 
 
-# --- the five stages ------------------------------------------------------------------------------------------------------------------
+# --- the stages -----------------------------------------------------------------------------------------------------------------------
 
 
 def ingest(root: Path, progress: Progress) -> None:
@@ -127,6 +129,21 @@ def profile(root: Path, progress: Progress) -> None:
         )  # fmt: skip
     with atomic_outputs(root, PROFILE) as (path,):
         path.write_text(json.dumps(measured.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def check(root: Path, progress: Progress) -> None:
+    """Look for what is wrong with the data: images in quality.csv, alarms in alarms.json."""
+    from tlpipeline.checking import quality
+    from tlpipeline.data import dataset
+
+    images = root / params_of(root).data.images
+    checked = quality.check(
+        images,
+        dataset.read_manifest(root / MANIFEST, root / QUARANTINE),
+        lambda done, total: progress(Event("check", done, total, f"{done} of {total} images checked")),
+    )
+    with atomic_outputs(root, QUALITY, ALARMS) as (findings, alarms):
+        quality.write_quality(checked, findings, alarms)
 
 
 def choose(root: Path, progress: Progress) -> None:
@@ -250,6 +267,7 @@ def evaluate(root: Path, progress: Progress) -> None:
 STAGES: dict[str, Callable[[Path, Progress], None]] = {
     "ingest": ingest,
     "profile": profile,
+    "check": check,
     "choose": choose,
     "train": train,
     "evaluate": evaluate,
@@ -283,7 +301,11 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
     with lock.disk_errors(root):
         settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
         delete_outdated(root, name)
-        ran = dvc.run_stage(root, name, run_timed)
+        if dvc.has_stage(root, name):
+            ran = dvc.run_stage(root, name, run_timed)
+        else:
+            run_timed()  # the dvc.yaml of an older workspace does not list it
+            ran = True
     if name in ("choose", "train") and ran:
         shutil.rmtree(root / RUNS, ignore_errors=True)  # a finished run of this name would be resumed without training
     if not ran:

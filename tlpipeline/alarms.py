@@ -1,0 +1,44 @@
+"""Alarms: what is wrong with the data or the training, and how much it weighs."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["stop", "block", "warn"]
+STOP: Severity = "stop"  # the run ends before it trains
+BLOCK: Severity = "block"  # a model may be registered, but is not promoted
+WARN: Severity = "warn"  # people are told
+_ORDER: tuple[Severity, ...] = (STOP, BLOCK, WARN)
+
+# Kinds that weigh more than a warning. A threshold may still make one of them a warning.
+_SEVERITIES: dict[str, Severity] = {"leak": BLOCK, "shift": BLOCK}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something wrong that touches the verdict.
+
+    Attributes:
+        kind: a short name, such as `leak`.
+        severity: stop, block or warn.
+        text: one sentence with the numbers.
+    """
+
+    kind: str
+    severity: Severity
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+def from_remark(remark: str) -> Alarm:
+    """Return a remark of the form `kind: text` as an alarm; one without a kind is a warning about the data."""
+    kind, colon, text = remark.partition(": ")
+    if not colon:
+        return Alarm("data", WARN, remark)
+    return Alarm(kind, _SEVERITIES.get(kind, WARN), text)
+
+
+def by_severity(alarms: "list[Alarm] | tuple[Alarm, ...]") -> tuple[Alarm, ...]:
+    """Return alarms with the gravest first; those of the same severity keep their order."""
+    return tuple(sorted(alarms, key=lambda alarm: _ORDER.index(alarm.severity)))

@@ -1,0 +1,1 @@
+"""The stage check: what is wrong with the data."""
