@@ -189,6 +189,14 @@ def test_a_password_in_the_url_of_a_remote_stays_in_the_clone(remote: str, tmp_p
     assert git.run(tmp_path, "grep", "--untracked", "--fixed-strings", PASSWORD, check=False) == ""
 
 
+def test_a_password_among_the_parameters_of_a_url_stays_in_the_clone(tmp_path: Path) -> None:
+    remote = "https://host/path?sv=2024&sig=s3cret%3D&api_key=s3cret"
+    versioning.init(tmp_path, remote)
+    assert "url = https://host/path?sv=2024&sig=***&api_key=***\n" in (tmp_path / ".dvc" / "config").read_text()
+    assert f"url = {remote}\n" in (tmp_path / ".dvc" / "config.local").read_text()
+    assert "s3cret" not in str(WorkspaceError(f"Cannot push to {remote}."))
+
+
 def test_a_user_without_a_password_is_no_secret(tmp_path: Path) -> None:
     versioning.init(tmp_path, "ssh://git@host/path")
     assert "url = ssh://git@host/path\n" in (tmp_path / ".dvc" / "config").read_text()
@@ -213,7 +221,9 @@ def test_a_password_that_a_url_cannot_hold_is_refused_with_how_to_write_it(tmp_p
     assert "ss@" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("key", "value"), [("password", "s3cret"), ("url", "https://user:s3cret@host/path")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("password", "s3cret"), ("url", "https://user:s3cret@host/path"), ("url", "https://host/path?sig=s3cret")]
+)
 def test_a_password_that_a_run_would_commit_is_refused_with_where_to_keep_it(key: str, value: str, workspace: Path) -> None:
     create.check(workspace)
     for name, content in (("url", "https://host/path"), (key, value)):

@@ -27,6 +27,11 @@ from collections.abc import Iterable
 
 # What stands between :// and the last @ of a URL's host.
 _USER = re.compile(r"([a-z][a-z0-9+.-]*)://([^/\s]*)@", re.IGNORECASE)
+# Parameters behind ? that let others in, as in Azure's signed addresses.
+_SECRET_PARAMETER = re.compile(
+    r"([?&;](?:[\w.-]*(?:password|passwd|pwd|passphrase|token|secret|signature|credential|api[_-]?key|access[_-]?key)[\w.-]*|sig|key)=)[^&;#\s'\"]+",
+    re.IGNORECASE,
+)
 
 
 def masked(text: str) -> str:
@@ -37,7 +42,7 @@ def masked(text: str) -> str:
         secret = ":" in user or scheme.lower() in ("http", "https", "webdav", "webdavs")
         return f"{scheme}://***@" if secret else match[0]
 
-    return _USER.sub(mask, text)
+    return _SECRET_PARAMETER.sub(r"\1***", _USER.sub(mask, text))
 
 
 class PipelineError(Exception):
