@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tlpipeline import records
 from tlpipeline.alarms import WARN, Alarm
-from tlpipeline.data.dataset import Manifest, read_image
+from tlpipeline.data.dataset import Manifest, facts_of
+from tlpipeline.data.facts import FactStore
 from tlpipeline.data.splits import SPLIT_NAMES
-
-_SIDE = 32  # pixels of the short side that suffice to see that an image is flat
 
 
 @dataclass(frozen=True)
@@ -33,19 +30,16 @@ class Quality:
     alarms: tuple[Alarm, ...]
 
 
-def check(images: Path, manifest: Manifest, progress: Callable[[int, int], None]) -> Quality:
+def check(images: Path, manifest: Manifest, store: FactStore, progress: Callable[[int, int], None]) -> Quality:
     """Look for what is wrong with the data.
 
     Args:
         images: folder of the images.
+        store: facts about contents; images that it lacks are read.
         progress: called with (images done, number of images).
     """
     rows = manifest.used(*SPLIT_NAMES)
-    findings = []
-    for done, row in enumerate(rows, 1):
-        if np.ptp(np.asarray(read_image(images, row, _SIDE))) == 0:
-            findings.append(Finding(row.path, "flat", "one color"))
-        progress(done, len(rows))
+    findings = [Finding(row.path, "flat", "one color") for row, facts in facts_of(images, rows, store, progress) if facts.flat]
     alarms = []
     if findings:
         alarms.append(Alarm("flat", WARN, f"{len(findings)} images are one flat color (quality.csv)"))

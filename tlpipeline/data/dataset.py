@@ -6,14 +6,14 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from PIL import Image
 
 from tlpipeline import records
-from tlpipeline.data.decoding import UNREADABLE, available_cpus, decode, describe_error, inspect, read_content, read_regular
+from tlpipeline.data.decoding import UNREADABLE, decode, describe_error, read_regular
+from tlpipeline.data.facts import Facts, FactStore, gather
 from tlpipeline.data.splits import MINIMUM_PER_CLASS, SPLIT_FOLDERS, SPLIT_NAMES, TEST, TRAIN, VAL, folder_layout, split_of
 from tlpipeline.errors import DataChanged, DataError
 
@@ -79,7 +79,7 @@ def read_image(root: Path, row: Row, min_side: int | None = None) -> Image.Image
         raise DataError(f"Cannot read the image {path}: {error.strerror or error}. Make it readable, then run again.") from error
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != row.md5:
-        raise DataChanged(f"expected the image {row.path} as it was listed (md5 {row.md5}), found other content (md5 {md5}). {_WAY_BACK}")
+        raise _changed(row, md5)
     try:
         return decode(content, min_side)
     except UNREADABLE as error:
@@ -87,42 +87,87 @@ def read_image(root: Path, row: Row, min_side: int | None = None) -> Image.Image
         raise DataError(f"Cannot decode the image {path}: {describe_error(error)}. Replace or remove it, then run again.") from error
 
 
+def facts_of(
+    images: Path, rows: Sequence[Row], store: FactStore, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[tuple[Row, Facts]]:
+    """Yield rows of the manifest with the facts about their images, in no order; images that the store lacks are read.
+
+    Raises:
+        DataChanged: an image that is read has another content than the manifest says.
+        DataError: an image cannot be read.
+    """
+    for number, md5, facts in gather([(images / row.path, row.md5) for row in rows], store, progress):
+        row = rows[number]
+        if md5 != row.md5:
+            raise _changed(row, md5)
+        yield row, facts
+
+
+def _changed(row: Row, md5: str) -> DataChanged:
+    return DataChanged(f"expected the image {row.path} as it was listed (md5 {row.md5}), found other content (md5 {md5}). {_WAY_BACK}")
+
+
 _MD5 = re.compile("[0-9a-f]{32}")
-_WAY_BACK = "The image folder changed during a run. Start the run again, or restore the images with `dvc checkout`."
+_RESTORE = "Move them away, and run `dvc checkout`, which restores them. If they are right as they are, `touch` them and run again."
+_WAY_BACK = f"If the folder of images changed during a run, start the run again. If nobody changed it: {_RESTORE}"
 
 
 # --- listing --------------------------------------------------------------------------------------------------------------------------
 
 
-def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int, int], None], threads: int | None = None) -> Manifest:
-    """Read every file below `images` once and list it with its split.
+def ingest(
+    images: Path,
+    exceptions: Mapping[str, str],
+    progress: Callable[[int, int], None],
+    threads: int | None = None,
+    hashes: Mapping[str, str] | None = None,
+    store: FactStore | None = None,
+) -> Manifest:
+    """List every file below `images` with its split. A file whose content is known is not opened.
 
     Args:
         images: folder of `<class>/...` or of `{train,val,test}/<class>/...`.
         exceptions: md5 to split, from splits.csv. They win over the rule by content, but not over a given layout.
         progress: called with (files done, number of files).
         threads: reading threads; by default one per available CPU and at least 4, since reading waits for the disk.
+        hashes: path below `images` to md5, as DVC knows them by size, time and inode; files that it lacks are read.
+        store: facts about contents; None knows none.
 
     Returns:
         The manifest, its rows sorted by path.
 
     Raises:
         DataError: the folder is missing or empty, has no class folders, an incomplete layout of splits or unreadable files; there is
-            only one class, a class has fewer than 3 distinct images, or no file is an image.
+            only one class, a class has fewer than 3 distinct images, or no file is an image. Or a file that is read has another content
+            than `hashes` says.
     """
     paths = list_files(images)
     layout = folder_layout(images)
-    done = 0
     rows: list[Row] = []
     rejected: list[Rejected] = []
-    with ThreadPoolExecutor(threads or max(4, available_cpus())) as pool:
-        for result in pool.map(lambda path: _inspect(images, path, layout), paths):
-            done += 1
-            progress(done, len(paths))
-            if isinstance(result, Row):
-                rows.append(result)
-            else:
-                rejected.append(result)
+    places: list[tuple[str, str, str]] = []  # path, label and split of the files that may be used
+    for path in paths:
+        relative = path.relative_to(images).as_posix()
+        place = _place(relative, layout)
+        if place is None:
+            rejected.append(Rejected(relative, "outside any class folder"))
+        else:
+            places.append((relative, *place))
+    hashes = hashes or {}
+    files = [(images / relative, hashes.get(relative, "")) for relative, _, _ in places]
+    altered: dict[str, str] = {}
+    for number, md5, facts in gather(files, store or FactStore(), progress, threads):
+        relative, label, split = places[number]
+        if hashes.get(relative, md5) != md5:
+            altered[relative] = md5
+        elif facts.reason:
+            rejected.append(Rejected(relative, facts.reason))
+        else:
+            rows.append(Row(relative, md5, label, split, facts.width, facts.height, facts.mode, ""))
+    if altered:
+        raise _altered(images, altered, hashes)
+    rows.sort(key=lambda row: row.path)
+    rejected.sort(key=lambda file: file.path)
     rows, conflicting = _without_conflicts(rows)
     rejected += conflicting
     if not rows:
@@ -143,10 +188,11 @@ def ingest(images: Path, exceptions: Mapping[str, str], progress: Callable[[int,
 def readable(images: Path) -> list[Row]:
     """Return the distinct readable images below a folder of any layout, without labels and splits: for statistics only."""
     rows: dict[str, Row] = {}
-    for path in sorted(p for p in images.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        row = _inspect(images.parent, path, "")
-        if isinstance(row, Row):
-            rows.setdefault(row.md5, replace(row, path=path.relative_to(images).as_posix(), label="", split=""))
+    paths = sorted(p for p in images.rglob("*") if p.is_file() and not p.name.startswith("."))
+    for number, md5, facts in gather([(path, "") for path in paths], FactStore()):
+        if not facts.reason:
+            relative = paths[number].relative_to(images).as_posix()
+            rows.setdefault(md5, Row(relative, md5, "", "", facts.width, facts.height, facts.mode, ""))
     return sorted(rows.values(), key=lambda row: row.md5)
 
 
@@ -233,20 +279,24 @@ def _is_text(path: Path) -> bool:
     return str(path).encode("utf-8", "replace") == bytes(path)
 
 
-def _inspect(images: Path, path: Path, layout: str) -> Row | Rejected:
-    relative = path.relative_to(images)
-    parts = relative.parts
+def _altered(images: Path, altered: Mapping[str, str], hashes: Mapping[str, str]) -> DataError:
+    """Return the error about files whose content is not the one that DVC knows by their size, time and inode."""
+    first = min(altered)
+    return DataError(
+        f"expected the images in {images} as DVC records them, found {len(altered)} with another content though their time and size "
+        f"are as before, such as {first} (md5 {altered[first]} for {hashes[first]}). {_RESTORE}"
+    )
+
+
+def _place(relative: str, layout: str) -> tuple[str, str] | None:
+    """Return the label and the given split of a path, None if it is outside any class folder."""
+    parts = relative.split("/")
     if len(parts) < (3 if layout else 2):
-        return Rejected(relative.as_posix(), "outside any class folder")
+        return None
     split = SPLIT_FOLDERS[parts[0].casefold()] if layout else ""
     if layout == "no val" and split == TRAIN:
         split = ""  # decided by content: val is taken from train
-    content = read_content(path)
-    inspected = inspect(content)
-    if isinstance(inspected, str):
-        return Rejected(relative.as_posix(), inspected)
-    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    return Row(relative.as_posix(), md5, parts[1] if layout else parts[0], split, *inspected, "")
+    return parts[1] if layout else parts[0], split
 
 
 def _without_conflicts(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:

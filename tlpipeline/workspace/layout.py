@@ -12,12 +12,14 @@ from tlpipeline.choice.decision import Decision
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.files import unlink, write_json
 from tlpipeline.params import Params, load
+from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.training.config import Epoch
 
 if TYPE_CHECKING:
     from tlpipeline.backbones.classifier import Description
     from tlpipeline.checking.quality import Quality
     from tlpipeline.data.cache import Store
+    from tlpipeline.data.facts import FactStore
     from tlpipeline.evaluation.metrics import Metrics
     from tlpipeline.profiling.profile import Profile
 
@@ -166,6 +168,13 @@ def record_seconds(root: Path, name: str, seconds: float | None) -> None:
 def record_training(root: Path, training: dict[str, float]) -> None:
     """Record the speed of training in run.json."""
     write_json(asdict(replace(read_run(root), training=training)), root / RUN)
+
+
+def open_facts(root: Path, stage: str, progress: Progress = silent) -> "FactStore":
+    """Return the workspace's facts about image files; `progress` is told if they were damaged."""
+    from tlpipeline.data.facts import FactStore
+
+    return FactStore(root / CACHE, lambda text: progress(Event(stage, 0, 0, text)))
 
 
 @contextmanager

@@ -49,6 +49,7 @@ from tlpipeline.workspace.layout import (
     SPLITS,
     delete_outdated,
     open_cache,
+    open_facts,
     params_of,
     read_case,
     read_profile,
@@ -79,30 +80,14 @@ def ingest(root: Path, progress: Progress) -> None:
     params = params_of(root)
     exceptions = splits.read_exceptions(root / SPLITS)
     manifest = dataset.ingest(
-        root / params.data.images, exceptions, lambda done, total: progress(Event("ingest", done, total, f"{done} of {total} files read"))
+        root / params.data.images,
+        exceptions,
+        lambda done, total: progress(Event("ingest", done, total, f"{done} of {total} files listed")),
+        hashes=dvc.file_hashes(root, params.data.images),
+        store=open_facts(root, "ingest", progress),
     )
-    _refuse_damaged(root, params.data.images, manifest)
     with atomic_outputs(root, MANIFEST, QUARANTINE) as (table, quarantine):
         dataset.write_manifest(manifest, table, quarantine)
-
-
-def _refuse_damaged(root: Path, images: str, manifest: "Manifest") -> None:
-    """Check that images that DVC takes for unchanged have the content that it records; it trusts their time and size.
-
-    Raises:
-        DataError: one has not.
-    """
-    if dvc.has_changed(root, images):
-        return  # changed in the open: the next version records them as they are
-    recorded = dvc.tracked_files(root, images)
-    listed = {row.path: row.md5 for row in manifest.rows} | {r.path: dvc.content_md5(root / images / r.path) for r in manifest.rejected}
-    if damaged := [path for path, md5 in sorted(listed.items()) if recorded.get(path, md5) != md5]:
-        first = damaged[0]
-        raise DataError(
-            f"expected the images in {root / images} as DVC records them, found {len(damaged)} with another content though their time and size "
-            f"are as before, such as {first} (md5 {listed[first]} for {recorded[first]}). Move them away, and run `dvc checkout {images}.dvc`, "
-            "which restores them. If they are right as they are, `touch` them and run again."
-        )
 
 
 def profile(root: Path, progress: Progress) -> None:
@@ -140,6 +125,7 @@ def check(root: Path, progress: Progress) -> None:
     checked = quality.check(
         images,
         dataset.read_manifest(root / MANIFEST, root / QUARANTINE),
+        open_facts(root, "check", progress),
         lambda done, total: progress(Event("check", done, total, f"{done} of {total} images checked")),
     )
     with atomic_outputs(root, QUALITY, ALARMS) as (findings, alarms):

@@ -1,0 +1,306 @@
+"""Facts about image files by content: what one decode tells of each, kept so that no file is opened twice.
+
+Ingest measures them, and the check of the data reads them. They depend on the bytes of a file and on the code of decoding alone.
+The store is one sqlite file, which several processes may use at once. Its name has a hash of that code, so changed rules measure again.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import sqlite3
+import sys
+import threading
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from PIL import Image
+
+from tlpipeline.data import decoding
+from tlpipeline.data.decoding import UNREADABLE, available_cpus
+
+SIDE = 24  # pixels of the small gray picture
+COLOR_SIDE = 6  # and of the two small pictures of its color
+_MEASURED_SIDE = 256  # brightness, contrast and sharpness are measured at no more than about twice this short side
+_AT_ONCE = 500  # rows of one question to sqlite, and of one transaction
+_PATIENCE_S = 60.0  # for another process that writes
+# The luminance table of the JPEG standard (ITU-T T.81, annex K), which the Independent JPEG Group's quality scales.
+_JPEG_LUMINANCE = np.array(
+    [
+        16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
+        18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What one decode tells of an image file.
+
+    Attributes:
+        reason: why the file cannot be used, "" if it can; then all other facts but `file_size` are empty.
+        file_size: in bytes.
+        width, height: in pixels, upright; mode: Pillow's name of the kind of pixels in the file; format: such as JPEG.
+        pages: pictures in the file.
+        jpeg_quality: 1 to 100 as the Independent JPEG Group counts it, 0 if the file is no JPEG.
+        exif: whether the file has EXIF data.
+        flat: whether all pixels have one color.
+        brightness, contrast: mean and standard deviation of the gray values, 0 to 255.
+        sharpness: variance of the Laplacian of the gray values, at a short side of 256 to 511 pixels if it has more.
+        border_mean, border_std: mean and standard deviation of the gray values of the outermost pixels.
+        picture: gray values of the picture at 24 x 24 pixels, then Cb and Cr at 6 x 6, one byte each.
+    """
+
+    reason: str = ""
+    file_size: int = 0
+    width: int = 0
+    height: int = 0
+    mode: str = ""
+    format: str = ""
+    pages: int = 0
+    jpeg_quality: int = 0
+    exif: bool = False
+    flat: bool = False
+    brightness: float = 0.0
+    contrast: float = 0.0
+    sharpness: float = 0.0
+    border_mean: float = 0.0
+    border_std: float = 0.0
+    picture: bytes = b""
+
+    @property
+    def gray(self) -> npt.NDArray[np.uint8]:
+        """The small gray picture, (24, 24)."""
+        return np.frombuffer(self.picture, np.uint8, SIDE * SIDE).reshape(SIDE, SIDE)
+
+
+def measure(content: bytes) -> Facts:
+    """Return the facts about the content of a file, decoded once; a file that cannot be used has a reason."""
+    size = len(content)
+    if not content:
+        return Facts("empty file")
+    try:
+        image = decoding.decode(content)
+        with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as original:
+            about = {"mode": original.mode, "format": original.format or "", "pages": _pages(original)}
+            about |= {"jpeg_quality": _jpeg_quality(original), "exif": "exif" in original.info}
+    except UNREADABLE as error:
+        return Facts(decoding.describe_error(error), size)
+    if 0 in image.size:
+        return Facts("zero size", size)
+    return Facts(file_size=size, width=image.width, height=image.height, **about, **_of_pixels(image))
+
+
+def _pages(image: Image.Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except UNREADABLE:  # the first picture is whole, a later one is not
+        return 1
+
+
+def _jpeg_quality(image: Image.Image) -> int:
+    table = getattr(image, "quantization", {}).get(0)
+    if image.format != "JPEG" or table is None:
+        return 0
+    values = np.array(table)
+    whole = values < 255  # larger ones are cut off
+    scale = 100 * values[whole].sum() / _JPEG_LUMINANCE[whole].sum() if whole.any() else 5000
+    return int(np.clip(round((200 - scale) / 2 if scale <= 100 else 5000 / scale), 1, 100))
+
+
+def _of_pixels(image: Image.Image) -> dict[str, Any]:
+    factor = max(1, min(image.size) // _MEASURED_SIDE)
+    small = image.reduce(factor) if factor > 1 else image
+    gray = np.asarray(small.convert("L"), np.float32)
+    border = np.concatenate([np.asarray(image.crop(box).convert("L"), np.float32).ravel() for box in _edges(image)])
+    inner = gray[1:-1, 1:-1]
+    laplacian = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:] - 4 * inner
+    picture = small.resize((SIDE, SIDE), Image.Resampling.BILINEAR).convert("L")
+    _, *colors = small.resize((COLOR_SIDE, COLOR_SIDE), Image.Resampling.BILINEAR).convert("YCbCr").split()
+    extrema: Any = image.getextrema()
+    return {
+        "flat": all(low == high for low, high in extrema),
+        "brightness": round(float(gray.mean()), 3),
+        "contrast": round(float(gray.std()), 3),
+        "sharpness": round(float(laplacian.var()), 3) if laplacian.size else 0.0,
+        "border_mean": round(float(border.mean()), 3),
+        "border_std": round(float(border.std()), 3),
+        "picture": b"".join(part.tobytes() for part in (picture, *colors)),
+    }
+
+
+def _edges(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    width, height = image.size
+    return [(0, 0, width, 1), (0, height - 1, width, height), (0, 0, 1, height), (width - 1, 0, width, height)]
+
+
+# --- the store ------------------------------------------------------------------------------------------------------------------------
+
+
+class FactStore:
+    """Facts by md5 of the content.
+
+    Args:
+        folder: where the file of the store is; None keeps the facts in memory for the life of this object.
+        say: called with a sentence if the store was damaged and is built again.
+    """
+
+    def __init__(self, folder: Path | None = None, say: Callable[[str], None] = lambda text: None) -> None:
+        self._say = say
+        self._lock = threading.Lock()
+        self._memory: dict[str, Facts] = {}
+        self.path = None if folder is None else folder / f"facts-{_rules()}.sqlite"
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for other in self.path.parent.glob("facts-*.sqlite*"):
+                if not other.name.startswith(self.path.name):
+                    other.unlink(missing_ok=True)  # measured by other rules
+
+    def known(self, md5s: Iterable[str]) -> Iterator[tuple[str, Facts]]:
+        """Yield the md5 and the facts of those contents that were measured, in no order."""
+        wanted = list(dict.fromkeys(md5s))
+        if self.path is None:
+            yield from ((md5, self._memory[md5]) for md5 in wanted if md5 in self._memory)
+            return
+        for start in range(0, len(wanted), _AT_ONCE):
+            part = wanted[start : start + _AT_ONCE]
+            question = f"SELECT md5, facts, picture, crc FROM facts WHERE md5 IN ({','.join('?' * len(part))})"
+            rows = self._do(lambda database, question=question, part=part: database.execute(question, part).fetchall()) or []  # type: ignore[misc]
+            intact = [(md5, _unpacked(text, picture)) for md5, text, picture, crc in rows if crc == _crc(md5, text, picture)]
+            if len(intact) < len(rows):
+                self._say(f"{len(rows) - len(intact)} damaged lines of {self.path} are measured again")
+            yield from intact
+
+    def add(self, facts: Mapping[str, Facts]) -> None:
+        """Keep facts by md5.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self.path is None:
+            self._memory |= facts
+            return
+        rows = []
+        for md5, fact in facts.items():
+            text, picture = _packed(fact)
+            rows.append((md5, text, picture, _crc(md5, text, picture)))
+        self._do(lambda database: database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?)", rows))
+
+    def _do(self, action: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Run one transaction; a store that is damaged as a whole is removed, and has no facts then."""
+        with self._lock:
+            try:
+                with self._open() as database:
+                    return action(database)
+            except sqlite3.OperationalError as error:
+                full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+                raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(self.path)) from error
+            except sqlite3.DatabaseError as error:
+                assert self.path is not None
+                self._say(f"{self.path} is damaged ({error}); its images are read again")
+                for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
+                    path.unlink(missing_ok=True)
+            with self._open() as database:
+                return action(database)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(self.path, timeout=_PATIENCE_S)
+        try:
+            with database:
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS facts (md5 TEXT PRIMARY KEY, facts TEXT, picture BLOB, crc INTEGER) WITHOUT ROWID"
+                )
+                yield database
+        finally:
+            database.close()
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(Facts) if field.name != "picture")
+
+
+def _packed(facts: Facts) -> tuple[str, bytes]:
+    return json.dumps([getattr(facts, name) for name in _NAMES]), facts.picture
+
+
+def _unpacked(text: str, picture: bytes) -> Facts:
+    values: dict[str, Any] = dict(zip(_NAMES, json.loads(text), strict=True))
+    values |= {"mode": sys.intern(values["mode"]), "format": sys.intern(values["format"])}
+    return Facts(**values, picture=picture)
+
+
+def _crc(md5: str, text: Any, picture: Any) -> int:
+    return zlib.crc32(bytes(picture), zlib.crc32(f"{md5}{text}".encode()))
+
+
+@cache
+def _rules() -> str:
+    """Return a hash of all that the facts of a content depend on."""
+    digest = hashlib.md5(PIL.__version__.encode(), usedforsecurity=False)
+    for path in (decoding.__file__, __file__):
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------------------------
+
+
+def gather(
+    files: Sequence[tuple[Path, str]],
+    store: FactStore,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    threads: int | None = None,
+) -> Iterator[tuple[int, str, Facts]]:
+    """Yield the number, the md5 and the facts of each file: first those whose content is known, then the others, which are read and measured.
+
+    Args:
+        files: path, and md5 of the content if somebody knows it, else "". The md5 that is yielded for a file that is read is that of its
+            content now: the caller compares.
+        progress: called with (files done, number of files).
+        threads: reading threads; by default one per available CPU and at least 4, since reading waits for the disk.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    by_content: dict[str, list[int]] = defaultdict(list)
+    for number, (_, md5) in enumerate(files):
+        by_content[md5].append(number)
+    done = 0
+    for md5, facts in store.known(md5 for md5 in by_content if md5):
+        for number in by_content.pop(md5):
+            done += 1
+            yield number, md5, facts
+    if done:
+        progress(done, len(files))
+    unread = sorted(number for numbers in by_content.values() for number in numbers)
+    fresh: dict[str, Facts] = {}
+    try:
+        with ThreadPoolExecutor(threads or max(4, available_cpus())) as pool:
+            for number, (md5, facts) in zip(unread, pool.map(lambda number: _read(files[number][0]), unread), strict=True):
+                fresh[md5] = facts
+                if len(fresh) >= _AT_ONCE:
+                    store.add(fresh)
+                    fresh = {}
+                done += 1
+                progress(done, len(files))
+                yield number, md5, facts
+    finally:
+        store.add(fresh)
+
+
+def _read(path: Path) -> tuple[str, Facts]:
+    content = decoding.read_content(path)
+    return hashlib.md5(content, usedforsecurity=False).hexdigest(), measure(content)
