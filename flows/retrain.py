@@ -5,15 +5,14 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import httpx
 from prefect import flow, get_client
-from prefect.events import Event, Resource
 from prefect.runtime import flow_run
 from prefect.server.api.server import SubprocessASGIServer
 
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.files import is_out_of_memory
 from tlpipeline.tasks import pipeline
+from tlpipeline.tasks.events import send
 from tlpipeline.workspace.create import exclusive
 from tlpipeline.workspace.release import Summary
 
@@ -88,19 +87,8 @@ def _end_with_this_process(server: int) -> "subprocess.Popen[bytes]":
 def announce(name: str, data_hash: str, images: int) -> None:
     """Report changed data to the Prefect server, whose on-data deployment then starts a run.
 
-    The event is sent as a request with an answer: Prefect's queued events are lost silently if the server is down.
-
     Raises:
         WorkspaceError: the server cannot be reached, or refuses the event.
     """
-    event = Event(
-        event=UPDATED, resource=Resource({"prefect.resource.id": f"tlpipeline.data.{name}"}), payload={"hash": data_hash, "images": images}
-    )
-    with get_client(sync_client=True) as client:
-        try:
-            client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
-        except httpx.HTTPError as error:
-            raise WorkspaceError(
-                f"Cannot report the changed data to the Prefect server at {client.api_url}: {error}. The data are versioned. "
-                "Start the server, or unset PREFECT_API_URL, and run `tlpipeline data commit` again."
-            ) from error
+    way_out = "The data are versioned. Start the server, or unset PREFECT_API_URL, and run `tlpipeline data commit` again."
+    send(UPDATED, f"tlpipeline.data.{name}", {"hash": data_hash, "images": images}, way_out)

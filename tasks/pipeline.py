@@ -12,6 +12,7 @@ from tlpipeline.errors import Unreachable
 from tlpipeline.evaluation.gate import Verdict
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry.versions import Registration
+from tlpipeline.tasks.events import send
 from tlpipeline.workspace import create, layout, release, stages
 
 # Receives the progress of all stages: the command line sets its progress bar here.
@@ -113,14 +114,22 @@ def evaluate(workspace: Path) -> float:
 def gate(workspace: Path) -> Verdict | None:
     """Compare with the champion on the same test images; return the verdict, or None if the model is already registered."""
     with stages.timed(workspace, "gate"):
-        return release.evaluate_gate(workspace, listener.get())
+        verdict = release.evaluate_gate(workspace, listener.get())
+    if verdict is not None:
+        create_markdown_artifact(verdict.markdown(), key="verdict", description=f"The gate: {verdict.outcome}")
+    return verdict
 
 
 @task(task_run_name="register", retries=2, retry_delay_seconds=10, retry_condition_fn=_is_unreachable)
 def register(workspace: Path, verdict: Verdict | None) -> Registration:
-    """Register the model if the gate accepted it."""
+    """Register the model if the gate accepted it or left it undecided; report the verdict as an event."""
     with stages.timed(workspace, "register"):
-        return release.register(workspace, verdict)
+        registration = release.register(workspace, verdict)
+    if verdict is not None:
+        payload = verdict.to_json() | {"version": registration.version, "promoted": registration.promoted}
+        name = layout.params_of(workspace).data.name
+        send(f"tlpipeline.gate.{verdict.outcome}", f"tlpipeline.model.{name}", payload, "The run is recorded; only the event is missing.")
+    return registration
 
 
 @task(task_run_name="report")

@@ -38,6 +38,7 @@ VERBS = {
     "explain",
     "init",
     "predict",
+    "registry accept",
     "registry list",
     "registry promote",
     "registry rollback",

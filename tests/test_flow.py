@@ -111,8 +111,9 @@ def second(first: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def rejected(first: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with a forced case after the first one: right as often as the champion, so not better; read only."""
+    """A run with a forced case after the first one: right as often as the champion, so undecided, and not to be registered; read only."""
     workspace = copy(first.workspace, tmp_path_factory.mktemp("rejected") / "workspace")
+    set_param(workspace, "gate.undecided", "reject")
     set_param(workspace, "choose.case", "large_similar")
     set_param(workspace, "train.epochs", "2")
     return retrain(workspace)
@@ -151,6 +152,7 @@ def test_decision_and_evaluation_are_artifacts_and_the_stages_show_their_progres
     assert {key: a.type for key, a in found.items()} == {
         "decision": "markdown",
         "evaluation": "markdown",
+        "verdict": "markdown",
         **dict.fromkeys(BARS, "progress"),
     }
     assert reasons.summary(*release.load_decision(first.workspace)) in found["decision"].data
@@ -239,14 +241,16 @@ def test_a_rejection_is_committed_with_its_verdict_but_makes_no_tag(first: Run, 
     assert rejected.state == "COMPLETED"
     assert [r.name for r in task_runs(rejected)][5] == "train-large_similar"
     assert (rejected.result.case, rejected.result.version, rejected.result.new) == ("large_similar", "", False)
-    assert rejected.result.outcome.startswith("rejected: ")
+    assert rejected.result.verdict == "undecided"
+    assert rejected.result.outcome.startswith("undecided: ")
     assert "not significantly better than workspace@v0.1.0" in rejected.result.outcome
+    assert '`tlpipeline registry accept --because "..."`' in rejected.result.outcome, "the way on"
     assert rejected.result.seconds["ingest"] is None
     assert rejected.result.seconds["profile"] is None
     assert rejected.result.seconds["train"] > 0
     assert git(rejected.workspace, "tag") == "workspace@v0.1.0"
     assert git(rejected.workspace, "rev-parse", "HEAD~1") == git(first.workspace, "rev-parse", "HEAD")
-    assert git(rejected.workspace, "log", "-1", "--format=%s").startswith("Rejected: large_similar")
+    assert git(rejected.workspace, "log", "-1", "--format=%s").startswith("Undecided: large_similar")
     assert {"dvc.lock", "case.json"} <= set(git(rejected.workspace, "diff", "--name-only", "HEAD~1").splitlines())
     assert json.loads(git(rejected.workspace, "show", "HEAD:case.json"))["forced"] == ["choose.case"]
     assert json.loads(git(rejected.workspace, "show", "HEAD:metrics.json")) == json.loads((rejected.workspace / layout.METRICS).read_text())

@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING
 
 from tlpipeline.errors import PipelineError, nearest
 from tlpipeline.progress import Progress, silent
-from tlpipeline.results import CacheInfo, DataCommit, Explanation, Promotion, RegisteredVersion, Rollback, Versions
+from tlpipeline.results import Acceptance, CacheInfo, DataCommit, Explanation, Promotion, RegisteredVersion, Rollback, Versions
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -252,6 +252,10 @@ class Workspace:
         """Put a version into a stage; the same as `registry.promote`."""
         return self.registry.promote(version, stage)
 
+    def accept(self, version: str | None = None, *, because: str) -> Acceptance:
+        """Overrule the gate's verdict; the same as `registry.accept`."""
+        return self.registry.accept(version, because=because)
+
     def rollback(self, stage: str = PROD) -> Rollback:
         """Put the version back that was in a stage before; the same as `registry.rollback`."""
         return self.registry.rollback(stage=stage)
@@ -309,6 +313,7 @@ class Registry:
                 RegisteredVersion(
                     name=str(version),
                     stages=version.stages,
+                    verdict=versions.standing(self._root, version),
                     case=versions.case_of(self._root, version),
                     accuracy=reached.accuracy,
                     low=reached.accuracy_low,
@@ -344,6 +349,26 @@ class Registry:
 
         known = versions.resolve(self._root, self.full_name(version))
         return Promotion(str(known), stage, versions.promote(self._root, known, stage))
+
+    def accept(self, version: str | None = None, *, because: str) -> Acceptance:
+        """Overrule the gate's verdict: register a rejected model, or have an undecided version count as accepted.
+
+        Args:
+            version: an undecided version; None is the model that the last run trained.
+            because: why, in a sentence; git records it.
+
+        Raises:
+            RegistryError: there is no reason or no such model, or it is accepted already. WorkspaceError: a run is in the workspace.
+        """
+        from tlpipeline.registry import versions
+        from tlpipeline.versioning import lock
+        from tlpipeline.workspace import release
+
+        with lock.hold(self._root):
+            known = None if version is None else versions.resolve(self._root, self.full_name(version), accepted_first=False)
+            done = release.accept(self._root, known, because)
+        assert done.verdict is not None
+        return Acceptance(done.version, done.new, done.promoted, done.verdict.because)
 
     def rollback(self, name: str | None = None, stage: str = PROD) -> Rollback:
         """Put the version back that was in a stage before.

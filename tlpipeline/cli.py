@@ -32,6 +32,7 @@ app.add_typer(cache, name="cache")
 
 _ENDING = 120  # seconds after which a run that was told to end is killed
 _INTERRUPTED = 130
+_CODES = {"undecided": 3, "rejected": 4}  # of `run`, by the verdict of the gate
 _MEMORY = "error: expected memory to compute in, found too little: {error}. Set data.size lower, or run where there is more."
 _KEPT = "interrupted; checkpoints are kept, and the next run goes on from the last one"
 
@@ -147,7 +148,7 @@ def run(
     """Run the whole pipeline.
 
     It versions and profiles the images, chooses a case, trains and evaluates. A model that beats the one in production is registered. A report
-    is written.
+    is written. The exit code is 3 if the test images leave it undecided which model is better, and 4 if the new one is worse.
     """
     from tlpipeline.api import Workspace
 
@@ -155,6 +156,8 @@ def run(
     with _ends_in_order(), _Bar() as bar:
         summary = Workspace(workspace).run(images, bar)
     _show(summary)
+    if summary.verdict in _CODES:
+        raise typer.Exit(_CODES[summary.verdict])
 
 
 @app.command()
@@ -282,6 +285,21 @@ def registry_promote(
     from tlpipeline.api import Workspace
 
     _print(Workspace(workspace).promote(version, stage))
+
+
+@registry.command("accept")
+def registry_accept(
+    because: Annotated[str, typer.Option(help="Why the verdict is overruled; git records it.")],
+    version: Annotated[str | None, typer.Argument(help="An undecided version; without it, the model of the last run.")] = None,
+    workspace: Folder = Path(),
+) -> None:
+    """Accept a model that the gate rejected or left undecided.
+
+    A model that is not registered yet is registered. With gate.promote: auto, it goes into production.
+    """
+    from tlpipeline.api import Workspace
+
+    _print(Workspace(workspace).registry.accept(version, because=because))
 
 
 @registry.command("rollback")

@@ -20,7 +20,7 @@ from ruamel.yaml.events import AliasEvent, ScalarEvent
 from tlpipeline.errors import ParamsError, nearest
 from tlpipeline.records import shown
 
-AUTO = "auto"
+AUTO, NONE = "auto", "none"
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 # Settings of earlier versions, which an old file may still hold: those with another name now, and those without effect.
 RENAMED: dict[str, str] = {
@@ -37,6 +37,7 @@ RETIRED: dict[str, str] = {  # name: why, or what to do instead
     "choose.textbook_images": "it belonged to choose.rule.",
     "choose.textbook_similarity": "it belonged to choose.rule.",
     "train.views": "random views made most frozen heads worse.",
+    "gate.test": "the exact paired test is always used; the bootstrap accepted worse models on few images.",
 }
 
 Auto = Literal["auto"]
@@ -200,11 +201,22 @@ class GateParams:
         Literal["auto", "accuracy", "balanced_accuracy"],
         Setting("what is compared; auto: balanced_accuracy if classes are so uneven that training weights them, else accuracy"),
     ] = "auto"
-    test: Annotated[Literal["mcnemar", "bootstrap"], Setting("mcnemar (exact) or bootstrap (paired), both on the same test images")] = (
-        "mcnemar"
-    )
     alpha: Annotated[StrictFloat, Field(ge=0.0001, le=0.5), Setting("one-sided error probability of the gate's test")] = 0.05
-    margin: Annotated[Points, Setting("percentage points that a new model may be worse under not_worse")] = 1.0
+    margin: Annotated[
+        Points,
+        Setting("percentage points that a new model may be worse under not_worse; and on the old classes where new ones came"),
+    ] = 1.0
+    min_gain: Annotated[Points, Setting("percentage points that a new model must gain at least, under the rule `better`")] = 0.0
+    class_floor: Annotated[
+        Literal["none"] | Points,
+        Setting("percentage points that the recall of each class may fall; a larger fall is not accepted, and rejected if significant"),
+    ] = "none"
+    undecided: Annotated[
+        Literal["register", "reject"],
+        Setting(
+            "what the test images show to be neither better nor worse; register: as a version that is not promoted; reject: not at all"
+        ),
+    ] = "register"
     promote: Annotated[
         Literal["manual", "auto"],
         Setting("manual: `tlpipeline registry promote`; auto: an accepted version goes to stage prod at once", shown=True),

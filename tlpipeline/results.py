@@ -58,6 +58,7 @@ class RegisteredVersion:
     Attributes:
         name: such as "catalogue@v0.1.0".
         stages: those that it is in now.
+        verdict: "accepted", "undecided", or "accepted by hand".
         case: the transfer-learning case that it was trained as.
         accuracy, low, high: on the test images, with its confidence interval; None where the version has no metrics.
         data: hash of the data set.
@@ -66,6 +67,7 @@ class RegisteredVersion:
 
     name: str
     stages: tuple[str, ...]
+    verdict: str
     case: str
     accuracy: float | None
     low: float | None
@@ -86,6 +88,7 @@ class Versions(Displayed, tuple[RegisteredVersion, ...]):
             (
                 v.name,
                 ", ".join(v.stages),
+                v.verdict,
                 v.case,
                 "" if v.accuracy is None else f"{v.accuracy:.1%}",
                 "" if v.low is None or v.high is None else f"{v.low:.1%} to {v.high:.1%}",
@@ -94,7 +97,7 @@ class Versions(Displayed, tuple[RegisteredVersion, ...]):
             )
             for v in self
         ]
-        return table(("version", "stages", "case", "accuracy", "interval", "data", "commit"), rows)
+        return table(("version", "stages", "verdict", "case", "accuracy", "interval", "data", "commit"), rows)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,26 @@ class Promotion:
 
     def __str__(self) -> str:
         return f"{self.version} is in {self.stage} now ({self.tag})"
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """A model that a person accepted against the gate's verdict.
+
+    Attributes:
+        version: as which it is registered; new: whether it was registered by this.
+        promoted: tag of its promotion, "" if `gate.promote` is manual.
+        because: the reason, which git records.
+    """
+
+    version: str
+    new: bool
+    promoted: str
+    because: str
+
+    def __str__(self) -> str:
+        done = f"{self.version} is {'registered and ' if self.new else ''}accepted: {self.because}"
+        return f"{done} ({self.promoted})" if self.promoted else f"{done}\nTo use it: tlpipeline registry promote {self.version}"
 
 
 @dataclass(frozen=True)

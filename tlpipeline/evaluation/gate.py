@@ -1,43 +1,33 @@
 """The gate: is the new model (challenger) better than the present one (champion)? A paired test on the same test images.
 
+There are three outcomes. *Accepted*: the rule's claim is shown. *Rejected*: the challenger is shown to be worse. *Undecided*: the test images
+show neither. A champion is wrong on images of a class that it cannot name, as it would be in production.
+
 Where classes are so uneven that training gives them equal weight, the gate compares balanced accuracy. Predicting only the largest class
 would have a high accuracy there, and must not win against a model that finds the other classes.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from tlpipeline.evaluation.metrics import Labels, Predictions
-from tlpipeline.params import AUTO, GateParams
+from tlpipeline.evaluation import significance
+from tlpipeline.evaluation.metrics import Predictions
+from tlpipeline.evaluation.significance import Sample
+from tlpipeline.params import AUTO, NONE, GateParams
 
-DRAWS = 10_000
 MAJORITY = "the majority class"
 ACCURACY, BALANCED = "accuracy", "balanced_accuracy"
+ACCEPTED, UNDECIDED, REJECTED = "accepted", "undecided", "rejected"
+GAIN = 0.02  # the true gain whose chance of being shown is told
+WORN = 20  # verdicts after which test images are worn: one of them is wrong by chance at the usual alpha
+_FEW = 14  # mistakes of the champion; winning so many is significant at any alpha: 2^-14 is below 0.0001
+_EXACT_BELOW = 2000  # images up to which that chance is computed exactly
 
-
-@dataclass(frozen=True)
-class Stratum:
-    """Test images with equal weight: all of them for accuracy, those of one class for balanced accuracy.
-
-    Attributes:
-        images: their number.
-        wins, losses: images that only the challenger, or only the champion, classifies correctly.
-        share: weight of the stratum in the metric; the shares of all strata sum to 1.
-    """
-
-    images: int
-    wins: int
-    losses: int
-    share: float
-
-    @property
-    def difference(self) -> float:
-        """Challenger minus champion in the metric."""
-        return self.share * (self.wins - self.losses) / self.images
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -45,22 +35,28 @@ class Verdict:
     """The result of the gate.
 
     Attributes:
-        accepted: whether the challenger may be registered.
+        outcome: accepted, undecided, or rejected (shown to be worse).
         champion: version that it was compared with, or `the majority class`.
-        images: number of compared test images.
+        images: number of compared test images; groups: of those that are independent, the same number where no image has a group.
         left_out: test images that the champion was trained on.
         metric: accuracy, or balanced_accuracy (the mean of the classes' recalls).
         challenger_score, champion_score: the metric on the compared images.
         wins, losses: images that only the challenger, or only the champion, classifies correctly.
-        p_value: one-sided, under the rule's null hypothesis.
+        p_value: one-sided, under the null hypothesis that `reason` names.
         low, high: 90% interval of the difference in the metric, in percentage points.
-        new_classes: classes that the champion does not know; their images are not compared.
+        new_classes: classes that the champion cannot name; lost_classes: those that only the champion can.
+        power: probability that these images show a true gain of two points (rule `better`), or that an equal model is not worse.
+        images_needed: images for a power of 0.8.
         reason: one sentence with the numbers.
+        notes: further sentences: what these images can show, new and lost classes, what was left out.
+        judged: how often these test images have judged before, on average.
+        because: why a person accepted the model against the verdict, "" if nobody did.
     """
 
-    accepted: bool
+    outcome: str
     champion: str
     images: int
+    groups: int
     left_out: int
     metric: str
     challenger_score: float
@@ -71,14 +67,75 @@ class Verdict:
     low: float
     high: float
     new_classes: tuple[str, ...]
+    lost_classes: tuple[str, ...]
+    power: float
+    images_needed: int
     reason: str
+    notes: tuple[str, ...] = ()
+    judged: int = 0
+    because: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the model is registered as better: by the test, or by a person."""
+        return self.outcome == ACCEPTED or bool(self.because)
+
+    @property
+    def text(self) -> str:
+        """The reason and the notes as sentences."""
+        return " ".join([self.reason, *self.notes, *([f"Accepted by hand: {self.because}"] if self.because else [])])
+
+    def markdown(self) -> str:
+        """Return the reason and the notes as markdown."""
+        return "\n".join([f"**{self.reason}**", "", *(f"* {note}" for note in self.notes)])
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
 
 
-def compare_with_majority(challenger: Predictions, majority: str, rule: GateParams, uneven: bool = False) -> Verdict:
+@dataclass(frozen=True)
+class _Pair:
+    """Which images the two models classify correctly: everything that the gate compares.
+
+    Attributes:
+        challenger, champion: whether each is right (n,); labels: names of the true classes (n,); groups: numbers of the groups (n,).
+        balanced: each class has equal weight.
+        name: of the champion.
+    """
+
+    challenger: Bools
+    champion: Bools
+    labels: npt.NDArray[Any]
+    groups: npt.NDArray[np.int64]
+    balanced: bool
+    name: str
+
+    @property
+    def sample(self) -> Sample:
+        strata = np.unique(self.labels, return_inverse=True)[1] if self.balanced else np.zeros(len(self.labels), dtype=np.int64)
+        return Sample(self.challenger.astype(float) - self.champion, strata, np.unique(self.groups, return_inverse=True)[1])
+
+    def of(self, chosen: Bools) -> "_Pair":
+        return replace(
+            self,
+            challenger=self.challenger[chosen],
+            champion=self.champion[chosen],
+            labels=self.labels[chosen],
+            groups=self.groups[chosen],
+        )
+
+    def scores(self) -> tuple[float, float]:
+        weights = self.sample.weights
+        return (float(weights @ self.challenger), float(weights @ self.champion)) if len(weights) else (0.0, 0.0)
+
+    def counts(self) -> tuple[int, int]:
+        return int((self.challenger & ~self.champion).sum()), int((~self.challenger & self.champion).sum())
+
+
+def compare_with_majority(
+    challenger: Predictions, majority: str, rule: GateParams, uneven: bool = False, groups: Sequence[str] = ()
+) -> Verdict:
     """Compare the first model with always predicting the largest training class; it must be significantly better.
 
     Args:
@@ -86,160 +143,178 @@ def compare_with_majority(challenger: Predictions, majority: str, rule: GatePara
         majority: the largest training class.
         rule: settings of the gate.
         uneven: training weighted the classes equally; with `metric: auto`, the gate then uses balanced accuracy.
+        groups: of each image, "" where it has none; images of one group are not independent. Empty: none has.
     """
-    constant = challenger.labels == challenger.classes.index(majority)
-    return _compare(challenger.correct, constant, challenger.labels, MAJORITY, 0, (), rule, "better", uneven)
+    labels = np.array(challenger.classes)[challenger.labels]
+    pair = _Pair(challenger.correct, labels == majority, labels, _numbered(groups, len(labels)), _is_balanced(rule, uneven), MAJORITY)
+    return _judge(pair, rule, null=0.0, claim=f"better than {MAJORITY}")
 
 
 def compare_with_champion(
-    challenger: Predictions, champion: Predictions, name: str, trained_on: frozenset[str], rule: GateParams, uneven: bool = False
+    challenger: Predictions,
+    champion: Predictions,
+    name: str,
+    trained_on: frozenset[str],
+    rule: GateParams,
+    uneven: bool = False,
+    groups: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Compare a challenger with the champion on the same test images.
 
-    Images that the champion was trained on are left out, and so are classes that it does not know.
+    Images that the champion was trained on are left out. On images of a class that it cannot name, it is wrong.
 
     Args:
         challenger, champion: on the same images in the same order.
         name: of the champion.
         trained_on: md5s of the champion's training and validation images.
         rule: settings of the gate.
-        uneven: as in `compare_with_majority`.
+        uneven, groups: as in `compare_with_majority`.
+        rename: names of the champion's classes to today's names.
 
     Raises:
         AssertionError: the images differ.
     """
     assert challenger.md5 == champion.md5, "both must predict the same images"
-    unknown = champion.labels < 0
-    new_classes = tuple(sorted({challenger.classes[i] for i in challenger.labels[unknown]}))
+    renamed = [(rename or {}).get(label, label) for label in champion.classes]
+    labels = np.array(challenger.classes)[challenger.labels]
+    everything = _Pair(
+        challenger.correct, np.array(renamed)[champion.predicted] == labels, labels, _numbered(groups, len(labels)),
+        _is_balanced(rule, uneven), name,
+    )  # fmt: skip
     was_trained_on = np.array([md5 in trained_on for md5 in challenger.md5], dtype=bool)
-    compared = ~was_trained_on & ~unknown
-    left_out = int(was_trained_on.sum())
-    return _compare(
-        challenger.correct[compared],
-        champion.correct[compared],
-        challenger.labels[compared],
-        name,
-        left_out,
-        new_classes,
-        rule,
-        rule.rule,
-        uneven,
+    null, claim = rule.min_gain / 100, f"better than {name}" + f" by more than {rule.min_gain:g} points" * (rule.min_gain > 0)
+    if rule.rule == "not_worse":
+        null, claim = -rule.margin / 100, f"not worse than {name} by {rule.margin:g} points"
+    new, lost = set(challenger.classes) - set(renamed), set(renamed) - set(challenger.classes)
+    return _judge(
+        everything.of(~was_trained_on), rule, null, claim, tuple(sorted(new)), tuple(sorted(lost)), left_out=int(was_trained_on.sum())
     )
 
 
-def _compare(
-    challenger_correct: Any,
-    champion_correct: Any,
-    labels: Labels,
-    champion: str,
-    left_out: int,
-    new_classes: tuple[str, ...],
-    rule: GateParams,
-    claim_kind: str,
-    balanced: bool,
-) -> Verdict:
-    metric = (BALANCED if balanced else ACCURACY) if rule.metric == AUTO else rule.metric
-    parts = strata(challenger_correct, champion_correct, labels, metric)
-    n, wins, losses = len(challenger_correct), sum(part.wins for part in parts), sum(part.losses for part in parts)
-    margin = rule.margin / 100 if claim_kind == "not_worse" else 0.0
-    p_value, test = _p_value(parts, margin, rule)
-    score, champion_score = (_score(correct, labels, metric) for correct in (challenger_correct, champion_correct))
-    accepted = n > 0 and p_value < rule.alpha
-    low, high = _interval(parts)
-    claim = f"better than {champion}" if claim_kind == "better" else f"not worse than {champion} by {rule.margin:g} points"
-    reason = (
-        f"{'accepted' if accepted else 'rejected'}: {'balanced accuracy ' if metric == BALANCED else ''}{score:.1%} against {champion_score:.1%} "
-        f"of {champion} on the same {n} test images ({wins} won, {losses} lost, difference {low:+.1f} to {high:+.1f} points), "
-        f"{'' if accepted else 'not '}significantly {claim} ({_format_p(p_value)}, {test}, alpha {rule.alpha:g})"
-    )
-    if not n:
-        reason = f"rejected: no test image can be compared with {champion}; register it under another name (data.name in params.yaml)"
-    if left_out:
-        reason += f"; {left_out} images that {champion} was trained on are left out"
-    if new_classes:
-        reason += f"; not compared: {', '.join(new_classes)}, new since {champion}"
-    return Verdict(
-        accepted, champion, n, left_out, metric, score, champion_score, wins, losses, p_value, low, high, new_classes, reason + "."
-    )
+def with_wear(verdict: Verdict, judged: int) -> Verdict:
+    """Return a verdict that says how often its test images have judged before.
 
-
-def strata(challenger_correct: Any, champion_correct: Any, labels: Labels, metric: str) -> list[Stratum]:
-    """Group the test images by their weight in the metric.
-
-    Args:
-        challenger_correct, champion_correct: whether each is right about each image (n,).
-        labels: class indices (n,).
-        metric: accuracy or balanced_accuracy.
+    Each verdict has the error probability `alpha`. After 1/alpha of them, expect one model that luck accepted; it is then hard to beat.
     """
-    groups = (
-        [labels == label for label in np.unique(labels)]
-        if metric == BALANCED
-        else [np.ones(len(challenger_correct), dtype=bool)] * (len(challenger_correct) > 0)
+    if not judged:
+        return verdict
+    note = f"These test images have judged {judged} model{'s' * (judged != 1)} before."
+    if judged >= WORN:
+        note += " They are worn: expect that luck decided some of these verdicts. Add images; 15 % of them go to test."
+    return replace(verdict, judged=judged, notes=(*verdict.notes, note))
+
+
+def _is_balanced(rule: GateParams, uneven: bool) -> bool:
+    return uneven if rule.metric == AUTO else rule.metric == BALANCED
+
+
+def _numbered(groups: Sequence[str], images: int) -> npt.NDArray[np.int64]:
+    """Return a number for each group; an image without one is a group of its own."""
+    names = [group or f"\0{i}" for i, group in enumerate(groups or [""] * images)]
+    return np.asarray(np.unique(names, return_inverse=True)[1] if names else [], dtype=np.int64)
+
+
+def _judge(
+    pair: _Pair, rule: GateParams, null: float, claim: str, new: tuple[str, ...] = (), lost: tuple[str, ...] = (), left_out: int = 0
+) -> Verdict:
+    """Return the verdict about the claim that the challenger gains more than `null`."""
+    sample, (wins, losses), (score, champion_score) = pair.sample, pair.counts(), pair.scores()
+    p_claim, test = significance.p_value(sample, null)
+    # What gains significantly less than `min_gain` is as decided as what is worse.
+    p_worse, _ = significance.p_value(sample.reversed(), -max(null, 0.0))
+    doubts, objections = _doubts(pair, rule, new, lost)
+    shown = p_claim < rule.alpha
+    worse = not shown and p_worse < rule.alpha
+    outcome = REJECTED if worse or objections else ACCEPTED if shown and not doubts else UNDECIDED
+    low, high = (round(100 * bound, 2) for bound in significance.interval(sample))
+    result = f"significantly {claim}" if shown else f"not significantly {claim}"
+    if not shown:
+        short = f"worse than {pair.name}" if null <= 0 else f"short of {100 * null:g} points"
+        result += f", but significantly {short}" if worse else " and not significantly worse"
+    reason = (
+        f"{outcome}: {'balanced accuracy ' if pair.balanced else ''}{score:.1%} against {champion_score:.1%} of {pair.name} on the same "
+        f"{sample.images} test images ({wins} won, {losses} lost, difference {low:+.1f} to {high:+.1f} points), {result} "
+        f"({_format_p(p_worse if worse else p_claim)}, {test}, alpha {rule.alpha:g})"
     )
-    return [
-        Stratum(
-            int(group.sum()),
-            int((challenger_correct & ~champion_correct & group).sum()),
-            int((~challenger_correct & champion_correct & group).sum()),
-            1 / len(groups),
+    if not sample.images:
+        reason = f"{outcome}: no test image can be compared with {pair.name}"
+    reason = f"{'; '.join([reason, *objections, *doubts])}."
+    sensitivity, power, needed = _sensitivity(pair, rule, null)
+    notes = [sensitivity, *_notes(pair, new, left_out)]
+    return Verdict(
+        outcome, pair.name, sample.images, len(np.unique(sample.groups)), left_out, BALANCED if pair.balanced else ACCURACY, score,
+        champion_score, wins, losses, p_claim, low, high, new, lost, power, needed, reason, tuple(filter(None, notes)),
+    )  # fmt: skip
+
+
+def _doubts(pair: _Pair, rule: GateParams, new: tuple[str, ...], lost: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Return what leaves the verdict undecided, and what rejects the challenger, whatever the metric says."""
+    doubts, objections = [], []
+    if lost:
+        doubts.append(f"production would lose {', '.join(lost)}, which {pair.name} knows and this model does not")
+    old = pair.of(~np.isin(pair.labels, new))
+    p_worse, _ = significance.p_value(old.sample.reversed(), rule.margin / 100)
+    if new and p_worse < rule.alpha:
+        score, champion_score = old.scores()
+        objections.append(
+            f"significantly worse by more than {rule.margin:g} points (gate.margin) on the classes that {pair.name} knows: "
+            f"{score:.1%} against {champion_score:.1%} ({_format_p(p_worse)})"
         )
-        for group in groups
-    ]
+    if rule.class_floor != NONE:
+        labels = np.unique(old.labels)
+        for label in labels:
+            part = old.of(old.labels == label)
+            fall = -100 * part.sample.difference
+            if fall > float(rule.class_floor):
+                (wins, losses), (p_fall, _) = part.counts(), significance.p_value(part.sample.reversed())
+                text = f"the recall of {label} fell by {fall:.1f} points ({wins} won, {losses} lost of {len(part.labels)} images; gate.class_floor {rule.class_floor:g}"
+                # Bonferroni: each class is a further chance to reject a model that is no worse.
+                (objections if p_fall < rule.alpha / len(labels) else doubts).append(f"{text}, {_format_p(p_fall)})")
+    return doubts, objections
 
 
-def _score(correct: Any, labels: Labels, metric: str) -> float:
-    if not len(correct):
-        return 0.0
-    return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]) if metric == BALANCED else correct.mean())
+def _sensitivity(pair: _Pair, rule: GateParams, null: float) -> tuple[str, float, int]:
+    """Return a sentence about what these images can show, the power, and the images that a power of 0.8 needs."""
+    sample = pair.sample
+    if not (n := sample.images):
+        return "", 0.0, 0
+    gain = 0.0 if null < 0 else null + GAIN
+    discordance = significance.assumed_discordance([sample])
+    effect = significance.design_effect(sample.gains, sample.weights, sample.strata, sample.groups) * n * float(np.sum(sample.weights**2))
+    if sample.is_plain and n <= _EXACT_BELOW:
+        power = significance.exact_power(n, gain, discordance, rule.alpha, null)
+    else:
+        power = significance.approximate_power(n, gain, discordance, rule.alpha, null, effect)
+    needed = significance.images_needed(gain, discordance, rule.alpha, null, effect=effect)
+    independent = f" in {len(np.unique(sample.groups))} groups" if len(np.unique(sample.groups)) < n else ""
+    images = f"{n} test image{'s' * (n != 1)}{independent}"
+    case = "that a model as good as the champion is not worse" if null < 0 else f"a gain of {100 * gain:g} points"
+    mistakes = int((~pair.champion).sum())  # the most that could be won
+    best = Sample((~pair.champion).astype(float), sample.strata, sample.groups)
+    if (mistakes < _FEW or not sample.is_plain) and significance.p_value(best, null)[0] >= rule.alpha:
+        return (
+            f"{images} cannot decide: even a model without mistakes would not be shown to be better. About {needed:,} show {case} four times in five.",
+            power,
+            needed,
+        )
+    return f"{images} show {case} {power:.0%} of the time; for four times in five, about {needed:,} are needed.", power, needed
+
+
+def _notes(pair: _Pair, new: tuple[str, ...], left_out: int) -> list[str]:
+    """Return sentences about the images that were compared."""
+    notes = []
+    if new:
+        old = ~np.isin(pair.labels, new)
+        (wins, _), (score, champion_score) = pair.of(~old).counts(), pair.of(old).scores()
+        notes.append(
+            f"New since {pair.name}: {', '.join(new)}; it cannot name them and is wrong there, this model is right on {wins} of {int((~old).sum())} "
+            f"test images. On the classes that both know: {score:.1%} against {champion_score:.1%} on {int(old.sum())} images."
+        )
+    if left_out:
+        notes.append(f"{left_out} images that {pair.name} was trained on are left out.")
+    return notes
 
 
 def _format_p(p_value: float) -> str:
     return f"p = {p_value:.2g}" if p_value >= 1e-12 else "p < 1e-12"
-
-
-def _p_value(parts: Sequence[Stratum], margin: float, rule: GateParams) -> tuple[float, str]:
-    """Return the one-sided p-value of `the challenger is not better than the champion minus margin`, and the name of the test."""
-    from scipy.stats import binomtest, norm
-
-    observed = sum(part.difference for part in parts)
-    if rule.test == "bootstrap":
-        return (_p_of_draws(_bootstrap(parts) <= -margin) if parts else 1.0), "paired bootstrap"
-    if margin == 0 and len(parts) <= 1:
-        wins, losses = sum(part.wins for part in parts), sum(part.losses for part in parts)
-        return (float(binomtest(wins, wins + losses, 0.5, alternative="greater").pvalue) if wins + losses else 1.0), "exact McNemar test"
-    if margin == 0:
-        # McNemar's null hypothesis: a coin toss decides who wins an image. Here images have different weights.
-        rng = np.random.default_rng(0)
-        permuted = sum(
-            part.share * (2 * rng.binomial(part.wins + part.losses, 0.5, DRAWS) - part.wins - part.losses) / part.images for part in parts
-        )
-        return _p_of_draws(permuted >= observed - 1e-12), "paired permutation test"
-    # Non-inferiority of paired proportions by Tango's score test (1998): the probability of a loss is estimated under the null
-    # difference. The scores of several strata are summed.
-    null, variance = -margin, 0.0
-    for part in parts:
-        n, wins, losses = part.images, part.wins, part.losses
-        a2, b2, c2 = 2 * n, -wins - losses + (2 * n - wins + losses) * null, -losses * null * (1 - null)
-        loss_probability = (math.sqrt(max(b2 * b2 - 4 * a2 * c2, 0.0)) - b2) / (2 * a2)
-        variance += (part.share / n) ** 2 * max(n * (2 * loss_probability + null * (1 - null)), 1e-12)
-    return (float(norm.sf((observed - null) / math.sqrt(variance))) if parts else 1.0), "paired score test"
-
-
-def _p_of_draws(at_least_as_extreme: Any) -> float:
-    """Return the p-value from draws under the null hypothesis: never 0."""
-    return float((1 + at_least_as_extreme.sum()) / (1 + len(at_least_as_extreme)))
-
-
-def _bootstrap(parts: Sequence[Stratum]) -> Any:
-    # Only the numbers of wins, losses and ties matter: one multinomial draw replaces n indices.
-    rng, differences = np.random.default_rng(0), np.zeros(DRAWS)
-    for part in parts:
-        shares = [part.wins / part.images, part.losses / part.images]
-        counts = rng.multinomial(part.images, [*shares, max(0.0, 1 - sum(shares))], size=DRAWS)
-        differences += part.share * (counts[:, 0] - counts[:, 1]) / part.images
-    return differences
-
-
-def _interval(parts: Sequence[Stratum]) -> tuple[float, float]:
-    low, high = np.quantile(_bootstrap(parts), [0.05, 0.95])
-    return round(float(low) * 100, 2), round(float(high) * 100, 2)

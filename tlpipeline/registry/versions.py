@@ -20,6 +20,7 @@ from tlpipeline.errors import RegistryError, WorkspaceError, nearest
 from tlpipeline.evaluation.gate import Verdict
 from tlpipeline.files import write_json
 from tlpipeline.params import backbone_name
+from tlpipeline.registry import ledger
 from tlpipeline.versioning import dvc, git, lock
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class Registration:
         new: whether this run registered it.
         promoted: tag of its promotion, "" if there is none.
         verdict: of the gate, None if the model was registered earlier.
-        reason: one sentence for people.
+        reason: sentences for people.
     """
 
     version: str
@@ -113,13 +114,50 @@ def _assignments(events: Iterable[_Event], stage: str) -> list[str]:
 
 
 def champion(root: Path, name: str) -> Version | None:
-    """Return the version in stage prod, else the newest registered version, else None."""
+    """Return the version in stage prod, else the newest accepted version, else None.
+
+    An undecided version is no champion: week after week, the next could be a little worse without being shown to be.
+    """
     known = versions(root, name)
-    return next((v for v in known if PROD in v.stages), known[-1] if known else None)
+    return next((v for v in known if PROD in v.stages), None) or next((v for v in reversed(known) if is_accepted(root, v)), None)
 
 
-def resolve(root: Path, text: str) -> Version:
+def is_accepted(root: Path, version: Version) -> bool:
+    """Return whether the gate or a person accepted a version. One without a recorded verdict was: earlier versions registered no other."""
+    verdict = verdict_of(root, version)
+    return verdict is None or verdict.accepted
+
+
+def verdict_of(root: Path, version: Version) -> Verdict | None:
+    """Return the verdict about a version as the ledger has it now, or as its commit has it; None if neither does.
+
+    Raises:
+        RegistryError: a ledger is damaged.
+    """
+    now = {entry.version: entry.verdict for entry in ledger.read(root)}
+    if str(version) in now:
+        return now[str(version)]
+    # The branch may not have it: another clone registered it.
+    then = ledger.parse(git.read_at(root, version.commit, ledger.LEDGER) or "", f"{ledger.LEDGER} of {version}")
+    return next((entry.verdict for entry in then if entry.version == str(version)), None)
+
+
+def _newest(root: Path, known: Sequence[Version]) -> Version:
+    """Return the newest accepted version, or the newest if none is accepted."""
+    return known[-1] if len(known) == 1 else next((v for v in reversed(known) if is_accepted(root, v)), known[-1])
+
+
+def standing(root: Path, version: Version) -> str:
+    """Return "accepted", "undecided" or "accepted by hand"."""
+    verdict = verdict_of(root, version)
+    return "accepted" if verdict is None else "accepted by hand" if verdict.because else verdict.outcome
+
+
+def resolve(root: Path, text: str, accepted_first: bool = True) -> Version:
     """Return the version of a name: `name@v1.2.0`, `name@v1` (the newest 1.x), `name@latest`, or `name#prod`.
+
+    Args:
+        accepted_first: the newest is the newest that was accepted, if one was: an undecided version is not used by mistake.
 
     Raises:
         RegistryError: there is no such version.
@@ -145,11 +183,10 @@ def resolve(root: Path, text: str) -> Version:
         )
     number = text.partition("@")[2]
     if number in ("", "latest"):
-        return known[-1]
+        return _newest(root, known) if accepted_first else known[-1]
     parts = tuple(number.removeprefix("v").split("."))
-    for version in reversed(known):
-        if tuple(map(str, version.number))[: len(parts)] == parts:
-            return version
+    if meant := [version for version in known if tuple(map(str, version.number))[: len(parts)] == parts]:
+        return _newest(root, meant) if accepted_first else meant[-1]
     raise RegistryError(f"expected a version of {name}, found {number!r}; registered: {', '.join(str(v) for v in known)}.")
 
 

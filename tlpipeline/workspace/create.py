@@ -16,6 +16,7 @@ from tlpipeline.files import file_md5, unlink, write_bytes
 from tlpipeline.params import AUTO
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry import versions
+from tlpipeline.registry.ledger import LEDGER
 from tlpipeline.training.override import override
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.versioning import dvc, git, lock
@@ -25,7 +26,7 @@ TEMPLATE = Path(__file__).with_name("template")
 STARTED = layout.OWN / "init"  # there while a workspace is made
 TRACKED = (
     "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.CASE, layout.METRICS, layout.CLASSES,
-    versions.CARD, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
+    versions.CARD, LEDGER, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
 PLOTS = ("plane.json", "probe.json")  # templates with which `dvc plots show` draws the decision
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from tlpipeline.choice.decision import Decision
 from tlpipeline.display import Displayed, table
-from tlpipeline.errors import WorkspaceError
+from tlpipeline.errors import RegistryError, WorkspaceError
 from tlpipeline.evaluation import gate
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, Progress
-from tlpipeline.registry import versions
+from tlpipeline.registry import ledger, versions
 from tlpipeline.registry.versions import Registration
 from tlpipeline.versioning import dvc, git, lock
 from tlpipeline.workspace import layout, stages
@@ -45,54 +45,134 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
     params = layout.params_of(root)
     if resumed := versions.resume_publication(root, params.gate.promote == "auto"):
         progress(Event("gate", 1, 1, f"{resumed[0]} of an interrupted run is published now{' and promoted' if resumed[1] else ''}"))
-    if versions.find_registered(root, params.data.name, dvc.stage_output(root, "train", layout.MODEL)):
+    model = dvc.stage_output(root, "train", layout.MODEL)
+    if versions.find_registered(root, params.data.name, model):
         return None
     challenger = evaluate.read_predictions(root / layout.PREDICTIONS)
     manifest = dataset.read_manifest(root / layout.MANIFEST)
     trained = Counter(row.label for row in manifest.used(splits.TRAIN))
     recipe = layout.with_recipe(layout.read_case(root), params).recipe
     uneven = max(trained.values()) > recipe.head_imbalance * min(trained.values())
+    rows = manifest.used(splits.TEST)
+    groups = [{row.md5: row.group for row in rows}[md5] for md5 in challenger.md5]
     git.fetch_tags(root)  # another clone may have promoted the champion
     best = versions.champion(root, params.data.name)
     if best is None:
-        return gate.compare_with_majority(challenger, layout.read_metrics(root).majority_class, params.gate, uneven)
-    rows = manifest.used(splits.TEST)
+        majority = layout.read_metrics(root).majority_class
+        verdict = gate.compare_with_majority(challenger, majority, params.gate, uneven, groups)
+    else:
 
-    def on_progress(done: int) -> None:
-        progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))
+        def on_progress(done: int) -> None:
+            progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))
 
-    champion = stages.predict_rows(root, versions.model_folder(root, best), rows, on_progress)
-    return gate.compare_with_champion(challenger, champion, str(best), versions.trained_on(root, best), params.gate, uneven)
+        champion = stages.predict_rows(root, versions.model_folder(root, best), rows, on_progress)
+        known = versions.trained_on(root, best)
+        # An image whose group the champion was trained on is no new one to it.
+        known_groups = {row.group for row in manifest.rows if row.group and row.md5 in known}
+        known |= {row.md5 for row in rows if row.group in known_groups}
+        verdict = gate.compare_with_champion(challenger, champion, str(best), known, params.gate, uneven, groups)
+    return gate.with_wear(verdict, ledger.times_judged([e for e in ledger.read(root) if e.model != model], challenger.md5))
 
 
 def register(root: Path, verdict: gate.Verdict | None) -> Registration:
-    """Register the model if the gate accepted it; commit dvc.lock, metrics and data in any case."""
+    """Register the model if the gate accepted it, or if it is undecided and `gate.undecided` says so; commit the run in any case.
+
+    An undecided version is not promoted.
+    """
     params = layout.params_of(root)
     name = params.data.name
     tracked = [*TRACKED, f"{params.data.images}.dvc"]
-    registered = versions.find_registered(root, name, dvc.stage_output(root, "train", layout.MODEL))
+    model = dvc.stage_output(root, "train", layout.MODEL)
+    registered = versions.find_registered(root, name, model)
     if verdict is None and registered is not None:
         git.commit(root, "Record the run", tracked)
         if registered.number not in [version.number for version in versions.versions(root, name)]:
             return Registration(
                 "", False, "", None, f"this model was registered as {registered}, which was withdrawn; it is not registered again."
             )
-        return Registration(str(registered), False, "", None, f"this model is already registered as {registered}: nothing to do.")
+        reason = f"this model is already registered as {registered}: nothing to do."
+        if not versions.is_accepted(root, registered):
+            reason = f"this model is already registered as {registered}. The gate left it undecided. {_way_on(registered)}"
+        return Registration(str(registered), False, "", None, reason)
     assert verdict is not None, "a new model needs the gate's verdict"
-    case = layout.read_case(root)
-    metrics = layout.read_metrics(root)
-    if not verdict.accepted:
-        git.commit(root, f"Rejected: {case.case}, accuracy {metrics.accuracy:.4f}", tracked)
+    summary = f"{layout.read_case(root).case}, accuracy {layout.read_metrics(root).accuracy:.4f}"
+    kept = verdict.accepted or (verdict.outcome == gate.UNDECIDED and params.gate.undecided == "register")
+    if not kept:
+        _record(root, model, "", verdict)
+        git.commit(root, f"{verdict.outcome.capitalize()}: {summary}", tracked)
         dvc.push(root)
-        return Registration("", False, "", verdict, verdict.reason)
-    number = versions.next_number(root, name, list(metrics.classes), case.case)
+        return Registration("", False, "", verdict, f"{verdict.text} {_WAY_IN}")
+    case = layout.read_case(root)
+    number = versions.next_number(root, name, list(layout.read_metrics(root).classes), case.case)
     version = versions.Version(number, name, "")
     from tlpipeline.registry.card import card
 
     (root / versions.CARD).write_text(card(str(version), card_facts(root, verdict)), encoding="utf-8")
-    message = f"{version}: {case.case}, accuracy {metrics.accuracy:.4f}"
-    version, promoted = versions.publish(root, name, number, message, tracked, versions.PROD if params.gate.promote == "auto" else "")
-    return Registration(str(version), True, promoted, verdict, verdict.reason)
+    _record(root, model, str(version), verdict)
+    standing = f" (accepted by hand: {verdict.because})" if verdict.because else "" if verdict.accepted else " (undecided)"
+    promoting = params.gate.promote == "auto" and verdict.accepted
+    version, promoted = versions.publish(root, name, number, f"{version}: {summary}{standing}", tracked, versions.PROD if promoting else "")
+    return Registration(str(version), True, promoted, verdict, verdict.text if verdict.accepted else f"{verdict.text} {_way_on(version)}")
+
+
+_WAY_IN = 'To register it all the same: `tlpipeline registry accept --because "..."`.'
+
+
+def _way_on(version: versions.Version) -> str:
+    return (
+        f"{version} is registered but not promoted. To use it: `tlpipeline registry promote {version}`. To have it count as accepted: "
+        f'`tlpipeline registry accept {version} --because "..."`.'
+    )
+
+
+def _record(root: Path, model: str, version: str, verdict: gate.Verdict) -> None:
+    from tlpipeline.evaluation import metrics as evaluate
+
+    test = ledger.sketch(evaluate.read_predictions(root / layout.PREDICTIONS).md5)
+    ledger.record(root, ledger.Entry(model, version, test, verdict))
+
+
+def accept(root: Path, version: versions.Version | None, because: str) -> Registration:
+    """Overrule the gate: register the workspace's model, or have an undecided version count as accepted. The reason is recorded in git.
+
+    What `gate.promote` says of accepted versions holds for it, too.
+
+    Args:
+        version: registered but undecided; None is the workspace's model, whether it is registered or not.
+        because: why, in a sentence.
+
+    Raises:
+        RegistryError: there is no reason, the gate has not judged the model, or it is accepted already.
+    """
+    params = layout.params_of(root)
+    because = " ".join(because.split())
+    if not because:
+        raise RegistryError('expected a reason, found none. Say in a sentence why the verdict is overruled: --because "...".')
+    model = dvc.stage_output(root, "train", layout.MODEL)
+    version = version or versions.find_registered(root, params.data.name, model)
+    if version is None:
+        entry = ledger.find(ledger.read(root), model)
+        if entry is None or dvc.content_md5(root / layout.MODEL) != model:
+            raise RegistryError(
+                f"expected a model in {root} that the gate has judged, found {'none' if entry is None else 'another one'}. `tlpipeline run` "
+                "trains and judges one."
+            )
+        return register(root, dataclasses.replace(entry.verdict, because=because))
+    verdict = versions.verdict_of(root, version)
+    if verdict is None or verdict.accepted:
+        raise RegistryError(
+            f"expected an undecided version, found {version}, which is accepted. `tlpipeline registry promote {version}` uses it."
+        )
+    verdict = dataclasses.replace(verdict, because=because)
+    git.fetch_tags(root)
+    entry = next((e for e in ledger.read(root) if e.version == str(version)), None)
+    stored = dvc.stage_output(root, "train", layout.MODEL, version.commit)
+    ledger.record(root, dataclasses.replace(entry, verdict=verdict) if entry else ledger.Entry(stored, str(version), (), verdict))
+    git.commit(root, f"Accept {version}: {because}", [ledger.LEDGER])
+    git.push(root)
+    promoted = versions.promote(root, version) if params.gate.promote == "auto" else ""
+    way_on = "" if promoted else f" To use it: `tlpipeline registry promote {version}`."
+    return Registration(str(version), False, promoted, verdict, f"{version} is accepted: {because}.{way_on}")
 
 
 def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, object]:
@@ -197,6 +277,7 @@ class Summary(Displayed):
         outcome: what the comparison led to.
         report: path of the report page.
         seconds: of each step; None where it was up to date.
+        verdict: "accepted", "undecided" or "rejected"; "" if the model was judged before.
     """
 
     images: int
@@ -215,6 +296,7 @@ class Summary(Displayed):
     outcome: str
     report: str
     seconds: dict[str, float | None]
+    verdict: str = ""
 
     def __rich__(self) -> "RenderableType":
         left_out = [_counted(self.copies, "exact copy", "exact copies") + " not counted"] if self.copies else []
@@ -227,6 +309,7 @@ class Summary(Displayed):
             ("why", self.reason),
             ("accuracy", ", ".join([f"{self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%})", *against])),
             ("version", self.version + ("" if self.new else " (unchanged)") if self.version else "none registered"),
+            *[("verdict", self.verdict) for _ in range(bool(self.verdict))],
             ("", self.outcome),
             ("report", self.report),
             ("seconds", ", ".join(f"{name} {'up to date' if s is None else f'{s:.1f}'}" for name, s in self.seconds.items())),
@@ -285,6 +368,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         champion=against,
         version=registration.version,
         new=registration.new,
+        verdict=verdict.outcome if verdict else "",
         outcome=registration.reason,
         report=str(report),
         seconds=layout.read_run(root).seconds,

@@ -1,0 +1,287 @@
+"""Tests and intervals for the difference of two models on the same images, and what such a test can see.
+
+Each image is a win (only the challenger is right), a loss (only the champion is) or a tie. Without groups and weights, the test is the exact
+unconditional one of paired proportions: its error probability is at most `alpha` whatever the number of images. It orders the results by
+Tango's score statistic (Tango 1998, Statistics in Medicine 17:891), which is McNemar's at a null difference of 0, and takes the largest
+probability over the unknown share of discordant images (Suissa and Shuster 1991, Biometrics 47:361; Lloyd and Moldovan 2008, Statistics in
+Medicine 27:3540). It is valid as the exact conditional McNemar test is, and finds more.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+DRAWS = 10_000
+_NUISANCE = 48  # values of the unknown share of losses over which the largest probability is taken
+_NEGLIGIBLE = 8.0  # standard deviations beyond which a binomial count is left out: a probability below 1e-14
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Paired results on the same images.
+
+    Attributes:
+        gains: +1 for a win, -1 for a loss, 0 for a tie (n,).
+        strata: number of the stratum of each image (n,), from 0. Each stratum has equal weight in the metric: one stratum gives accuracy,
+            one for each class gives balanced accuracy.
+        groups: number of the group of each image (n,); images of one group are not independent.
+    """
+
+    gains: Floats
+    strata: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64]
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.gains)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Images in each stratum (strata,)."""
+        return np.bincount(self.strata)
+
+    @property
+    def weights(self) -> Floats:
+        """Weight of each image in the metric (n,), with sum 1."""
+        sizes = self.sizes
+        return 1.0 / (len(sizes) * sizes[self.strata])
+
+    @property
+    def difference(self) -> float:
+        """Challenger minus champion in the metric, in [-1, 1]."""
+        return float(self.weights @ self.gains) if self.images else 0.0
+
+    @property
+    def discordance(self) -> float:
+        """Weighted share of images that only one of the two gets right."""
+        return float(self.weights @ np.abs(self.gains)) if self.images else 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each image counts alike and stands for itself."""
+        return len(self.sizes) <= 1 and len(np.unique(self.groups)) == self.images
+
+    def reversed(self) -> "Sample":
+        """Return the sample with the roles of the two models exchanged."""
+        return Sample(-self.gains, self.strata, self.groups)
+
+    def part(self, chosen: npt.NDArray[np.bool_]) -> "Sample":
+        """Return the sample of some of the images."""
+        return Sample(self.gains[chosen], *(np.unique(x[chosen], return_inverse=True)[1] for x in (self.strata, self.groups)))
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------------------------
+
+
+def design_effect(values: Floats, weights: Floats, strata: Any, groups: Any) -> float:
+    """Return by how much groups increase the variance of a weighted mean: 1 where each image stands for itself, else at least 1.
+
+    The variance between groups is that of the linearized mean (Rao and Scott 1992, Biometrics 48:577). With few groups, Student's t takes
+    the place of the normal distribution (Korn and Graubard 1998, Survey Methodology 24:193). Where all values are equal, images of a group
+    are taken for copies of each other.
+
+    Args:
+        values, weights: of each image (n,).
+        strata, groups: their numbers (n,).
+    """
+    from scipy.stats import norm, t
+
+    sizes = np.bincount(groups)
+    if len(sizes) == len(values):
+        return 1.0
+    if len(sizes) < 2:
+        return float(len(values))
+    totals = np.bincount(strata, weights)
+    residuals = weights * (values - (np.bincount(strata, weights * values) / totals)[strata])
+    single, grouped = float(residuals @ residuals), float(np.sum(np.bincount(groups, residuals) ** 2))
+    between = grouped / single if single > 0 else float(np.sum(sizes**2) / len(values))
+    few = len(sizes) / (len(sizes) - 1) * float(t.ppf(0.95, len(sizes) - 1) / norm.ppf(0.95)) ** 2
+    return max(1.0, between * few)
+
+
+# --- p-values and intervals -----------------------------------------------------------------------------------------------------------
+
+
+def p_value(sample: Sample, null: float = 0.0) -> tuple[float, str]:
+    """Return the one-sided p-value of `the challenger gains at most null`, and the name of the test.
+
+    Args:
+        sample: paired results.
+        null: difference in the metric, in (-1, 1).
+    """
+    from scipy.stats import norm
+
+    if not sample.images:
+        return 1.0, "no test"
+    if sample.is_plain:
+        wins, losses = (int((sample.gains == sign).sum()) for sign in (1, -1))
+        return exact_p_value(wins, losses, sample.images, null), "exact paired test"
+    grouped = len(np.unique(sample.groups)) < sample.images
+    if null == 0:
+        # Under the null hypothesis a coin decides which of the two models each group favors.
+        sums = np.bincount(sample.groups, sample.weights * sample.gains)
+        sizes, counts = np.unique(np.round(np.abs(sums[sums != 0]), 15), return_counts=True)
+        rng = np.random.default_rng(0)
+        draws = sum(
+            (size * (2 * rng.binomial(count, 0.5, DRAWS) - count) for size, count in zip(sizes, counts, strict=True)), np.zeros(DRAWS)
+        )
+        extreme = float((1 + (draws >= sums.sum() - 1e-12).sum()) / (1 + DRAWS))
+        return extreme, "permutation test of groups" if grouped else "paired permutation test"
+    return float(norm.sf(_score(sample, null))), "score test of groups" if grouped else "paired score test"
+
+
+def interval(sample: Sample, confidence: float = 0.9) -> tuple[float, float]:
+    """Return the interval of the difference in the metric that inverts the score test (Tango 1998), in [-1, 1]."""
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    if not sample.images:
+        return -1.0, 1.0
+    z, most = float(norm.isf((1 - confidence) / 2)), 1 - 1e-9
+
+    def bound(sign: int) -> float:
+        def beyond(null: float) -> float:
+            return _score(sample, null) - sign * z
+
+        return float(brentq(beyond, -most, most)) if beyond(-most) * beyond(most) < 0 else -sign * 1.0
+
+    return bound(1), bound(-1)
+
+
+def _score(sample: Sample, null: float) -> float:
+    """Return Tango's score statistic, summed over strata, with the variance that groups give it."""
+    variance = 0.0
+    for stratum, size in enumerate(sample.sizes):
+        gains = sample.gains[sample.strata == stratum]
+        lost = _restricted_losses((gains > 0).sum(), (gains < 0).sum(), size, null)
+        variance += float(max(size * (2 * lost + null * (1 - null)), 1e-12)) / (len(sample.sizes) * size) ** 2
+    variance *= design_effect(sample.gains, sample.weights, sample.strata, sample.groups)
+    return (sample.difference - null) / math.sqrt(variance)
+
+
+def _restricted_losses(wins: Any, losses: Any, n: Any, null: float) -> Any:
+    """Return the maximum-likelihood probability of a loss among those where wins are more probable by `null` (Tango 1998)."""
+    b = -wins - losses + (2 * n - wins + losses) * null
+    root = np.sqrt(np.maximum(b * b + 8 * n * losses * null * (1 - null), 0.0))
+    return np.clip((root - b) / (4 * n), max(0.0, -null), (1 - null) / 2)
+
+
+@lru_cache(maxsize=4096)
+def exact_p_value(wins: int, losses: int, n: int, null: float = 0.0) -> float:
+    """Return the p-value of the exact unconditional test of paired proportions.
+
+    Args:
+        wins, losses: images that only one of the two gets right.
+        n: images.
+        null: largest difference under the null hypothesis.
+    """
+    return _largest_tail(float(_statistic(np.array(wins), np.array(losses), n, null)), n, null)
+
+
+def _statistic(wins: Any, losses: Any, n: int, null: float) -> Floats:
+    variance = n * (2 * _restricted_losses(wins, losses, n, null) + null * (1 - null))
+    return np.asarray((wins - losses - n * null) / np.sqrt(np.maximum(variance, 1e-12)))
+
+
+def _largest_tail(bound: float, n: int, null: float, points: int = _NUISANCE) -> float:
+    """Return the largest probability, over the share of losses, of a statistic of at least `bound` where the difference is `null`."""
+    lowest, highest = max(0.0, -null), (1 - null) / 2
+    grid = lowest + (highest - lowest) * np.concatenate([[0.0], np.geomspace(min(0.02 / n, 0.01), 1.0, points)])
+    needed = _fewest_wins(bound, n, null)
+    tails = [_tail(needed, n, lost + null, lost) for lost in grid]
+    peak = int(np.argmax(tails))
+    around = np.linspace(grid[max(peak - 1, 0)], grid[min(peak + 1, points)], points // 4 + 2)
+    return min(1.0, max(tails[peak], *(_tail(needed, n, lost + null, lost) for lost in around)))
+
+
+def _fewest_wins(bound: float, n: int, null: float) -> npt.NDArray[np.int64]:
+    """Return for each number of losses (n + 1,) the fewest wins whose statistic reaches `bound`; more than there are if none do."""
+    losses = np.arange(n + 1)
+    low, high = np.zeros(n + 1, dtype=np.int64), n - losses + 1
+    while (low < high).any():  # the statistic rises with wins
+        middle = (low + high) // 2
+        reached = _statistic(middle, losses, n, null) >= bound - 1e-9
+        open_ = low < high
+        high = np.where(open_ & reached, middle, high)
+        low = np.where(open_ & ~reached, middle + 1, low)
+    return low
+
+
+def _tail(needed: npt.NDArray[np.int64], n: int, win: float, loss: float) -> float:
+    """Return the probability of at least `needed` wins, by the number of losses, where images are won and lost with these probabilities."""
+    from scipy.stats import binom
+
+    win, loss = max(win, 0.0), max(loss, 0.0)
+    around, spread = n * loss, _NEGLIGIBLE * math.sqrt(n * loss * (1 - loss)) + _NEGLIGIBLE**2
+    losses = np.arange(max(0, int(around - spread)), min(n, math.ceil(around + spread)) + 1)
+    rest = min(1.0, win / (1 - loss)) if loss < 1 else 0.0
+    return float(binom.pmf(losses, n, loss) @ binom.sf(needed[losses] - 1, n - losses, rest))
+
+
+# --- power ----------------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def critical_region(n: int, alpha: float, null: float = 0.0, points: int = _NUISANCE, steps: int = 24) -> npt.NDArray[np.int64]:
+    """Return the fewest wins for each number of losses (n + 1,) with which the exact test of n images has p < alpha.
+
+    Args:
+        n, alpha, null: as for `exact_power`.
+        points, steps: of the search; the fewer, the rougher.
+    """
+    low, high = 0.5, 8.0  # no statistic below is significant, and each above is
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _largest_tail(middle, n, null, points) < alpha else (middle, high)
+    return _fewest_wins(high, n, null)
+
+
+def exact_power(n: int, gain: float, discordance: float, alpha: float, null: float = 0.0) -> float:
+    """Return the probability that the exact test of n images shows a gain of more than `null`.
+
+    Args:
+        n: images.
+        gain: true difference.
+        discordance: share of images that only one of the two gets right; at least the gain.
+        alpha: error probability of the test.
+        null: difference that the test has to refute.
+    """
+    discordance = max(discordance, abs(gain))
+    return _tail(critical_region(n, alpha, null, 24, 12), n, (discordance + gain) / 2, (discordance - gain) / 2)
+
+
+def approximate_power(n: float, gain: float, discordance: float, alpha: float, null: float = 0.0, effect: float = 1.0) -> float:
+    """Return the power by the normal approximation, for n images with a design effect."""
+    from scipy.stats import norm
+
+    spread_null, spread = _spreads(gain, discordance, null)
+    return float(norm.cdf((math.sqrt(n / effect) * (gain - null) - norm.isf(alpha) * spread_null) / spread))
+
+
+def images_needed(gain: float, discordance: float, alpha: float, null: float = 0.0, power: float = 0.8, effect: float = 1.0) -> int:
+    """Return about how many images show a gain with this power (Lachin 1992, Statistics in Medicine 11:1239), to two digits."""
+    from scipy.stats import norm
+
+    spread_null, spread = _spreads(gain, discordance, null)
+    n = effect * ((norm.isf(alpha) * spread_null + norm.ppf(power) * spread) / (gain - null)) ** 2
+    digits = 10 ** max(0, math.floor(math.log10(max(n, 1))) - 1)
+    return int(math.ceil(n / digits) * digits)
+
+
+def _spreads(gain: float, discordance: float, null: float) -> tuple[float, float]:
+    """Return the standard deviation of one image's result under the null hypothesis and where the gain is true."""
+    discordance = max(discordance, abs(gain), abs(null))
+    return math.sqrt(max(discordance - null**2, 1e-9)), math.sqrt(max(discordance - gain**2, 1e-9))
+
+
+def assumed_discordance(samples: Sequence[Sample]) -> float:
+    """Return the share of discordant images to expect: the seen one, with ten images' weight on a tenth."""
+    images = sum(sample.images for sample in samples)
+    return (sum(sample.discordance * sample.images for sample in samples) + 1) / (images + 10)
