@@ -67,6 +67,7 @@ def test_an_undecided_version_that_a_person_accepts_is_champion_and_latest(regis
         Workspace(registered).accept("v0.1.1", because="twice")
 
 
+@pytest.mark.slow
 def test_a_model_that_was_not_registered_is_registered_by_a_person(registered: Path) -> None:
     set_param(registered, "gate.undecided", "reject")
     set_param(registered, "gate.promote", "auto")
@@ -105,6 +106,7 @@ def test_the_gate_leaves_out_what_the_champion_was_trained_on(registered: Path) 
     assert (verdict.champion, verdict.left_out, verdict.images) == ("workspace@v0.1.0", 5, len(test))
 
 
+@pytest.mark.slow
 def test_three_versions_are_rolled_back_one_after_the_other(registered: Path) -> None:
     for number in (1, 2):
         judged(retrained(registered))

@@ -39,6 +39,7 @@ from tlpipeline.evaluation.metrics import (
     write_predictions,
 )
 from tlpipeline.registry.card import card
+from tlpipeline.stats import design_effect, wilson
 
 
 def drawn(n: int = 300, classes: int = 5, seed: int = 0, absent: int | None = None) -> Predictions:
@@ -114,6 +115,37 @@ def test_the_interval_of_the_accuracy_is_wilson_s(hits: int, n: int, low: float,
     said = plain(of([0] * n, [[0.9, 0.1]] * hits + [[0.1, 0.9]] * (n - hits)))
     assert (said["accuracy_low"], said["accuracy_high"]) == pytest.approx((low, high), abs=5e-5)
     assert said["accuracy_low"] <= said["accuracy"] <= said["accuracy_high"]
+
+
+def test_images_of_a_group_are_one_witness_of_the_accuracy() -> None:
+    """Forty patients of a hundred frames each: right on all frames of 36 patients. The interval is nearly that of 36 of 40."""
+    hits, groups = [[0.9, 0.1]] * 3600 + [[0.1, 0.9]] * 400, [f"patient{i // 100}" for i in range(4000)]
+    frames = of([0] * 4000, hits)
+    alone, grouped = (compute_metrics(frames, 0.95, {"a": 1, "b": 1}, g) for g in ((), groups))
+    assert alone.accuracy_high - alone.accuracy_low < 0.02
+    low, high = wilson(36, 40)
+    assert (grouped.accuracy_low, grouped.accuracy_high) == pytest.approx((low, high), abs=0.02)
+    # Where all are right, nothing says how alike the frames of a patient are: they count as copies.
+    perfect = compute_metrics(of([0] * 4000, [[0.9, 0.1]] * 4000), 0.95, {"a": 1, "b": 1}, groups)
+    assert perfect.accuracy_low == pytest.approx(wilson(40, 40)[0], abs=0.02)
+    single = compute_metrics(frames, 0.95, {"a": 1, "b": 1}, [f"{i}" for i in range(4000)])
+    assert single == alone
+
+
+def test_intervals_of_grouped_images_hold_the_truth_as_often_as_they_say() -> None:
+    """300 data sets of 30 patients with 1 to 12 frames, most of which share their fate."""
+    held = {True: 0, False: 0}
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(1, 13, 30)
+        patient = np.repeat(np.arange(30), sizes)
+        right = np.where(rng.random(len(patient)) < 0.8, (rng.random(30) < 0.8)[patient], rng.random(len(patient)) < 0.8)
+        for grouped in held:
+            effect = design_effect(right, patient) if grouped else 1.0
+            low, high = wilson(int(right.sum()), len(right), 0.95, effect)
+            held[grouped] += low <= 0.8 <= high
+    assert held[True] / 300 > 0.92
+    assert held[False] / 300 < 0.7
 
 
 def test_more_confidence_makes_a_wider_interval() -> None:

@@ -92,6 +92,14 @@ def test_a_look_says_what_was_seen() -> None:
     assert seen.error == pytest.approx((28 / 400 - 0.03**2) ** 0.5 / 20, abs=1e-4)
 
 
+def test_frames_of_a_series_are_one_witness() -> None:
+    frozen, tuned = judged(8, 20)
+    groups = [f"series{i // 10}" for i in range(400)]
+    alone, grouped = (interim_analysis(RACED, 2, 20, 20, frozen, tuned, groups=g) for g in ((), groups))
+    assert grouped.error > 2 * alone.error
+    assert interim_analysis(RACED, 2, 20, 20, frozen, tuned, groups=[""] * 400) == alone
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_clear_winner_ends_the_race_early_either_way(part: int) -> None:
     ahead, behind = (stopping_rule(RACED, part, interim_analysis(RACED, part, 1, 3, *judged(*counts))) for counts in ((0, 60), (110, 0)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,7 @@ from tlpipeline.choice.predictor import Evidence, GainPredictor, Prediction
 from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.profiling.probes import Matrix
 from tlpipeline.profiling.profile import Profile, slice_test
-from tlpipeline.stats import Bits
+from tlpipeline.stats import Bits, design_effect, group_numbers
 
 TEXTBOOK_IMAGES, TEXTBOOK_SIMILARITY = 1000, 0.5
 LOOKS = 3
@@ -224,7 +225,9 @@ def frozen_from(weighed: DecisionPolicy) -> float:
 # --- the race's arithmetic --------------------------------------------------------------------------------------------------------------
 
 
-def interim_analysis(weighed: DecisionPolicy, part: int, epoch: int, epochs: int, frozen: Bits, tuned: Bits) -> InterimResult:
+def interim_analysis(
+    weighed: DecisionPolicy, part: int, epoch: int, epochs: int, frozen: Bits, tuned: Bits, *, groups: Sequence[str] = ()
+) -> InterimResult:
     """Return the result of an interim analysis: the prediction, updated by the validation images that selected nothing (Bayes' rule).
 
     Fine-tuning still gains from here to the end of its schedule. How much was measured together with the prediction.
@@ -232,11 +235,13 @@ def interim_analysis(weighed: DecisionPolicy, part: int, epoch: int, epochs: int
     Args:
         part: which analysis, 0 to 2.
         frozen, tuned: whether each of these images is classified correctly, in the same order.
+        groups: of each image, "" where it has none; images of one group are not independent. Empty: none has.
     """
     difference = tuned.astype(float) - frozen.astype(float)
     images = len(difference)
     # At least half a discordant image: equal answers on all images are no certainty.
-    error = math.sqrt(max(float(difference.var()), 0.5 / images) / images)
+    effect = design_effect(difference, group_numbers(groups)) if groups else 1.0
+    error = math.sqrt(max(float(difference.var()), 0.5 / images) / images * effect)
     weights = weighed.posterior(part, float(difference.mean()), error)
     p_tuned_better = float(weights @ (weighed.gains > weighed.tolerance))
     p_tuned_within = float(weights @ (-weighed.gains <= weighed.tolerance))

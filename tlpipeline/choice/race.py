@@ -50,7 +50,8 @@ class InterimAnalysis:
         judges = np.array([not splits.in_selection_half(row.md5) for row in epoch.validation])
         frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (self.frozen_correct, epoch.correct))
         part = policy.LOOKS - len(planned) + planned.index(state.epoch)
-        look = policy.interim_analysis(self.policy, part, state.epoch, epoch.epochs, frozen, tuned)
+        groups = [row.group for row, judging in zip(epoch.validation, judges, strict=True) if judging]
+        look = policy.interim_analysis(self.policy, part, state.epoch, epoch.epochs, frozen, tuned, groups=groups)
         winner, ended = policy.stopping_rule(self.policy, part, look)
         looks = [*state.records.get(RACE, {"looks": []})["looks"], asdict(look)]
         state.records[RACE] = {"looks": looks, "winner": winner, "ended": ended}

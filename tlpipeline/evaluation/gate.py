@@ -18,6 +18,7 @@ from tlpipeline.evaluation import significance
 from tlpipeline.evaluation.metrics import Predictions
 from tlpipeline.evaluation.significance import Sample
 from tlpipeline.params import AUTO, NONE, GateParams
+from tlpipeline.stats import group_numbers
 
 MAJORITY = "the majority class"
 ACCURACY, BALANCED = "accuracy", "balanced_accuracy"
@@ -146,7 +147,9 @@ def compare_with_majority(
         groups: of each image, "" where it has none; images of one group are not independent. Empty: none has.
     """
     labels = np.array(challenger.classes)[challenger.labels]
-    pair = _Pair(challenger.correct, labels == majority, labels, _numbered(groups, len(labels)), _is_balanced(rule, uneven), MAJORITY)
+    pair = _Pair(
+        challenger.correct, labels == majority, labels, group_numbers(groups or [""] * len(labels)), _is_balanced(rule, uneven), MAJORITY
+    )
     return _judge(pair, rule, null=0.0, claim=f"better than {MAJORITY}")
 
 
@@ -179,7 +182,7 @@ def compare_with_champion(
     renamed = [(rename or {}).get(label, label) for label in champion.classes]
     labels = np.array(challenger.classes)[challenger.labels]
     everything = _Pair(
-        challenger.correct, np.array(renamed)[champion.predicted] == labels, labels, _numbered(groups, len(labels)),
+        challenger.correct, np.array(renamed)[champion.predicted] == labels, labels, group_numbers(groups or [""] * len(labels)),
         _is_balanced(rule, uneven), name,
     )  # fmt: skip
     was_trained_on = np.array([md5 in trained_on for md5 in challenger.md5], dtype=bool)
@@ -207,12 +210,6 @@ def with_wear(verdict: Verdict, judged: int) -> Verdict:
 
 def _is_balanced(rule: GateParams, uneven: bool) -> bool:
     return uneven if rule.metric == AUTO else rule.metric == BALANCED
-
-
-def _numbered(groups: Sequence[str], images: int) -> npt.NDArray[np.int64]:
-    """Return a number for each group; an image without one is a group of its own."""
-    names = [group or f"\0{i}" for i, group in enumerate(groups or [""] * images)]
-    return np.asarray(np.unique(names, return_inverse=True)[1] if names else [], dtype=np.int64)
 
 
 def _judge(
@@ -281,7 +278,7 @@ def _sensitivity(pair: _Pair, rule: GateParams, null: float) -> tuple[str, float
         return "", 0.0, 0
     gain = 0.0 if null < 0 else null + GAIN
     discordance = significance.assumed_discordance([sample])
-    effect = significance.design_effect(sample.gains, sample.weights, sample.strata, sample.groups) * n * float(np.sum(sample.weights**2))
+    effect = sample.design_effect * n * float(np.sum(sample.weights**2))
     if sample.is_plain and n <= _EXACT_BELOW:
         power = significance.exact_power(n, gain, discordance, rule.alpha, null)
     else:

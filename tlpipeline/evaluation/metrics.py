@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tlpipeline import records
 from tlpipeline.data.dataset import Row
-from tlpipeline.stats import wilson
+from tlpipeline.stats import design_effect, group_numbers, wilson
 
 ECE_BINS = 15
 _PROBABILITY = "p:"  # begins the names of the columns of predictions.parquet that hold one for each class
@@ -62,7 +62,7 @@ class Metrics:
     """The content of metrics.json, and of classes.json as `classes`.
 
     Attributes:
-        accuracy: with Wilson's interval at the level `confidence`.
+        accuracy: with Wilson's interval at the level `confidence`; groups of images widen it by their design effect.
         balanced_accuracy, macro_f1: over the classes with test images.
         log_loss: in nats.
         calibration_error: expected, over 15 equal-width bins of the highest probability (Guo et al. 2017, arXiv 1706.04599).
@@ -93,17 +93,18 @@ def make_predictions(rows: Sequence[Row], classes: Sequence[str], probabilities:
     )
 
 
-def compute_metrics(predictions: Predictions, confidence: float, trained_on: Mapping[str, int]) -> Metrics:
+def compute_metrics(predictions: Predictions, confidence: float, trained_on: Mapping[str, int], groups: Sequence[str] = ()) -> Metrics:
     """Return the metrics of predictions.
 
     Args:
         predictions: on the test split.
         confidence: level of the interval.
         trained_on: training images per class, for the majority baseline.
+        groups: of each image, "" where it has none; images of one group are not independent, and widen the interval. Empty: none has.
     """
     n = len(predictions.labels)
     hits = int(predictions.correct.sum())
-    low, high = wilson(hits, n, confidence)
+    low, high = wilson(hits, n, confidence, design_effect(predictions.correct, group_numbers(groups)) if groups else 1.0)
     matrix = confusion(predictions)
     support, predicted, correct = matrix.sum(1), matrix.sum(0), matrix.diagonal()
     recall = correct / support.clip(min=1)

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tlpipeline.stats import design_effect
+
 Floats = npt.NDArray[np.float64]
 DRAWS = 10_000
 _NUISANCE = 48  # values of the unknown share of losses over which the largest probability is taken
@@ -64,6 +66,11 @@ class Sample:
         return float(self.weights @ np.abs(self.gains)) if self.images else 0.0
 
     @property
+    def design_effect(self) -> float:
+        """By how much groups increase the variance of the difference."""
+        return design_effect(self.gains, self.groups, self.weights, self.strata)
+
+    @property
     def is_plain(self) -> bool:
         """Whether each image counts alike and stands for itself."""
         return len(self.sizes) <= 1 and len(np.unique(self.groups)) == self.images
@@ -75,35 +82,6 @@ class Sample:
     def part(self, chosen: npt.NDArray[np.bool_]) -> "Sample":
         """Return the sample of some of the images."""
         return Sample(self.gains[chosen], *(np.unique(x[chosen], return_inverse=True)[1] for x in (self.strata, self.groups)))
-
-
-# --- groups ---------------------------------------------------------------------------------------------------------------------------
-
-
-def design_effect(values: Floats, weights: Floats, strata: Any, groups: Any) -> float:
-    """Return by how much groups increase the variance of a weighted mean: 1 where each image stands for itself, else at least 1.
-
-    The variance between groups is that of the linearized mean (Rao and Scott 1992, Biometrics 48:577). With few groups, Student's t takes
-    the place of the normal distribution (Korn and Graubard 1998, Survey Methodology 24:193). Where all values are equal, images of a group
-    are taken for copies of each other.
-
-    Args:
-        values, weights: of each image (n,).
-        strata, groups: their numbers (n,).
-    """
-    from scipy.stats import norm, t
-
-    sizes = np.bincount(groups)
-    if len(sizes) == len(values):
-        return 1.0
-    if len(sizes) < 2:
-        return float(len(values))
-    totals = np.bincount(strata, weights)
-    residuals = weights * (values - (np.bincount(strata, weights * values) / totals)[strata])
-    single, grouped = float(residuals @ residuals), float(np.sum(np.bincount(groups, residuals) ** 2))
-    between = grouped / single if single > 0 else float(np.sum(sizes**2) / len(values))
-    few = len(sizes) / (len(sizes) - 1) * float(t.ppf(0.95, len(sizes) - 1) / norm.ppf(0.95)) ** 2
-    return max(1.0, between * few)
 
 
 # --- p-values and intervals -----------------------------------------------------------------------------------------------------------
@@ -162,7 +140,7 @@ def _score(sample: Sample, null: float) -> float:
         gains = sample.gains[sample.strata == stratum]
         lost = _restricted_losses((gains > 0).sum(), (gains < 0).sum(), size, null)
         variance += float(max(size * (2 * lost + null * (1 - null)), 1e-12)) / (len(sample.sizes) * size) ** 2
-    variance *= design_effect(sample.gains, sample.weights, sample.strata, sample.groups)
+    variance *= sample.design_effect
     return (sample.difference - null) / math.sqrt(variance)
 
 

@@ -240,7 +240,9 @@ def evaluate(root: Path, progress: Progress) -> None:
         root, root / MODEL, rows, lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images"))
     )
     trained_on = measuring.class_counts(manifest.used(splits.TRAIN))
-    content = dataclasses.asdict(measuring.compute_metrics(predictions, params.evaluate.confidence, trained_on))
+    content = dataclasses.asdict(
+        measuring.compute_metrics(predictions, params.evaluate.confidence, trained_on, [row.group for row in rows])
+    )
     # In a separate file, so that `dvc metrics show` stays readable with many classes.
     classes = content.pop("classes")
     with atomic_outputs(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (path, classes_path, predictions_path, confusion_path):
