@@ -1,25 +1,208 @@
-"""The stage check: what is wrong with the data."""
+"""The stage check: what is wrong with the data, each kind on data that have it and on data that have not."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
 
 from tests.helpers.datasets import listed, put
+from tests.helpers.evidence import planted
 from tests.helpers.images import encoded, paint
-from tlpipeline.alarms import BLOCK, WARN, Alarm, by_severity, from_remark
-from tlpipeline.checking import quality
-from tlpipeline.data.facts import FactStore
+from tlpipeline.alarms import BLOCK, STOP, WARN, Alarm, by_severity, from_remark
+from tlpipeline.checking import checks, quality, signal
+from tlpipeline.checking.quality import Quality
+from tlpipeline.data import dataset
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.facts import Facts, FactStore
+from tlpipeline.data.splits import SPLIT_NAMES
+from tlpipeline.params import CheckParams
+
+PROFILE, DEFAULT = planted((0.8, 0.9)), CheckParams()
+Draw = Callable[[int], Image.Image]
 
 
-def test_flat_images_are_listed_and_counted(tmp_path: Path) -> None:
-    contents = {f"{label}/{i}.png": encoded(paint(k, i)) for k, label in enumerate("ab") for i in range(4)}
-    images = put(tmp_path / "images", contents | {"a/black.png": encoded(Image.new("L", (40, 40)))})
-    checked = quality.check(images, listed(images), FactStore(), lambda done, total: None)
-    assert [(finding.path, finding.kind) for finding in checked.findings] == [("a/black.png", "flat")]
-    assert [alarm.text for alarm in checked.alarms] == ["1 images are one flat color (quality.csv)"]
+def blob(number: int, size: int = 40) -> Image.Image:
+    """Draw a picture of its own that says nothing of its label."""
+    small = np.random.default_rng(number).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def checked(folder: Path, contents: Mapping[str, bytes], params: CheckParams = DEFAULT) -> Quality:
+    images = put(folder / "images", contents)
+    rows = listed(images).used(*SPLIT_NAMES)
+    return checks.check(rows, facts_of(images, rows), PROFILE, params)
+
+
+def facts_of(images: Path, rows: Sequence[Row]) -> list[Facts]:
+    known = {row.md5: facts for row, facts in dataset.facts_of(images, rows, FactStore())}
+    return [known[row.md5] for row in rows]
+
+
+def two_classes(of_b: Callable[[int], tuple[str, bytes]], each: int = 40) -> dict[str, bytes]:
+    """Return the same kind of pictures in two classes, b's files made by a function."""
+    contents = {f"a/{i}.jpg": encoded(blob(i), "JPEG", quality=90) for i in range(each)}
+    for i in range(each, 2 * each):
+        name, content = of_b(i)
+        contents[f"b/{i}.{name}"] = content
+    return contents
+
+
+def marked(image: Image.Image, box: tuple[int, int, int, int], color: tuple[int, int, int]) -> Image.Image:
+    image.paste(color, box)
+    return image
+
+
+def kinds(quality: Quality) -> dict[str, str]:
+    return {alarm.kind: alarm.severity for alarm in quality.alarms}
+
+
+# --- shortcuts ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_kind_of_files_in_each_class_is_no_shortcut(tmp_path: Path) -> None:
+    assert checked(tmp_path, two_classes(lambda i: ("jpg", encoded(blob(i), "JPEG", quality=90)))).alarms == ()
+
+
+@pytest.mark.parametrize(
+    ("fact", "of_b"),
+    [
+        ("file format", lambda i: ("png", encoded(blob(i)))),
+        ("mode", lambda i: ("jpg", encoded(blob(i).convert("L"), "JPEG", quality=90))),
+        ("size", lambda i: ("jpg", encoded(blob(i, 44), "JPEG", quality=90))),
+        ("JPEG quality", lambda i: ("jpg", encoded(blob(i), "JPEG", quality=70))),
+        ("border at the bottom", lambda i: ("jpg", encoded(marked(blob(i), (0, 38, 40, 40), (0, 0, 0)), "JPEG", quality=90))),
+        ("border at the left", lambda i: ("jpg", encoded(marked(blob(i), (0, 0, 1, 40), (255, 255, 255)), "JPEG", quality=95))),
+    ],
+)
+def test_a_class_whose_files_are_of_another_kind_blocks_and_the_fact_is_named(
+    tmp_path: Path, fact: str, of_b: Callable[[int], tuple[str, bytes]]
+) -> None:
+    result = checked(tmp_path, two_classes(of_b))
+    assert kinds(result)["shortcut"] == BLOCK
+    assert fact in next(alarm.text for alarm in result.alarms if alarm.kind == "shortcut")
+    assert any(finding.detail.startswith(fact) for finding in result.findings)
+
+
+def test_a_camera_that_took_one_class_is_named(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[271], exif[272] = "Maker", "Model 5"
+    result = checked(tmp_path, two_classes(lambda i: ("jpg", encoded(blob(i), "JPEG", quality=90, exif=exif))))
+    assert "camera" in result.alarms[0].text
+
+
+def test_one_special_class_of_many_is_told_and_does_not_block(tmp_path: Path) -> None:
+    contents = {f"{label}/{i}.jpg": encoded(blob(100 * k + i), "JPEG") for k, label in enumerate("abcd") for i in range(30)}
+    contents |= {f"e/{i}.png": encoded(blob(900 + i)) for i in range(30)}
+    result = checked(tmp_path, contents)
+    assert kinds(result) == {"shortcut": WARN}
+    assert result.alarms[0].text.startswith("files of e differ from the others by file format")
+
+
+def test_groups_are_left_out_whole(tmp_path: Path) -> None:
+    # Each of six patients has a format of their own by chance: it tells the patient, and only so the label.
+    rng = np.random.default_rng(0)
+    contents, groups = {}, {}
+    for patient in range(6):
+        for i in range(20):
+            name = f"{'ab'[patient % 2]}/{patient}-{i}.jpg"
+            contents[name] = encoded(blob(100 * patient + i, 40 + patient), "JPEG", quality=int(rng.integers(90, 91)))
+            groups[name] = f"patient {patient}"
+    images = put(tmp_path / "images", contents)
+    rows = [replace(row, group=groups[row.path]) for row in listed(images).used(*SPLIT_NAMES)]
+    measured = facts_of(images, rows)
+    assert checks.check(rows, measured, PROFILE, CheckParams()).alarms == ()
+    alone = [replace(row, group="") for row in rows]
+    assert kinds(checks.check(alone, measured, PROFILE, CheckParams())) == {"shortcut": BLOCK}
+
+
+def test_the_ground_of_a_drawing_is_no_border(tmp_path: Path) -> None:
+    def drawn(number: int, ground: int) -> bytes:
+        image = Image.new("L", (60, 60), ground)
+        rng = np.random.default_rng(number)
+        x, y = rng.integers(10, 30, 2).tolist()
+        image.paste(255 - ground, (x, y, x + 15 + number % 7, y + 12))
+        return encoded(image)
+
+    contents = {f"{label}/{i}.png": drawn(100 * k + i, 255 * k) for k, label in enumerate("ab") for i in range(30)}
+    assert "shortcut" not in kinds(checked(tmp_path, contents))
+
+
+# --- pictures that show little, or lose something -------------------------------------------------------------------------------------
+
+
+def usual() -> dict[str, bytes]:
+    return {f"{label}/{i}.png": encoded(paint(k, i, 48)) for k, label in enumerate("ab") for i in range(12)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        ("flat", Image.new("L", (48, 48), 90)),
+        ("dark", Image.fromarray(np.asarray(paint(0, 99, 48)) // 24)),
+        ("bright", Image.fromarray(255 - np.asarray(paint(0, 99, 48)) // 24)),
+        ("blurred", blob(5, 400).filter(ImageFilter.GaussianBlur(20))),
+        ("tiny", paint(0, 99, 8)),
+        ("deep", Image.fromarray(np.arange(48 * 48, dtype=np.uint16).reshape(48, 48))),
+        ("fourth channel", Image.merge("RGBA", (*paint(0, 99, 48).split(), Image.linear_gradient("L").resize((48, 48))))),
+    ],
+)
+def test_an_odd_picture_is_listed_and_counted(tmp_path: Path, kind: str, image: Image.Image) -> None:
+    result = checked(tmp_path, usual() | {"a/odd.png": encoded(image)})
+    assert ("a/odd.png", kind) in [(finding.path, finding.kind) for finding in result.findings]
+    assert next(alarm for alarm in result.alarms if alarm.kind == kind).text.startswith("1 image is ")
+
+
+def test_further_pages_are_listed_and_counted(tmp_path: Path) -> None:
+    pages = {f"a/{i}.tif": encoded(paint(0, 50 + i, 48), "TIFF", save_all=True, append_images=[paint(0, 70 + i, 48)]) for i in range(2)}
+    result = checked(tmp_path, usual() | pages)
+    assert [alarm.text for alarm in result.alarms if alarm.kind == "pages"] == [
+        "2 images are one of several pages of a file; the others are not read (quality.csv)"
+    ]
+
+
+@pytest.mark.parametrize("draw", [lambda i: paint(i % 2, i, 48), lambda i: Image.fromarray(np.asarray(paint(i % 2, i, 48)) // 24)])
+def test_a_data_set_that_is_alike_lists_nothing_even_if_all_of_it_is_dark(tmp_path: Path, draw: Draw) -> None:
+    contents = {f"{'ab'[i % 2]}/{i}.png": encoded(draw(i)) for i in range(24)}
+    assert checked(tmp_path, contents).findings == ()
+
+
+# --- no signal ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accuracies", "alarms"), [((0.1, 0.11), 1), ((0.1, 0.3), 0)])
+def test_probes_that_are_no_better_than_chance_block(accuracies: tuple[float, ...], alarms: int) -> None:
+    assert [alarm.severity for alarm in signal.find(replace(planted(accuracies), majority=0.1))] == [BLOCK] * alarms
+
+
+def test_on_uneven_classes_a_probe_shows_itself_by_its_balanced_accuracy() -> None:
+    profile = replace(planted((0.9, 0.9)), majority=0.9, classes=2, probed=2, images=1000, smallest=100, largest=900)
+    taps = tuple(replace(tap, balanced=0.8) for tap in profile.taps)
+    assert signal.find(replace(profile, taps=tuple(replace(tap, balanced=0.5) for tap in taps)))
+    assert not signal.find(replace(profile, taps=taps))
+
+
+def test_too_few_images_raise_no_alarm_about_the_signal() -> None:
+    assert not signal.find(replace(planted((0.1, 0.1), m=24), majority=0.5))
+
+
+# --- weight, files --------------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_say_which_kinds_stop_and_which_only_warn(tmp_path: Path) -> None:
+    contents = two_classes(lambda i: ("png", encoded(blob(i)))) | {"a/flat.png": encoded(Image.new("L", (40, 40)))}
+    result = checked(tmp_path, contents, CheckParams(stop=("flat",), warn=("shortcut",)))
+    assert [(alarm.kind, alarm.severity) for alarm in result.alarms] == [("flat", STOP), ("shortcut", WARN)]
+
+
+def test_findings_and_alarms_are_read_as_they_were_written(tmp_path: Path) -> None:
+    result = checked(tmp_path, usual() | {"a/black.png": encoded(Image.new("L", (48, 48)))})
     files = tmp_path / "quality.csv", tmp_path / "alarms.json"
-    quality.write_quality(checked, *files)
-    assert quality.read_quality(*files) == checked
+    quality.write_quality(result, *files)
+    assert quality.read_quality(*files) == result
+    assert result.alarms
 
 
 def test_alarms_are_ordered_by_severity() -> None:

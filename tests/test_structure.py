@@ -40,7 +40,16 @@ def test_no_stage_is_without_outputs_and_none_depends_on_the_cluster() -> None:
 
 def test_the_stages_name_whole_sections_so_that_a_missing_setting_is_no_error_for_dvc() -> None:
     named = {name for stage in PIPELINE["stages"].values() for name in stage["params"]}
-    assert named == {"data.images", "data", "backbone", "profile", "choose", "train", "evaluate"}  # DVC itself reads ${data.images}
+    assert named == {
+        "data.images",
+        "data",
+        "backbone",
+        "profile",
+        "check",
+        "choose",
+        "train",
+        "evaluate",
+    }  # DVC itself reads ${data.images}
     assert named - {"data.images"} == set(sections()) - {"gate", "cache", "cluster"}
 
 

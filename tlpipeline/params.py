@@ -121,6 +121,26 @@ class ProfileParams:
     seed: Annotated[Seed, Setting("seed of the sample")] = 0
 
 
+# The kinds of alarms that the stage check raises.
+Kind = Literal["shortcut", "no signal", "flat", "dark", "bright", "blurred", "tiny", "deep", "fourth channel", "pages"]
+_KINDS = f"a list of: {', '.join(typing.get_args(Kind))}"
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class CheckParams:
+    """What counts as wrong with the data, and how much it weighs."""
+
+    stop: Annotated[tuple[Kind, ...], Setting("kinds of alarms that end a run before it trains", allowed=_KINDS)] = ()
+    warn: Annotated[
+        tuple[Kind, ...], Setting("kinds of alarms that are only told, though they would block a promotion", allowed=_KINDS)
+    ] = ()
+    shortcut: Annotated[
+        StrictFloat,
+        Field(ge=0.5, le=1),
+        Setting("balanced accuracy (chance 0.5) at which facts of the files tell a class from the others; the lower bound must exceed it"),
+    ] = 0.75
+
+
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class ChooseParams:
     """How a case follows from the measurements; points are percentage points of accuracy."""
@@ -258,6 +278,7 @@ class Params:
     data: Data = field(default_factory=Data)
     backbone: BackboneParams = field(default_factory=BackboneParams)
     profile: ProfileParams = field(default_factory=ProfileParams)
+    check: CheckParams = field(default_factory=CheckParams)
     choose: ChooseParams = field(default_factory=ChooseParams)
     train: TrainParams = field(default_factory=TrainParams)
     evaluate: EvaluateParams = field(default_factory=EvaluateParams)

@@ -2,15 +2,12 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tlpipeline import records
-from tlpipeline.alarms import WARN, Alarm
-from tlpipeline.data.dataset import Manifest, facts_of
-from tlpipeline.data.facts import FactStore
-from tlpipeline.data.splits import SPLIT_NAMES
+from tlpipeline.alarms import Alarm
 
 
 @dataclass(frozen=True)
@@ -24,26 +21,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Quality:
-    """The result of the stage check."""
+    """The result of the stage check. The findings of a kind are together, the worst first."""
 
     findings: tuple[Finding, ...]
     alarms: tuple[Alarm, ...]
 
 
-def check(images: Path, manifest: Manifest, store: FactStore, progress: Callable[[int, int], None]) -> Quality:
-    """Look for what is wrong with the data.
-
-    Args:
-        images: folder of the images.
-        store: facts about contents; images that it lacks are read.
-        progress: called with (images done, number of images).
-    """
-    rows = manifest.used(*SPLIT_NAMES)
-    findings = [Finding(row.path, "flat", "one color") for row, facts in facts_of(images, rows, store, progress) if facts.flat]
-    alarms = []
-    if findings:
-        alarms.append(Alarm("flat", WARN, f"{len(findings)} images are one flat color (quality.csv)"))
-    return Quality(tuple(sorted(findings, key=lambda finding: finding.path)), tuple(alarms))
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Return names as words: "a, b and c", "a, b, c, d and 5 others"."""
+    shown = list(names[:most]) + ([f"{len(names) - most} others"] if len(names) > most else [])
+    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
 
 
 def write_quality(quality: Quality, findings: Path, alarms: Path) -> None:

@@ -25,14 +25,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import PIL
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tlpipeline.data import decoding
-from tlpipeline.data.decoding import UNREADABLE, available_cpus
+from tlpipeline.data.decoding import UNREADABLE, Pixels, available_cpus
 
 SIDE = 24  # pixels of the small gray picture
 COLOR_SIDE = 6  # and of the two small pictures of its color
-_MEASURED_SIDE = 256  # brightness, contrast and sharpness are measured at no more than about twice this short side
+_MEASURED_SIDE = 256  # brightness, contrast and sharpness are measured at no more than this short side: about what networks see
+_SAME, _FLAT = 2, 0.999  # values by which pixels of one color differ, and their share in a flat picture
+_SAMPLED = 10_000  # pixels that give the color of a flat picture
+_LINE = 8.0  # standard deviation of the gray values in a line of a border; JPEG leaves this much
+_EDGE, _ALONG = 24.0, 0.8  # gray values by which the line behind a border differs, on this share of its pixels
+_WIDEST = 0.25  # of the side: a wider border is part of the picture
 _AT_ONCE = 500  # rows of one question to sqlite, and of one transaction
 _PATIENCE_S = 60.0  # for another process that writes
 # The luminance table of the JPEG standard (ITU-T T.81, annex K), which the Independent JPEG Group's quality scales.
@@ -54,11 +59,13 @@ class Facts:
         width, height: in pixels, upright; mode: Pillow's name of the kind of pixels in the file; format: such as JPEG.
         pages: pictures in the file.
         jpeg_quality: 1 to 100 as the Independent JPEG Group counts it, 0 if the file is no JPEG.
-        exif: whether the file has EXIF data.
-        flat: whether all pixels have one color.
+        exif: whether the file has EXIF data; camera: its maker and model by them, "" without.
+        transparent: share of the pixels that are not opaque.
+        colorless: whether all pixels are gray.
+        flat: whether 99.9 % of the pixels have about one color.
         brightness, contrast: mean and standard deviation of the gray values, 0 to 255.
-        sharpness: variance of the Laplacian of the gray values, at a short side of 256 to 511 pixels if it has more.
-        border_mean, border_std: mean and standard deviation of the gray values of the outermost pixels.
+        sharpness: variance of the Laplacian of the gray values, at a short side of 256 pixels if it has more.
+        top, bottom, left, right: width in pixels of a border of one color (see `border`), 0 without one.
         picture: gray values of the picture at 24 x 24 pixels, then Cb and Cr at 6 x 6, one byte each.
     """
 
@@ -71,12 +78,17 @@ class Facts:
     pages: int = 0
     jpeg_quality: int = 0
     exif: bool = False
+    camera: str = ""
+    transparent: float = 0.0
+    colorless: bool = False
     flat: bool = False
     brightness: float = 0.0
     contrast: float = 0.0
     sharpness: float = 0.0
-    border_mean: float = 0.0
-    border_std: float = 0.0
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
     picture: bytes = b""
 
     @property
@@ -94,7 +106,8 @@ def measure(content: bytes) -> Facts:
         image = decoding.decode(content)
         with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as original:
             about = {"mode": original.mode, "format": original.format or "", "pages": _pages(original)}
-            about |= {"jpeg_quality": _jpeg_quality(original), "exif": "exif" in original.info}
+            about |= {"jpeg_quality": _jpeg_quality(original), "exif": "exif" in original.info, "camera": _camera(original)}
+            about["transparent"] = _transparent(original)  # the last, because it loads the pixels
     except UNREADABLE as error:
         return Facts(decoding.describe_error(error), size)
     if 0 in image.size:
@@ -119,30 +132,71 @@ def _jpeg_quality(image: Image.Image) -> int:
     return int(np.clip(round((200 - scale) / 2 if scale <= 100 else 5000 / scale), 1, 100))
 
 
+def _camera(image: Image.Image) -> str:
+    tags = image.getexif()
+    return " ".join(str(tags.get(tag, "")).strip("\0 ") for tag in (ExifTags.Base.Make, ExifTags.Base.Model)).strip()
+
+
+def _transparent(image: Image.Image) -> float:
+    image.seek(0)
+    if "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):
+        image = image.convert("RGBA")
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return 0.0
+    return float((np.asarray(image.getchannel(image.getbands()[-1])) < 255).mean())
+
+
 def _of_pixels(image: Image.Image) -> dict[str, Any]:
-    factor = max(1, min(image.size) // _MEASURED_SIDE)
-    small = image.reduce(factor) if factor > 1 else image
+    scale = min(1.0, _MEASURED_SIDE / min(image.size))
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    small = image if scale == 1 else image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     gray = np.asarray(small.convert("L"), np.float32)
-    border = np.concatenate([np.asarray(image.crop(box).convert("L"), np.float32).ravel() for box in _edges(image)])
-    inner = gray[1:-1, 1:-1]
-    laplacian = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:] - 4 * inner
+    laplacian = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:] - 4 * gray[1:-1, 1:-1]
     picture = small.resize((SIDE, SIDE), Image.Resampling.BILINEAR).convert("L")
     _, *colors = small.resize((COLOR_SIDE, COLOR_SIDE), Image.Resampling.BILINEAR).convert("YCbCr").split()
-    extrema: Any = image.getextrema()
+    red, green, blue = np.asarray(image).transpose(2, 0, 1)
     return {
-        "flat": all(low == high for low, high in extrema),
+        "colorless": bool((red == green).all() and (green == blue).all()),
+        "flat": _is_flat(np.asarray(image)),
         "brightness": round(float(gray.mean()), 3),
         "contrast": round(float(gray.std()), 3),
         "sharpness": round(float(laplacian.var()), 3) if laplacian.size else 0.0,
-        "border_mean": round(float(border.mean()), 3),
-        "border_std": round(float(border.std()), 3),
         "picture": b"".join(part.tobytes() for part in (picture, *colors)),
+        **border(np.asarray(image.convert("L"))),
     }
 
 
-def _edges(image: Image.Image) -> list[tuple[int, int, int, int]]:
-    width, height = image.size
-    return [(0, 0, width, 1), (0, height - 1, width, height), (0, 0, 1, height), (width - 1, 0, width, height)]
+def _is_flat(pixels: Pixels) -> bool:
+    every = max(1, pixels.shape[0] * pixels.shape[1] // _SAMPLED)
+    color = np.median(pixels.reshape(-1, 3)[::every], axis=0)
+    # A look at some pixels tells most pictures from a flat one.
+    return all(
+        bool((np.abs(part - color) <= _SAME).all(axis=1).mean() >= _FLAT)
+        for part in (pixels.reshape(-1, 3)[::every], pixels.reshape(-1, 3))
+    )
+
+
+def border(gray: Pixels) -> dict[str, int]:
+    """Return the width in pixels of a border of one color at each side, 0 where there is none.
+
+    The lines of a border have one color, and the line behind them has another one nearly everywhere. The white ground of a drawing and the
+    dark ground of a scan do not end in this way: they are part of the picture.
+
+    Args:
+        gray: values from 0 to 255, (height, width).
+    """
+    views = {"top": gray, "bottom": gray[::-1], "left": gray.T, "right": gray.T[::-1]}
+    return {side: _strip(lines) for side, lines in views.items()}
+
+
+def _strip(lines: Pixels) -> int:
+    color = float(lines[0].mean())
+    for width in range(int(len(lines) * _WIDEST) + 1):
+        line = lines[width].astype(np.float32)
+        if line.std() <= _LINE and abs(float(line.mean()) - color) <= _LINE:
+            continue
+        return width if width and (np.abs(line - color) >= _EDGE).mean() >= _ALONG else 0
+    return 0
 
 
 # --- the store ------------------------------------------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def _written(value: Any) -> str:
     """Return a value as YAML writes it."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    value = list(value) if isinstance(value, tuple) else value
     text = io.StringIO()
     yaml = _round_trip()
     yaml.default_flow_style = True

@@ -118,16 +118,19 @@ def profile(root: Path, progress: Progress) -> None:
 
 def check(root: Path, progress: Progress) -> None:
     """Look for what is wrong with the data: images in quality.csv, alarms in alarms.json."""
-    from tlpipeline.checking import quality
-    from tlpipeline.data import dataset
+    from tlpipeline.checking import checks, quality
+    from tlpipeline.data import dataset, splits
 
-    images = root / params_of(root).data.images
-    checked = quality.check(
-        images,
-        dataset.read_manifest(root / MANIFEST, root / QUARANTINE),
+    params = params_of(root)
+    rows = dataset.read_manifest(root / MANIFEST).used(*splits.SPLIT_NAMES)
+    known = dataset.facts_of(
+        root / params.data.images,
+        rows,
         open_facts(root, "check", progress),
         lambda done, total: progress(Event("check", done, total, f"{done} of {total} images checked")),
     )
+    by_content = {row.md5: facts for row, facts in known}
+    checked = checks.check(rows, [by_content[row.md5] for row in rows], read_profile(root), params.check)
     with atomic_outputs(root, QUALITY, ALARMS) as (findings, alarms):
         quality.write_quality(checked, findings, alarms)
 

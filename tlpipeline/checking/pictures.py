@@ -1,0 +1,87 @@
+"""Pictures that show little: flat, blurred, dark, bright or tiny ones; and pictures that lose something when they are read.
+
+Dark, bright and blurred are judged twice: by a fixed bound, and against the other images. So a data set that is dark by nature, as scans are,
+is not one long list.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tlpipeline.alarms import WARN, Alarm
+from tlpipeline.checking.quality import Finding
+from tlpipeline.data.dataset import Row
+from tlpipeline.data.facts import Facts
+
+DARK, BRIGHT = 0.06, 0.94  # mean gray level, 0 to 1
+BLURRED = -2.5  # log10 of the variance of the Laplacian over that of the gray values (Pech-Pacheco et al. 2000, here free of contrast)
+TINY, TINY_AGAINST = 32, 0.25  # pixels of the short side, and their share of the median
+OUTLYING = 4.0  # robust standard deviations from the median
+
+Values = npt.NDArray[np.float64]
+
+
+def find(rows: Sequence[Row], facts: Sequence[Facts]) -> tuple[list[Finding], list[Alarm]]:
+    """Return the findings, and an alarm with the count of each kind."""
+    findings: list[Finding] = []
+    alarms: list[Alarm] = []
+    flat = np.array([f.flat for f in facts], dtype=bool)
+    brightness, sharp = np.array([f.brightness / 255 for f in facts]), np.array([_sharpness(f) for f in facts])
+    short = np.array([min(f.width, f.height) for f in facts])
+    # Brightness differs by factors in dark sets, and near white in bright ones: distances are measured in log odds.
+    odds = np.log((brightness + 0.005) / (1.005 - brightness))
+    dark, bright = _outlying(odds, brightness, DARK, flat), _outlying(-odds, -brightness, -BRIGHT, flat)
+    blurred = _outlying(sharp, sharp, BLURRED, flat)
+    tiny = (short < TINY) & (short < TINY_AGAINST * np.median(short)) if len(short) else flat
+    kinds: list[tuple[str, npt.NDArray[np.bool_], Values, str, Callable[[Facts], str]]] = [
+        ("flat", flat, brightness, "{} one flat color", lambda f: "one color"),
+        ("dark", dark, brightness, "{} nearly black, unlike the others", lambda f: f"mean brightness {f.brightness / 255:.1%}"),
+        ("bright", bright, -brightness, "{} nearly white, unlike the others", lambda f: f"mean brightness {f.brightness / 255:.1%}"),
+        ("blurred", blurred, sharp, "{} blurred, unlike the others", lambda f: f"sharpness {_sharpness(f):.1f}, half of the images above {_median(sharp):.1f}"),
+        ("tiny", tiny, short, "{} much smaller than the others", lambda f: f"{f.width} x {f.height} pixels"),
+        *_losses(facts),
+    ]  # fmt: skip
+    for kind, which, rank, text, detail in kinds:
+        numbers = sorted(np.flatnonzero(which).tolist(), key=lambda i: (rank[i], rows[i].path))
+        findings += [Finding(rows[i].path, kind, detail(facts[i])) for i in numbers]
+        if numbers:
+            counted = f"{len(numbers)} {'image is' if len(numbers) == 1 else 'images are'}"
+            alarms.append(Alarm(kind, WARN, f"{text.format(counted)} (quality.csv)"))
+    return findings, alarms
+
+
+def _losses(facts: Sequence[Facts]) -> list[tuple[str, npt.NDArray[np.bool_], Values, str, Callable[[Facts], str]]]:
+    """Return the kinds of images of which something is lost when they are read as 8-bit RGB."""
+    deep = np.array([f.mode.startswith(("I", "F")) for f in facts], dtype=bool)
+    transparent, pages = np.array([f.transparent for f in facts]), np.array([f.pages for f in facts])
+    return [
+        ("deep", deep, -deep.astype(float), "{} deeper than 8 bits and read as 8 bits", lambda f: f"mode {f.mode}"),
+        (
+            "fourth channel", transparent > 0, -transparent, "{} partly transparent by the fourth channel, which is not kept",
+            lambda f: f"mode {f.mode}, {f.transparent:.1%} of the pixels not opaque",
+        ),
+        ("pages", pages > 1, -pages, "{} one of several pages of a file; the others are not read", lambda f: f"{f.pages} pages"),
+    ]  # fmt: skip
+
+
+def _outlying(scale: Values, value: Values, bound: float, flat: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return which images lie below the bound, and far below the median of those that are not flat.
+
+    The distance is in robust standard deviations: 1.4826 times the median absolute deviation (Rousseeuw and Croux 1993).
+    """
+    kept = scale[~flat]
+    if not len(kept):
+        return np.zeros_like(flat)
+    middle = np.median(kept)
+    spread = 1.4826 * np.median(np.abs(kept - middle))
+    return np.asarray((value < bound) & (scale < middle - OUTLYING * max(spread, 0.05)) & ~flat)
+
+
+def _sharpness(facts: Facts) -> float:
+    return math.log10((facts.sharpness + 1e-3) / (facts.contrast**2 + 1.0))
+
+
+def _median(values: Values) -> float:
+    return float(np.median(values))
