@@ -7,7 +7,7 @@ Where classes are so uneven that training gives them equal weight, the gate comp
 would have a high accuracy there, and must not win against a model that finds the other classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -162,6 +162,7 @@ def compare_with_champion(
     uneven: bool = False,
     groups: Sequence[str] = (),
     rename: Mapping[str, str] | None = None,
+    gone: Collection[str] = (),
 ) -> Verdict:
     """Compare a challenger with the champion on the same test images.
 
@@ -174,6 +175,7 @@ def compare_with_champion(
         rule: settings of the gate.
         uneven, groups: as in `compare_with_majority`.
         rename: names of the champion's classes to today's names.
+        gone: classes that production may lose, because somebody said so.
 
     Raises:
         AssertionError: the images differ.
@@ -189,7 +191,7 @@ def compare_with_champion(
     null, claim = rule.min_gain / 100, f"better than {name}" + f" by more than {rule.min_gain:g} points" * (rule.min_gain > 0)
     if rule.rule == "not_worse":
         null, claim = -rule.margin / 100, f"not worse than {name} by {rule.margin:g} points"
-    new, lost = set(challenger.classes) - set(renamed), set(renamed) - set(challenger.classes)
+    new, lost = set(challenger.classes) - set(renamed), set(renamed) - set(challenger.classes) - set(gone)
     return _judge(
         everything.of(~was_trained_on), rule, null, claim, tuple(sorted(new)), tuple(sorted(lost)), left_out=int(was_trained_on.sum())
     )
@@ -251,8 +253,7 @@ def _doubts(pair: _Pair, rule: GateParams, new: tuple[str, ...], lost: tuple[str
     if lost:
         doubts.append(f"production would lose {', '.join(lost)}, which {pair.name} knows and this model does not")
     old = pair.of(~np.isin(pair.labels, new))
-    p_worse, _ = significance.p_value(old.sample.reversed(), rule.margin / 100)
-    if new and p_worse < rule.alpha:
+    if new and (p_worse := significance.p_value(old.sample.reversed(), rule.margin / 100)[0]) < rule.alpha:
         score, champion_score = old.scores()
         objections.append(
             f"significantly worse by more than {rule.margin:g} points (gate.margin) on the classes that {pair.name} knows: "

@@ -194,13 +194,15 @@ def _fewest_wins(bound: float, n: int, null: float) -> npt.NDArray[np.int64]:
 
 def _tail(needed: npt.NDArray[np.int64], n: int, win: float, loss: float) -> float:
     """Return the probability of at least `needed` wins, by the number of losses, where images are won and lost with these probabilities."""
-    from scipy.stats import binom
+    from scipy.special import bdtrc, gammaln, xlog1py, xlogy  # scipy.stats takes five times as long
 
     win, loss = max(win, 0.0), max(loss, 0.0)
     around, spread = n * loss, _NEGLIGIBLE * math.sqrt(n * loss * (1 - loss)) + _NEGLIGIBLE**2
     losses = np.arange(max(0, int(around - spread)), min(n, math.ceil(around + spread)) + 1)
     rest = min(1.0, win / (1 - loss)) if loss < 1 else 0.0
-    return float(binom.pmf(losses, n, loss) @ binom.sf(needed[losses] - 1, n - losses, rest))
+    choices = gammaln(n + 1) - gammaln(losses + 1) - gammaln(n - losses + 1)
+    chances = np.exp(choices + xlogy(losses, loss) + xlog1py(n - losses, -loss))
+    return float(chances @ bdtrc(needed[losses] - 1.0, n - losses, rest))
 
 
 # --- power ----------------------------------------------------------------------------------------------------------------------------

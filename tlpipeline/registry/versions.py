@@ -170,9 +170,9 @@ def resolve(root: Path, text: str, accepted_first: bool = True) -> Version:
                 f"expected a registered model, found only withdrawn versions of {name!r}. `tlpipeline run` registers the next one."
             )
         names = sorted({t.partition("@")[0] for t in git.tags(root) if "@" in t})
-        raise RegistryError(
-            f"expected a registered model, found no versions of {name!r}; {nearest(name, names) if names else 'nothing is registered yet: `tlpipeline run`.'}"
-        )
+        refused = 'the gate did not accept the last model; `tlpipeline registry accept --because "..."` registers it.'
+        nothing = f"nothing is registered yet: {refused if ledger.read(root) else '`tlpipeline run`.'}"
+        raise RegistryError(f"expected a registered model, found no versions of {name!r}; {nearest(name, names) if names else nothing}")
     if "#" in text:
         stage = text.partition("#")[2]
         for version in known:
