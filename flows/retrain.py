@@ -24,17 +24,18 @@ def _run_name() -> str:
 
 
 @flow(name="retrain", flow_run_name=_run_name, log_prints=False)
-def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: float = 0) -> Summary:
+def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: float = 0, labels: Path | None = None) -> Summary:
     """Version and profile the data, choose and train a case, evaluate the model, and register it if it is better.
 
     Args:
         workspace: a folder made by `tlpipeline init`.
-        images: folder whose copy replaces the workspace's images first; None keeps them.
+        images: folder, or zip file of one, whose copy replaces the workspace's images first; None keeps them.
         wait_minutes: how long to wait for another run in this workspace.
+        labels: table of labels whose copy replaces the workspace's with the images; None keeps it.
     """
     workspace = workspace.resolve()
     with exclusive(workspace, wait_minutes, images):
-        pipeline.version(workspace, images)
+        pipeline.version(workspace, images, labels)
         pipeline.stage(workspace, "ingest")
         pipeline.stage(workspace, "profile")
         pipeline.stage(workspace, "check")

@@ -152,7 +152,7 @@ def frozen_arms(
     # In forward passes: a gradient counts three.
     looked = profile.sampled + profile.held_out + (3 * profile.tangent.images if profile.tangent else 0)
     key = dict(zip(("data", "backbone", "n", "seed"), unit.key, strict=True))
-    judges = pack(np.array([not splits.in_selection_half(r.md5) for r in manifest.used(VAL)]))
+    judges = pack(np.array([not splits.in_selection_half(r.key) for r in manifest.used(VAL)]))
     row = key | evidence | {"looked": looked, "cpu_s": round(profiled, 2), "judges": judges, "taps": " ".join(t.name for t in profile.taps)}
     if not heads:
         return row, []

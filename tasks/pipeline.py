@@ -69,10 +69,10 @@ def _is_unreachable(task, run, state) -> bool:  # type: ignore[no-untyped-def]
 
 
 @task(task_run_name="version", retries=2, retry_delay_seconds=10, retry_condition_fn=_is_unreachable)
-def version(workspace: Path, images: Path | None) -> str:
+def version(workspace: Path, images: Path | None, labels: Path | None = None) -> str:
     """Version the images as they are now; return the hash of the data set."""
     if images is not None:
-        create.replace_images(workspace, images)
+        create.replace_images(workspace, images, labels, listener.get())
     digest, remarks = create.commit_data(workspace)
     for remark in remarks:
         listener.get()(Event("version", 1, 1, remark))

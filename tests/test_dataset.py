@@ -20,6 +20,7 @@ from tests.helpers.images import encoded, paint
 from tlpipeline.data import dataset, decoding
 from tlpipeline.data.dataset import Manifest, Row, ingest, read_image, read_manifest, write_manifest
 from tlpipeline.data.decoding import decode
+from tlpipeline.data.sources import Source
 from tlpipeline.data.splits import TEST, TRAIN, VAL, split_of
 from tlpipeline.errors import DataChanged, DataError
 
@@ -65,8 +66,8 @@ def test_each_bad_file_is_left_out_with_a_reason_and_the_good_ones_are_kept(make
     assert found["class0/truncated.png"].startswith("broken: ")
     assert "truncated" in found["class0/truncated.jpg"]
     assert found["class1/empty.png"] == "empty file"
-    assert found["class1/notes.txt"].startswith("not an image: the formats are JPEG, PNG, ")
-    assert found["class1/page.png"].startswith("not an image: ")
+    assert found["class1/notes.txt"].startswith("a text: ")
+    assert found["class1/page.png"].startswith("a web page")
     assert found["class1/no-pixels.ppm"].startswith("not an image: ")
     assert found["class1/no-number.tif"] == "broken: no finite pixel"
     assert found["outside.png"] == "outside any class folder"
@@ -99,7 +100,7 @@ def test_whatever_a_decoder_raises_costs_one_file_only(make_images: Callable[...
     images = make_images(classes=2, each=12)
     unlucky = (images / "class0/000.png").read_bytes()
 
-    def raising(content: bytes) -> Image.Image:
+    def raising(content: bytes, **_: Any) -> Image.Image:
         if content == unlucky:
             raise error
         return decode(content)
@@ -111,7 +112,7 @@ def test_whatever_a_decoder_raises_costs_one_file_only(make_images: Callable[...
 
 
 def test_a_machine_out_of_memory_costs_no_image(make_images: Callable[..., Path], monkeypatch: Any) -> None:
-    def full(content: bytes) -> Image.Image:
+    def full(content: bytes, **_: Any) -> Image.Image:
         raise MemoryError
 
     images = make_images(classes=2, each=3)
@@ -271,7 +272,7 @@ def test_a_file_beside_the_classes_of_a_given_layout_is_left_out(tmp_path: Path)
     assert reasons(listed(images)) == dict.fromkeys(["train/stray.ppm", "readme"], "outside any class folder")
 
 
-@pytest.mark.parametrize("layout", [{"train": 5, "val": 5}, {"val": 5, "test": 5}, {"train": 5, "test": 5, "unlabeled": 5}])
+@pytest.mark.parametrize("layout", [{"val": 5, "test": 5}, {"train": 5, "test": 5, "unlabeled": 5}])
 def test_half_a_layout_of_sides_is_refused_instead_of_taken_for_classes(tmp_path: Path, layout: dict[str, int]) -> None:
     text = refusal(laid_out(tmp_path / "images", layout))
     assert "expected the folders train, test and optionally val" in text
@@ -360,7 +361,7 @@ def test_a_listed_image_that_this_decoder_refuses_is_named_with_the_way_out(cont
     row = Row("picture.jpg", md5(content), "", "", 64, 64, "RGB", "")
     with pytest.raises(
         DataError,
-        match=r"Cannot decode the image .*picture\.jpg: (broken: .+|not an image: .+)\. Replace or remove it",
+        match=r"Cannot decode the image .*picture\.jpg: (broken: .+|a text: .+)\. Replace or remove it",
     ):
         read_image(tmp_path, row, at_least)
 
@@ -389,7 +390,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
     text = refusal(put(tmp_path / "images", {"a.ppm": tiny(1), "b.ppm": tiny(2)}))
     assert "expected class folders in" in text
-    assert "found 2 files and no folder. Sort the images as images/<class>/<image>." in text
+    assert "found 2 files and no folder. Sort the images as images/<class>/<image>, or name a table" in text
 
 
 def test_a_single_class_is_refused(make_images: Callable[..., Path]) -> None:
@@ -415,7 +416,7 @@ def test_a_class_of_which_nothing_can_be_used_is_refused_not_forgotten(make_imag
 def test_a_folder_of_broken_files_is_refused_with_the_first_reason(tmp_path: Path) -> None:
     text = refusal(put(tmp_path / "images", {"a/1.png": b"", "a/2.png": b"x", "b/1.png": b"y"}))
     assert "expected images in" in text
-    assert "none of its 3 files can be used (not an image: 2, empty file: 1)" in text
+    assert "none of its 3 files can be used (a text: 2, empty file: 1)" in text
     assert "The first: a/1.png: empty file. Put readable images there" in text
 
 
@@ -486,7 +487,7 @@ def test_an_image_that_may_not_be_read_is_refused_before_a_folder_is_taken_over(
 
     monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(DataError, match=r"Cannot read the image .*001\.png: Permission denied\. Make it readable"):
-        create.small_class_splits(folder)
+        create.small_class_splits(folder, Source(folder))
 
 
 def test_an_image_that_may_not_be_read_is_refused(make_images: Callable[..., Path], monkeypatch: Any) -> None:

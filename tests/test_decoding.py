@@ -195,6 +195,126 @@ def test_an_error_without_a_text_is_told_by_its_kind() -> None:
     assert decoding.describe_error(OSError("cut off")) == "broken: cut off"
 
 
+# --- pixels that do not show what is in the file ---------------------------------------------------------------------------------------
+
+
+def noted(content: bytes) -> str:
+    """Return what is said of an image."""
+    inspected = decoding.inspect(content)
+    assert not isinstance(inspected, str), inspected
+    return ", ".join(inspected.notes)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (np.array([[-1000, -650, -300]], np.int32), "TIFF"),  # Hounsfield units
+        (np.array([[100_000, 100_350, 100_700]], np.int32), "TIFF"),  # sums
+        (np.array([[0, 60, 120]], np.uint16), "PNG"),
+        (np.array([[5, 2050, 4095]], np.uint16), "TIFF"),  # 12 bits
+    ],
+)
+def test_whole_numbers_that_do_not_use_16_bits_are_scaled_by_their_own_range(values: Any, kind: str) -> None:
+    content = encoded(Image.fromarray(values), kind)
+    assert pixels(content) == [[BLACK, [128, 128, 128], WHITE]]
+    assert noted(content) == decoding.DEEP
+
+
+def test_a_value_that_stands_for_no_data_does_not_spoil_the_others() -> None:
+    for values in (np.array([[-9999, 100, 200, 300]], np.int32), np.array([[-9999, 1, 2, 3]], np.float32)):
+        content = encoded(Image.fromarray(values), "TIFF", tiffinfo={42113: "-9999"})
+        assert pixels(content) == [[BLACK, BLACK, [128, 128, 128], WHITE]]
+
+
+def four_bands(pixels: Any, extra: int | None) -> bytes:
+    """Return (height, width, 4) uint8 as an RGB TIFF whose tag says what the fourth sample is, or that has no tag."""
+    height, width, _ = pixels.shape
+    bits, body = struct.pack("<4H", 8, 8, 8, 8), pixels.tobytes()
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 4, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 16), (277, 3, 1, 4)]
+    tags += [(278, 4, 1, height), (279, 4, 1, len(body))] + ([] if extra is None else [(338, 3, 1, extra)])
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<I", 16 + len(body)) + bits + body + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("extra", [None, 0, 2])
+def test_a_fourth_channel_is_transparency_only_if_the_file_says_so(extra: int | None) -> None:
+    content = four_bands(np.array([[[255, 0, 0, 0], [0, 0, 0, 255]]], np.uint8), extra)
+    assert pixels(content) == ([[WHITE, BLACK]] if extra == 2 else [[RED, BLACK]])
+    assert noted(content) == ("" if extra == 2 else decoding.CHANNEL)
+
+
+def test_an_image_that_is_transparent_everywhere_shows_its_colors() -> None:
+    content = encoded(Image.fromarray(np.array([[[255, 0, 0, 0], [0, 0, 0, 0]]], np.uint8), "RGBA"))
+    assert pixels(content) == [[RED, BLACK]]
+    assert noted(content) == decoding.CONCEALED
+
+
+def test_white_strokes_on_nothing_are_laid_over_black() -> None:
+    content = encoded(Image.fromarray(np.array([[[255, 255, 255, 255], [255, 255, 255, 0]]], np.uint8), "RGBA"))
+    assert pixels(content) == [[WHITE, BLACK]]
+    assert noted(content) == decoding.ON_BLACK
+
+
+def test_the_largest_page_that_is_not_blank_is_read() -> None:
+    picture, blank, preview = paint(0, 0), Image.new("RGB", (32, 32), (250, 250, 250)), paint(0, 0, 8)
+    for others in ([preview, picture], [blank, picture], [preview, blank, picture, paint(1, 1)], [picture, blank]):
+        content = encoded(others[0], "TIFF", save_all=True, append_images=others[1:])
+        assert np.array_equal(np.asarray(decode(content)), np.asarray(picture))
+        assert noted(content) == decoding.PAGES
+    damage = encoded(picture, "TIFF", save_all=True, append_images=[preview])
+    assert decode(damage[: len(damage) - 40]).size == (32, 32)
+
+
+def test_colors_of_16_bits_are_told() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" + bytes(6))) + chunk(b"IEND", b"")
+    assert noted(png) == decoding.DEEP_COLORS
+    assert noted(encoded(paint(0, 0))) == noted(encoded(paint(0, 0), "TIFF")) == noted(encoded(paint(0, 0).convert("L"))) == ""
+
+
+# --- files that are no images of a known format ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "a HEIC photo: convert it to JPEG or PNG"),
+        (b"\0\0\0\x20ftypmif1\0\0\0\0mif1heicmiaf" + bytes(50), "a HEIF photo: convert"),
+        (b"\xff\x0a" + bytes(50), "a JPEG XL image: convert"),
+        (bytes(128) + b"DICM" + bytes(50), "a DICOM image: save its pixels"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+            "a pointer of Git LFS, not the file itself: fetch the files (`git lfs",
+        ),
+        (
+            b"outs:\n- md5: d41d8cd98f00b204e9800998ecf8427e\n  size: 3\n",
+            "a pointer of DVC, not the file itself: fetch the files (`dvc pull`",
+        ),
+        (b"<!DOCTYPE html><html><body>403</body>", "a web page, perhaps an error of the server"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0isommp42" + bytes(50), "a video: save its frames as images, and name their group by data.group"),
+        (b"RIFF\0\0\0\0AVI LIST", "a video: "),
+        (b"%PDF-1.7\n", "a PDF document: save its pages as images"),
+        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing: export"),
+        (b"PK\x03\x04" + bytes(50), "a zip archive: unpack it"),
+        (b"path,label\na.jpg,cat\n", "a text: remove it, or name it by data.labels"),
+        (bytes(range(256)), "not an image: the formats are JPEG, PNG, "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_is_no_image_is_called_by_its_kind(content: bytes, words: str) -> None:
+    assert str(decoding.inspect(content)).startswith(words)
+
+
+def test_a_tiff_of_many_bands_is_told_with_their_number() -> None:
+    content = four_bands(np.zeros((2, 2, 4), np.uint8), None)
+    at = content.index(struct.pack("<HHII", 277, 3, 1, 4))
+    many = content[:at] + struct.pack("<HHII", 277, 3, 1, 13) + content[at + 12 :]
+    assert decoding.inspect(many) == "a TIFF with 13 bands, of which 1, 3 or 4 can be read: save three of them"
+
+
 # --- files that would do harm ---------------------------------------------------------------------------------------------------------
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n%%EOF\n"
@@ -208,7 +328,7 @@ def test_a_file_in_another_format_is_refused_whatever_its_name_and_starts_no_pro
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert str(decoding.inspect(EPS)).startswith("not an image: the formats are JPEG, PNG, ")
+    assert decoding.inspect(EPS) == "a PostScript drawing: export the picture as PNG or TIFF"
     with pytest.raises(UnidentifiedImageError):
         decode(EPS)
     assert not (tmp_path / "started").exists()
@@ -259,11 +379,12 @@ def large_webp() -> bytes:
     ids=["png", "tiff", "webp"],
 )
 def test_an_image_that_takes_gigabytes_is_refused_before_it_is_decoded(content: bytes, what: str) -> None:
-    assert decoding.inspect(content) == f"too large: {what} to decode, and the limit is 2.1 GB"
+    assert str(decoding.inspect(content)).startswith(f"too large: {what} to decode, and the limit is 2.1 GB. Make it smaller")
 
 
 def test_an_image_with_more_pixels_than_pillow_opens_is_called_too_large() -> None:
-    assert str(decoding.inspect(png_header(40_000, 40_000, 8, 0))).startswith("too large: ")
+    text = str(decoding.inspect(png_header(20_000, 20_000, 8, 0)))
+    assert text.startswith("too large: 400 megapixels, and the limit is 134. Make it smaller")
 
 
 @pytest.mark.slow

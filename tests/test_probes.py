@@ -38,6 +38,42 @@ def test_left_out_predictions_equal_explicit_refits(penalty: float, features: in
     assert np.allclose(leave_one_out(x @ x.T, y, penalties=[penalty]).scores, refitted(x, y, penalty), atol=1e-8)
 
 
+def refitted_without_groups(x: np.ndarray, y: np.ndarray, penalty: float, groups: Sequence[str]) -> np.ndarray:
+    """The same, where the fit for an image is made without all images of its group."""
+    m, d = x.shape
+    out = np.zeros_like(y)
+    for i, group in enumerate(groups):
+        rest = [j for j in range(m) if j != i and (not group or groups[j] != group)]
+        center, mean = x[rest].mean(0), y[rest].mean(0)
+        w = np.linalg.solve((x[rest] - center).T @ (x[rest] - center) + penalty * m * np.eye(d), (x[rest] - center).T @ (y[rest] - mean))
+        out[i] = (x[i] - center) @ w + mean
+    return out
+
+
+@pytest.mark.parametrize("features", [8, 60])
+def test_a_group_is_left_out_whole(features: int) -> None:
+    x = noise(0, 40, features)
+    y = one_hot(np.random.default_rng(0).integers(0, 3, 40))
+    groups = ["" if i % 5 == 0 else f"g{i // 7}" for i in range(40)]
+    for penalty in (1e-4, 0.1, 10.0):
+        expected = refitted_without_groups(x, y, penalty, groups)
+        for penalties in ([penalty], [penalty] * 3):  # by a factorization, and by a decomposition
+            for columns in (None, x):
+                fit = leave_one_out(x @ x.T, y, penalties, columns, groups)
+                assert np.allclose(fit.scores, expected, atol=1e-7)
+
+
+def test_labels_thrown_by_a_coin_for_each_scene_are_not_read_from_its_other_views() -> None:
+    rng = np.random.default_rng(1)
+    scenes = np.repeat(rng.normal(size=(60, 200)), 4, axis=0) + 0.01 * rng.normal(size=(240, 200))
+    x = scenes - scenes.mean(0)
+    labels = np.repeat(rng.permutation(np.arange(60) % 2), 4)
+    groups = [f"scene{i // 4}" for i in range(240)]
+    y = one_hot(labels)
+    assert (guesses(leave_one_out(x @ x.T / 200, y).scores, y) == labels).mean() > 0.95
+    assert 0.3 < (guesses(leave_one_out(x @ x.T / 200, y, groups=groups).scores, y, groups) == labels).mean() < 0.7
+
+
 def test_decomposing_the_features_instead_of_the_kernel_changes_nothing_but_the_cost() -> None:
     x = noise(4, 50, 12)
     x[:, 11] = x[:, 0]  # a direction that is not there twice

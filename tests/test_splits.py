@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.datasets import hashes, laid_out, listed, md5, on, put, sides, tiny, with_large_class
+from tlpipeline.data.sources import Source
 from tlpipeline.data.splits import (
     MINIMUM_PER_CLASS,
     TEST,
@@ -86,12 +87,12 @@ def asked_never() -> frozenset[str]:
 
 
 def exceptions_of(images: Path, known: Mapping[str, str] | None = None, trained_on: frozenset[str] = frozenset()) -> Any:
-    return needed_exceptions(images, hashes(images), known or {}, lambda: trained_on)
+    return needed_exceptions(images, hashes(images), known or {}, lambda: trained_on, Source(images))
 
 
 def test_classes_with_all_sides_need_no_line_and_no_look_at_the_registry(tmp_path: Path) -> None:
     images = with_large_class(tmp_path / "images")
-    assert needed_exceptions(images, hashes(images), {}, asked_never) == ([], [])
+    assert needed_exceptions(images, hashes(images), {}, asked_never, Source(images)) == ([], [])
 
 
 def test_empty_sides_are_filled_highest_to_test_next_to_val(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_lines_that_are_known_are_not_given_again_while_the_class_grows(tmp_path
     assert len(known) == 2
     before = sides(listed(images, known))
     put(images, {f"small/more-{i}.ppm": content for i, content in enumerate(contents[4:])})
-    assert needed_exceptions(images, hashes(images), known, asked_never) == ([], [])
+    assert needed_exceptions(images, hashes(images), known, asked_never, Source(images)) == ([], [])
     assert sides(listed(images, known)).items() >= before.items()
 
 

@@ -102,12 +102,17 @@ class Workspace:
         weights: str | Path = "DEFAULT",
         remote: str | Path | None = None,
         progress: Progress = silent,
+        labels: str | Path | None = None,
+        group: str | None = None,
+        class_folder: int | None = None,
     ) -> Workspace:
         """Make a workspace.
 
         Args:
             folder: new or empty.
-            images: a folder of `<class>/<image>`, which is copied; None takes the embedded sample of handwritten digits.
+            images: a folder of `<class>/<image>`, or a zip file of one, which is copied; None takes the embedded sample of handwritten digits.
+            labels: a table with the columns path and label, and perhaps split and group; None takes the names of the folders.
+            group, class_folder: `data.group` and `data.class_folder` of params.yaml.
             backbone: "demonstration", a torchvision classifier, or "package.module:callable".
             weights: "DEFAULT", a name of torchvision weights, a weights file, or "none".
             remote: the DVC remote, a folder or a URL; None is a folder inside the workspace.
@@ -122,7 +127,8 @@ class Workspace:
         pictures = None if images is None else _expanded(images)
         # A URL and a name of weights have no ~ and stay as they are.
         kept = None if remote is None else os.path.expanduser(remote)
-        create.init(_expanded(folder), pictures, backbone, os.path.expanduser(weights), kept, progress)
+        table = None if labels is None else _expanded(labels)
+        create.init(_expanded(folder), pictures, backbone, os.path.expanduser(weights), kept, progress, table, group, class_folder)
         return cls(folder)
 
     @property
@@ -143,14 +149,15 @@ class Workspace:
 
     # --- running ----------------------------------------------------------------------------------------------------------------------
 
-    def run(self, images: str | Path | None = None, progress: Progress = silent) -> Summary:
+    def run(self, images: str | Path | None = None, progress: Progress = silent, labels: str | Path | None = None) -> Summary:
         """Run the whole flow: version the data, profile, choose, train, evaluate, compare, register, report.
 
         Without PREFECT_API_URL, Prefect starts a temporary server for it. The first run in a process decides where Prefect keeps its
         records: in its workspace, unless PREFECT_HOME says otherwise.
 
         Args:
-            images: a folder that replaces the workspace's images first.
+            images: a folder, or a zip file of one, that replaces the workspace's images first.
+            labels: a table of labels that comes with them; None keeps the present one.
 
         Raises:
             PipelineError: as the stage that fails says.
@@ -160,7 +167,7 @@ class Workspace:
         from tlpipeline.workspace import create
 
         set_thread_waiting()  # before torch is imported, which reads it: a Prefect server runs beside
-        pictures = None if images is None else _expanded(images)
+        pictures, table = (None if path is None else _expanded(path) for path in (images, labels))
         create.check(self.root, pictures)  # a mistake is reported before the Prefect server starts
         lock.require_unlocked(self.root)
         lock.require_room(self.root)
@@ -171,7 +178,7 @@ class Workspace:
         reach()
         token = listener.set(progress)
         try:
-            return retrain(workspace=self.root, images=pictures)
+            return retrain(workspace=self.root, images=pictures, labels=table)
         finally:
             listener.reset(token)
 

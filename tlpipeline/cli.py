@@ -124,10 +124,15 @@ def _help_if_bare(context: typer.Context) -> None:
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="New or empty folder.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of <class>/<image> to copy; without it, the sample digits.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of <class>/<image> to copy, or a zip file; without it, the sample digits.")
+    ] = None,
     backbone: Annotated[str, typer.Option(help="demonstration, a torchvision classifier, or package.module:callable.")] = "demonstration",
     weights: Annotated[str, typer.Option(help="DEFAULT, a torchvision weights name, a weights file, or none.")] = "DEFAULT",
     remote: Annotated[str | None, typer.Option(help="DVC remote, a folder or URL; without it, a folder inside the workspace.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Table with the columns path and label, and perhaps split and group.")] = None,
+    group: Annotated[str | None, typer.Option(help="Images that belong together: a column of the table, or a regular expression.")] = None,
+    class_folder: Annotated[int | None, typer.Option(help="Which folder of a path is the class: 1 for the first.", min=1, max=9)] = None,
 ) -> None:
     """Make a workspace.
 
@@ -136,14 +141,17 @@ def init(
     from tlpipeline.api import Workspace
 
     with _Bar() as bar:
-        root = Workspace.init(folder, images, backbone, weights, remote, bar).root
+        root = Workspace.init(folder, images, backbone, weights, remote, bar, labels, group, class_folder).root
     _print(f"workspace {root} is ready. Settings: {root / 'params.yaml'}. Next: tlpipeline run --workspace {shlex.quote(str(root))}")
 
 
 @app.command()
 def run(
     workspace: Folder = Path(),
-    images: Annotated[Path | None, typer.Option(help="Folder of images that first replaces those of the workspace.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images, or a zip file, that first replaces those of the workspace.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Table of labels that comes with --images.")] = None,
 ) -> None:
     """Run the whole pipeline.
 
@@ -154,7 +162,7 @@ def run(
 
     _tell_old_settings(workspace)
     with _ends_in_order(), _Bar() as bar:
-        summary = Workspace(workspace).run(images, bar)
+        summary = Workspace(workspace).run(images, bar, labels)
     _show(summary)
     if summary.verdict in _CODES:
         raise typer.Exit(_CODES[summary.verdict])

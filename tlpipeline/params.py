@@ -83,6 +83,34 @@ class Data:
             shown=True,
         ),
     ] = "auto"
+    labels: Annotated[
+        Name,
+        Setting(
+            "table of labels with the columns path and label, and perhaps split and group: a .csv, .tsv or .parquet file; paths start from "
+            "`data.images`; none: folders say the class"
+        ),
+    ] = NONE
+    group: Annotated[
+        Name,
+        Setting(
+            "images of one group share a split: a column of `data.labels`, or a regular expression on the path, whose first capturing group "
+            "names the group; auto: the column group, if there is one; none: no groups"
+        ),
+    ] = "auto"
+    class_folder: Annotated[
+        Auto | Annotated[StrictInt, Field(ge=1, le=9)],
+        Setting("which folder of a path is the class, from 1; auto: by the layout of the folders"),
+    ] = "auto"
+    rename: Annotated[
+        Mapping[StrictStr, StrictStr],
+        Setting(
+            "other names of classes, {old: new}: images of old count as new, and so do predictions of earlier models",
+            allowed="names of classes, each with its present name",
+        ),
+    ] = field(default_factory=dict)
+    drop: Annotated[
+        tuple[StrictStr, ...], Setting("classes that are gone on purpose: nothing is said of them", allowed="a list of names of classes")
+    ] = ()
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -302,10 +330,28 @@ def load(path: Path) -> Params:
     except ValidationError as error:
         raise ParamsError(f"{path.name}: {_explained(error)}") from None
     # As DVC names it: `images/` is `images`.
-    return dataclasses.replace(params, data=dataclasses.replace(params.data, images=PurePosixPath(params.data.images).as_posix()))
+    images, labels = (PurePosixPath(name).as_posix() for name in (params.data.images, params.data.labels))
+    if circle := _circle(params.data.rename):
+        raise ParamsError(f"{path.name}: data.rename: expected names that lead to a last one, found a circle at {circle}.")
+    return dataclasses.replace(params, data=dataclasses.replace(params.data, images=images, labels=labels))
 
 
 _PARAMS = TypeAdapter(Params)
+
+
+def _circle(renames: Mapping[str, str]) -> str:
+    """Return a name from which renames lead round in a circle, "" if there is none; a name may lead to itself."""
+    for name in renames:
+        step = name
+        for _ in renames:
+            following = renames.get(step, step)
+            if following == step:
+                break
+            step = following
+        else:
+            if renames.get(step, step) != step:
+                return name
+    return ""
 
 
 def backbone_name(text: str) -> str:

@@ -47,7 +47,7 @@ class InterimAnalysis:
         state, planned = epoch.state, policy.interim_epochs(epoch.epochs)
         if state.epoch not in planned:
             return False
-        judges = np.array([not splits.in_selection_half(row.md5) for row in epoch.validation])
+        judges = np.array([not splits.in_selection_half(row.key) for row in epoch.validation])
         frozen, tuned = (unpack(bits, len(judges))[judges] for bits in (self.frozen_correct, epoch.correct))
         part = policy.LOOKS - len(planned) + planned.index(state.epoch)
         groups = [row.group for row, judging in zip(epoch.validation, judges, strict=True) if judging]

@@ -2,19 +2,25 @@
 
 import csv
 import hashlib
+import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 from PIL import Image
 
 from tlpipeline import records
+from tlpipeline.data.classes import ClassMap, require_distinct, vanished
 from tlpipeline.data.decoding import UNREADABLE, decode, describe_error, read_regular
 from tlpipeline.data.facts import Facts, FactStore, gather
-from tlpipeline.data.splits import MINIMUM_PER_CLASS, SPLIT_FOLDERS, SPLIT_NAMES, TEST, TRAIN, VAL, folder_layout, split_of
+from tlpipeline.data.groups import find_series, group_key
+from tlpipeline.data.layouts import SYSTEM, TABLES, hidden
+from tlpipeline.data.sources import NONE, Place, Source
+from tlpipeline.data.splits import MINIMUM_PER_CLASS, SPLIT_NAMES, TEST, TRAIN, VAL
+from tlpipeline.data.tables import ONE_CLASS
 from tlpipeline.errors import DataChanged, DataError
 
 
@@ -36,6 +42,11 @@ class Row:
     duplicate_of: str
     group: str = ""
 
+    @property
+    def key(self) -> str:
+        """32 hexadecimal digits that decide what the image is used for: those of its group, or of its content."""
+        return group_key(self.group) if self.group else self.md5
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -52,11 +63,13 @@ class Manifest:
     rows: tuple[Row, ...]
     rejected: tuple[Rejected, ...]
     remarks: tuple[str, ...]
+    class_order: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, sorted: the order of their indices."""
-        return tuple(sorted({row.label for row in self.rows}))
+        """Class names in the order of their indices: as in the class map, and then sorted."""
+        place = {label: i for i, label in enumerate(self.class_order)}
+        return tuple(sorted({row.label for row in self.rows}, key=lambda label: (place.get(label, len(place)), label)))
 
     def used(self, *splits: str) -> list[Row]:
         """Return the distinct images of these splits, sorted by md5, so that file names do not matter."""
@@ -84,7 +97,9 @@ def read_image(root: Path, row: Row, min_side: int | None = None) -> Image.Image
         return decode(content, min_side)
     except UNREADABLE as error:
         # It was decoded when it was listed, perhaps by another version of Pillow or with more memory.
-        raise DataError(f"Cannot decode the image {path}: {describe_error(error)}. Replace or remove it, then run again.") from error
+        raise DataError(
+            f"Cannot decode the image {path}: {describe_error(error, content)}. Replace or remove it, then run again."
+        ) from error
 
 
 def facts_of(
@@ -107,7 +122,9 @@ def _changed(row: Row, md5: str) -> DataChanged:
     return DataChanged(f"expected the image {row.path} as it was listed (md5 {row.md5}), found other content (md5 {md5}). {_WAY_BACK}")
 
 
+_ORDER = b"classes"  # name of the order of the classes in the manifest, where it is not that of their names
 _MD5 = re.compile("[0-9a-f]{32}")
+_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".tga", ".dds", ".jp2"})
 _RESTORE = "Move them away, and run `dvc checkout`, which restores them. If they are right as they are, `touch` them and run again."
 _WAY_BACK = f"If the folder of images changed during a run, start the run again. If nobody changed it: {_RESTORE}"
 
@@ -122,48 +139,57 @@ def ingest(
     threads: int | None = None,
     hashes: Mapping[str, str] | None = None,
     store: FactStore | None = None,
+    source: Source | None = None,
+    class_map: ClassMap | None = None,
+    dropped: Collection[str] = (),
 ) -> Manifest:
     """List every file below `images` with its split. A file whose content is known is not opened.
 
     Args:
-        images: folder of `<class>/...` or of `{train,val,test}/<class>/...`.
-        exceptions: md5 to split, from splits.csv. They win over the rule by content, but not over a given layout.
+        images: folder of images.
+        exceptions: key to split, from splits.csv. They win over the rule by content or group, but not over a given layout.
         progress: called with (files done, number of files).
         threads: reading threads; by default one per available CPU and at least 4, since reading waits for the disk.
         hashes: path below `images` to md5, as DVC knows them by size, time and inode; files that it lacks are read.
         store: facts about contents; None knows none.
+        source: where classes, given splits and groups come from; None reads the layout of the folders.
+        class_map: order of the classes, and those that there were before.
+        dropped: classes that are gone on purpose.
 
     Returns:
         The manifest, its rows sorted by path.
 
     Raises:
-        DataError: the folder is missing or empty, has no class folders, an incomplete layout of splits or unreadable files; there is
-            only one class, a class has fewer than 3 distinct images, or no file is an image. Or a file that is read has another content
-            than `hashes` says.
+        DataError: the folder is missing or empty, its layout or table of labels cannot be used, or it has unreadable files; there is only one
+            class, a class has fewer than 3 distinct images, two names of classes look alike, or no file is an image. Or a file that is read
+            has another content than `hashes` says.
     """
-    paths = list_files(images)
-    layout = folder_layout(images)
+    require_folder(images)
+    source = source or Source(images)
+    class_map = class_map or ClassMap()
+    paths = [path.relative_to(images).as_posix() for path in list_files(images, source)]
     rows: list[Row] = []
-    rejected: list[Rejected] = []
-    places: list[tuple[str, str, str]] = []  # path, label and split of the files that may be used
-    for path in paths:
-        relative = path.relative_to(images).as_posix()
-        place = _place(relative, layout)
-        if place is None:
-            rejected.append(Rejected(relative, "outside any class folder"))
+    rejected = [Rejected(path, reason) for path, reason in source.without_file(paths)]
+    places: list[tuple[str, Place]] = []  # of the files that may be used
+    for relative in paths:
+        place = source.place(relative)
+        if isinstance(place, str):
+            rejected.append(Rejected(relative, place))
         else:
-            places.append((relative, *place))
+            places.append((relative, place))
     hashes = hashes or {}
-    files = [(images / relative, hashes.get(relative, "")) for relative, _, _ in places]
+    files = [(images / relative, hashes.get(relative, "")) for relative, _ in places]
     altered: dict[str, str] = {}
+    notes: Counter[str] = Counter()
     for number, md5, facts in gather(files, store or FactStore(), progress, threads):
-        relative, label, split = places[number]
+        relative, place = places[number]
         if hashes.get(relative, md5) != md5:
             altered[relative] = md5
         elif facts.reason:
             rejected.append(Rejected(relative, facts.reason))
         else:
-            rows.append(Row(relative, md5, label, split, facts.width, facts.height, facts.mode, ""))
+            rows.append(Row(relative, md5, place.label, place.split, facts.width, facts.height, facts.mode, "", place.group))
+            notes.update(facts.notes)
     if altered:
         raise _altered(images, altered, hashes)
     rows.sort(key=lambda row: row.path)
@@ -176,13 +202,25 @@ def ingest(
             f"expected images in {images}, but none of its {len(paths)} files can be used ({_counted(reasons)}). "
             f"The first: {rejected[0].path}: {rejected[0].reason}. Put readable images there, each in only one class folder."
         )
-    rows, remarks = _without_copies(rows, layout)
-    if layout:
+    require_distinct({row.label for row in rows}, source.renames.own)
+    source.require_groups({row.group for row in rows})
+    if source.given:
         exceptions = {}  # a given layout wins over splits.csv
-    rows = [replace(r, split=r.split or exceptions.get(r.md5) or split_of(r.md5, carve_val=layout == "no val")) for r in rows]
-    _check_classes(images, rows, rejected, layout)
-    remarks += _empty_splits(rows)
-    return Manifest(tuple(sorted(rows, key=lambda r: r.path)), tuple(sorted(rejected, key=lambda r: r.path)), tuple(remarks))
+    given = {row.path: row.split for row in rows}
+    rows = [replace(r, split=exceptions.get(r.key) or source.split(r.split, r.key)) for r in rows]
+    rows, remarks, divided = _without_copies(rows, given if source.given else {})
+    rejected += divided
+    _check_classes(images, rows, rejected, source)
+    if VAL in source.given and TEST not in source.given:
+        remarks.append("layout: there is no test folder, so the images of val are divided by their content: half of them are test images")
+    remarks += _empty_splits(rows) + _divided_groups(rows) + _empty_classes(images, rows, source)
+    remarks += [f"pixels: {number} images {note}" for note, number in sorted(notes.items())]
+    remarks += vanished(class_map, {row.label for row in rows}, source.renames, dropped)
+    if not source.grouped and source.group_setting != NONE:
+        used = [(row.path, row.label) for row in rows if not row.duplicate_of]
+        remarks += [f"series: {series}" for series in [find_series(used, source.folders)] if series]
+    order = class_map.ordered({row.label for row in rows}, source.renames)
+    return Manifest(tuple(sorted(rows, key=lambda r: r.path)), tuple(sorted(rejected, key=lambda r: r.path)), tuple(remarks), order)
 
 
 def readable(images: Path) -> list[Row]:
@@ -196,24 +234,39 @@ def readable(images: Path) -> list[Row]:
     return sorted(rows.values(), key=lambda row: row.md5)
 
 
-def list_files(images: Path) -> list[Path]:
-    """Return all files below a folder except dot-files, sorted.
+def require_folder(images: Path) -> None:
+    """Check that there is a folder.
 
     Raises:
-        DataError: the folder is missing, empty, or has no class folders, or a link leads to a folder a second time.
+        DataError: there is none.
     """
     if not images.is_dir():
         raise DataError(
             f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
             "Put one folder per class there, or set data.images in params.yaml."
         )
+
+
+def list_files(images: Path, source: Source | None = None) -> list[Path]:
+    """Return all files below a folder except those of the system and the table of labels, sorted.
+
+    Args:
+        source: as for `ingest`; None wants class folders.
+
+    Raises:
+        DataError: the folder is missing, empty, or has no class folders, or a link leads to a folder a second time.
+    """
+    require_folder(images)
     # Dot-files (.gitignore, .DS_Store) belong to the system, not to the user.
     paths = sorted(
         Path(folder) / name
         for folder, names in _walk_once(images)
+        if not any(map(hidden, Path(folder).relative_to(images).parts))
         for name in names
-        if not name.startswith(".") and not any(part.startswith(".") for part in Path(folder).relative_to(images).parts)
+        if not hidden(name)
     )
+    if source is not None:
+        paths = [path for path in paths if not source.is_table(path)]
     if not paths:
         raise DataError(f"expected images in {images}, found an empty folder. Put one folder of images per class there.")
     # Such files can be neither versioned nor listed.
@@ -226,9 +279,12 @@ def list_files(images: Path) -> list[Path]:
             f"expected files in {images}, found {len(broken)} broken links or devices, such as {broken[0]}. "
             "Remove them, or restore what they point to (`dvc checkout`)."
         )
-    if not any(len(path.relative_to(images).parts) > 1 for path in paths):
+    if (source is None or source.table is None) and not any(len(path.relative_to(images).parts) > 1 for path in paths):
+        tables = [path.name for path in paths if path.suffix.lower() in TABLES]
         raise DataError(
-            f"expected class folders in {images}, found {len(paths)} files and no folder. Sort the images as {images.name}/<class>/<image>."
+            f"expected class folders in {images}, found {len(paths)} files and no folder. Sort the images as {images.name}/<class>/<image>, "
+            f"or name a table with the columns path and label{f', such as {tables[0]}' if tables else ''}: `tlpipeline init --labels FILE`, or "
+            "data.labels in params.yaml."
         )
     return paths
 
@@ -288,17 +344,6 @@ def _altered(images: Path, altered: Mapping[str, str], hashes: Mapping[str, str]
     )
 
 
-def _place(relative: str, layout: str) -> tuple[str, str] | None:
-    """Return the label and the given split of a path, None if it is outside any class folder."""
-    parts = relative.split("/")
-    if len(parts) < (3 if layout else 2):
-        return None
-    split = SPLIT_FOLDERS[parts[0].casefold()] if layout else ""
-    if layout == "no val" and split == TRAIN:
-        split = ""  # decided by content: val is taken from train
-    return parts[1] if layout else parts[0], split
-
-
 def _without_conflicts(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
     labels: dict[str, set[str]] = defaultdict(set)
     for row in rows:
@@ -310,53 +355,119 @@ def _without_conflicts(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
     return consistent, out
 
 
-def _without_copies(rows: Sequence[Row], layout: str) -> tuple[list[Row], list[str]]:
-    """Mark all but one of each set of exact copies. In a given layout the copy in test is used, so that the test split stays as given."""
+def _without_copies(rows: Sequence[Row], given: Mapping[str, str]) -> tuple[list[Row], list[str], list[Rejected]]:
+    """Mark all but one of each set of exact copies.
+
+    In a given layout the copy in test is used, so that the test split stays as given. Without one, copies have different splits only if their
+    groups have. Then none of them is used: the rest of one group would be trained on, and the rest of the other one tested.
+
+    Args:
+        given: path to given split, {} if there is none.
+
+    Returns:
+        The rows, remarks for people, and the copies in groups with different splits.
+    """
     rank = {TEST: 0, VAL: 1, TRAIN: 2, "": 2}
-    groups: dict[str, list[Row]] = defaultdict(list)
+    copies_of: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row.md5].append(row)
+        copies_of[row.md5].append(row)
     marked: list[Row] = []
+    divided: list[Rejected] = []
     leaked: Counter[str] = Counter()
-    for copies in groups.values():
+    for copies in copies_of.values():
+        if not given and len({copy.split for copy in copies}) > 1:
+            names = ", ".join(sorted({f"{copy.group or copy.path} ({copy.split})" for copy in copies}))
+            divided += [Rejected(copy.path, f"the same image in groups of different splits: {names}") for copy in copies]
+            continue
         copies.sort(key=lambda r: (rank[r.split], r.path))
         first = copies[0]
         marked.append(first)
         for copy in copies[1:]:
             marked.append(replace(copy, duplicate_of=first.path))
-        for split in {copy.split or TRAIN for copy in copies[1:]} - {first.split or TRAIN}:
-            leaked[f"{first.split} images are also in {split}"] += 1
-    if not layout:
-        return marked, []
+        own = given.get(first.path) or TRAIN
+        for split in {given.get(copy.path) or TRAIN for copy in copies[1:]} - {own}:
+            leaked[f"{own} images are also in {split}"] += 1
+    if not given:
+        return marked, [], divided
     remarks = [
         f"leak: {n} distinct {what}, byte for byte; they are used in {what.split()[0]} only" for what, n in sorted(leaked.items()) if n
     ]
-    return marked, remarks
+    return marked, remarks, []
 
 
-def _check_classes(images: Path, rows: Sequence[Row], rejected: Sequence[Rejected], layout: str) -> None:
+def _divided_groups(rows: Sequence[Row]) -> list[str]:
+    """Return a remark if groups are on several sides of a given layout; in our own split they never are."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.group and not row.duplicate_of:
+            splits[row.group].add(row.split)
+    divided = sorted(group for group, names in splits.items() if len(names) > 1)
+    if not divided:
+        return []
+    return [
+        f"leak: {len(divided)} of {len(splits)} groups have images in several of the given splits, such as {divided[0]} "
+        f"({', '.join(sorted(splits[divided[0]]))}); the accuracy is too high for new groups"
+    ]
+
+
+def _empty_classes(images: Path, rows: Sequence[Row], source: Source) -> list[str]:
+    """Return remarks about class folders that hold no file, and about hidden folders that hold images."""
+    if source.table is not None:
+        return []
+    used = {row.path.split("/")[0] for row in rows} if source.layout.label_at == 0 else {row.label for row in rows}
+    empty, concealed = [], []
+    with os.scandir(images) as entries:
+        tops = sorted((entry for entry in entries if entry.is_dir()), key=lambda entry: entry.name)
+    for top in tops:
+        if top.name == SYSTEM:
+            continue
+        names = [name for _, _, files in os.walk(top.path) for name in files]
+        if top.name.startswith("."):
+            pictures = [name for name in names if Path(name).suffix.lower() in _ENDINGS]
+            if pictures:
+                concealed.append(f"{top.name} ({len(pictures)} images)")
+        elif top.name not in used and source.layout.label_at == 0 and all(map(hidden, names)):
+            empty.append(f"{top.name} ({'only hidden files' if names else 'empty'})")
+    remarks = [f"empty: folders without images are no classes: {', '.join(empty)}"] if empty else []
+    return remarks + ([f"hidden: folders whose names begin with a dot are not used: {', '.join(concealed)}"] if concealed else [])
+
+
+def _check_classes(images: Path, rows: Sequence[Row], rejected: Sequence[Rejected], source: Source) -> None:
     counts = Counter(r.label for r in rows if not r.duplicate_of)
     if len(counts) < 2:
         raise DataError(
             f"expected at least two classes in {images}, found one with usable images: {next(iter(counts))}. "
-            "Add a folder of images for each further class."
+            + ("Label images of each further class." if source.table is not None else "Add a folder of images for each further class.")
         )
-    depth = 1 if layout else 0
-    for parts in (r.path.split("/") for r in rejected):
-        if len(parts) > depth + 1:
-            counts.setdefault(parts[depth], 0)  # a class without any usable image must be reported
+    for place in (source.place(r.path) for r in rejected):
+        if not isinstance(place, str):
+            counts.setdefault(place.label, 0)  # a class without any usable image must be reported
     small = {label: n for label, n in counts.items() if n < MINIMUM_PER_CLASS}
     if small:
+        numbers = sum(label.replace(".", "", 1).isdigit() for label in counts)
         raise DataError(
             f"expected at least {MINIMUM_PER_CLASS} distinct usable images in each class, found {_counted(small)} in {images} "
-            f"({len(rejected)} files were rejected). Add images to these classes or remove their folders."
+            f"({len(rejected)} files were rejected). Add images to these classes or remove "
+            + ("their lines from the table." if source.table is not None else "their folders.")
+            + (f" {ONE_CLASS}" if numbers > 20 and numbers == len(counts) else "")
         )
     missing = sorted(set(counts) - {r.label for r in rows if r.split == TRAIN and not r.duplicate_of})
     if missing:
         way_out = "Run `tlpipeline data commit`: it gives small classes an image in each split by lines in splits.csv."
-        if layout:
+        if source.given:
             way_out = "Put more images of these classes into the folder train."
+        elif source.grouped:
+            way_out += " A class whose images are all in one group has only one split; add images of other groups."
         raise DataError(f"expected training images for each class in {images}, found none for {', '.join(missing)}. {way_out}")
+    if (source.given or source.grouped) and not any(r.split == TEST and not r.duplicate_of for r in rows):
+        raise DataError(
+            f"expected test images in {images}, found none: a model could not be evaluated. "
+            + (
+                "Add labeled test images, or leave out the given splits."
+                if source.given
+                else "Add images, then run `tlpipeline data commit`."
+            )
+        )
 
 
 def _empty_splits(rows: Sequence[Row]) -> list[str]:
@@ -382,7 +493,10 @@ def write_manifest(manifest: Manifest, path: Path, quarantine: Path) -> None:
     import pyarrow.parquet as pq
 
     columns = {f.name: [getattr(row, f.name) for row in manifest.rows] for f in fields(Row)}
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    table = pa.table(columns)
+    if manifest.classes != tuple(sorted(manifest.classes)):
+        table = table.replace_schema_metadata({_ORDER: json.dumps(manifest.classes)})
+    pq.write_table(table, path, compression="zstd")
     with quarantine.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "reason"])
@@ -401,7 +515,9 @@ def read_manifest(path: Path, quarantine: Path | None = None) -> Manifest:
     later = {f.name: f.default for f in fields(Row) if f.default is not MISSING}  # columns that older versions do not write
     known: dict[str, str] = {}
     rows: list[Row] = []
+    order: tuple[str, ...] = ()
     for batch in records.read_parquet(path, columns, records.ANEW, error=DataError, optional=later):
+        order = _class_order(path, (batch.schema.metadata or {}).get(_ORDER))
         values = batch.to_pydict()
         values |= {name: [default] * batch.num_rows for name, default in later.items() if name not in values}
         for name in ("label", "split", "mode", "duplicate_of", "group"):
@@ -410,6 +526,12 @@ def read_manifest(path: Path, quarantine: Path | None = None) -> Manifest:
     if odd := next((row for row in rows if not _MD5.fullmatch(row.md5) or row.split not in SPLIT_NAMES), None):
         raise records.unlike(path, f"{odd.path} has the md5 {odd.md5!r} and the split {odd.split!r}", records.ANEW, DataError)
     if quarantine is None:
-        return Manifest(tuple(rows), (), ())
+        return Manifest(tuple(rows), (), (), order)
     lines = records.read_csv(Rejected, quarantine, records.ANEW, DataError)
-    return Manifest(tuple(rows), tuple(line for line in lines if line.path), tuple(line.reason for line in lines if not line.path))
+    rejected, remarks = tuple(line for line in lines if line.path), tuple(line.reason for line in lines if not line.path)
+    return Manifest(tuple(rows), rejected, remarks, order)
+
+
+def _class_order(path: Path, content: bytes | None) -> tuple[str, ...]:
+    """Return the order of the classes in a manifest, () if it is that of their names."""
+    return () if content is None else records.parse(tuple[str, ...], content, str(path), records.ANEW, DataError)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import PIL
 from PIL import ExifTags, Image
 
-from tlpipeline.data import decoding
+from tlpipeline.data import decoding, file_kinds
 from tlpipeline.data.decoding import UNREADABLE, Pixels, available_cpus
 
 SIDE = 24  # pixels of the small gray picture
@@ -66,6 +66,7 @@ class Facts:
         brightness, contrast: mean and standard deviation of the gray values, 0 to 255.
         sharpness: variance of the Laplacian of the gray values, at a short side of 256 pixels if it has more.
         top, bottom, left, right: width in pixels of a border of one color (see `border`), 0 without one.
+        notes: what is to be said of how it is read, see `decoding.DEEP` and others.
         picture: gray values of the picture at 24 x 24 pixels, then Cb and Cr at 6 x 6, one byte each.
     """
 
@@ -89,6 +90,7 @@ class Facts:
     bottom: int = 0
     left: int = 0
     right: int = 0
+    notes: tuple[str, ...] = ()
     picture: bytes = b""
 
     @property
@@ -102,17 +104,18 @@ def measure(content: bytes) -> Facts:
     size = len(content)
     if not content:
         return Facts("empty file")
+    notes: set[str] = set()
     try:
-        image = decoding.decode(content)
+        image = decoding.decode(content, notes=notes)
         with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as original:
             about = {"mode": original.mode, "format": original.format or "", "pages": _pages(original)}
             about |= {"jpeg_quality": _jpeg_quality(original), "exif": "exif" in original.info, "camera": _camera(original)}
             about["transparent"] = _transparent(original)  # the last, because it loads the pixels
     except UNREADABLE as error:
-        return Facts(decoding.describe_error(error), size)
+        return Facts(decoding.describe_error(error, content), size)
     if 0 in image.size:
         return Facts("zero size", size)
-    return Facts(file_size=size, width=image.width, height=image.height, **about, **_of_pixels(image))
+    return Facts(file_size=size, width=image.width, height=image.height, notes=tuple(sorted(notes)), **about, **_of_pixels(image))
 
 
 def _pages(image: Image.Image) -> int:
@@ -292,7 +295,7 @@ def _packed(facts: Facts) -> tuple[str, bytes]:
 
 def _unpacked(text: str, picture: bytes) -> Facts:
     values: dict[str, Any] = dict(zip(_NAMES, json.loads(text), strict=True))
-    values |= {"mode": sys.intern(values["mode"]), "format": sys.intern(values["format"])}
+    values |= {"mode": sys.intern(values["mode"]), "format": sys.intern(values["format"]), "notes": tuple(values["notes"])}
     return Facts(**values, picture=picture)
 
 
@@ -304,7 +307,7 @@ def _crc(md5: str, text: Any, picture: Any) -> int:
 def _rules() -> str:
     """Return a hash of all that the facts of a content depend on."""
     digest = hashlib.md5(PIL.__version__.encode(), usedforsecurity=False)
-    for path in (decoding.__file__, __file__):
+    for path in (decoding.__file__, file_kinds.__file__, __file__):
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:12]
 

@@ -23,7 +23,7 @@ from tlpipeline.data.decoding import Pixels
 from tlpipeline.data.transforms import Transforms
 
 # Part of every cache key: other code or another decoder gives other pixels.
-FORMAT = f"3, Pillow {PIL.__version__}"
+FORMAT = f"4, Pillow {PIL.__version__}"
 ELONGATED = 128  # aspect ratio above which the ends of an image are cut off before it is resized
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

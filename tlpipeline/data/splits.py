@@ -1,6 +1,7 @@
 """Train, val and test splits that never change.
 
-The split follows from the image's content: u = md5(file bytes) / 2^128. Below 0.70 it is train, below 0.85 val, else test.
+The split follows from the image's content: u = md5(file bytes) / 2^128. Below 0.70 it is train, below 0.85 val, else test. Images of a group
+share the split that follows from its name: u = md5(name) / 2^128. The md5 that decides is called the key.
 Class, path and seed do not matter, so an image keeps its split whatever is added or removed.
 The few exceptions for small classes are lines of `splits.csv`. A given `{train,val,test}/<class>` layout wins over both.
 """
@@ -8,61 +9,45 @@ The few exceptions for small classes are lines of `splits.csv`. A given `{train,
 import csv
 import io
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tlpipeline.data.decoding import inspect, read_content
+from tlpipeline.data.groups import group_key
 from tlpipeline.errors import DataError
 from tlpipeline.files import write_bytes
 
+if TYPE_CHECKING:
+    from tlpipeline.data.sources import Source
+
 TRAIN, VAL, TEST = "train", "val", "test"
 SPLIT_NAMES = (TRAIN, VAL, TEST)
-SPLIT_FOLDERS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
 TRAIN_BELOW, VAL_BELOW = 0.70, 0.85
 MINIMUM_PER_CLASS = 3
 _LOOK_INTO_BELOW = 50  # in a class with fewer images, a broken one could be the only one of its split
 
 
-def split_of(md5: str, carve_val: bool = False) -> str:
-    """Return the split of an image by its content.
+def split_of(key: str, carve_val: bool = False) -> str:
+    """Return the split of an image by its content, or of a group by its name.
 
     Args:
-        md5: 32 hexadecimal digits.
+        key: 32 hexadecimal digits.
         carve_val: the test split is given: divide the rest into train and val at 70 to 15.
     """
-    u = int(md5, 16) / 2**128
+    u = int(key, 16) / 2**128
     if carve_val:
         return TRAIN if u < TRAIN_BELOW / VAL_BELOW else VAL
     return TRAIN if u < TRAIN_BELOW else VAL if u < VAL_BELOW else TEST
 
 
-def in_selection_half(md5: str) -> bool:
+def in_selection_half(key: str) -> bool:
     """Return whether a validation image belongs to the half that selects (a slice point, an epoch). The other half only compares.
 
-    The half follows from the content and never changes: from the last digit of the md5, since the first ones give the split.
+    The half follows from the key and never changes: from its last digit, since the first ones give the split.
     """
-    return md5[-1] in "02468ace"
-
-
-def folder_layout(images: Path) -> str:
-    """Return the layout of the image folder: "" (split by content), "all" (train, val and test given) or "no val".
-
-    Raises:
-        DataError: at least two folders are named like splits, but train or test is missing or there are other folders. By content,
-            "train" and "val" would silently become classes.
-    """
-    names = {p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    split_folders = {n for n in names if n.casefold() in SPLIT_FOLDERS}
-    if len(split_folders) < 2:
-        return ""
-    splits = {SPLIT_FOLDERS[n.casefold()] for n in split_folders}
-    if names != split_folders or not {TRAIN, TEST} <= splits:
-        raise DataError(
-            f"expected the folders train, test and optionally val in {images}, or one folder per class, found {', '.join(sorted(names))}. "
-            "Leave only train, test and val there, or sort the images by class alone; then their content decides the split."
-        )
-    return "all" if VAL in splits else "no val"
+    return key[-1] in "02468ace"
 
 
 # --- splits.csv ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +55,7 @@ def folder_layout(images: Path) -> str:
 
 @dataclass(frozen=True)
 class SplitException:
-    """A line of splits.csv: this content belongs to this split, whatever the rule gives."""
+    """A line of splits.csv: this content, or the group with the name of this md5, belongs to this split, whatever the rule gives."""
 
     md5: str
     split: str
@@ -128,9 +113,14 @@ def write_exceptions(path: Path, new: Iterable[SplitException]) -> None:
 
 
 def needed_exceptions(
-    images: Path, hashes: Mapping[str, str], known: Mapping[str, str], trained_on: Callable[[], frozenset[str]]
+    images: Path,
+    hashes: Mapping[str, str],
+    known: Mapping[str, str],
+    trained_on: Callable[[], frozenset[str]],
+    source: "Source",
+    before: Mapping[str, str] | None = None,
 ) -> tuple[list[SplitException], list[str]]:
-    """Find classes with an empty split, and assign one image to each.
+    """Find classes with an empty split, and assign one image, or one group, to each. A group that got another name keeps its split.
 
     The image with the highest u goes to test, the next to val, the lowest to train. Images that a registered version was trained on
     never go to test; the class is then reported as not evaluated.
@@ -139,31 +129,79 @@ def needed_exceptions(
         hashes: path below `images` to md5, of all files.
         known: the present lines of splits.csv.
         trained_on: returns the md5s that registered versions were trained on; called only if a split is empty.
+        source: where classes, given splits and groups come from.
+        before: md5 of an image to its split until now, {} if there is none.
 
     Returns:
         New lines for splits.csv, and remarks for people.
     """
-    if not images.is_dir() or folder_layout(images):
+    if source.given:
         return [], []
-    by_label: dict[str, dict[str, str]] = defaultdict(dict)
+    by_label: dict[str, dict[str, list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
     labels: dict[str, set[str]] = defaultdict(set)
+    grouped: set[str] = set()
     for path, md5 in sorted(hashes.items()):
-        label, _, rest = path.partition("/")
-        if rest and not any(part.startswith(".") for part in path.split("/")):
-            by_label[label].setdefault(md5, path)
-            labels[md5].add(label)
-    new: list[SplitException] = []
+        place = source.place(path)
+        if isinstance(place, str):
+            continue
+        key = group_key(place.group) if place.group else md5
+        by_label[place.label][key].append((path, md5))
+        labels[md5].add(place.label)
+        if place.group:
+            grouped.add(key)
+    members: dict[str, list[str]] = defaultdict(list)
+    for keys in by_label.values():
+        for key, files in keys.items():
+            members[key] += [md5 for _, md5 in files]
+    new = _kept(by_label, members, grouped, known, before or {})
     remarks: list[str] = []
-    for label, paths in sorted(by_label.items()):
-        usable = {md5: path for md5, path in paths.items() if len(labels[md5]) == 1}
-        if len(usable) < _LOOK_INTO_BELOW:
-            usable = {md5: path for md5, path in usable.items() if not isinstance(inspect(read_content(images / path)), str)}
-        splits = {md5: known.get(md5) or split_of(md5) for md5 in usable}
-        if len(splits) >= MINIMUM_PER_CLASS and set(splits.values()) != set(SPLIT_NAMES):
-            lines, remark = _filled(label, splits, trained_on(), frozenset(known))
-            new += lines
-            remarks += remark
+    fixed = dict(known) | {line.md5: line.split for line in new}
+    for label, keys in sorted(by_label.items()):
+        usable = {key: [(path, md5) for path, md5 in files if len(labels[md5]) == 1] for key, files in keys.items()}
+        if sum(map(len, usable.values())) < _LOOK_INTO_BELOW:
+            usable = {
+                key: [(path, md5) for path, md5 in files if not isinstance(inspect(read_content(images / path)), str)]
+                for key, files in usable.items()
+            }
+        splits = {key: fixed.get(key) or split_of(key) for key, files in usable.items() if files}
+        images_of_class = len({md5 for files in usable.values() for _, md5 in files})
+        if images_of_class < MINIMUM_PER_CLASS or set(splits.values()) == set(SPLIT_NAMES):
+            continue
+        before_training = trained_on()
+        used = frozenset(key for key in splits if not before_training.isdisjoint(members[key]))
+        needed = frozenset(key for key in splits if _sole(key, label, by_label, fixed))
+        lines, remark = _filled(label, splits, used, frozenset(fixed) | needed)
+        fixed |= {line.md5: line.split for line in lines}
+        new += lines
+        remarks += remark
     return new, remarks
+
+
+def _kept(
+    by_label: "Mapping[str, Mapping[str, list[tuple[str, str]]]]",
+    members: Mapping[str, Sequence[str]],
+    grouped: Collection[str],
+    known: Mapping[str, str],
+    before: Mapping[str, str],
+) -> list[SplitException]:
+    """Return lines for groups whose images had another split until now, all of them the same: the group got another name."""
+    lines = []
+    label_of = {key: label for label, keys in sorted(by_label.items(), reverse=True) for key in keys}
+    for key in sorted(set(grouped) - set(known)):
+        earlier = {before[md5] for md5 in members[key] if md5 in before}
+        if len(earlier) == 1 and (split := next(iter(earlier))) != split_of(key) and split in SPLIT_NAMES:
+            lines.append(SplitException(key, split, label_of[key]))
+    return lines
+
+
+def _sole(key: str, label: str, by_label: "Mapping[str, Mapping[str, list[tuple[str, str]]]]", fixed: Mapping[str, str]) -> bool:
+    """Return whether another class has images in this group and in no other one of its split: moving it would empty that split."""
+    split = fixed.get(key) or split_of(key)
+    return any(
+        key in keys and not any(other != key and (fixed.get(other) or split_of(other)) == split for other in keys)
+        for name, keys in by_label.items()
+        if name != label
+    )
 
 
 def _filled(

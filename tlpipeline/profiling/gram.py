@@ -1,7 +1,7 @@
 """Inner products of the sample's features, from which every probe, head and learning curve of the profile is solved."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +32,7 @@ class GramMatrices:
         read: scaled features at each tap; own: their inner products.
         scales: scaling of each tap, and the norm that is divided out afterwards.
         before: penalties of a smaller sample by taps, {} for the first sample; penalties: those of this sample.
+        groups: name of each image's group, "" for none; None if there are no groups.
     """
 
     read: Sequence[npt.NDArray[np.float32]]
@@ -40,6 +41,7 @@ class GramMatrices:
     labels: npt.NDArray[np.int64]
     before: Mapping[tuple[int, ...], float]
     penalties: dict[tuple[int, ...], float]
+    groups: Sequence[str] | None = None
 
     def tried(self, taps: Sequence[int]) -> tuple[float, ...]:
         """Return the penalties to try: all for the first sample, then the best one of the smaller sample and a tenth of it."""
@@ -53,9 +55,9 @@ class GramMatrices:
         together = None
         if sum(self.read[i].shape[1] for i in taps) < len(self.labels):
             together = np.concatenate([self.read[i] for i in taps], axis=1, dtype=np.float64) / math.sqrt(len(taps))
-        fit = leave_one_out(_mean([self.own[i] for i in taps]), one_hot(self.labels), self.tried(taps), features=together)
+        fit = leave_one_out(_mean([self.own[i] for i in taps]), one_hot(self.labels), self.tried(taps), together, self.groups)
         self.penalties[tuple(taps)] = fit.penalty
-        return fit, _right(fit, self.labels)
+        return fit, _right(fit, self.labels, self.groups)
 
     def head(self, taps: Sequence[int], names: Sequence[str]) -> Head:
         """Return the head on these taps, probed on the sample."""
@@ -88,18 +90,21 @@ class GramMatrices:
 
     def tangent(self, taps: Sequence[int], gradients: Matrix, first: Sequence[int]) -> Tangent:
         """Return how well the tangent kernel classifies some images of the sample, compared with these taps on the same images."""
-        y = self.labels[list(first)]
+        y, groups = self.labels[list(first)], self._groups_of(first)
         frozen = _centered(_mean([self.own[i] for i in taps])[np.ix_(first, first)])
         frozen = frozen / (frozen.trace() / len(y) or 1.0)
         reached: list[float] = []
         with threadpool_limits(1):
             for kernel in (gradients, frozen):
-                fit = leave_one_out(kernel, one_hot(y))
+                fit = leave_one_out(kernel, one_hot(y), groups=groups)
                 reached += [
-                    float(_right(fit, y).mean()),
+                    float(_right(fit, y, groups).mean()),
                     round(float(((fit.scores - one_hot(y)) ** 2).mean()), 6),
                 ]  # the last digits depend on threads
         return Tangent(len(y), *reached)
+
+    def _groups_of(self, images: Iterable[int]) -> list[str] | None:
+        return None if self.groups is None else [self.groups[i] for i in images]
 
     def learning_curve(self, taps: Sequence[int], whole: float, seed: int) -> tuple[tuple[int, float], ...]:
         """Return the learning curve of a head: (images, accuracy) at a quarter, half and all of the sample, each the mean of some draws.
@@ -122,13 +127,15 @@ class GramMatrices:
                 y = self.labels[drawn]
                 inside = _centered(kernel[np.ix_(drawn, drawn)])
                 # With fewer images the best penalty is that of all images, or a larger one.
-                reached.append(float(_right(leave_one_out(inside, one_hot(y), (penalty, 10 * penalty)), y).mean()))
+                groups = self._groups_of(drawn)
+                fit = leave_one_out(inside, one_hot(y), (penalty, 10 * penalty), groups=groups)
+                reached.append(float(_right(fit, y, groups).mean()))
             points.append((len(drawn), float(np.mean(reached))))
         return (*points, (m, whole))
 
 
-def _right(fit: Fit, labels: npt.NDArray[np.int64]) -> Bits:
-    return np.asarray(np.unique(labels)[guesses(fit.scores, one_hot(labels))] == labels)
+def _right(fit: Fit, labels: npt.NDArray[np.int64], groups: Sequence[str] | None) -> Bits:
+    return np.asarray(np.unique(labels)[guesses(fit.scores, one_hot(labels), groups)] == labels)
 
 
 def _centered(kernel: Matrix) -> Matrix:
@@ -140,9 +147,13 @@ def _mean(kernels: Sequence[Matrix]) -> Matrix:
 
 
 def gram_matrices(
-    readings: Sequence[TapPooling], features: Sequence[Tensor], labels: npt.NDArray[np.int64], before: Mapping[tuple[int, ...], float]
+    readings: Sequence[TapPooling],
+    features: Sequence[Tensor],
+    labels: npt.NDArray[np.int64],
+    before: Mapping[tuple[int, ...], float],
+    groups: Sequence[str] | None = None,
 ) -> GramMatrices:
-    """Scale features (images, features of a tap) at each tap and multiply them."""
+    """Scale features (images, features of a tap) at each tap and multiply them; `groups` as in `GramMatrices`."""
     scaled, own, scales = [], [], []
     for read, x in zip(readings, features, strict=False):
         scale = scaling(x, read.blocks)
@@ -153,4 +164,4 @@ def gram_matrices(
         scaled.append(a)
         own.append((a @ a.T).astype(np.float64))
         scales.append((scale, norm))
-    return GramMatrices(scaled, own, scales, labels, before, {})
+    return GramMatrices(scaled, own, scales, labels, before, {}, groups)

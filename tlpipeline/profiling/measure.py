@@ -75,8 +75,8 @@ def measure(
     passes = _Passes(backbone, root, size, device, progress, store or Store(), half)
     val = manifest.used(VAL)
     selecting, judges = (
-        sample([r for r in val if splits.in_selection_half(r.md5)], HELD_OUT, params.seed),
-        sum(not splits.in_selection_half(r.md5) for r in val),
+        sample([r for r in val if splits.in_selection_half(r.key)], HELD_OUT, params.seed),
+        sum(not splits.in_selection_half(r.key) for r in val),
     )
     drawn, kernels, profile = _large_enough(passes, rows, labels, judges, params, undecided)
     there = {r.label for r in drawn}
@@ -110,7 +110,8 @@ def _large_enough(
     drawn = sample(rows, wanted, params.seed)
     while True:
         read = passes.features(drawn)
-        kernels = gram_matrices(passes.readings, read, np.array([labels[r.label] for r in drawn]), penalties)
+        groups = [r.group for r in drawn] if any(r.group for r in drawn) else None
+        kernels = gram_matrices(passes.readings, read, np.array([labels[r.label] for r in drawn]), penalties, groups)
         passes.progress(Event("profile", len(drawn), len(drawn), f"probes of {len(drawn)} images at {len(passes.taps)} taps"))
         profile = _of_sample(passes, rows, judges, read, kernels, params.seed)
         wanted, penalties = 2 * len(drawn), kernels.penalties
@@ -141,7 +142,7 @@ def _of_sample(
     counts = Counter(r.label for r in rows)
     # Rounded: the last digits depend on how many threads sum.
     chances = read[logits].softmax(1).double().numpy() if backbone.source_classes else None
-    similarity = None if chances is None else round(head_similarity(chances, kernels.labels), 6)
+    similarity = None if chances is None else round(head_similarity(chances, kernels.labels, groups=kernels.groups), 6)
     with threadpool_limits(1):  # factorizations of a sample's size take longer with two
         probed = _probe(passes.taps, passes.readings, kernels, seed)
     return Profile(

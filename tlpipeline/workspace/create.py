@@ -6,14 +6,16 @@ A workspace is a git and DVC repository with dvc.yaml, params.yaml and prefect.y
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tlpipeline.errors import DataError, ParamsError, WorkspaceError, masked
 from tlpipeline.files import file_md5, unlink, write_bytes
-from tlpipeline.params import AUTO
+from tlpipeline.params import AUTO, NONE, Data
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry import versions
 from tlpipeline.registry.ledger import LEDGER
@@ -22,10 +24,13 @@ from tlpipeline.training.recipe import Recipe
 from tlpipeline.versioning import dvc, git, lock
 from tlpipeline.workspace import layout, settings
 
+if TYPE_CHECKING:
+    from tlpipeline.data.sources import Source
+
 TEMPLATE = Path(__file__).with_name("template")
 STARTED = layout.OWN / "init"  # there while a workspace is made
 TRACKED = (
-    "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.CASE, layout.METRICS, layout.CLASSES,
+    "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.CLASS_MAP, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.CASE, layout.METRICS, layout.CLASSES,
     versions.CARD, LEDGER, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
 PLOTS = ("plane.json", "probe.json")  # templates with which `dvc plots show` draws the decision
@@ -34,14 +39,45 @@ PLOTS = ("plane.json", "probe.json")  # templates with which `dvc plots show` dr
 # --- creating -------------------------------------------------------------------------------------------------------------------------
 
 
-def init(root: Path, images: Path | None, backbone: str, weights: str, remote: str | None, progress: Progress = silent) -> None:
+@dataclass(frozen=True)
+class Given:
+    """Images that are given to a workspace.
+
+    Attributes:
+        images: a folder, or a zip file of one.
+        labels: a table of labels, None for folders.
+        group, class_folder: as in params.yaml; None is what it says.
+    """
+
+    images: Path
+    labels: Path | None = None
+    group: str | None = None
+    class_folder: int | None = None
+
+    def options(self) -> list[str]:
+        """Return what was given, as text."""
+        return [str(self.images.resolve()), str(self.labels and self.labels.resolve()), str(self.group), str(self.class_folder)]
+
+
+def init(
+    root: Path,
+    images: Path | None,
+    backbone: str,
+    weights: str,
+    remote: str | None,
+    progress: Progress = silent,
+    labels: Path | None = None,
+    group: str | None = None,
+    class_folder: int | None = None,
+) -> None:
     """Create a workspace: a git and DVC repository with dvc.yaml, params.yaml, prefect.yaml and versioned images.
 
     Args:
         root: a new or empty folder.
-        images: folder to copy; None is the embedded sample.
+        images: folder to copy, or a zip file of one; None is the embedded sample.
         backbone, weights: as in params.yaml; a weights file is copied, versioned, and pinned by its md5.
         remote: DVC remote; None is the folder .dvc-remote in the workspace.
+        labels: table of labels to copy, None for folders; group, class_folder: as in params.yaml, None for what a new one says.
 
     Raises:
         WorkspaceError: the folder is not empty or cannot be created, or its remote cannot be reached.
@@ -49,10 +85,13 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
         BackboneError: the network or its weights cannot be loaded.
     """
     from tlpipeline.backbones import catalogue
-    from tlpipeline.data import dataset
+    from tlpipeline.data import archives
 
+    if images is None and labels is not None:
+        raise DataError(f"expected the images that {labels} has the labels of, found no --images. Name their folder.")
+    given = None if images is None else Given(images, labels, group, class_folder)
     # What would be made. A killed `init` leaves this, and the same command then continues.
-    options = [str(images and images.resolve()), backbone, weights, str(remote)]
+    options = [*(given.options() if given else ["None"]), backbone, weights, str(remote)]
     order = hashlib.md5("\0".join(options).encode(), usedforsecurity=False).hexdigest()
     started = root / STARTED
     interrupted = started.is_file() and not _is_committed(root)
@@ -65,10 +104,10 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
         raise WorkspaceError(
             f"expected a new or empty folder at {root}, found {'a file' if root.is_file() else 'files in it'}. Choose another one."
         )
-    if images is not None and not images.is_dir():
+    if images is not None and not images.is_dir() and not archives.is_archive(images):
         raise DataError(
             f"expected a folder of images at {images}, found {'a file' if images.exists() else 'nothing'}. "
-            "Give --images a folder with one folder of images per class."
+            "Give --images a folder with one folder of images per class, or a zip file of one."
         )
     if images is not None and root.resolve().is_relative_to(images.resolve()):
         raise WorkspaceError(f"expected a workspace outside the folder of images, found {root} inside {images}. Choose another one.")
@@ -78,9 +117,60 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     if remote is not None:
         dvc.check_remote(remote)
     catalogue.load(backbone, weights, md5=md5)
-    if images is not None:
-        dataset.refuse_outside_links(images)
-        dataset.ingest(images, small_class_splits(images), lambda done, total: progress(Event("init", done, total, "images checked")))
+    with archives.unpacked(images) as folder:
+        if given is not None and folder is not None:
+            given = _checked(replace(given, images=folder), None, progress)
+        _make(root, given, backbone, source if source.is_file() else weights, md5, remote, order, interrupted)
+    if remote is not None and masked(remote) != remote:
+        kept = "the remote's password is in .dvc/config.local, which git ignores: each clone needs its own (`dvc remote modify --local`)"
+        progress(Event("init", 1, 1, kept))
+
+
+def _checked(given: Given, root: Path | None, progress: Progress) -> Given:
+    """Check images before they are copied; return them without the folders that only wrap them.
+
+    Args:
+        root: the workspace that gets them; None is a new one.
+
+    Raises:
+        DataError: they are no usable data set.
+    """
+    from tlpipeline.data import classes, dataset, layouts, sources
+
+    data = layout.params_of(root).data if root is not None else Data()
+    labels = given.labels
+    if labels is None and root is not None and data.labels != NONE:
+        inside = _inside(data)
+        labels = root / data.labels if inside is None else given.images / inside
+    if labels is None and given.class_folder is None and data.class_folder == AUTO:
+        inner = layouts.unwrapped(given.images)
+        if inner != given.images:
+            progress(Event("init" if root is None else "version", 1, 1, f"the images are taken from {inner}"))
+            given = replace(given, images=inner)
+    settings_given = {name: value for name in ("group", "class_folder") if (value := getattr(given, name)) is not None}
+    dataset.refuse_outside_links(given.images)
+    dataset.require_folder(given.images)
+    source = sources.Source(given.images, layout.rules(replace(data, **settings_given), labels))
+
+    def on_progress(done: int, total: int) -> None:
+        if root is None:
+            progress(Event("init", done, total, "images checked"))
+
+    known = classes.read_map(root / layout.CLASS_MAP) if root is not None else classes.ClassMap()
+    dataset.ingest(given.images, small_class_splits(given.images, source), on_progress, source=source, class_map=known)
+    return given
+
+
+def _inside(data: Data) -> str | None:
+    """Return the path of the table of labels below the folder of images, None if it lies elsewhere."""
+    return data.labels.removeprefix(f"{data.images}/") if data.labels.startswith(f"{data.images}/") else None
+
+
+def _make(
+    root: Path, given: Given | None, backbone: str, weights: Path | str, md5: str, remote: str | None, order: str, interrupted: bool
+) -> None:
+    """Make the folder of a workspace and fill it; what was made is removed after an error."""
+    started = root / STARTED
     missing = [path for path in (*reversed(root.resolve().parents), root.resolve()) if not path.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -88,16 +178,13 @@ def init(root: Path, images: Path | None, backbone: str, weights: str, remote: s
     except OSError as error:
         raise WorkspaceError(f"Cannot create the folder {root}: {error.strerror}. Choose another one.") from error
     try:
-        _fill(root, images, backbone, source if source.is_file() else weights, md5, remote)
+        _fill(root, given, backbone, weights, md5, remote)
         started.unlink()
     except BaseException:
         # Remove what was created; an existing folder stays, and what an interrupted command made may hold other files by now.
         for path in [] if interrupted else missing[:1] or list(root.iterdir()):
             unlink(path)
         raise
-    if remote is not None and masked(remote) != remote:
-        kept = "the remote's password is in .dvc/config.local, which git ignores: each clone needs its own (`dvc remote modify --local`)"
-        progress(Event("init", 1, 1, kept))
 
 
 def _is_committed(root: Path) -> bool:
@@ -105,24 +192,28 @@ def _is_committed(root: Path) -> bool:
     return (root / ".git").exists() and int(git.run(root, "rev-list", "--count", "HEAD", check=False) or 0) >= 2
 
 
-def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
-    from tlpipeline.data import digits, splits
+def _fill(root: Path, given: Given | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
+    from tlpipeline.data import classes, digits, splits
     from tlpipeline.data.decoding import available_cpus
 
-    for name in (".git", ".dvc", layout.SPLITS):
+    for name in (".git", ".dvc", layout.SPLITS, layout.CLASS_MAP):
         unlink(root / name)  # of an interrupted command
     for name in ("dvc.yaml", "params.yaml", "prefect.yaml"):
         shutil.copy(TEMPLATE / name, root / name)
     shutil.copy(TEMPLATE / "gitignore", root / ".gitignore")
     shutil.copy(TEMPLATE / "dvcignore", root / ".dvcignore")
     changes: dict[str, Any] = {"backbone.name": backbone, "backbone.weights": weights}
-    if images is None:
+    if given is None:
         digits.write(root / "images")
         # The demonstration shows two workers; its digits must not be mirrored.
         changes |= {"train.flip": False, "cluster.workers": min(2, available_cpus())}
     else:
-        shutil.copytree(images, root / "images", dirs_exist_ok=True)
+        copy_images(given, root / "images")
         changes["data.name"] = _name_from(root)
+        changes |= {f"data.{name}": value for name in ("group", "class_folder") if (value := getattr(given, name)) is not None}
+        if given.labels is not None:
+            changes["data.labels"] = f"labels{given.labels.suffix.lower()}"
+            shutil.copyfile(given.labels, root / changes["data.labels"])
         deployments = root / "prefect.yaml"
         deployments.write_text(deployments.read_text(encoding="utf-8").replace("digits", _name_from(root)), encoding="utf-8")
     if isinstance(weights, Path):
@@ -139,6 +230,9 @@ def _fill(root: Path, images: Path | None, backbone: str, weights: Path | str, m
         dvc.add(root, f"weights/{weights.name}")
         tracked += [f"weights/{weights.name}.dvc", "weights/.gitignore"]
     splits.write_exceptions(root / layout.SPLITS, [])
+    classes.write_map(root / layout.CLASS_MAP, classes.ClassMap())
+    if settings.add_inputs(root / layout.PARAMS, root / "dvc.yaml"):
+        tracked.append(str(changes.get("data.labels", layout.PARAMS)))
     git.commit(root, "New workspace", tracked)
     commit_data(root, "First images")
 
@@ -147,6 +241,22 @@ def _name_from(root: Path) -> str:
     """Return a model name from the folder's name: lower-case letters, digits and dashes."""
     name = "".join(c if c.isalnum() and c.isascii() else "-" for c in root.resolve().name.lower()).strip("-")
     return name if name and name[0].isalpha() else f"images-{name}".strip("-")
+
+
+def copy_images(given: Given, target: Path) -> None:
+    """Copy a folder of images; a table of labels in it is not copied with them."""
+    from tlpipeline.data import layouts
+
+    table = given.labels and given.labels.resolve()
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [
+            name
+            for name in names
+            if name == layouts.SYSTEM or (table is not None and name == table.name and Path(folder, name).resolve() == table)
+        ]
+
+    shutil.copytree(given.images, target, dirs_exist_ok=True, ignore=left_out)
 
 
 # --- images ---------------------------------------------------------------------------------------------------------------------------
@@ -162,30 +272,68 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
         DataError: there are links to folders or to files elsewhere, or files that DVC ignores.
         WorkspaceError: DVC or git refuses.
     """
-    from tlpipeline.data import dataset, splits
+    from tlpipeline.data import classes, dataset, splits
 
     git.require_identity(root)
     params = layout.params_of(root)
     images = params.data.images
+    settings.add_inputs(root / layout.PARAMS, root / "dvc.yaml")
     if dvc.is_stage_output(root, images):
         dvc.reproduce_upstream(root, images)  # a stage writes the images, so there is nothing to add
         return dvc.data_hash(root, images), []
     dataset.refuse_outside_links(root / images, dvc.cache_folder(root))
-    files = dataset.list_files(root / images)
+    source = layout.source_of(root)
+    files = dataset.list_files(root / images, source)
     if ignored := dvc.ignored_files(root, images, files):
         raise DataError(
             f"A .dvcignore excludes {len(ignored)} files of {root / images} from versioning, such as {ignored[0]}. They would still be used for "
             "training. Remove that line from the .dvcignore, or move the files out of the folder."
         )
+    labels_before, splits_before = _before(root, images, source)
     digest = dvc.add(root, images)
+    hashes = dvc.tracked_files(root, images)
     known = splits.read_exceptions(root / layout.SPLITS)
     new, remarks = splits.needed_exceptions(
-        root / images, dvc.tracked_files(root, images), known, lambda: _trained_on(root, params.data.name)
+        root / images, hashes, known, lambda: _trained_on(root, params.data.name), source, splits_before
     )
     splits.write_exceptions(root / layout.SPLITS, new)
-    git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), layout.SPLITS])
+    class_map, present = classes.read_map(root / layout.CLASS_MAP), _by_class(hashes, source)
+    updated = (class_map if class_map.lines else classes.first_map(labels_before)).updated(present, labels_before, source.renames)
+    classes.write_map(root / layout.CLASS_MAP, updated)
+    remarks = [
+        *remarks,
+        *classes.changes(class_map, updated, present, source.renames),
+        *classes.vanished(updated, present, source.renames, params.data.drop),
+    ]
+    tables = [] if params.data.labels == NONE or _inside(params.data) is not None else [params.data.labels, "dvc.yaml"]
+    git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), layout.SPLITS, layout.CLASS_MAP, *tables])
     dvc.push(root)
     return digest, remarks
+
+
+def _by_class(hashes: Mapping[str, str], source: "Source") -> dict[str, set[str]]:
+    """Return the md5s of each class."""
+    members: dict[str, set[str]] = defaultdict(set)
+    for path, md5 in hashes.items():
+        if not isinstance(place := source.place(path), str):
+            members[place.label].add(md5)
+    return dict(members)
+
+
+def _before(root: Path, images: str, source: "Source") -> tuple[dict[str, set[str]], dict[str, str]]:
+    """Return the md5s of each class, and the split of each md5, as the last run listed them; before the first run those that were versioned."""
+    from tlpipeline.data import dataset
+
+    if not (root / layout.MANIFEST).is_file():
+        return _by_class(dvc.tracked_files(root, images) if dvc.data_hash(root, images) else {}, source), {}
+    try:
+        rows = dataset.read_manifest(root / layout.MANIFEST).rows
+    except DataError:  # another version wrote it, or it is damaged: the next run writes it anew
+        return {}, {}
+    members: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        members[source.renames(row.label)].add(row.md5)
+    return dict(members), {row.md5: row.split for row in rows}
 
 
 def _recorded(images: str) -> list[str]:
@@ -197,50 +345,61 @@ def _trained_on(root: Path, name: str) -> frozenset[str]:
     return frozenset().union(*(versions.trained_on(root, v) for v in versions.versions(root, name)))
 
 
-def replace_images(root: Path, images: Path) -> None:
-    """Replace the workspace's images by a copy of another folder, after what is there is in the DVC remote.
+def replace_images(root: Path, images: Path, labels: Path | None = None, progress: Progress = silent) -> None:
+    """Replace the workspace's images, and its table of labels, by a copy of others, after what is there is in the DVC remote.
+
+    Args:
+        images: a folder, or a zip file of one.
+        labels: a table of labels; None keeps the present one, if there is one.
 
     Raises:
-        DataError: that folder is not a usable data set, or files of the old one cannot be versioned; then nothing is replaced.
+        DataError: they are no usable data set, or files of the old folder cannot be versioned; then nothing is replaced.
         WorkspaceError: the old images cannot be pushed; then nothing is replaced either.
     """
-    from tlpipeline.data import dataset
+    from tlpipeline.data import archives
 
-    name = layout.params_of(root).data.images
+    data = layout.params_of(root).data
+    name = data.images
     target = root / name
     if images.resolve() == target.resolve():
         return
-    dataset.refuse_outside_links(images)
-    dataset.ingest(images, small_class_splits(images), lambda done, total: None)
-    if target.is_dir() and not dvc.is_stage_output(root, name):
-        if ignored := dvc.ignored_files(root, name, sorted(path for path in target.rglob("*") if path.is_file())):
-            raise DataError(
-                f"A .dvcignore excludes {len(ignored)} files of {target} from versioning, such as {ignored[0]}. They would be lost when "
-                "the images are replaced. Move them out of the folder, then run again."
-            )
-        if dvc.has_changed(root, name):
-            # Images added since the last commit exist nowhere else.
-            dvc.add(root, name)
-            git.commit(root, "Images before their replacement", _recorded(name))
-        dvc.push(root)
-    draft = target.with_name(f".{target.name}.draft")
-    unlink(draft)
-    try:
-        shutil.copytree(images, draft)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with archives.unpacked(images) as folder:
+        assert folder is not None
+        given = _checked(Given(folder, labels), root, progress)
+        if target.is_dir() and not dvc.is_stage_output(root, name):
+            if ignored := dvc.ignored_files(root, name, sorted(path for path in target.rglob("*") if path.is_file())):
+                raise DataError(
+                    f"A .dvcignore excludes {len(ignored)} files of {target} from versioning, such as {ignored[0]}. They would be lost when "
+                    "the images are replaced. Move them out of the folder, then run again."
+                )
+            if dvc.has_changed(root, name):
+                # Images added since the last commit exist nowhere else.
+                dvc.add(root, name)
+                git.commit(root, "Images before their replacement", _recorded(name))
+            dvc.push(root)
+        draft = target.with_name(f".{target.name}.draft")
+        unlink(draft)
+        try:
+            copy_images(given, draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
     unlink(target)
     draft.rename(target)
+    if given.labels is not None:
+        table = data.labels if data.labels != NONE else f"labels{given.labels.suffix.lower()}"
+        write_bytes(given.labels.read_bytes(), root / table)
+        if data.labels == NONE:
+            settings.change(root / layout.PARAMS, {"data.labels": table})
 
 
-def small_class_splits(images: Path) -> dict[str, str]:
+def small_class_splits(images: Path, source: "Source") -> dict[str, str]:
     """Return the splits that splits.csv would give to small classes, to check a folder before it is copied."""
     from tlpipeline.data import dataset, decoding, splits
 
-    paths = [p for p in dataset.list_files(images) if p.stat().st_size]
+    paths = [p for p in dataset.list_files(images, source) if p.stat().st_size]
     hashes = {p.relative_to(images).as_posix(): hashlib.md5(decoding.read_content(p), usedforsecurity=False).hexdigest() for p in paths}
-    new, _ = splits.needed_exceptions(images, hashes, {}, frozenset)
+    new, _ = splits.needed_exceptions(images, hashes, {}, frozenset, source)
     return {line.md5: line.split for line in new}
 
 
@@ -257,14 +416,14 @@ def check(root: Path, images: Path | None = None) -> None:
 
     Args:
         root: the workspace.
-        images: folder that will replace the workspace's images; None keeps them.
+        images: folder, or a zip file of one, that will replace the workspace's images; None keeps them.
 
     Raises:
         WorkspaceError, ParamsError, BackboneError, ClusterError, DataError: a check failed.
     """
     from tlpipeline.backbones import catalogue, taps
     from tlpipeline.choice import cases
-    from tlpipeline.data import dataset
+    from tlpipeline.data import archives, dataset
     from tlpipeline.training import ray_train
 
     lock.require_workspace(root)
@@ -286,9 +445,11 @@ def check(root: Path, images: Path | None = None) -> None:
         taps.resolve_tap(catalogue.load(b.name, b.weights, md5=b.weights_md5, root=root), params.choose.slice)
     ray_train.preflight(params.cluster)
     folder = root / params.data.images
-    if images is not None:
+    if images is not None and archives.is_archive(images):
+        archives.check(images)
+    elif images is not None:
         dataset.refuse_outside_links(images)
-        dataset.list_files(images)
+        dataset.require_folder(images)
     elif not folder.is_dir() and not dvc.is_stage_output(root, params.data.images):
         raise DataError(f"expected the images in {folder}, found no such folder; {dvc.pull_hint(root)}. Or give other images by --images.")
 
@@ -299,7 +460,7 @@ def exclusive(root: Path, wait_minutes: float, images: Path | None = None) -> It
 
     Args:
         wait_minutes: how long to wait for another run to end.
-        images: folder that will replace the workspace's images; None keeps them.
+        images: folder, or a zip file of one, that will replace the workspace's images; None keeps them.
 
     Raises:
         WorkspaceError: this is not a workspace, or another run is using it.

@@ -11,7 +11,7 @@ from tlpipeline import records
 from tlpipeline.choice.decision import Decision
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.files import unlink, write_json
-from tlpipeline.params import Params, load
+from tlpipeline.params import NONE, Data, Params, load
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.training.config import Epoch
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from tlpipeline.checking.quality import Quality
     from tlpipeline.data.cache import Store
     from tlpipeline.data.facts import FactStore
+    from tlpipeline.data.sources import Rules, Source
     from tlpipeline.evaluation.metrics import Metrics
     from tlpipeline.profiling.profile import Profile
 
 R = TypeVar("R", "Profile", Decision)
 PARAMS = "params.yaml"
 SPLITS = "splits.csv"
+CLASS_MAP = "classes.csv"
 MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
 PROFILE = "profile.json"
 QUALITY, ALARMS = "quality.csv", "alarms.json"
@@ -45,6 +47,32 @@ CACHE = OWN / "cache"
 def params_of(root: Path) -> Params:
     """Read the workspace's params.yaml."""
     return load(root / PARAMS)
+
+
+def source_of(root: Path, images: Path | None = None, labels: Path | None = None) -> "Source":
+    """Return where the classes, given splits and groups of the images come from.
+
+    Args:
+        images: another folder of images; None is the workspace's.
+        labels: another table of labels; None is the workspace's, if it has one.
+
+    Raises:
+        DataError: there is no such folder, or its layout or the table cannot be used.
+    """
+    from tlpipeline.data.dataset import require_folder
+    from tlpipeline.data.sources import Source
+
+    data = params_of(root).data
+    folder = images or root / data.images
+    require_folder(folder)
+    return Source(folder, rules(data, labels or (None if data.labels == NONE else root / data.labels)))
+
+
+def rules(data: Data, labels: Path | None) -> "Rules":
+    """Return what the settings say about the images, with this table of labels."""
+    from tlpipeline.data.sources import Rules
+
+    return Rules(labels, data.group, data.class_folder if isinstance(data.class_folder, int) else None, data.rename)
 
 
 def read_profile(root: Path) -> "Profile":

@@ -14,11 +14,12 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from tlpipeline.files import write_bytes
-from tlpipeline.params import RENAMED, RETIRED, sections, settings
+from tlpipeline.params import NONE, RENAMED, RETIRED, sections, settings
 
 TEMPLATE = Path(__file__).with_name("template") / "params.yaml"
 REFERENCE = Path(__file__).parents[2] / "docs" / "params.md"
 COMMAND = "python -m tlpipeline.workspace.settings"
+_TABLE = "${data.labels}"
 _COMMENT_COLUMN = 24
 _HEAD = """\
 # The settings of this workspace. A setting that is not here has its default; docs/params.md of tlpipeline lists all of them.
@@ -60,6 +61,41 @@ def add_missing_sections(path: Path, pipeline: Path, stage: str) -> None:
     if missing:
         text = path.read_text(encoding="utf-8").rstrip("\n")
         write_bytes((text + "\n\n" + "".join(f"{name}: {{}}\n" for name in missing)).encode(), path)
+
+
+def add_inputs(path: Path, pipeline: Path) -> bool:
+    """Have the stage ingest depend on what the settings name: the section data, and a table of labels. Return whether dvc.yaml changed.
+
+    The dvc.yaml of an older workspace names `data.images` alone, and stays as it is until one of the settings is used.
+
+    Args:
+        path: the params.yaml; pipeline: the dvc.yaml. One that does not exist or cannot be parsed stays as it is.
+    """
+    if not path.is_file() or not pipeline.is_file():
+        return False
+    try:
+        content = YAML(typ="safe").load(path)
+        yaml = _round_trip()
+        whole = yaml.load(pipeline.read_text(encoding="utf-8"))
+    except YAMLError:
+        return False
+    data = (content.get("data") or {}) if isinstance(content, dict) else {}
+    stage = ((whole or {}).get("stages") or {}).get("ingest")
+    if not isinstance(data, dict) or not stage:
+        return False
+    names, inputs = stage.get("params") or [], stage.get("deps") or []
+    changed = False
+    if "data" not in names and any(name in data for name in ("labels", "group", "class_folder", "rename", "drop")):
+        stage["params"] = ["data", *(name for name in names if not str(name).startswith("data."))]
+        changed = True
+    if (data.get("labels", NONE) != NONE) != (_TABLE in inputs):
+        stage["deps"] = [*inputs, _TABLE] if _TABLE not in inputs else [name for name in inputs if name != _TABLE]
+        changed = True
+    if changed:
+        text = io.StringIO()
+        yaml.dump(whole, text)
+        write_bytes(text.getvalue().encode(), pipeline)
+    return changed
 
 
 def template() -> str:
@@ -122,6 +158,8 @@ def _summary(cls: type) -> str:
 
 def _written(value: Any) -> str:
     """Return a value as YAML writes it."""
+    if isinstance(value, tuple):
+        return str(list(value))
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     value = list(value) if isinstance(value, tuple) else value
@@ -134,6 +172,7 @@ def _written(value: Any) -> str:
 
 def _round_trip() -> YAML:
     yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.preserve_quotes = True
     yaml.width = 4096
     return yaml

@@ -29,6 +29,7 @@ from tlpipeline.workspace.layout import (
     ALARMS,
     CACHE,
     CASE,
+    CLASS_MAP,
     CLASSES,
     CONFUSION,
     FORMER_PLOT,
@@ -55,6 +56,7 @@ from tlpipeline.workspace.layout import (
     read_profile,
     record_seconds,
     record_training,
+    source_of,
     with_recipe,
 )
 from tlpipeline.workspace.outputs import atomic_outputs
@@ -75,16 +77,18 @@ TRAINING_CODE = ("data", "backbones", "training", "profiling", "choice")
 
 def ingest(root: Path, progress: Progress) -> None:
     """List the images in manifest.parquet, and rejected files with the reason in quarantine.csv."""
-    from tlpipeline.data import dataset, splits
+    from tlpipeline.data import classes, dataset, splits
 
     params = params_of(root)
-    exceptions = splits.read_exceptions(root / SPLITS)
     manifest = dataset.ingest(
         root / params.data.images,
-        exceptions,
+        splits.read_exceptions(root / SPLITS),
         lambda done, total: progress(Event("ingest", done, total, f"{done} of {total} files listed")),
         hashes=dvc.file_hashes(root, params.data.images),
         store=open_facts(root, "ingest", progress),
+        source=source_of(root),
+        class_map=classes.read_map(root / CLASS_MAP),
+        dropped=params.data.drop,
     )
     with atomic_outputs(root, MANIFEST, QUARANTINE) as (table, quarantine):
         dataset.write_manifest(manifest, table, quarantine)
@@ -278,6 +282,7 @@ def run(root: Path, name: str, progress: Progress) -> None:
     lock.require_workspace(root)
     with lock.hold(root), lock.disk_errors(root), timed(root, name):
         settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
+        settings.add_inputs(root / PARAMS, root / "dvc.yaml")
         dvc.require_inputs(root, name)
         STAGES[name](root, progress)
 
@@ -291,6 +296,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
 
     with lock.disk_errors(root):
         settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
+        settings.add_inputs(root / PARAMS, root / "dvc.yaml")
         delete_outdated(root, name)
         if dvc.has_stage(root, name):
             ran = dvc.run_stage(root, name, run_timed)
