@@ -34,7 +34,7 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
         labels: table of labels whose copy replaces the workspace's with the images; None keeps it.
     """
     workspace = workspace.resolve()
-    with exclusive(workspace, wait_minutes, images):
+    with exclusive(workspace, wait_minutes, images, labels):
         pipeline.version(workspace, images, labels)
         pipeline.stage(workspace, "ingest")
         pipeline.stage(workspace, "profile")

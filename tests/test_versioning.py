@@ -353,7 +353,7 @@ def test_new_images_are_versioned_committed_and_published(workspace: Path) -> No
     assert digest == versioning.data_hash(workspace, "images") != before
     assert not versioning.has_changed(workspace, "images")
     assert "class0/new.png" in versioning.tracked_files(workspace, "images")
-    assert git.run(workspace, "show", "--name-only", "--format=%s") == "one more\n\nimages.dvc"
+    assert git.run(workspace, "show", "--name-only", "--format=%s") == "one more\n\nclasses.csv\nimages.dvc"
     assert versioning.push(workspace) == 0
 
 

@@ -168,7 +168,7 @@ class Workspace:
 
         set_thread_waiting()  # before torch is imported, which reads it: a Prefect server runs beside
         pictures, table = (None if path is None else _expanded(path) for path in (images, labels))
-        create.check(self.root, pictures)  # a mistake is reported before the Prefect server starts
+        create.check(self.root, pictures, table)  # a mistake is reported before the Prefect server starts
         lock.require_unlocked(self.root)
         lock.require_room(self.root)
         set_prefect(self.root)

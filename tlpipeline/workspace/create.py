@@ -126,8 +126,8 @@ def init(
         progress(Event("init", 1, 1, kept))
 
 
-def _checked(given: Given, root: Path | None, progress: Progress) -> Given:
-    """Check images before they are copied; return them without the folders that only wrap them.
+def _prepared(given: Given, root: Path | None, progress: Progress) -> "tuple[Given, Source]":
+    """Return images without the folders that only wrap them, and where their classes come from.
 
     Args:
         root: the workspace that gets them; None is a new one.
@@ -135,9 +135,11 @@ def _checked(given: Given, root: Path | None, progress: Progress) -> Given:
     Raises:
         DataError: they are no usable data set.
     """
-    from tlpipeline.data import classes, dataset, layouts, sources
+    from tlpipeline.data import dataset, layouts, sources
 
     data = layout.params_of(root).data if root is not None else Data()
+    dataset.require_folder(given.images)
+    dataset.refuse_outside_links(given.images)
     labels = given.labels
     if labels is None and root is not None and data.labels != NONE:
         inside = _inside(data)
@@ -148,16 +150,27 @@ def _checked(given: Given, root: Path | None, progress: Progress) -> Given:
             progress(Event("init" if root is None else "version", 1, 1, f"the images are taken from {inner}"))
             given = replace(given, images=inner)
     settings_given = {name: value for name in ("group", "class_folder") if (value := getattr(given, name)) is not None}
-    dataset.refuse_outside_links(given.images)
-    dataset.require_folder(given.images)
-    source = sources.Source(given.images, layout.rules(replace(data, **settings_given), labels))
+    return given, sources.Source(given.images, layout.rules(replace(data, **settings_given), labels))
+
+
+def _checked(given: Given, root: Path | None, progress: Progress) -> Given:
+    """Check images before they are copied; return them without the folders that only wrap them.
+
+    Args:
+        root: as for `_prepared`.
+
+    Raises:
+        DataError: they are no usable data set.
+    """
+    from tlpipeline.data import dataset
+
+    given, source = _prepared(given, root, progress)
 
     def on_progress(done: int, total: int) -> None:
         if root is None:
             progress(Event("init", done, total, "images checked"))
 
-    known = classes.read_map(root / layout.CLASS_MAP) if root is not None else classes.ClassMap()
-    dataset.ingest(given.images, small_class_splits(given.images, source), on_progress, source=source, class_map=known)
+    dataset.ingest(given.images, small_class_splits(given.images, source), on_progress, source=source)
     return given
 
 
@@ -411,12 +424,13 @@ def count_images(root: Path) -> int:
 # --- checks and the lock --------------------------------------------------------------------------------------------------------------
 
 
-def check(root: Path, images: Path | None = None) -> None:
+def check(root: Path, images: Path | None = None, labels: Path | None = None) -> None:
     """Check before a run: the repository, params.yaml, the workers, and the folder of images.
 
     Args:
         root: the workspace.
         images: folder, or a zip file of one, that will replace the workspace's images; None keeps them.
+        labels: table of labels that comes with them.
 
     Raises:
         WorkspaceError, ParamsError, BackboneError, ClusterError, DataError: a check failed.
@@ -448,26 +462,27 @@ def check(root: Path, images: Path | None = None) -> None:
     if images is not None and archives.is_archive(images):
         archives.check(images)
     elif images is not None:
-        dataset.refuse_outside_links(images)
-        dataset.require_folder(images)
+        given, source = _prepared(Given(images, labels), root, silent)
+        dataset.list_files(given.images, source)
     elif not folder.is_dir() and not dvc.is_stage_output(root, params.data.images):
         raise DataError(f"expected the images in {folder}, found no such folder; {dvc.pull_hint(root)}. Or give other images by --images.")
 
 
 @contextmanager
-def exclusive(root: Path, wait_minutes: float, images: Path | None = None) -> Iterator[None]:
+def exclusive(root: Path, wait_minutes: float, images: Path | None = None, labels: Path | None = None) -> Iterator[None]:
     """Check a workspace and hold its lock during a run; stop the Ray runtime at the end.
 
     Args:
         wait_minutes: how long to wait for another run to end.
         images: folder, or a zip file of one, that will replace the workspace's images; None keeps them.
+        labels: table of labels that comes with them.
 
     Raises:
         WorkspaceError: this is not a workspace, or another run is using it.
     """
     from tlpipeline.training import ray_train
 
-    check(root, images)
+    check(root, images, labels)
     with lock.hold(root, wait_minutes * 60):
         try:
             yield
