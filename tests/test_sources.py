@@ -15,7 +15,8 @@ import pytest
 from tests.helpers.datasets import hashes, md5, put, tiny
 from tests.helpers.images import encoded, paint
 from tlpipeline.data import archives
-from tlpipeline.data.dataset import Manifest, ingest
+from tlpipeline.data.classes import ClassMap, Renames, read_map, vanished, write_map
+from tlpipeline.data.dataset import Manifest, ingest, read_manifest, write_manifest
 from tlpipeline.data.groups import find_series, group_key
 from tlpipeline.data.layouts import split_named, unwrapped
 from tlpipeline.data.sources import Rules, Source
@@ -373,3 +374,78 @@ def test_a_zip_file_whose_list_lies_is_stopped_while_it_is_unpacked(tmp_path: Pa
     (tmp_path / "lying.zip").write_bytes(content)
     with pytest.raises(DataError), archives.unpacked(tmp_path / "lying.zip", free=1000):
         pass
+
+
+# --- classes --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_differ_in_composition_or_spaces_are_one_class(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for number, name in enumerate(("caf\u00e9", "cafe\u0301", "tea", "tea ")):
+        put(images, {f"{name}/{i}.ppm": tiny(100 * number + i) for i in range(20)})
+    assert Counter(row.label for row in listed(images).rows) == {"caf\u00e9": 40, "tea": 40}
+
+
+def test_names_that_differ_in_capitals_are_refused_until_somebody_says_what_they_are(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for number, name in enumerate(("Tea", "tea", "coffee")):
+        put(images, {f"{name}/{i}.ppm": tiny(100 * number + i) for i in range(20)})
+    text = refusal(images)
+    assert "expected class names that a person can tell apart, found 'Tea' and 'tea'" in text
+    assert "data.rename: {'Tea': 'tea'}" in text
+    assert listed(images, rename={"Tea": "tea"}).classes == ("coffee", "tea")
+    assert listed(images, rename={"Tea": "Tea"}).classes == ("Tea", "coffee", "tea")
+
+
+def test_single_letters_may_differ_in_capitals(tmp_path: Path) -> None:
+    images = put(tmp_path / "images", {f"{name}/{i}.ppm": tiny(1000 * ord(name) + i) for name in "aAbB" for i in range(12)})
+    assert listed(images).classes == ("A", "B", "a", "b")
+
+
+def test_a_class_map_only_grows_and_a_renamed_class_keeps_its_index(tmp_path: Path) -> None:
+    contents = {label: {f"{label}{i}" for i in range(10)} for label in ("bolt", "nut", "washer")}
+    first = ClassMap().updated(contents, {}, Renames())
+    later = {"nut": contents["nut"], "hex_bolt": contents["bolt"] | {"new"}, "aaa_pin": {f"p{i}" for i in range(5)}}
+    second = first.updated(later, contents, Renames())
+    assert [(line.index, line.label, line.like, line.shared) for line in second.lines] == [
+        (0, "bolt", "", 0), (1, "nut", "", 0), (2, "washer", "", 0), (3, "aaa_pin", "", 0), (4, "hex_bolt", "bolt", 10),
+    ]  # fmt: skip
+    assert second.indices(later, Renames()) == {"nut": 1, "aaa_pin": 3, "hex_bolt": 4}
+    assert second.indices(later, Renames({"bolt": "hex_bolt"})) == {"hex_bolt": 0, "nut": 1, "aaa_pin": 3}
+    told = vanished(second, later, Renames(), [])
+    assert any("bolt is gone, and hex_bolt has 10 of its 10 files" in text and "data.rename: {bolt: hex_bolt}" in text for text in told)
+    assert any("class washer, which had 10 files, is gone" in text and "data.drop: [washer]" in text for text in told)
+    assert vanished(second, later, Renames({"bolt": "hex_bolt"}), ["washer"]) == []
+    write_map(tmp_path / "classes.csv", second)
+    assert read_map(tmp_path / "classes.csv").lines == second.lines
+
+
+@pytest.mark.parametrize(
+    "content", ["index,label\n", "index,label,images,like,shared\n1,a,3,,0\n", "index,label,images,like,shared\n0,a,3,,0\n1,a,3,,0\n"]
+)
+def test_a_class_map_that_was_edited_is_refused_with_the_way_back(tmp_path: Path, content: str) -> None:
+    (tmp_path / "classes.csv").write_text(content)
+    with pytest.raises(DataError, match=r"git checkout classes\.csv"):
+        read_map(tmp_path / "classes.csv")
+
+
+def test_what_was_there_and_is_gone_is_told(tmp_path: Path) -> None:
+    images = put(tmp_path / "images", {f"{label}/{i}.ppm": tiny(100 * n + i) for n, label in enumerate("abc") for i in range(20)})
+    (images / "d").mkdir()
+    put(images, {"e/.syncing": b"", ".f/1.ppm": tiny(900), ".cache/x": b""})
+    source = Source(images)
+    known = ClassMap().updated({"a": {"1"}, "b": {"2"}, "c": {"3"}, "d": {"4", "5"}}, {}, Renames())
+    remarks = ingest(images, {}, lambda done, total: None, source=source, class_map=known).remarks
+    assert "empty: folders without images are no classes: d (empty), e (only hidden files)" in remarks
+    assert "hidden: folders whose names begin with a dot are not used: .f (1 images)" in remarks
+    assert any(remark.startswith("vanished: class d, which had 2 files, is gone") for remark in remarks)
+
+
+def test_the_manifest_keeps_the_numbers_of_the_classes(tmp_path: Path) -> None:
+    images = put(tmp_path / "images", {f"{label}/{i}.ppm": tiny(100 * n + i) for n, label in enumerate("bca") for i in range(20)})
+    known = ClassMap().updated({"b": {"1"}, "gone": {"9"}}, {}, Renames()).updated({"c": {"2"}}, {}, Renames())
+    manifest = ingest(images, {}, lambda done, total: None, class_map=known)
+    assert (manifest.classes, manifest.indices) == (("b", "c", "a"), (0, 2, 3))
+    write_manifest(manifest, tmp_path / "m.parquet", tmp_path / "q.csv")
+    again = read_manifest(tmp_path / "m.parquet")
+    assert (again.classes, again.indices) == (manifest.classes, manifest.indices)

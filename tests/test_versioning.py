@@ -331,7 +331,7 @@ def test_a_small_class_gets_its_sides_once_and_lines_are_only_appended(workspace
     _, remarks = create.commit_data(workspace)
     first = splits.read_text()
     assert [line.split(",")[1:] for line in first.splitlines()[1:]] == [[TEST, "small"], [VAL, "small"]]
-    assert remarks == []
+    assert remarks == ["new class: small with 4 files"]
 
     before = git.head(workspace)
     create.commit_data(workspace)

@@ -10,7 +10,7 @@ WARN: Severity = "warn"  # people are told
 _ORDER: tuple[Severity, ...] = (STOP, BLOCK, WARN)
 
 # Kinds that weigh more than a warning. A threshold may still make one of them a warning.
-_SEVERITIES: dict[str, Severity] = {"leak": BLOCK, "shift": BLOCK}
+_SEVERITIES: dict[str, Severity] = {"leak": BLOCK, "shift": BLOCK, "vanished": BLOCK}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Description:
         transforms: from an image to an input.
         frozen: the backbone has its source weights. Other models share it, so its features are worth caching.
         in_bfloat16: the frozen backbone runs in bfloat16, as it did when the head was solved on a GPU.
+        indices: numbers of the classes in the workspace's class map, which never change; () where there is none.
         remarks: what limited its training (time, memory), so that a second run may give another model.
     """
 
@@ -48,6 +49,7 @@ class Description:
     frozen: bool = False
     remarks: tuple[str, ...] = ()
     in_bfloat16: bool = False
+    indices: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

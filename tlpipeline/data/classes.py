@@ -107,17 +107,19 @@ class ClassMap:
     def __init__(self, lines: Sequence[ClassLine] = ()) -> None:
         self.lines = tuple(lines)
 
-    def indices(self, renames: Renames) -> dict[str, int]:
+    def known(self, renames: Renames) -> dict[str, int]:
         """Return the index of each class by its present name; a renamed class has the index of its first name."""
-        found: dict[str, int] = {}
+        numbers: dict[str, int] = {}
         for line in self.lines:
-            found.setdefault(renames(line.label), line.index)
-        return found
+            numbers.setdefault(renames(line.label), line.index)
+        return numbers
 
-    def ordered(self, labels: Iterable[str], renames: Renames) -> tuple[str, ...]:
-        """Return class names by their index. Those without one come last, sorted."""
-        known = self.indices(renames)
-        return tuple(sorted(set(labels), key=lambda label: (known.get(label, len(self.lines)), label)))
+    def indices(self, labels: Iterable[str], renames: Renames) -> dict[str, int]:
+        """Return the indices of these classes. Those that the map does not have follow in the order of their names."""
+        numbers = self.known(renames)
+        present = set(labels)
+        fresh = enumerate(sorted(present - set(numbers)), len(self.lines))
+        return {label: number for label, number in numbers.items() if label in present} | {label: number for number, label in fresh}
 
     def updated(self, present: Mapping[str, Collection[str]], before: Mapping[str, Collection[str]], renames: Renames) -> "ClassMap":
         """Return the map of a new version of the data.
@@ -125,7 +127,7 @@ class ClassMap:
         Args:
             present, before: md5s of each class, by its present name, in the new version and in the one before; {} if there is none.
         """
-        known = self.indices(renames)
+        known = self.known(renames)
         lines = [replace(line, images=len(present.get(renames(line.label), ())) or line.images) for line in self.lines]
         gone = {label: frozenset(md5s) for label, md5s in before.items() if label not in present}
         for label in sorted(set(present) - set(known)):
@@ -174,7 +176,7 @@ def write_map(path: Path, classes: ClassMap) -> None:
 
 def changes(before: ClassMap, after: ClassMap, present: Collection[str], renames: Renames) -> list[str]:
     """Return what a new version of the data does to the classes: sentences about the new ones."""
-    known = before.indices(renames)
+    known = before.known(renames)
     new = [line for line in after.lines if renames(line.label) not in known and renames(line.label) in present]
     return [f"new class: {line.label} with {line.images} files" for line in new] if before.lines else []
 
@@ -190,12 +192,12 @@ def vanished(classes: ClassMap, present: Collection[str], renames: Renames, drop
             continue
         if follower := after.get(line.label):
             sentences.append(
-                f"class {line.label} is gone, and {follower.label} has {follower.shared} of its {line.images} files: if it was renamed, set "
+                f"vanished: class {line.label} is gone, and {follower.label} has {follower.shared} of its {line.images} files: if it was renamed, set "
                 f"data.rename: {{{line.label}: {follower.label}}}, and the model in production stays comparable"
             )
         else:
             sentences.append(
-                f"class {line.label} is gone: it had {line.images} files, and a new model cannot predict it. Restore its images, or, if it "
+                f"vanished: class {line.label}, which had {line.images} files, is gone, and a new model cannot predict it. Restore its images, or, if it "
                 f"was dropped on purpose, set data.drop: [{line.label}]"
             )
     return sentences

@@ -63,13 +63,19 @@ class Manifest:
     rows: tuple[Row, ...]
     rejected: tuple[Rejected, ...]
     remarks: tuple[str, ...]
-    class_order: tuple[str, ...] = field(default=(), compare=False)
+    class_index: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in the order of their indices: as in the class map, and then sorted."""
-        place = {label: i for i, label in enumerate(self.class_order)}
-        return tuple(sorted({row.label for row in self.rows}, key=lambda label: (place.get(label, len(place)), label)))
+        """Class names in the order of the class map; those that it does not have come last, sorted."""
+        return tuple(
+            sorted({row.label for row in self.rows}, key=lambda label: (self.class_index.get(label, len(self.class_index)), label))
+        )
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The number of each class in the class map. It never changes, and there are gaps where classes are gone."""
+        return tuple(self.class_index.get(label, position) for position, label in enumerate(self.classes))
 
     def used(self, *splits: str) -> list[Row]:
         """Return the distinct images of these splits, sorted by md5, so that file names do not matter."""
@@ -122,7 +128,7 @@ def _changed(row: Row, md5: str) -> DataChanged:
     return DataChanged(f"expected the image {row.path} as it was listed (md5 {row.md5}), found other content (md5 {md5}). {_WAY_BACK}")
 
 
-_ORDER = b"classes"  # name of the order of the classes in the manifest, where it is not that of their names
+_INDEX = b"classes"  # name of the numbers of the classes in the manifest, where they are not those of their sorted names
 _MD5 = re.compile("[0-9a-f]{32}")
 _ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".tga", ".dds", ".jp2"})
 _RESTORE = "Move them away, and run `dvc checkout`, which restores them. If they are right as they are, `touch` them and run again."
@@ -153,7 +159,7 @@ def ingest(
         hashes: path below `images` to md5, as DVC knows them by size, time and inode; files that it lacks are read.
         store: facts about contents; None knows none.
         source: where classes, given splits and groups come from; None reads the layout of the folders.
-        class_map: order of the classes, and those that there were before.
+        class_map: numbers of the classes, and those that there were before.
         dropped: classes that are gone on purpose.
 
     Returns:
@@ -219,7 +225,7 @@ def ingest(
     if not source.grouped and source.group_setting != NONE:
         used = [(row.path, row.label) for row in rows if not row.duplicate_of]
         remarks += [f"series: {series}" for series in [find_series(used, source.folders)] if series]
-    order = class_map.ordered({row.label for row in rows}, source.renames)
+    order = class_map.indices({row.label for row in rows}, source.renames)
     return Manifest(tuple(sorted(rows, key=lambda r: r.path)), tuple(sorted(rejected, key=lambda r: r.path)), tuple(remarks), order)
 
 
@@ -494,8 +500,9 @@ def write_manifest(manifest: Manifest, path: Path, quarantine: Path) -> None:
 
     columns = {f.name: [getattr(row, f.name) for row in manifest.rows] for f in fields(Row)}
     table = pa.table(columns)
-    if manifest.classes != tuple(sorted(manifest.classes)):
-        table = table.replace_schema_metadata({_ORDER: json.dumps(manifest.classes)})
+    numbered = dict(zip(manifest.classes, manifest.indices, strict=True))
+    if list(numbered) != sorted(numbered) or list(numbered.values()) != list(range(len(numbered))):
+        table = table.replace_schema_metadata({_INDEX: json.dumps(numbered)})
     pq.write_table(table, path, compression="zstd")
     with quarantine.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -515,9 +522,9 @@ def read_manifest(path: Path, quarantine: Path | None = None) -> Manifest:
     later = {f.name: f.default for f in fields(Row) if f.default is not MISSING}  # columns that older versions do not write
     known: dict[str, str] = {}
     rows: list[Row] = []
-    order: tuple[str, ...] = ()
+    order: dict[str, int] = {}
     for batch in records.read_parquet(path, columns, records.ANEW, error=DataError, optional=later):
-        order = _class_order(path, (batch.schema.metadata or {}).get(_ORDER))
+        order = _class_index(path, (batch.schema.metadata or {}).get(_INDEX))
         values = batch.to_pydict()
         values |= {name: [default] * batch.num_rows for name, default in later.items() if name not in values}
         for name in ("label", "split", "mode", "duplicate_of", "group"):
@@ -532,6 +539,6 @@ def read_manifest(path: Path, quarantine: Path | None = None) -> Manifest:
     return Manifest(tuple(rows), rejected, remarks, order)
 
 
-def _class_order(path: Path, content: bytes | None) -> tuple[str, ...]:
-    """Return the order of the classes in a manifest, () if it is that of their names."""
-    return () if content is None else records.parse(tuple[str, ...], content, str(path), records.ANEW, DataError)
+def _class_index(path: Path, content: bytes | None) -> dict[str, int]:
+    """Return the numbers of the classes in a manifest, {} if they are those of their sorted names."""
+    return {} if content is None else records.parse(dict[str, int], content, str(path), records.ANEW, DataError)

@@ -83,6 +83,7 @@ class Model:
 
     Attributes:
         classes: names of the classes, in the order of the network's outputs.
+        indices: number of each class in the class map of its workspace. It never changes, though outputs move when classes come and go.
 
     Raises:
         RegistryError: there is no model in the folder.
@@ -102,6 +103,7 @@ class Model:
         self._classifier, self._description = classifier.load(folder, root, trusts)
         self._store = store
         self.classes = self._description.classes
+        self.indices = self._description.indices or tuple(range(len(self.classes)))
 
     def __repr__(self) -> str:
         return f"Model({self._description.architecture}, {len(self.classes)} classes)"

@@ -82,7 +82,14 @@ def run(config: TrainingConfig, context: DistributedContext, scratch: Path, cloc
         context.report({"accuracy": state.best.accuracy}, None)
         return None
     description = Description(
-        config.backbone, plan.slice, model.readings, manifest.classes, datasets.transforms, pretrained, in_bfloat16=pretrained and half
+        config.backbone,
+        plan.slice,
+        model.readings,
+        manifest.classes,
+        datasets.transforms,
+        pretrained,
+        in_bfloat16=pretrained and half,
+        indices=manifest.indices,
     )
     return _finish(model, description, state, context, scratch / "finished")
 

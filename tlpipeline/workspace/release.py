@@ -39,7 +39,7 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
 
     A version that a killed run registered is published first: it may be the champion.
     """
-    from tlpipeline.data import dataset, splits
+    from tlpipeline.data import classes, dataset, splits
     from tlpipeline.evaluation import metrics as evaluate
 
     params = layout.params_of(root)
@@ -70,7 +70,11 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
         # An image whose group the champion was trained on is no new one to it.
         known_groups = {row.group for row in manifest.rows if row.group and row.md5 in known}
         known |= {row.md5 for row in rows if row.group in known_groups}
-        verdict = gate.compare_with_champion(challenger, champion, str(best), known, params.gate, uneven, groups)
+        renames = classes.Renames(params.data.rename)
+        verdict = gate.compare_with_champion(
+            challenger, champion, str(best), known, params.gate, uneven, groups,
+            {label: renames(label) for label in champion.classes}, [renames(label) for label in params.data.drop],
+        )  # fmt: skip
     return gate.with_wear(verdict, ledger.times_judged([e for e in ledger.read(root) if e.model != model], challenger.md5))
 
 
