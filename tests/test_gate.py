@@ -515,3 +515,18 @@ def test_a_rejection_says_what_was_not_shown_and_what_was(rule: GateParams, word
 def test_a_verdict_is_json() -> None:
     verdict = judged(*counted(30, 10, both=160), BETTER)
     assert json.loads(json.dumps(verdict.to_json(), allow_nan=False))["outcome"] == "accepted"
+
+
+# --- the simulation in research/gate.py ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "rule"), [("better", BETTER), ("not_worse", replace(NOT_WORSE, margin=1.0))])
+def test_the_simulation_promotes_what_the_gate_accepts(name: str, rule: GateParams) -> None:
+    from research.gate import RULES
+
+    rng = np.random.default_rng(0)
+    wins, losses, ties = rng.multinomial(60, [0.12, 0.05, 0.83], 25).T
+    promoted = RULES[name](wins, losses, 60)
+    accepted = [judged(*counted(w, v, both=t), rule).accepted for w, v, t in zip(wins, losses, ties, strict=True)]
+    assert list(promoted) == accepted
+    assert name == "not_worse" or 0 < sum(accepted) < 25
