@@ -251,7 +251,9 @@ def _doubts(pair: _Pair, rule: GateParams, new: tuple[str, ...], lost: tuple[str
     """Return what leaves the verdict undecided, and what rejects the challenger, whatever the metric says."""
     doubts, objections = [], []
     if lost:
-        doubts.append(f"production would lose {', '.join(lost)}, which {pair.name} knows and this model does not")
+        doubts.append(
+            f"production would lose {', '.join(lost)}, which {pair.name} knows and this model does not (data.drop in params.yaml allows it, data.rename if it is another class now)"
+        )
     old = pair.of(~np.isin(pair.labels, new))
     if new and (p_worse := significance.p_value(old.sample.reversed(), rule.margin / 100)[0]) < rule.alpha:
         score, champion_score = old.scores()
@@ -278,7 +280,8 @@ def _sensitivity(pair: _Pair, rule: GateParams, null: float) -> tuple[str, float
     if not (n := sample.images):
         return "", 0.0, 0
     gain = 0.0 if null < 0 else null + GAIN
-    discordance = significance.assumed_discordance([sample])
+    # How the next model will differ from this one is not known from how this one differs from a constant answer.
+    discordance = significance.assumed_discordance([] if pair.name == MAJORITY else [sample])
     effect = sample.design_effect * n * float(np.sum(sample.weights**2))
     if sample.is_plain and n <= _EXACT_BELOW:
         power = significance.exact_power(n, gain, discordance, rule.alpha, null)
