@@ -146,7 +146,7 @@ def usual() -> dict[str, bytes]:
         ("blurred", blob(5, 400).filter(ImageFilter.GaussianBlur(20))),
         ("tiny", paint(0, 99, 8)),
         ("deep", Image.fromarray(np.arange(48 * 48, dtype=np.uint16).reshape(48, 48))),
-        ("fourth channel", Image.merge("RGBA", (*paint(0, 99, 48).split(), Image.linear_gradient("L").resize((48, 48))))),
+        ("transparent", Image.merge("RGBA", (*paint(0, 99, 48).split(), Image.linear_gradient("L").resize((48, 48))))),
     ],
 )
 def test_an_odd_picture_is_listed_and_counted(tmp_path: Path, kind: str, image: Image.Image) -> None:

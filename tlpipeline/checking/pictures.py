@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tlpipeline.alarms import WARN, Alarm
 from tlpipeline.checking.quality import Finding
 from tlpipeline.data.dataset import Row
+from tlpipeline.data.decoding import CHANNEL, CONCEALED, DEEP, DEEP_COLORS, ON_BLACK
 from tlpipeline.data.facts import Facts
 
 DARK, BRIGHT = 0.06, 0.94  # mean gray level, 0 to 1
@@ -54,16 +55,32 @@ def find(rows: Sequence[Row], facts: Sequence[Facts]) -> tuple[list[Finding], li
 
 def _losses(facts: Sequence[Facts]) -> list[tuple[str, npt.NDArray[np.bool_], Values, str, Callable[[Facts], str]]]:
     """Return the kinds of images of which something is lost when they are read as 8-bit RGB."""
-    deep = np.array([f.mode.startswith(("I", "F")) for f in facts], dtype=bool)
+
+    def noted(note: str) -> npt.NDArray[np.bool_]:
+        return np.array([note in f.notes for f in facts], dtype=bool)
+
+    deep = np.array([f.mode.startswith(("I", "F")) or DEEP_COLORS in f.notes for f in facts], dtype=bool)
     transparent, pages = np.array([f.transparent for f in facts]), np.array([f.pages for f in facts])
+    channel, concealed, on_black = noted(CHANNEL), noted(CONCEALED), noted(ON_BLACK)
+    seen_through = (transparent > 0) & ~channel & ~concealed & ~on_black
+    none = np.zeros(len(facts))
     return [
-        ("deep", deep, -deep.astype(float), "{} deeper than 8 bits and read as 8 bits", lambda f: f"mode {f.mode}"),
+        ("deep", deep, -deep.astype(float), "{} deeper than 8 bits and read as 8 bits", _depth),
+        ("fourth channel", channel, none, "{} read without another channel, such as infrared, which is not used", lambda f: f"mode {f.mode}"),
+        ("concealed", concealed, none, "{} fully transparent, and read without the transparency", lambda f: f"mode {f.mode}"),
+        ("on black", on_black, none, "{} invisible on white, and laid over black", lambda f: f"mode {f.mode}"),
         (
-            "fourth channel", transparent > 0, -transparent, "{} partly transparent by the fourth channel, which is not kept",
+            "transparent", seen_through, -transparent, "{} partly transparent, and laid over white",
             lambda f: f"mode {f.mode}, {f.transparent:.1%} of the pixels not opaque",
         ),
         ("pages", pages > 1, -pages, "{} one of several pages of a file; the others are not read", lambda f: f"{f.pages} pages"),
     ]  # fmt: skip
+
+
+def _depth(facts: Facts) -> str:
+    if DEEP_COLORS in facts.notes:
+        return "16 bits a color, of which the upper 8 are read"
+    return f"mode {facts.mode}, scaled from {'its own range' if DEEP in facts.notes or facts.mode == 'F' else 'the full range of 16 bits'}"
 
 
 def _outlying(scale: Values, value: Values, bound: float, flat: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

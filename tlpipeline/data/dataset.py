@@ -186,7 +186,6 @@ def ingest(
     hashes = hashes or {}
     files = [(images / relative, hashes.get(relative, "")) for relative, _ in places]
     altered: dict[str, str] = {}
-    notes: Counter[str] = Counter()
     for number, md5, facts in gather(files, store or FactStore(), progress, threads):
         relative, place = places[number]
         if hashes.get(relative, md5) != md5:
@@ -195,7 +194,6 @@ def ingest(
             rejected.append(Rejected(relative, facts.reason))
         else:
             rows.append(Row(relative, md5, place.label, place.split, facts.width, facts.height, facts.mode, "", place.group))
-            notes.update(facts.notes)
     if altered:
         raise _altered(images, altered, hashes)
     rows.sort(key=lambda row: row.path)
@@ -220,7 +218,6 @@ def ingest(
     if VAL in source.given and TEST not in source.given:
         remarks.append("layout: there is no test folder, so the images of val are divided by their content: half of them are test images")
     remarks += _empty_splits(rows) + _divided_groups(rows) + _empty_classes(images, rows, source)
-    remarks += [f"pixels: {number} images {note}" for note, number in sorted(notes.items())]
     remarks += vanished(class_map, {row.label for row in rows}, source.renames, dropped)
     if not source.grouped and source.group_setting != NONE:
         used = [(row.path, row.label) for row in rows if not row.duplicate_of]

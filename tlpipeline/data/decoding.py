@@ -39,13 +39,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "DDS", "JP
 MAX_BYTES = 2**31
 _BYTES_A_PIXEL = {"1": 8, "L": 8, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "RGB": 16, "YCbCr": 16, "CMYK": 16}
 _BYTES_A_PIXEL_OF_OTHERS = 32  # transparency is laid over white, palettes may be transparent, floats are copied
-# What is said of images that are not read as they are; the words follow `120 images`.
-DEEP = "hold whole numbers that do not use 16 bits, and are scaled from their own range"
-DEEP_COLORS = "have colors of 16 bits, of which the upper 8 are read"
-CHANNEL = "have another channel, which is not used"
-CONCEALED = "are fully transparent, and are read without their transparency"
-ON_BLACK = "would vanish on white, and are laid over black"
-PAGES = "have several pages, of which the largest that is not blank is read"
+# What is noted of images that are not read as they are.
+DEEP = "own range"  # whole numbers that do not use 16 bits
+DEEP_COLORS = "deep colors"  # 16 bits of each color, of which the upper 8 are read
+CHANNEL = "fourth channel"  # no transparency, and not used
+CONCEALED = "concealed"  # fully transparent, and read without the transparency
+ON_BLACK = "on black"  # would vanish on white
+PAGES = "pages"  # several, of which the largest that is not blank is read
 MOST_PAGES = 1000
 _ORIENTATION = 0x0112
 _BLANK = 0.995  # of the pixels of a blank page have the same color
