@@ -91,10 +91,10 @@ def layout_of(images: Path, class_folder: int | None = None) -> Layout:
         same = sum(len(folders) for folders in inner.values()) / (len(names) * len(tops)) if names else 0.0
         if same >= 0.5:
             raise DataError(
-                f"expected one folder for each class in {images}, found the folders {_some(tops)}, which all hold only folders, of the same "
-                f"names: {_some(names)}. If the inner folders are the classes, set data.class_folder: 2 (`tlpipeline init --class-folder 2`), "
-                'and if images of the same outer folder belong together, data.group: "^[^/]+" too. If the outer folders are the classes, set '
-                "data.class_folder: 1."
+                f"expected one folder for each class in {images}, found the folders {_some(tops)}, "
+                f"which all hold only folders, of the same names: {_some(names)}. If the inner folders are the classes, set "
+                "data.class_folder: 2 (`tlpipeline init --class-folder 2`), and if images of the same outer folder belong together, "
+                'data.group: "^[^/]+" too. If the outer folders are the classes, set data.class_folder: 1.'
             )
     if sum(any(word in _SPLIT_WORDS for word in re.split(r"[^a-z0-9]+", top.casefold())) for top in tops) >= 2:
         raise DataError(
