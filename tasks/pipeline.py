@@ -115,8 +115,8 @@ def gate(workspace: Path) -> Verdict | None:
     """Compare with the champion on the same test images; return the verdict, or None if the model is already registered."""
     with stages.timed(workspace, "gate"):
         verdict = release.evaluate_gate(workspace, listener.get())
-    if verdict is not None:
-        create_markdown_artifact(verdict.markdown(), key="verdict", description=f"The gate: {verdict.outcome}")
+    text = release.verdict_markdown(workspace, verdict)
+    create_markdown_artifact(text, key="verdict", description=f"The gate: {verdict.outcome if verdict else 'judged before'}")
     return verdict
 
 

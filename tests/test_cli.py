@@ -961,7 +961,7 @@ def test_not_on_a_terminal_what_a_stage_said_last_stands_before_the_next_stage(c
 def test_a_run_accounts_for_every_file(copies: int, rejected: int, says: str) -> None:
     from tlpipeline.workspace.release import Summary
 
-    words = {"remarks": (), "case": "c", "reason": "r", "champion": "", "version": "", "new": False, "outcome": "o", "report": "p"}
+    words = {"alarms": (), "case": "c", "reason": "r", "champion": "", "version": "", "new": False, "outcome": "o", "report": "p"}
     summary = Summary(12, 3, copies, rejected, accuracy=1.0, low=0.9, high=1.0, seconds={}, **words)  # type: ignore[arg-type]
     assert str(summary).splitlines()[0].endswith(says)
 

@@ -158,10 +158,13 @@ def test_decision_and_evaluation_are_artifacts_and_the_stages_show_their_progres
     assert reasons.summary(*release.load_decision(first.workspace)) in found["decision"].data
     accuracy = layout.read_metrics(first.workspace).accuracy
     assert f"accuracy {accuracy:.1%}" in found["evaluation"].data
+    alarms, _, judged = found["verdict"].data.partition("\n\n")
+    assert alarms.splitlines() == [f"- **warning** {alarm}" for alarm in first.result.alarms]
+    assert judged.startswith("**accepted")
     assert all(label in found["evaluation"].data for label in ("class0", "class1", "class2"))
     assert [float(found[key].data) for key in BARS] == [100] * len(BARS)
     images = layout.read_metrics(first.workspace).images
-    assert (found["ingest"].description, found["evaluate"].description) == ("72 of 72 files read", f"{images} of {images} test images")
+    assert (found["ingest"].description, found["evaluate"].description) == ("72 of 72 files listed", f"{images} of {images} test images")
 
 
 def test_after_a_flow_dvc_has_nothing_to_do(first: Run, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Alarms: what is wrong with the data or the training, and how much it weighs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,8 @@ WARN: Severity = "warn"  # people are told
 _ORDER: tuple[Severity, ...] = (STOP, BLOCK, WARN)
 
 # Kinds that weigh more than a warning. A threshold may still make one of them a warning.
-_SEVERITIES: dict[str, Severity] = {"leak": BLOCK, "shift": BLOCK, "vanished": BLOCK}
+_SEVERITIES: dict[str, Severity] = {"leak": BLOCK, "vanished": BLOCK}
+_WORDS: dict[Severity, str] = {STOP: "stops", BLOCK: "blocks", WARN: "warning"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Alarm:
     def __str__(self) -> str:
         return f"{self.kind}: {self.text}"
 
+    @property
+    def word(self) -> str:
+        """The severity in a word for a label: stops, blocks or warning."""
+        return _WORDS[self.severity]
+
 
 def from_remark(remark: str) -> Alarm:
     """Return a remark of the form `kind: text` as an alarm; one without a kind is a warning about the data."""
@@ -39,6 +46,11 @@ def from_remark(remark: str) -> Alarm:
     return Alarm(kind, _SEVERITIES.get(kind, WARN), text)
 
 
-def by_severity(alarms: "list[Alarm] | tuple[Alarm, ...]") -> tuple[Alarm, ...]:
+def by_severity(alarms: Iterable[Alarm]) -> tuple[Alarm, ...]:
     """Return alarms with the gravest first; those of the same severity keep their order."""
     return tuple(sorted(alarms, key=lambda alarm: _ORDER.index(alarm.severity)))
+
+
+def blocking(alarms: Iterable[Alarm]) -> tuple[Alarm, ...]:
+    """Return the alarms that keep a model from being promoted."""
+    return tuple(alarm for alarm in alarms if alarm.severity in (STOP, BLOCK))

@@ -255,9 +255,9 @@ class Workspace:
         """
         return load_model(self.registry.full_name(model) if isinstance(model, str) else model, self.root, trust)
 
-    def promote(self, version: str = "latest", stage: str = PROD) -> Promotion:
+    def promote(self, version: str = "latest", stage: str = PROD, because: str = "") -> Promotion:
         """Put a version into a stage; the same as `registry.promote`."""
-        return self.registry.promote(version, stage)
+        return self.registry.promote(version, stage, because)
 
     def accept(self, version: str | None = None, *, because: str) -> Acceptance:
         """Overrule the gate's verdict; the same as `registry.accept`."""
@@ -343,19 +343,20 @@ class Registry:
         known = versions.resolve(self._root, self.full_name(version))
         return git.read_at(self._root, known.commit, versions.CARD) or f"{known} has no {versions.CARD}"
 
-    def promote(self, version: str = "latest", stage: str = PROD) -> Promotion:
+    def promote(self, version: str = "latest", stage: str = PROD, because: str = "") -> Promotion:
         """Put a version into a stage.
 
         Args:
             version: "latest", "v1", "name@v1" or "name@latest".
+            because: why, recorded in the message of the tag. A version that was registered with blocking alarms is refused without it.
 
         Raises:
-            RegistryError: there is no such version, or the tag cannot be pushed.
+            RegistryError: there is no such version, alarms block it, or the tag cannot be pushed.
         """
         from tlpipeline.registry import versions
 
         known = versions.resolve(self._root, self.full_name(version))
-        return Promotion(str(known), stage, versions.promote(self._root, known, stage))
+        return Promotion(str(known), stage, versions.promote(self._root, known, stage, because))
 
     def accept(self, version: str | None = None, *, because: str) -> Acceptance:
         """Overrule the gate's verdict: register a rejected model, or have an undecided version count as accepted.

@@ -152,6 +152,7 @@ def run(
         Path | None, typer.Option(help="Folder of images, or a zip file, that first replaces those of the workspace.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Table of labels that comes with --images.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run the whole pipeline.
 
@@ -163,7 +164,12 @@ def run(
     _tell_old_settings(workspace)
     with _ends_in_order(), _Bar() as bar:
         summary = Workspace(workspace).run(images, bar, labels)
-    _show(summary)
+    if json:
+        from json import dumps
+
+        print(dumps(summary.to_json(), indent=2))
+    else:
+        _show(summary)
     if summary.verdict in _CODES:
         raise typer.Exit(_CODES[summary.verdict])
 
@@ -287,12 +293,13 @@ def registry_show(version: Annotated[str, typer.Argument(help="name@v1, name@lat
 def registry_promote(
     version: Annotated[str, typer.Argument(help="name@v1, name@latest, v1 or latest.")],
     stage: Annotated[str, typer.Option(help="Stage to put it into.")] = "prod",
+    because: Annotated[str, typer.Option(help="Why, recorded in the tag; needed where alarms block the version.")] = "",
     workspace: Folder = Path(),
 ) -> None:
     """Put a version into a stage."""
     from tlpipeline.api import Workspace
 
-    _print(Workspace(workspace).promote(version, stage))
+    _print(Workspace(workspace).promote(version, stage, because))
 
 
 @registry.command("accept")

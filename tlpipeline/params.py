@@ -269,6 +269,12 @@ class GateParams:
         Literal["manual", "auto"],
         Setting("manual: `tlpipeline registry promote`; auto: an accepted version goes to stage prod at once", shown=True),
     ] = "manual"
+    on_alarm: Annotated[
+        Literal["block", "warn"],
+        Setting(
+            "block: a version with a grave alarm, such as a leak, is promoted only for a reason that somebody gives; warn: it is only told"
+        ),
+    ] = "block"
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

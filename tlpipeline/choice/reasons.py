@@ -1,5 +1,6 @@
 """The decision in sentences, made from its numbers and those of the profile: why this case, what would change it, and which evidence is weak."""
 
+from tlpipeline.alarms import BLOCK, WARN, Alarm
 from tlpipeline.choice.decision import CutGain, Decision, OutOfRange, TuningGain
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.training.recipe import BUDGET
@@ -146,6 +147,19 @@ def warnings(decision: Decision, profile: Profile) -> tuple[str, ...]:
         "validation": profile.validation, "judges_needed": decision.judges_needed, "case": decision.case,
     }  # fmt: skip
     return (*(WEAK[code].format(**figures) for code in decision.weak), *(_out_of_range(figure) for figure in decision.outside))
+
+
+def alarms(decision: Decision, profile: Profile) -> tuple[Alarm, ...]:
+    """Return the warnings as alarms. That no head recognizes the labels blocks a promotion, unless fine-tuning did in a race."""
+    recognized = decision.race is not None and decision.race.ended == "ahead"
+    told = []
+    for words in warnings(decision, profile):
+        kind, colon, text = words.partition(": ")
+        if colon and kind == "No signal":
+            told.append(Alarm("no signal", WARN if recognized else BLOCK, text))
+        else:
+            told.append(Alarm("decision", WARN, words))
+    return tuple(told)
 
 
 def _out_of_range(figure: OutOfRange) -> str:

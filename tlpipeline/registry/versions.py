@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tlpipeline import records
+from tlpipeline.alarms import Alarm, blocking
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import RegistryError, WorkspaceError, nearest
@@ -25,7 +26,7 @@ from tlpipeline.versioning import dvc, git, lock
 
 T = TypeVar("T")
 PROD = "prod"
-CARD = "MODEL_CARD.md"
+CARD, ALARMS = "MODEL_CARD.md", "model_alarms.json"
 _PENDING = ".tlpipeline/publishing.json"  # a version that is registered, but not yet published and promoted
 # What GTO appends to a model's name; other tags do not belong to models.
 _TAG = re.compile(r"(#(?P<stage>[^#@!]+)|@v(?P<major>\d+)\.(?P<minor>\d+)\.(?P<patch>\d+)|@deprecated)(?P<off>!?)(#(?P<count>\d+))?")
@@ -303,9 +304,18 @@ def classes_of(root: Path, version: Version) -> list[str]:
     return sorted(_committed(root, version, "classes.json", dict[str, object]))
 
 
-def _committed(root: Path, version: Version, name: str, kind: type[T]) -> T:
+def alarms_of(root: Path, version: Version) -> tuple[Alarm, ...]:
+    """Return the alarms with which a version was registered.
+
+    Raises:
+        RegistryError: the model_alarms.json of its commit is damaged.
+    """
+    return _committed(root, version, ALARMS, tuple[Alarm, ...], "[]")
+
+
+def _committed(root: Path, version: Version, name: str, kind: type[T], missing: str = "{}") -> T:
     way_out = f"Look at it with `git show {version}:{name}`; `gto deprecate` withdraws the version."
-    return records.parse(kind, git.read_at(root, version.commit, name) or "{}", f"{name} of {version}", way_out, RegistryError)
+    return records.parse(kind, git.read_at(root, version.commit, name) or missing, f"{name} of {version}", way_out, RegistryError)
 
 
 @dataclass(frozen=True)
@@ -396,7 +406,7 @@ def _finish_publication(root: Path, version: Version, stage: str) -> tuple[Versi
         (root / _PENDING).unlink()
         raise RegistryError(f"Cannot publish {version}: {error}. Its tag was removed; run `git pull`, and run again.") from error
     write_json(asdict(replace(pending, pushed=True)), root / _PENDING)
-    promoted = promote(root, version, stage, pending.before) if stage else ""
+    promoted = _assign(root, version, stage, unless_since=pending.before) if stage else ""
     (root / _PENDING).unlink()
     return version, promoted
 
@@ -406,8 +416,27 @@ def _latest(root: Path, name: str, stage: str) -> str:
     return next((event.tag for event in reversed(_events(root, name)) if event.stage == stage), "")
 
 
-def promote(root: Path, version: Version, stage: str = PROD, unless_since: str | None = None) -> str:
+def promote(root: Path, version: Version, stage: str = PROD, because: str = "") -> str:
     """Promote a version to a stage; return the tag.
+
+    Args:
+        because: the reason, which the message of the tag records. A version that alarms block needs one.
+
+    Raises:
+        RegistryError: alarms block the version, GTO refuses, or the tag cannot be pushed.
+        WorkspaceError: the workspace is not writable.
+    """
+    reason = because.strip()
+    if not reason and (blocked := blocking(alarms_of(root, version))):
+        raise RegistryError(
+            f"expected a version without blocking alarms to promote, found {len(blocked)} of {version}: {'; '.join(map(str, blocked))}. "
+            f'Mend the cause and run again; or promote it for a reason, which is recorded: `tlpipeline registry promote {version} --because "..."`.'
+        )
+    return _assign(root, version, stage, reason)
+
+
+def _assign(root: Path, version: Version, stage: str, because: str = "", unless_since: str | None = None) -> str:
+    """Tag a promotion.
 
     Args:
         unless_since: the last known promotion tag of this stage; if there is a newer one, nothing is done.
@@ -421,8 +450,9 @@ def promote(root: Path, version: Version, stage: str = PROD, unless_since: str |
     git.fetch_tags(root)  # another clone may have promoted a version
     if unless_since is not None and _latest(root, version.name, stage) != unless_since:
         return ""
+    message = ["--message", f"{version} to {stage}, because: {because}"] if because else []
     try:
-        git.gto(root, "assign", version.name, "--version", number, "--stage", stage, "--force")
+        git.gto(root, "assign", version.name, "--version", number, "--stage", stage, "--force", *message)
     except WorkspaceError as error:
         raise RegistryError(f"Cannot promote {version} to {stage}: {error}") from error
     tag = max((event for event in _events(root, version.name) if event.stage == stage and not event.off), key=lambda e: e.count).tag
@@ -451,5 +481,5 @@ def rollback(root: Path, name: str, stage: str = PROD) -> tuple[Version, Version
         raise RegistryError(
             f"expected an earlier version in {stage} before {history[-1]}, found none. Promote another: `tlpipeline registry promote NAME@VERSION`."
         )
-    promote(root, earlier[-1], stage)
+    _assign(root, earlier[-1], stage, f"rollback from {history[-1]}")
     return history[-1], earlier[-1]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from tlpipeline.alarms import Alarm, blocking
 from tlpipeline.choice import explain, reasons
 from tlpipeline.choice.cases import CASES, LARGE, SIMILAR
 from tlpipeline.choice.decision import Decision
@@ -59,7 +60,7 @@ def page(
     manifest: Manifest,
     history: Sequence[Epoch],
     mistakes: Sequence[Mistake],
-    remarks: Sequence[str],
+    alarms: Sequence[Alarm],
     seconds: Mapping[str, float | None],
     training: Mapping[str, float],
     data_hash: str,
@@ -79,7 +80,6 @@ def page(
             told={section.key: section for section in explain.sections(case, profile)},
             why=reasons.summary(case, profile),
             action=explain.action(case, profile),
-            warnings=reasons.warnings(case, profile),
             profile=profile,
             plane=_plane(case),
             curve=_curve(profile, case.slice, read),
@@ -92,7 +92,8 @@ def page(
             sides=sides,
             trained={label: sum(r.label == label and r.split == TRAIN for r in used) for label in manifest.classes},
             rejected=manifest.rejected,
-            remarks=remarks,
+            alarms=alarms,
+            blocked=bool(blocking(alarms)),
             epochs=[epoch for epoch in history if epoch.arm != "head"],
             mistakes=mistakes,
             seconds=seconds,

@@ -31,7 +31,7 @@ TEMPLATE = Path(__file__).with_name("template")
 STARTED = layout.OWN / "init"  # there while a workspace is made
 TRACKED = (
     "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.CLASS_MAP, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.CASE, layout.METRICS, layout.CLASSES,
-    versions.CARD, LEDGER, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
+    versions.CARD, versions.ALARMS, LEDGER, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
 PLOTS = ("plane.json", "probe.json")  # templates with which `dvc plots show` draws the decision
 

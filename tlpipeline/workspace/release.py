@@ -11,18 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tlpipeline.alarms import Alarm, blocking
 from tlpipeline.choice.decision import Decision
 from tlpipeline.display import Displayed, table
 from tlpipeline.errors import RegistryError, WorkspaceError
 from tlpipeline.evaluation import gate
+from tlpipeline.files import write_json
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import ledger, versions
 from tlpipeline.registry.versions import Registration
 from tlpipeline.versioning import dvc, git, lock
-from tlpipeline.workspace import layout, stages
+from tlpipeline.workspace import alarming, layout, stages
 from tlpipeline.workspace.create import TRACKED
 
 if TYPE_CHECKING:
@@ -101,6 +103,8 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
     assert verdict is not None, "a new model needs the gate's verdict"
     summary = f"{layout.read_case(root).case}, accuracy {layout.read_metrics(root).accuracy:.4f}"
     kept = verdict.accepted or (verdict.outcome == gate.UNDECIDED and params.gate.undecided == "register")
+    alarms = alarming.of_run(root)
+    write_json(list(map(dataclasses.asdict, alarms)), root / versions.ALARMS)
     if not kept:
         _record(root, model, "", verdict)
         git.commit(root, f"{verdict.outcome.capitalize()}: {summary}", tracked)
@@ -114,9 +118,14 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
     (root / versions.CARD).write_text(card(str(version), card_facts(root, verdict)), encoding="utf-8")
     _record(root, model, str(version), verdict)
     standing = f" (accepted by hand: {verdict.because})" if verdict.because else "" if verdict.accepted else " (undecided)"
-    promoting = params.gate.promote == "auto" and verdict.accepted
+    blocked = () if verdict.because else blocking(alarms)  # who overrules the gate has seen them
+    promoting = params.gate.promote == "auto" and verdict.accepted and not blocked
     version, promoted = versions.publish(root, name, number, f"{version}: {summary}{standing}", tracked, versions.PROD if promoting else "")
-    return Registration(str(version), True, promoted, verdict, verdict.text if verdict.accepted else f"{verdict.text} {_way_on(version)}")
+    reason = verdict.text if verdict.accepted else f"{verdict.text} {_way_on(version)}"
+    if blocked:
+        kinds = ", ".join(dict.fromkeys(alarm.kind for alarm in blocked))
+        reason += f' Alarms keep it from being promoted: {kinds}. To promote it all the same: `tlpipeline registry promote {version} --because "..."`.'
+    return Registration(str(version), True, promoted, verdict, reason)
 
 
 _WAY_IN = 'To register it all the same: `tlpipeline registry accept --because "..."`.'
@@ -174,7 +183,7 @@ def accept(root: Path, version: versions.Version | None, because: str) -> Regist
     ledger.record(root, dataclasses.replace(entry, verdict=verdict) if entry else ledger.Entry(stored, str(version), (), verdict))
     git.commit(root, f"Accept {version}: {because}", [ledger.LEDGER])
     git.push(root)
-    promoted = versions.promote(root, version) if params.gate.promote == "auto" else ""
+    promoted = versions.promote(root, version, because=because) if params.gate.promote == "auto" else ""
     way_on = "" if promoted else f" To use it: `tlpipeline registry promote {version}`."
     return Registration(str(version), False, promoted, verdict, f"{version} is accepted: {because}.{way_on}")
 
@@ -189,7 +198,7 @@ def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, object]:
         "case": case,
         "why": reasons.summary(case, profile),
         "read": [reading.tap for reading in layout.read_model(root).readings],
-        "bounded": training_limits(root),
+        "alarms": alarming.of_run(root),
         "metrics": layout.read_metrics(root),
         "verdict": verdict,
         "data": dvc.data_hash(root, params.data.images),
@@ -211,15 +220,6 @@ def _environment(packages: Sequence[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             installed[package] = "not installed"
     return installed
-
-
-def training_limits(root: Path) -> tuple[str, ...]:
-    """Return remarks on what limited the training of the model: time or memory that ran out."""
-    from tlpipeline.training.recipe import BUDGET
-
-    race = layout.read_case(root).race
-    ended = race is not None and race.ended == "budget"
-    return layout.read_model(root).remarks + (f"{BUDGET} ended the comparison of both ways to train",) * ended
 
 
 # --- report ---------------------------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         manifest=manifest,
         history=layout.read_history(root),
         mistakes=errors,
-        remarks=manifest.remarks + data_alarms(root) + distribution_shift(root) + training_limits(root),
+        alarms=alarming.of_run(root),
         seconds=layout.read_run(root).seconds,
         training=layout.read_run(root).training,
         data_hash=dvc.data_hash(root, params.data.images),
@@ -273,7 +273,7 @@ class Summary(Displayed):
 
     Attributes:
         images, classes: distinct images, and their classes; copies, rejected: files that are not counted, and that cannot be used.
-        remarks: sentences about the data and the training.
+        alarms: what is wrong with the data, the decision, the training or the test, the gravest first.
         case, reason: what was decided, and why.
         accuracy, low, high: on the test images, with its confidence interval.
         champion: what the accuracy was compared with, "" if with nothing.
@@ -288,7 +288,7 @@ class Summary(Displayed):
     classes: int
     copies: int
     rejected: int
-    remarks: tuple[str, ...]
+    alarms: tuple[Alarm, ...]
     case: str
     reason: str
     accuracy: float
@@ -302,13 +302,28 @@ class Summary(Displayed):
     seconds: dict[str, float | None]
     verdict: str = ""
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The alarms as text."""
+        return tuple(map(str, self.alarms))
+
+    @property
+    def blocked(self) -> tuple[Alarm, ...]:
+        """The alarms that keep the model from being promoted without a reason that somebody gives."""
+        return blocking(self.alarms)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, the alarms first."""
+        values = dataclasses.asdict(self)
+        return {"alarms": values.pop("alarms"), **values}
+
     def __rich__(self) -> "RenderableType":
         left_out = [_counted(self.copies, "exact copy", "exact copies") + " not counted"] if self.copies else []
         left_out += [_counted(self.rejected, "file", "files") + " left out (quarantine.csv)"] if self.rejected else []
         against = [self.champion] if self.champion else []
         rows = [
+            *[(alarm.word, str(alarm)) for alarm in self.alarms],
             ("images", ", ".join([f"{self.images} in {self.classes} classes", *left_out])),
-            *[("", remark) for remark in self.remarks],
             ("case", self.case),
             ("why", self.reason),
             ("accuracy", ", ".join([f"{self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%})", *against])),
@@ -323,26 +338,6 @@ class Summary(Displayed):
 
 def _counted(number: int, one: str, more: str) -> str:
     return f"{number} {one if number == 1 else more}"
-
-
-def data_alarms(root: Path) -> tuple[str, ...]:
-    """Return what the stage check says of the data."""
-    return tuple(map(str, layout.read_quality(root).alarms))
-
-
-def distribution_shift(root: Path) -> tuple[str, ...]:
-    """Return a remark if the test accuracy is significantly below the validation accuracy: then the splits differ in kind.
-
-    The best of several validations is optimistic, so five points are allowed beyond the test interval.
-    """
-    validated = max(epoch.accuracy for epoch in layout.read_history(root))
-    metrics = layout.read_metrics(root)
-    if validated <= metrics.accuracy_high + 0.05:
-        return ()
-    return (
-        f"shift: {validated:.1%} on validation but {metrics.accuracy:.1%} on test: the test images differ from the training images "
-        "in kind, or the training split has near copies",
-    )
 
 
 def summary(root: Path, registration: Registration, report: Path) -> Summary:
@@ -363,7 +358,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         classes=len(manifest.classes),
         copies=len([r for r in manifest.rows if r.duplicate_of]),
         rejected=len(manifest.rejected),
-        remarks=manifest.remarks + data_alarms(root) + distribution_shift(root) + training_limits(root),
+        alarms=alarming.of_run(root),
         case=case.case,
         reason=reasons.summary(case, profile),
         accuracy=metrics.accuracy,
@@ -377,6 +372,15 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         report=str(report),
         seconds=layout.read_run(root).seconds,
     )
+
+
+def verdict_markdown(root: Path, verdict: gate.Verdict | None) -> str:
+    """Return the alarms and the gate's verdict as markdown; None is a model that was judged before."""
+    from tlpipeline.choice.explain import cell
+
+    alarms = [f"- **{alarm.word}** {cell(str(alarm))}" for alarm in alarming.of_run(root)]
+    judged = verdict.markdown() if verdict else "This model is registered already."
+    return "\n".join([*alarms, *[""] * bool(alarms), judged])
 
 
 def load_decision(root: Path) -> tuple[Decision, Profile]:

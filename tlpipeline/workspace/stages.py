@@ -24,7 +24,7 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import versions
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.versioning import dvc, lock
-from tlpipeline.workspace import settings
+from tlpipeline.workspace import alarming, settings
 from tlpipeline.workspace.layout import (
     ALARMS,
     CACHE,
@@ -284,6 +284,8 @@ def run(root: Path, name: str, progress: Progress) -> None:
         settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
         settings.add_inputs(root / PARAMS, root / "dvc.yaml")
         dvc.require_inputs(root, name)
+        if name == "choose":
+            alarming.refuse_stopped(root)
         STAGES[name](root, progress)
 
 
@@ -298,6 +300,8 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
         settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
         settings.add_inputs(root / PARAMS, root / "dvc.yaml")
         delete_outdated(root, name)
+        if name == "choose":  # the next step trains, or this one does in a race
+            alarming.refuse_stopped(root)
         if dvc.has_stage(root, name):
             ran = dvc.run_stage(root, name, run_timed)
         else:
