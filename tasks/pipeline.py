@@ -74,6 +74,8 @@ def version(workspace: Path, images: Path | None, labels: Path | None = None) ->
     if images is not None:
         create.replace_images(workspace, images, labels, listener.get())
     digest, remarks = create.commit_data(workspace)
+    if changed := create.record_code(workspace):
+        remarks.append(changed)
     for remark in remarks:
         listener.get()(Event("version", 1, 1, remark))
     return digest

@@ -99,6 +99,20 @@ def test_alarms_stand_at_the_top_of_summary_report_and_card(shifted: Path) -> No
     assert release.verdict_markdown(shifted, verdict).startswith("- **blocks** shift: 100.0%")
 
 
+def test_what_ingest_remarks_is_an_alarm_of_the_run(workspace: Path) -> None:
+    for side in ("train", "val", "test"):
+        for label in range(3):
+            folder = workspace / "images" / side / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(4):
+                paint(label, index + (100 if side == "val" else 0)).save(folder / f"{index}.png")
+    for label in range(3):
+        shutil.rmtree(workspace / "images" / f"class{label}")
+    create.commit_data(workspace)
+    stages.bring_up_to_date(workspace, "ingest", silent)
+    assert ("leak", "block") in [(alarm.kind, alarm.severity) for alarm in alarming.of_data(workspace)]
+
+
 def test_the_decision_s_own_warnings_are_alarms_of_the_run(shifted: Path) -> None:
     case = json.loads((shifted / layout.CASE).read_text())
     (shifted / layout.CASE).write_text(json.dumps(case | {"weak": ["no_signal", "few_per_class"]}))

@@ -133,6 +133,14 @@ class BackboneParams:
             "MD5 of the weights file where `weights` is a path; a file with another MD5 is refused", allowed="none or 32 hexadecimal digits"
         ),
     ] = "none"
+    code_md5: Annotated[
+        StrictStr,
+        Field(pattern="^(none|[0-9a-f]{32})$"),
+        Setting(
+            "MD5 of the code of your own network; each run writes it, and trains anew if it changed",
+            allowed="none or 32 hexadecimal digits",
+        ),
+    ] = "none"
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -360,13 +368,16 @@ def _circle(renames: Mapping[str, str]) -> str:
     return ""
 
 
-def backbone_name(text: str) -> str:
-    """Return `backbone.name` in the text of a params.yaml of any version, "" if it has none."""
-    try:
-        section, key = _place(YAML(typ="safe").load(text), "backbone.name")
-    except (YAMLError, ValueError, RecursionError):
-        return ""
-    return str(section.get(key, ""))
+def network_of(text: str) -> tuple[str, str]:
+    """Return `backbone.name` and `backbone.code_md5` in the text of a params.yaml of any version, "" and "none" where it has none."""
+    values = []
+    for path, missing in (("backbone.name", ""), ("backbone.code_md5", "none")):
+        try:
+            section, key = _place(YAML(typ="safe").load(text), path)
+        except (YAMLError, ValueError, RecursionError):
+            return "", "none"
+        values.append(str(section.get(key, missing)))
+    return values[0], values[1]
 
 
 def remarks(path: Path) -> list[str]:

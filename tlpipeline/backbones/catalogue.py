@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from tlpipeline import records
+from tlpipeline.backbones import code
 from tlpipeline.backbones.taps import Backbone, cut
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.environment import patience
@@ -132,26 +133,45 @@ def _thinned(taps: Sequence[str]) -> tuple[str, ...]:
 # --- loading --------------------------------------------------------------------------------------------------------------------------
 
 
-def load(name: str, weights: str, *, md5: str = NONE, root: Path | None = None, size: int | None = None, seed: int = 0) -> Backbone:
+def load(
+    name: str,
+    weights: str,
+    *,
+    md5: str = NONE,
+    code_md5: str = NONE,
+    root: Path | None = None,
+    kept: Path | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> Backbone:
     """Build a network and load its weights.
 
     Args:
         name: demonstration, a torchvision classifier, or package.module:callable.
         weights: DEFAULT, a torchvision weights name, none, or a path (relative to root) to a safetensors or weights-only checkpoint.
         md5: expected md5 of the weights file; "none" if weights is not a path.
+        code_md5: expected md5 of the code of your own network; "none" takes any.
         root: the workspace: base of a relative path, and importable while your own network is loaded; None is the working folder, which
             is not importable.
+        kept: folder with the code of your own network, which is imported from there instead.
         size: input side in pixels for networks built for one size (vision transformers); None is the size of the weights.
         seed: of the random weights for `none`.
 
     Raises:
-        BackboneError: unknown name or weights, a failed download, or weights that do not fit; the first different keys are named.
+        BackboneError: unknown name or weights, a failed download, other code than expected, or weights that do not fit; the first different
+            keys are named.
     """
     if name == "demonstration":
         return _demonstration(weights, md5, root or Path(), seed)
     if ":" in name:
         with _importable(root):
-            return _custom(name, weights, md5, root or Path(), seed)
+            source = own_code(name) if kept is None else code.of_folder(kept)
+            if code_md5 not in (NONE, source.md5):
+                raise BackboneError(
+                    f"expected the code of {name} to have the md5 in backbone.code_md5 ({code_md5}), found {source.md5}. `tlpipeline run` takes the "
+                    "new code and trains anew. For `dvc repro`, set backbone.code_md5 to that value."
+                )
+            return replace(_custom(name, weights, md5, root or Path(), seed, kept), code=source)
     return _torchvision(name, weights, md5, root or Path(), size, seed)
 
 
@@ -198,24 +218,64 @@ def _importable(root: Path | None) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def custom_factory(name: str) -> Callable[..., Any]:
+def code_md5(name: str, root: Path | None) -> str:
+    """Return the md5 of a network's code as it can be imported now; "none" for networks of the catalogue and of installed packages.
+
+    Raises:
+        BackboneError: your own network cannot be imported.
+    """
+    if ":" not in name:
+        return NONE
+    with _importable(root):
+        return own_code(name).md5
+
+
+def own_code(name: str) -> code.Code:
+    """Return the code of package.module:callable."""
+    package = name.partition(":")[0]
+    try:
+        return code.of_module(package)
+    except ModuleNotFoundError as error:
+        raise _not_importable(name, error) from error
+
+
+def _not_importable(name: str, error: ModuleNotFoundError) -> BackboneError:
+    return BackboneError(
+        f"expected the network {name} to be importable, found no module {error.name!r}. "
+        "Install its package, put its module into the workspace folder, or put its folder on PYTHONPATH."
+    )
+
+
+_AS_IMPORTED: dict[str, str] = {}  # md5 of the code of each module when it was imported
+
+
+def _import(package: str, kept: Path | None) -> Any:
+    """Import the module of your own network: from kept files, or if its code changed since it was imported, anew."""
+    if kept is not None:
+        return code.load(code.of_folder(kept), package, kept)
+    now, base = code.of_module(package), code.base_of(package)
+    if base is not None and _AS_IMPORTED.setdefault(package, now.md5) != now.md5:
+        return code.load(now, package, base)
+    return importlib.import_module(package)
+
+
+def custom_factory(name: str, kept: Path | None = None) -> Callable[..., Any]:
     """Return the callable that builds your own network, named package.module:callable.
+
+    Args:
+        kept: folder with its code, which is imported from there.
 
     Raises:
         BackboneError: it does not exist, or needs arguments.
     """
     package, _, attribute = name.partition(":")
     try:
-        factory: Callable[..., Any] = getattr(importlib.import_module(package), attribute)
+        module = _import(package, kept)
+        factory: Callable[..., Any] = getattr(module, attribute)
     except ModuleNotFoundError as error:
-        raise BackboneError(
-            f"expected the network {name} to be importable, found no module {error.name!r}. "
-            "Install its package, put its module into the workspace folder, or put its folder on PYTHONPATH."
-        ) from error
+        raise _not_importable(name, error) from error
     except AttributeError as error:
-        raise BackboneError(
-            f"expected {attribute!r} in the module {package}; {nearest(attribute, dir(importlib.import_module(package)))}"
-        ) from error
+        raise BackboneError(f"expected {attribute!r} in the module {package}; {nearest(attribute, dir(module))}") from error
     try:
         inspect.signature(factory).bind()
     except (TypeError, ValueError) as error:
@@ -223,8 +283,8 @@ def custom_factory(name: str) -> Callable[..., Any]:
     return factory
 
 
-def _custom(name: str, weights: str, md5: str, root: Path, seed: int) -> Backbone:
-    factory = custom_factory(name)
+def _custom(name: str, weights: str, md5: str, root: Path, seed: int, kept: Path | None = None) -> Backbone:
+    factory = custom_factory(name, kept)
     if weights == DEFAULT:
         raise BackboneError(
             f"expected a weights file for your own network {name}, found DEFAULT. Set backbone.weights to its path, or to none."

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tlpipeline import records
 from tlpipeline.backbones import catalogue, taps
+from tlpipeline.backbones.code import FOLDER, NONE, Code, of_folder
 from tlpipeline.backbones.features import FeatureExtractor, forward_passes, pass_size, with_pooling
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Backbone
@@ -38,6 +39,7 @@ class Description:
         frozen: the backbone has its source weights. Other models share it, so its features are worth caching.
         in_bfloat16: the frozen backbone runs in bfloat16, as it did when the head was solved on a GPU.
         indices: numbers of the classes in the workspace's class map, which never change; () where there is none.
+        code_md5: of the files of your own network in network/, "none" if there are none.
         remarks: what limited its training (time, memory), so that a second run may give another model.
     """
 
@@ -50,6 +52,7 @@ class Description:
     remarks: tuple[str, ...] = ()
     in_bfloat16: bool = False
     indices: tuple[int, ...] = ()
+    code_md5: str = NONE
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -106,34 +109,44 @@ class Classifier(nn.Module):
 # --- the folder -----------------------------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, description: Description, folder: Path) -> None:
-    """Write weights.safetensors and model.json. The same tensors give the same bytes, and a crash leaves no half-written file."""
+def save(model: nn.Module, description: Description, folder: Path, code: Code | None = None) -> None:
+    """Write weights.safetensors, model.json, and the code of your own network. The same tensors give the same bytes, and a crash leaves no half-written file."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(model.state_dict(), folder / WEIGHTS)
+    if code is not None:
+        code.keep(folder / FOLDER)
+        description = replace(description, code_md5=code.md5)
     write_json(description.to_json(), folder / DESCRIPTION)
 
 
-def load(folder: Path, root: Path | None = None, trusts: Callable[[str], bool] = lambda network: False) -> tuple[Classifier, Description]:
+def load(
+    folder: Path, root: Path | None = None, trusts: Callable[[str, str], bool] = lambda network, code_md5: False
+) -> tuple[Classifier, Description]:
     """Read a model folder.
 
     Args:
         root: the workspace where your own network is looked for, besides the installed packages (see `catalogue.load`).
-        trusts: whether the code of a network that the folder names as module:callable may run. By default none may: a folder can name
-            any function of any installed module.
+        trusts: whether the code of a network that the folder names as module:callable may run, given that name and the md5 of the code
+            that is kept in the folder ("none" without any). By default none may: a folder can bring any code, and name any function of any
+            installed module.
 
     Raises:
         RegistryError: there is no model, or its description cannot be read.
-        BackboneError: its network is not trusted, or its tensors do not fit its description.
+        BackboneError: its network is not trusted, its code is not what it was, or its tensors do not fit its description.
     """
     description = describe(folder)
-    name = description.architecture
-    if ":" in name and not trusts(name):
+    name, kept = description.architecture, None
+    if description.code_md5 != NONE:
+        kept = folder / FOLDER
+        if (found := of_folder(kept).md5) != description.code_md5:
+            raise BackboneError(f"expected the code of {name} in {kept} to have the md5 {description.code_md5}, found {found}. {_AGAIN}")
+    if ":" in name and not trusts(name, description.code_md5):
         raise BackboneError(
             f"expected a network of the catalogue or of this workspace in {folder / DESCRIPTION}, found {name!r}. Loading it would call that "
             f"code. Name the workspace that trained it with --workspace; or if you trust the folder: --trust {shlex.quote(name)}, in Python "
             f"trust={name!r}."
         )
-    backbone = catalogue.load(name, catalogue.NONE, root=root, size=description.transforms.size)
+    backbone = catalogue.load(name, catalogue.NONE, root=root, kept=kept, size=description.transforms.size)
     tensors = records.read_tensors(folder / WEIGHTS, _AGAIN, BackboneError)
     model = Classifier(backbone, description.readings, len(description.classes), description.frozen, description.in_bfloat16)
     try:

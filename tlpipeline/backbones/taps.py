@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tlpipeline.backbones.code import Code
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError
 
@@ -58,6 +59,7 @@ class Backbone:
         source_classes: outputs of the source head, 0 where it is useless (random weights).
         positional: it learned positions at the size of its weights, so `auto` keeps that size; a number may set another.
         multiple: input sides must be multiples of this number of pixels: the patch size of a vision transformer.
+        code: the files of your own network, None for others.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Backbone:
     source_classes: int
     positional: bool = False
     multiple: int = 1
+    code: Code | None = None
 
     @property
     def normalization(self) -> str:

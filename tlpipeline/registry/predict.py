@@ -97,8 +97,8 @@ class Model:
         store: Callable[[], AbstractContextManager[Store | None]] = nullcontext,
         trust: Collection[str] = (),
     ) -> None:
-        def trusts(network: str) -> bool:
-            return network in trust or (root is not None and versions.names_network(root, network))
+        def trusts(network: str, code_md5: str) -> bool:
+            return network in trust or (root is not None and versions.names_network(root, network, code_md5))
 
         self._classifier, self._description = classifier.load(folder, root, trusts)
         self._store = store

@@ -17,14 +17,15 @@ from tlpipeline import records
 from tlpipeline.alarms import Alarm, blocking
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.data.splits import TRAIN, VAL
-from tlpipeline.errors import RegistryError, WorkspaceError, nearest
+from tlpipeline.errors import BackboneError, RegistryError, WorkspaceError, nearest
 from tlpipeline.evaluation.gate import Verdict
 from tlpipeline.files import write_json
-from tlpipeline.params import backbone_name
+from tlpipeline.params import network_of
 from tlpipeline.registry import ledger
 from tlpipeline.versioning import dvc, git, lock
 
 T = TypeVar("T")
+NONE = "none"
 PROD = "prod"
 CARD, ALARMS = "MODEL_CARD.md", "model_alarms.json"
 _PENDING = ".tlpipeline/publishing.json"  # a version that is registered, but not yet published and promoted
@@ -230,15 +231,34 @@ def _output(root: Path, version: Version, stage: str, path: str, place: Path | N
     return target
 
 
-def names_network(root: Path, network: str) -> bool:
-    """Return whether the workspace's params.yaml names a network, now or in the commit of a registered version."""
+def names_network(root: Path, network: str, code_md5: str = NONE) -> bool:
+    """Return whether the workspace's params.yaml names a network and its code, now, in the last commit, or in that of a registered version.
+
+    Args:
+        code_md5: of the code that a model folder brings; "none" if it brings none, and the network is imported as it is.
+    """
+
+    def is_named(text: str | None) -> bool:
+        name, known = network_of(text or "")
+        return name == network and (code_md5 in (NONE, known) or code_md5 == _importable_md5(root, network))
+
     settings = root / "params.yaml"
-    if settings.is_file() and backbone_name(settings.read_text(encoding="utf-8", errors="replace")) == network:
+    if settings.is_file() and is_named(settings.read_text(encoding="utf-8", errors="replace")):
         return True
     if not (root / ".git").exists():
         return False
     commits = {commit for tag, commit in git.tags(root).items() if re.search(r"@v\d+\.\d+\.\d+$", tag)}
-    return any(backbone_name(git.read_at(root, commit, settings.name) or "") == network for commit in commits)
+    return any(is_named(git.read_at(root, commit, settings.name)) for commit in (*commits, git.head(root)) if commit)
+
+
+def _importable_md5(root: Path, network: str) -> str:
+    """Return the md5 of the code that importing a network would run, "" if it cannot be imported."""
+    from tlpipeline.backbones import catalogue
+
+    try:
+        return catalogue.code_md5(network, root)
+    except BackboneError:
+        return ""
 
 
 def find_registered(root: Path, name: str, model_hash: str) -> Version | None:

@@ -63,7 +63,7 @@ class TrainingConfig:
 
     Attributes:
         workspace, images, manifest: where the workspace, its images and their manifest are.
-        backbone, weights, weights_md5: as in params.yaml.
+        backbone, weights, weights_md5, code_md5: as in params.yaml.
         plan: how the network is cut and trained.
         seed, epochs, batch_size, flip, precision, budget_minutes: as in params.yaml.
         history: file to which the first worker appends its progress, one JSON line for each message.
@@ -88,6 +88,7 @@ class TrainingConfig:
     flip: bool
     precision: str
     history: str
+    code_md5: str = "none"
     budget_minutes: float = 0.0
     cache: str = ""
     cache_bytes: float = 0.0

@@ -44,8 +44,8 @@ def run(config: TrainingConfig, context: DistributedContext, scratch: Path, cloc
     torch.manual_seed(config.seed)
     manifest = read_manifest(Path(config.manifest))
     backbone = catalogue.load(
-        config.backbone, config.weights, md5=config.weights_md5, root=Path(config.workspace), size=plan.size, seed=config.seed
-    )
+        config.backbone, config.weights, md5=config.weights_md5, code_md5=config.code_md5, root=Path(config.workspace), size=plan.size, seed=config.seed,
+    )  # fmt: skip
     datasets = Datasets.of(Path(config.images), manifest, backbone.transforms.at(plan.size))
     _check(config, context, len(datasets.train))
     half = extracts_in_bfloat16(context.device, config.precision)
@@ -120,7 +120,9 @@ def _train_all(trainer: Trainer, model: Classifier) -> None:
     again = plan.init == "auto" and images >= recipe.scratch_from and len(trainer.datasets.val) > 0 and not state.gained
     if plan.init == "random" or state.phase == SCRATCH or (again and not budget.expired()):
         if state.phase != SCRATCH:
-            fresh = catalogue.load(config.backbone, catalogue.NONE, root=Path(config.workspace), size=plan.size, seed=config.seed)
+            fresh = catalogue.load(
+                config.backbone, catalogue.NONE, code_md5=config.code_md5, root=Path(config.workspace), size=plan.size, seed=config.seed
+            )
             model.load_state_dict(Classifier(fresh, model.readings, model.head.out_features, frozen=False).state_dict())
         longer = round(recipe.scratch_times * config.epochs) if isinstance(config.epochs, int) else recipe.scratch_epochs(images)
         trainer.fit(SCRATCH, longer, min(lr * recipe.scratch_times, 0.1))
@@ -137,7 +139,7 @@ def _finished_model(model: Classifier, plan: TrainingPlan, checkpoints: Checkpoi
 
 def _finish(model: Classifier, description: Description, state: State, context: DistributedContext, finished: Path) -> Path:
     """Write the finished model and its history, and report it."""
-    save(model, replace(description, remarks=tuple(state.remarks)), finished / MODEL)
+    save(model, replace(description, remarks=tuple(state.remarks)), finished / MODEL, model.backbone[0].code)
     speed = {"images_per_second": state.speed, "waited_for_data": state.waited}
     result = {"phase": state.best.phase, "validation": state.summary(), "remarks": state.remarks, "speed": speed, "history": state.history}
     write_json(result, finished / "history.json")

@@ -14,8 +14,8 @@ def of_data(root: Path) -> tuple[Alarm, ...]:
     from tlpipeline.data import dataset
 
     alarms: list[Alarm] = []
-    if (root / layout.MANIFEST).is_file():
-        alarms += map(from_remark, dataset.read_manifest(root / layout.MANIFEST).remarks)
+    if (root / layout.MANIFEST).is_file() and (root / layout.QUARANTINE).is_file():
+        alarms += map(from_remark, dataset.read_manifest(root / layout.MANIFEST, root / layout.QUARANTINE).remarks)
     if (root / layout.ALARMS).is_file():
         alarms += layout.read_quality(root).alarms
     return by_severity(alarms)

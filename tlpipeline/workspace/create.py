@@ -206,6 +206,7 @@ def _is_committed(root: Path) -> bool:
 
 
 def _fill(root: Path, given: Given | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
+    from tlpipeline.backbones import catalogue
     from tlpipeline.data import classes, digits, splits
     from tlpipeline.data.decoding import available_cpus
 
@@ -216,6 +217,8 @@ def _fill(root: Path, given: Given | None, backbone: str, weights: Path | str, m
     shutil.copy(TEMPLATE / "gitignore", root / ".gitignore")
     shutil.copy(TEMPLATE / "dvcignore", root / ".dvcignore")
     changes: dict[str, Any] = {"backbone.name": backbone, "backbone.weights": weights}
+    if (code_md5 := catalogue.code_md5(backbone, None)) != catalogue.NONE:
+        changes["backbone.code_md5"] = code_md5
     if given is None:
         digits.write(root / "images")
         # The demonstration shows two workers; its digits must not be mirrored.
@@ -356,6 +359,25 @@ def _recorded(images: str) -> list[str]:
 
 def _trained_on(root: Path, name: str) -> frozenset[str]:
     return frozenset().union(*(versions.trained_on(root, v) for v in versions.versions(root, name)))
+
+
+def record_code(root: Path) -> str:
+    """Write the md5 of the code of your own network to params.yaml, where it makes the stages run that the code changes.
+
+    Returns:
+        A remark for people if it changed, else "".
+
+    Raises:
+        BackboneError: the network cannot be imported.
+    """
+    from tlpipeline.backbones import catalogue
+
+    backbone = layout.params_of(root).backbone
+    now = catalogue.code_md5(backbone.name, root)
+    if now == backbone.code_md5:
+        return ""
+    settings.change(root / layout.PARAMS, {"backbone.code_md5": now})
+    return "" if catalogue.NONE in (now, backbone.code_md5) else f"the code of {backbone.name} changed: it is measured and trained anew"
 
 
 def replace_images(root: Path, images: Path, labels: Path | None = None, progress: Progress = silent) -> None:

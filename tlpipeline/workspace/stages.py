@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +221,7 @@ def _training_config(root: Path, params: Params, decision: Decision, history: Pa
         backbone=params.backbone.name,
         weights=params.backbone.weights,
         weights_md5=params.backbone.weights_md5,
+        code_md5=params.backbone.code_md5,
         plan=decision.plan,
         seed=params.train.seed,
         epochs=params.train.epochs,
@@ -330,7 +332,7 @@ def predict_rows(root: Path, folder: Path, rows: "Sequence[Row]", progress: Call
 
     params = params_of(root)
     device = _device(params)
-    classifier, description = models.load(folder, root, lambda network: versions.names_network(root, network))
+    classifier, description = models.load(folder, root, partial(versions.names_network, root))
     images = Images(root / params.data.images, rows, description.transforms)
     with open_cache(root) as store:
         probabilities = models.probabilities(classifier.to(device), images, device, progress, store)
@@ -341,7 +343,7 @@ def _backbone(root: Path, params: Params, size: int | None = None) -> "Backbone"
     from tlpipeline.backbones import catalogue
 
     b = params.backbone
-    return catalogue.load(b.name, b.weights, md5=b.weights_md5, root=root, size=size, seed=params.train.seed)
+    return catalogue.load(b.name, b.weights, md5=b.weights_md5, code_md5=b.code_md5, root=root, size=size, seed=params.train.seed)
 
 
 def _backbone_and_size(root: Path, params: Params, manifest: "Manifest") -> "tuple[Backbone, int]":
