@@ -202,20 +202,18 @@ class _Redirect(ast.NodeTransformer):
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
         if not node.level and node.module and self._is_kept(node.module):
-            return ast.ImportFrom(module=f"{self.private}.{node.module}", names=node.names, level=0, lineno=node.lineno, col_offset=0)
+            return ast.copy_location(ast.ImportFrom(module=f"{self.private}.{node.module}", names=node.names, level=0), node)
         return node
 
     def visit_Import(self, node: ast.Import) -> list[ast.stmt]:
         written: list[ast.stmt] = []
         for alias in node.names:
             if not self._is_kept(alias.name):
-                written.append(ast.Import(names=[alias], lineno=node.lineno, col_offset=0))
+                written.append(ast.Import(names=[alias]))
                 continue
-            full = f"{self.private}.{alias.name}"
             # `import a.b` loads a.b and binds a; `import a.b as c` binds a.b.
-            written.append(ast.Import(names=[ast.alias(name=full, asname="_kept")], lineno=node.lineno, col_offset=0))
+            written.append(ast.Import(names=[ast.alias(name=f"{self.private}.{alias.name}", asname="_kept")]))
             name = alias.name if alias.asname else alias.name.partition(".")[0]
             package, _, last = f"{self.private}.{name}".rpartition(".")
-            bound = ast.alias(name=last, asname=alias.asname or last)
-            written.append(ast.ImportFrom(module=package, names=[bound], level=0, lineno=node.lineno, col_offset=0))
-        return written
+            written.append(ast.ImportFrom(module=package, names=[ast.alias(name=last, asname=alias.asname or last)], level=0))
+        return [ast.copy_location(statement, node) for statement in written]
