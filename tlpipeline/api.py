@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from tlpipeline.params import Params
     from tlpipeline.registry.predict import Model
     from tlpipeline.workspace.release import Summary
+    from tlpipeline.workspace.suggest import Suggestions
 
 PROD = "prod"
 
@@ -240,6 +241,23 @@ class Workspace:
         if missing := create.missing_trigger(self.root):
             remarks.append(missing)
         return DataCommit(digest, images, tuple(remarks), announced=True)
+
+    def suggest(self, folder: str | Path, count: int = 50, progress: Progress = silent) -> Suggestions:
+        """Return the images of a folder that are most worth a label: the newest model is unsure of them, and they are unlike each other.
+
+        Args:
+            folder: unlabeled images, in any layout; those of the data set are left out.
+            count: how many.
+
+        Raises:
+            WorkspaceError: nothing was trained yet, or a run is in the workspace.
+            DataError: the folder is missing, or has no image that is not in the data set.
+        """
+        from tlpipeline.versioning import lock
+        from tlpipeline.workspace import suggest
+
+        with lock.hold(self.root):
+            return suggest.suggest(self.root, _expanded(folder), count, progress)
 
     # --- models -----------------------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from tlpipeline.progress import Event
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(context_settings=_SETTINGS, rich_markup_mode=None, pretty_exceptions_enable=False)
-data = typer.Typer(context_settings=_SETTINGS, help="Version the images.")
+data = typer.Typer(context_settings=_SETTINGS, help="Version the images, and choose which to label next.")
 registry = typer.Typer(context_settings=_SETTINGS, help="List, show, promote and roll back models.")
 cache = typer.Typer(context_settings=_SETTINGS, help="Show and empty the cache.")
 app.add_typer(data, name="data")
@@ -268,6 +268,31 @@ def data_commit(
 
     _tell_old_settings(workspace)
     _print(Workspace(workspace).commit_data(message))
+
+
+@data.command("suggest")
+def data_suggest(
+    folder: Annotated[Path, typer.Argument(help="Folder of unlabeled images.")],
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Images to suggest.")] = 50,
+    csv: Annotated[Path | None, typer.Option(help="Also write them to this file, with an empty column for the label.")] = None,
+    workspace: Folder = Path(),
+) -> None:
+    """Print which unlabeled images to label next.
+
+    The newest model is unsure of them, and they are unlike each other.
+    """
+    from tlpipeline.api import Workspace
+
+    with _Bar() as bar:
+        suggestions = Workspace(workspace).suggest(folder, count, bar)
+    _show(suggestions)
+    if csv is not None:
+        suggestions.write_csv(csv)
+        _say(f"{len(suggestions.chosen)} images written to {csv}; fill in the column label")
+    _say(
+        f"{len(suggestions.chosen)} of {suggestions.images - suggestions.known} unlabeled images; {suggestions.known} others are in the data set"
+        f" already, {suggestions.unreadable} files are no images"
+    )
 
 
 # --- registry -------------------------------------------------------------------------------------------------------------------------

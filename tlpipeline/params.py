@@ -158,7 +158,7 @@ class ProfileParams:
 
 
 # The kinds of alarms that the stage check raises.
-Kind = Literal["shortcut", "no signal", "flat", "dark", "bright", "blurred", "tiny", "deep", "fourth channel", "pages"]
+Kind = Literal["shortcut", "no signal", "wrong label", "flat", "dark", "bright", "blurred", "tiny", "deep", "fourth channel", "pages"]
 _KINDS = f"a list of: {', '.join(typing.get_args(Kind))}"
 
 
@@ -175,6 +175,14 @@ class CheckParams:
         Field(ge=0.5, le=1),
         Setting("balanced accuracy (chance 0.5) at which facts of the files tell a class from the others; the lower bound must exceed it"),
     ] = 0.75
+    wrong_label: Annotated[
+        Share, Setting("a label counts as probably wrong only if the other images give another class at least this probability")
+    ] = 0.9
+    images: Annotated[
+        StrictInt,
+        Field(ge=0),
+        Setting("most training and validation images whose labels are checked; one that the profile did not measure costs a pass; 0: none"),
+    ] = 2048
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -267,6 +268,30 @@ class FeatureExtractor:
         """Return the features of these images, all of which must be cached."""
         md5s = [row.md5 for row in rows]
         return [column.rows(md5s) for column in self.columns]
+
+
+def at_tap(
+    backbone: Backbone,
+    reading: TapPooling,
+    size: int,
+    root: Path,
+    rows: Sequence[Row],
+    store: Store,
+    device: torch.device,
+    half: bool,
+    progress: Callable[[int], None],
+) -> Tensor:
+    """Return the features of images at one tap: (n, features), as the profile computes and caches them.
+
+    Args:
+        size: input side, pixels; half: compute in bfloat16.
+        root: folder that the rows' paths start from.
+        progress: called with the number of new images that are done.
+    """
+    transforms = backbone.transforms.at(size)
+    trunk = taps.cut(backbone, [reading.tap]).to(device).to(memory_format=torch.channels_last)
+    extractor = FeatureExtractor(store, backbone, trunk, [reading], transforms, device, half=half)
+    return extractor.extract(Images(root, rows, transforms), progress)[0].all()
 
 
 class _ShardWriter:

@@ -4,24 +4,36 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tlpipeline.alarms import STOP, WARN, Alarm, by_severity
-from tlpipeline.checking import pictures, shortcuts, signal
+from tlpipeline.checking import labels, pictures, shortcuts, signal
 from tlpipeline.checking.quality import Finding, Quality
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.facts import Facts
 from tlpipeline.params import CheckParams
+from tlpipeline.profiling.probes import Matrix
 from tlpipeline.profiling.profile import Profile
 
 
-def check(rows: Sequence[Row], facts: Sequence[Facts], profile: Profile, params: CheckParams) -> Quality:
+def check(
+    rows: Sequence[Row],
+    facts: Sequence[Facts],
+    profile: Profile,
+    labeled: Sequence[Row],
+    probabilities: Matrix | None,
+    params: CheckParams,
+) -> Quality:
     """Look for what is wrong with the data.
 
     Args:
         rows: the distinct images of all splits; facts: of their files, in the same order.
         profile: what the probes of these images reached.
+        labeled: images whose labels are checked; probabilities: as from `labels.left_out_probabilities`, None where there are none.
     """
     findings: list[Finding] = []
     alarms: list[Alarm] = signal.find(profile)
-    for listed, said in (shortcuts.find(rows, facts, params.shortcut), pictures.find(rows, facts)):
+    wrong: tuple[list[Finding], list[Alarm]] = ([], [])
+    if probabilities is not None:
+        wrong = labels.find(labeled, probabilities, params.wrong_label)
+    for listed, said in (shortcuts.find(rows, facts, params.shortcut), wrong, pictures.find(rows, facts)):
         findings += listed
         alarms += said
     return Quality(tuple(findings), by_severity([weighed(alarm, params) for alarm in alarms]))

@@ -226,15 +226,23 @@ def ingest(
     return Manifest(tuple(sorted(rows, key=lambda r: r.path)), tuple(sorted(rejected, key=lambda r: r.path)), tuple(remarks), order)
 
 
-def readable(images: Path) -> list[Row]:
-    """Return the distinct readable images below a folder of any layout, without labels and splits: for statistics only."""
+def readable(images: Path, store: FactStore, progress: Callable[[int, int], None]) -> tuple[list[Row], int]:
+    """Return the distinct readable images below a folder of any layout, without labels and splits, and the number of other files.
+
+    Args:
+        store: facts about contents, which are kept there.
+        progress: called with (files done, number of files).
+    """
     rows: dict[str, Row] = {}
-    paths = sorted(p for p in images.rglob("*") if p.is_file() and not p.name.startswith("."))
-    for number, md5, facts in gather([(path, "") for path in paths], FactStore()):
-        if not facts.reason:
-            relative = paths[number].relative_to(images).as_posix()
-            rows.setdefault(md5, Row(relative, md5, "", "", facts.width, facts.height, facts.mode, ""))
-    return sorted(rows.values(), key=lambda row: row.md5)
+    unreadable = 0
+    paths = sorted(p for p in images.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(images).parts))
+    for number, md5, facts in sorted(gather([(path, "") for path in paths], store, progress), key=lambda read: read[0]):
+        if facts.reason:
+            unreadable += 1
+            continue
+        relative = paths[number].relative_to(images).as_posix()
+        rows.setdefault(md5, Row(relative, md5, "", "", facts.width, facts.height, facts.mode, ""))
+    return sorted(rows.values(), key=lambda row: row.md5), unreadable
 
 
 def require_folder(images: Path) -> None:

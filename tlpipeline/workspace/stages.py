@@ -66,8 +66,10 @@ if TYPE_CHECKING:
     import torch
 
     from tlpipeline.backbones.taps import Backbone
+    from tlpipeline.data.cache import Store
     from tlpipeline.data.dataset import Manifest, Row
     from tlpipeline.evaluation.metrics import Predictions
+    from tlpipeline.profiling.profile import Profile
 
 # The packages that determine what a training run does: an interrupted run is resumed only by the same code.
 TRAINING_CODE = ("data", "backbones", "training", "profiling", "choice")
@@ -111,7 +113,7 @@ def profile(root: Path, progress: Progress) -> None:
         # By the defaults: a profile measures, and stays valid when the settings of `choose` change.
         return decide.undecided(partial_profile, ChooseParams())
 
-    device = _device(params)
+    device = device_of(params)
     with open_cache(root) as store:
         measured = measure.measure(
             backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, store,
@@ -123,19 +125,28 @@ def profile(root: Path, progress: Progress) -> None:
 
 def check(root: Path, progress: Progress) -> None:
     """Look for what is wrong with the data: images in quality.csv, alarms in alarms.json."""
-    from tlpipeline.checking import checks, quality
+    from tlpipeline.checking import checks, labels, quality
     from tlpipeline.data import dataset, splits
 
     params = params_of(root)
-    rows = dataset.read_manifest(root / MANIFEST).used(*splits.SPLIT_NAMES)
+    images, manifest, measured = root / params.data.images, dataset.read_manifest(root / MANIFEST), read_profile(root)
+    rows = manifest.used(*splits.SPLIT_NAMES)
     known = dataset.facts_of(
-        root / params.data.images,
+        images,
         rows,
         open_facts(root, "check", progress),
-        lambda done, total: progress(Event("check", done, total, f"{done} of {total} images checked")),
+        lambda done, total: progress(Event("check", done, total, f"facts of {done} of {total} images")),
     )
     by_content = {row.md5: facts for row, facts in known}
-    checked = checks.check(rows, [by_content[row.md5] for row in rows], read_profile(root), params.check)
+    labeled = labels.drawn(manifest, params.check.images, params.profile.seed)
+    probabilities = None
+    if labeled:
+        with open_cache(root) as store:
+            read = tap_reader(root, params, manifest, measured, store)(
+                images, labeled, lambda done: progress(Event("check", done, len(labeled), f"labels of {len(labeled)} images"))
+            )
+        probabilities = labels.left_out_probabilities(read, measured.best.reading, labels.numbered(labeled))
+    checked = checks.check(rows, [by_content[row.md5] for row in rows], measured, labeled, probabilities, params.check)
     with atomic_outputs(root, QUALITY, ALARMS) as (findings, alarms):
         quality.write_quality(checked, findings, alarms)
 
@@ -331,7 +342,7 @@ def predict_rows(root: Path, folder: Path, rows: "Sequence[Row]", progress: Call
     from tlpipeline.evaluation import metrics as measuring
 
     params = params_of(root)
-    device = _device(params)
+    device = device_of(params)
     classifier, description = models.load(folder, root, partial(versions.names_network, root))
     images = Images(root / params.data.images, rows, description.transforms)
     with open_cache(root) as store:
@@ -361,7 +372,23 @@ def _backbone_and_size(root: Path, params: Params, manifest: "Manifest") -> "tup
     return backbone, size
 
 
-def _device(params: Params) -> "torch.device":
+def tap_reader(
+    root: Path, params: Params, manifest: "Manifest", measured: "Profile", store: "Store"
+) -> "Callable[[Path, Sequence[Row], Callable[[int], None]], torch.Tensor]":
+    """Return what reads features at the profile's best tap, given a folder, images in it, and what to call with the number of new ones."""
+    from tlpipeline.backbones import features
+    from tlpipeline.backbones.precision import extracts_in_bfloat16
+
+    device = device_of(params)
+    backbone, size = _backbone_and_size(root, params, manifest)
+    half = extracts_in_bfloat16(device, params.backbone.precision)
+    return lambda images, rows, progress: features.at_tap(
+        backbone, measured.best.reading, size, images, rows, store, device, half, progress
+    )
+
+
+def device_of(params: Params) -> "torch.device":
+    """Return the device that passes run on by the settings."""
     import torch
 
     from tlpipeline.backbones.precision import enable_tf32
