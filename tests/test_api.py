@@ -1,5 +1,6 @@
 """The package for Python users: what the command line does, as methods that take and give plain typed values."""
 
+import csv
 import json
 import os
 import shutil
@@ -232,3 +233,34 @@ def test_a_run_is_refused_before_a_server_starts(workspace: Path) -> None:
         tl.Workspace(workspace).run(images=workspace / "nothing")
     assert not (workspace / ".tlpipeline" / "prefect").exists()
     lock.require_unlocked(workspace)
+
+
+# --- what to label next ---------------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_the_data_set_copies_and_other_files_are_not_suggested(registered: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "unlabeled"
+    (folder / "camera 2").mkdir(parents=True)
+    for i in range(5):
+        paint(i % 3, 500 + i).save(folder / "camera 2" / f"{i}.png")
+    shutil.copy(folder / "camera 2" / "0.png", folder / "copy.png")
+    shutil.copy(sorted((registered / "images").rglob("*.png"))[0], folder / "known.png")
+    (folder / "notes.txt").write_text("no image")
+    suggestions = tl.Workspace(registered).suggest(folder, 4)
+    assert (suggestions.images, suggestions.known, suggestions.unreadable, len(suggestions.chosen)) == (6, 1, 1, 4)
+    assert len({Path(s.path).read_bytes() for s in suggestions.chosen}) == 4
+    assert "known.png" not in str(suggestions)
+    suggestions.write_csv(tmp_path / "next.csv")
+    with (tmp_path / "next.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["path"], line["label"]) for line in lines] == [(s.path, "") for s in suggestions.chosen]
+
+
+def test_nothing_to_suggest_is_said(registered: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="all in the data set already"):
+        tl.Workspace(registered).suggest(registered / "images")
+    with pytest.raises(DataError, match="found nothing"):
+        tl.Workspace(registered).suggest(tmp_path / "nowhere")
+    shutil.rmtree(registered / "model")
+    with pytest.raises(WorkspaceError, match="expected a trained model"):
+        tl.Workspace(registered).suggest(registered / "images")

@@ -6,18 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from tests.helpers.datasets import listed, put
 from tests.helpers.evidence import planted
 from tests.helpers.images import encoded, paint
 from tlpipeline.alarms import BLOCK, STOP, WARN, Alarm, by_severity, from_remark
-from tlpipeline.checking import checks, quality, signal
+from tlpipeline.backbones.pooling import TapPooling
+from tlpipeline.checking import checks, quality, signal, suggesting
+from tlpipeline.checking import labels as wrong
 from tlpipeline.checking.quality import Quality
 from tlpipeline.data import dataset
-from tlpipeline.data.dataset import Row
+from tlpipeline.data.dataset import Manifest, Row
 from tlpipeline.data.facts import Facts, FactStore
-from tlpipeline.data.splits import SPLIT_NAMES
+from tlpipeline.data.splits import SPLIT_NAMES, TRAIN
 from tlpipeline.params import CheckParams
 
 PROFILE, DEFAULT = planted((0.8, 0.9)), CheckParams()
@@ -33,7 +36,7 @@ def blob(number: int, size: int = 40) -> Image.Image:
 def checked(folder: Path, contents: Mapping[str, bytes], params: CheckParams = DEFAULT) -> Quality:
     images = put(folder / "images", contents)
     rows = listed(images).used(*SPLIT_NAMES)
-    return checks.check(rows, facts_of(images, rows), PROFILE, params)
+    return checks.check(rows, facts_of(images, rows), PROFILE, [], None, params)
 
 
 def facts_of(images: Path, rows: Sequence[Row]) -> list[Facts]:
@@ -113,9 +116,9 @@ def test_groups_are_left_out_whole(tmp_path: Path) -> None:
     images = put(tmp_path / "images", contents)
     rows = [replace(row, group=groups[row.path]) for row in listed(images).used(*SPLIT_NAMES)]
     measured = facts_of(images, rows)
-    assert checks.check(rows, measured, PROFILE, CheckParams()).alarms == ()
+    assert checks.check(rows, measured, PROFILE, [], None, DEFAULT).alarms == ()
     alone = [replace(row, group="") for row in rows]
-    assert kinds(checks.check(alone, measured, PROFILE, CheckParams())) == {"shortcut": BLOCK}
+    assert kinds(checks.check(alone, measured, PROFILE, [], None, DEFAULT)) == {"shortcut": BLOCK}
 
 
 def test_the_ground_of_a_drawing_is_no_border(tmp_path: Path) -> None:
@@ -155,12 +158,11 @@ def test_an_odd_picture_is_listed_and_counted(tmp_path: Path, kind: str, image: 
     assert next(alarm for alarm in result.alarms if alarm.kind == kind).text.startswith("1 image is ")
 
 
-def test_further_pages_are_listed_and_counted(tmp_path: Path) -> None:
+def test_an_image_that_is_not_read_as_it_is_is_listed(tmp_path: Path) -> None:
     pages = {f"a/{i}.tif": encoded(paint(0, 50 + i, 48), "TIFF", save_all=True, append_images=[paint(0, 70 + i, 48)]) for i in range(2)}
-    result = checked(tmp_path, usual() | pages)
-    assert [alarm.text for alarm in result.alarms if alarm.kind == "pages"] == [
-        "2 images are one of several pages of a file; the others are not read (quality.csv)"
-    ]
+    deep = {"b/deep.png": encoded(Image.fromarray(np.arange(48 * 48, dtype=np.uint16).reshape(48, 48)))}
+    result = checked(tmp_path, usual() | pages | deep)
+    assert sorted(finding.path for finding in result.findings if finding.kind in ("pages", "deep")) == ["a/0.tif", "a/1.tif", "b/deep.png"]
 
 
 @pytest.mark.parametrize("draw", [lambda i: paint(i % 2, i, 48), lambda i: Image.fromarray(np.asarray(paint(i % 2, i, 48)) // 24)])
@@ -186,6 +188,78 @@ def test_on_uneven_classes_a_probe_shows_itself_by_its_balanced_accuracy() -> No
 
 def test_too_few_images_raise_no_alarm_about_the_signal() -> None:
     assert not signal.find(replace(planted((0.1, 0.1), m=24), majority=0.5))
+
+
+# --- wrong labels ---------------------------------------------------------------------------------------------------------------------
+
+
+def clouds(seed: int = 0, each: int = 40, classes: int = 3) -> tuple[torch.Tensor, np.ndarray]:
+    """Return features of classes that lie well apart, and their labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), each)
+    return torch.from_numpy(rng.normal(0, 1, (len(labels), 16)) + 4 * np.eye(16)[labels]).float(), labels
+
+
+def suspected(features: torch.Tensor, labels: np.ndarray, groups: list[str] | None = None) -> list[int]:
+    probabilities = wrong.left_out_probabilities(features, TapPooling("tap", 16, (1,)), labels, groups)
+    return [suspect.index for suspect in wrong.suspects(probabilities, labels, DEFAULT.wrong_label)]
+
+
+def test_labels_that_were_flipped_are_listed_first_and_others_are_not() -> None:
+    features, labels = clouds()
+    assert suspected(features, labels) == []
+    labels[[5, 50]] = 2
+    assert sorted(suspected(features, labels)) == [5, 50]
+
+
+def test_a_wrong_label_is_told_even_if_the_whole_burst_has_it() -> None:
+    features, labels = clouds()
+    burst = list(range(6))
+    features[burst] = features[0] + 0.01 * features[burst]
+    labels[burst] = 2
+    assert not set(burst) & set(suspected(features, labels))  # each is confirmed by the others
+    groups = ["burst" if i in burst else "" for i in range(len(labels))]
+    assert set(burst) <= set(suspected(features, labels, groups))
+
+
+def test_labels_thrown_by_a_coin_are_no_list() -> None:
+    features, labels = clouds()
+    assert suspected(features, np.random.default_rng(1).permutation(labels)) == []
+
+
+def test_a_finding_names_both_classes_and_the_alarm_counts() -> None:
+    rows = [Row(f"{i}.png", f"{i:032x}", "ab"[i % 2], TRAIN, 9, 9, "RGB", "") for i in range(40)]
+    probabilities = np.where(np.arange(40)[:, None] % 2 == np.arange(2), 0.98, 0.02)
+    assert wrong.find(rows, probabilities, 0.9) == ([], [])
+    probabilities[3] = 0.99, 0.01
+    findings, (alarm,) = wrong.find(rows, probabilities, 0.9)
+    assert [(f.path, f.detail) for f in findings] == [("3.png", "labeled b (1%); the other images say a (99%)")]
+    assert alarm.text.startswith("1 label is probably wrong, of 40 that were checked")
+
+
+def test_too_few_images_of_a_class_are_not_checked() -> None:
+    rows = tuple(Row(f"{i}.png", f"{i:032x}", "abc"[i % 3], TRAIN, 9, 9, "RGB", "") for i in range(12))
+    assert wrong.drawn(Manifest(rows, (), ()), 100, 0) == []
+    more = tuple(replace(row, path=f"{k}{row.path}", md5=f"{1000 * k + i:032x}") for k in range(2) for i, row in enumerate(rows))
+    assert len(wrong.drawn(Manifest(more, (), ()), 100, 0)) == 24
+    assert 0 < len(wrong.drawn(Manifest(more, (), ()), 18, 0)) <= 18
+    assert wrong.drawn(Manifest(more, (), ()), 0, 0) == []
+
+
+# --- what to label next ---------------------------------------------------------------------------------------------------------------
+
+
+def test_images_that_the_model_is_unsure_of_are_chosen_and_a_burst_only_once() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(0, 1, (60, 8))
+    probabilities = np.full((60, 3), (0.98, 0.01, 0.01))
+    unsure = [3, 20, 21, 22, 40]
+    probabilities[unsure] = 0.4, 0.38, 0.22
+    features[[20, 21, 22]] = features[20] + 0.001 * features[[20, 21, 22]]
+    first = suggesting.choose(probabilities, features, 3)
+    assert {3, 40} < set(first)
+    assert len({20, 21, 22} & set(first)) == 1
+    assert len(set(suggesting.choose(probabilities, features, 100))) == 60
 
 
 # --- weight, files --------------------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def run(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="ingest, profile, choose, train or evaluate.")],
+    name: Annotated[str, typer.Argument(help="ingest, profile, check, choose, train or evaluate.")],
     workspace: Folder = Path(),
 ) -> None:
     """Run one stage, as dvc.yaml does."""

@@ -158,7 +158,22 @@ class ProfileParams:
 
 
 # The kinds of alarms that the stage check raises.
-Kind = Literal["shortcut", "no signal", "wrong label", "flat", "dark", "bright", "blurred", "tiny", "deep", "fourth channel", "pages"]
+Kind = Literal[
+    "shortcut",
+    "no signal",
+    "wrong label",
+    "flat",
+    "dark",
+    "bright",
+    "blurred",
+    "tiny",
+    "deep",
+    "fourth channel",
+    "concealed",
+    "on black",
+    "transparent",
+    "pages",
+]
 _KINDS = f"a list of: {', '.join(typing.get_args(Kind))}"
 
 

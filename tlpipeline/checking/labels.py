@@ -23,7 +23,7 @@ from tlpipeline.data.dataset import Manifest, Row
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.profiling.gram import gram_matrices
 from tlpipeline.profiling.measure import sample
-from tlpipeline.profiling.probes import Matrix, one_hot
+from tlpipeline.profiling.probes import Matrix, one_hot, with_class_means
 
 KIND = "wrong label"
 LEAST = 5  # images of a class on average
@@ -79,16 +79,17 @@ def find(rows: Sequence[Row], probabilities: Matrix, threshold: float) -> tuple[
     return findings, [Alarm(KIND, WARN, text)]
 
 
-def left_out_probabilities(read: Tensor, reading: TapPooling, labels: npt.NDArray[np.int64]) -> Matrix:
+def left_out_probabilities(read: Tensor, reading: TapPooling, labels: npt.NDArray[np.int64], groups: Sequence[str] | None = None) -> Matrix:
     """Return the probability of each class for each image, by all the other images: (n, classes).
 
     Args:
         read: features at a tap, (n, features); labels: class indices 0 to K - 1, each of which occurs, (n,).
+        groups: names of groups that are left out whole, "" for an image of its own; None if there are none.
     """
     with threadpool_limits(1):  # as the profile does: factorizations of this size take longer with two
-        fit, _ = gram_matrices([reading], [read], labels, {}).fit([0])
+        fit, _ = gram_matrices([reading], [read], labels, {}, groups).fit([0])
     targets = one_hot(labels)
-    scores = fit.scores + (targets - targets.mean(0)) / max(len(labels) - 1, 1)  # see `probes.guesses`
+    scores = with_class_means(fit.scores, targets, groups)
 
     def loss(log_sharpness: float) -> float:
         return -float(log_softmax(np.exp(log_sharpness) * scores, axis=1)[np.arange(len(labels)), labels].mean())

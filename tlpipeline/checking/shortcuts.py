@@ -113,7 +113,7 @@ def scores(rows: Sequence[Row], facts: Sequence[Facts]) -> list[Score]:
     together (Bonferroni).
     """
     names, labels = np.unique([row.label for row in rows], return_inverse=True)
-    clusters = np.unique([row.group or row.md5 for row in rows], return_inverse=True)[1]
+    clusters = np.unique([row.key for row in rows], return_inverse=True)[1]
     fold = _folds(rows)
     columns = {name: _one_hot(_values(name, facts)) for name in FACTS}
     columns = {name: column for name, column in columns.items() if column.shape[1] > 1}
@@ -132,7 +132,7 @@ def scores(rows: Sequence[Row], facts: Sequence[Facts]) -> list[Score]:
 
 def _folds(rows: Sequence[Row]) -> npt.NDArray[np.int64]:
     """Return the fold of each image; those of a group are in the same one."""
-    return np.array([int(hashlib.md5((row.group or row.md5).encode(), usedforsecurity=False).hexdigest(), 16) % FOLDS for row in rows])
+    return np.array([int(hashlib.md5(row.key.encode(), usedforsecurity=False).hexdigest(), 16) % FOLDS for row in rows])
 
 
 def _values(fact: str, facts: Sequence[Facts]) -> list[str]:

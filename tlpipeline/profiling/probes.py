@@ -144,7 +144,12 @@ def _by_cholesky(kernel: Tensor, features: Tensor | None, targets: Tensor) -> Ca
 
 
 def guesses(scores: Matrix, targets: Matrix, groups: Sequence[str] | None = None) -> npt.NDArray[np.int64]:
-    """Return the class index that left-out scores (m, K) of targets (m, K) say.
+    """Return the class index that left-out scores (m, K) of targets (m, K) say; `groups` as for `leave_one_out`."""
+    return np.asarray(with_class_means(scores, targets, groups).argmax(1))
+
+
+def with_class_means(scores: Matrix, targets: Matrix, groups: Sequence[str] | None = None) -> Matrix:
+    """Return left-out scores (m, K) of targets (m, K) that favor no class.
 
     Leaving an image or a group out lowers the means of its classes a little, which favors the others. On pure noise with equally large
     classes, the largest score would be right less often than chance. So the class means of all images are put back.
@@ -156,7 +161,7 @@ def guesses(scores: Matrix, targets: Matrix, groups: Sequence[str] | None = None
     shift = away / max(len(targets) - 1, 1)
     for block in _blocks(groups):
         shift[block] = away[block].sum(0) / max(len(targets) - len(block), 1)
-    return np.asarray((scores + shift).argmax(1))
+    return np.asarray(scores + shift)
 
 
 def head_similarity(probabilities: Matrix, labels: npt.NDArray[np.int64], folds: int = 5, groups: Sequence[str] | None = None) -> float:

@@ -145,7 +145,8 @@ def check(root: Path, progress: Progress) -> None:
             read = tap_reader(root, params, manifest, measured, store)(
                 images, labeled, lambda done: progress(Event("check", done, len(labeled), f"labels of {len(labeled)} images"))
             )
-        probabilities = labels.left_out_probabilities(read, measured.best.reading, labels.numbered(labeled))
+        groups = [row.group for row in labeled] if any(row.group for row in labeled) else None
+        probabilities = labels.left_out_probabilities(read, measured.best.reading, labels.numbered(labeled), groups)
     checked = checks.check(rows, [by_content[row.md5] for row in rows], measured, labeled, probabilities, params.check)
     with atomic_outputs(root, QUALITY, ALARMS) as (findings, alarms):
         quality.write_quality(checked, findings, alarms)
