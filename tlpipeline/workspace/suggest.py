@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,7 @@ def suggest(root: Path, folder: Path, count: int, progress: Progress) -> Suggest
         return lambda done: progress(Event("suggest", done, len(new), f"{what} of {done} of {len(new)} images"))
 
     device = stages.device_of(params)
-    model, description = models.load(root / layout.MODEL, root, lambda network: versions.names_network(root, network))
+    model, description = models.load(root / layout.MODEL, root, partial(versions.names_network, root))
     with layout.open_cache(root) as store:
         pictures = Images(folder, new, description.transforms)
         answers = models.probabilities(model.to(device), pictures, device, reporter("predictions"), store)
