@@ -304,6 +304,8 @@ def test_a_group_that_gets_another_name_keeps_its_split(tmp_path: Path) -> None:
         (lambda i: f"a/20240511_14{i // 3 % 60:02d}{i % 3 * 11:02d}.jpg", 40),
         (lambda i: f"a/frame_{i * 10:06d}.jpg", 12),
         (lambda i: f"{'ab'[i % 2]}/clip{i // 8}/{i:04d}.jpg", 30),
+        (lambda i: f"a/p{i // 4:03d}_s{i % 4}.png", 30),
+        (lambda i: f"{'abc'[i % 3]}/{i // 12:05d}_{i // 3 % 4:05d}.ppm", 10),  # tracks that each class counts anew
     ],
 )
 def test_series_are_suspected_by_names_time_stamps_and_folders(name: Callable[[int], str], setting_makes: int) -> None:

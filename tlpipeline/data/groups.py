@@ -15,12 +15,14 @@ from tlpipeline.errors import DataError
 _LEAST_SERIES = 10
 _LEAST_SHARE = 0.5  # of the images are in a series, where series are suspected
 _LARGEST_SHARE = 0.25  # of the images are in one series at most
-# Rules that show series in the paths of images, and what they are called. The most particular comes first.
+# Rules that show series in the paths of images, and what they are called. The most particular comes first. Folders do not belong to the name:
+# a patient may have images in several classes, and where each class counts anew, larger groups do no harm.
 _SIGNS = (
     (r"((?:19|20)\d{2}[-_]?\d{2}[-_]?\d{2}[-_T ]?\d{2}[-_:]?\d{2})[-_:]?\d{2}[^/]*$", "time stamps of the same minute"),
     (r"(?:frame|video|clip|shot|still|seq)[^/\d]*(\d+)\d\d\.[^/.]+$", "a hundred neighboring frames"),
-    (r"([^/]*\d[^/]*?)[ _.()-]+(?:[A-Za-z]{0,6}[ _-]?)\d+\.[^/.]+$", "names with the same beginning"),
-    (r"([^/]*[^/\d _.()-])[ _.()-]*\d+\.[^/.]+$", "names with the same beginning"),
+    (r"([^/]*\d[^/]*?)[ _.-]+\d+\.\w+$", "names with the same beginning"),
+    (r"([^/]*\d[^/]*?)[ _.-]+[A-Za-z]{1,6}[ _-]?\d+\.\w+$", "names with the same beginning"),
+    (r"([^/]*[^/\d _.()-])[ _.()-]*\d+\.\w+$", "names with the same beginning"),
 )  # fmt: skip
 _SUBFOLDER = r"^(.+)/"
 
