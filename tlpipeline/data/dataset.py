@@ -425,20 +425,21 @@ def _empty_classes(images: Path, rows: Sequence[Row], source: Source) -> list[st
     """Return remarks about class folders that hold no file, and about hidden folders that hold images."""
     if source.table is not None:
         return []
-    used = {row.path.split("/")[0] for row in rows} if source.layout.label_at == 0 else {row.label for row in rows}
+    depth = source.layout.label_at + 1
+    used = {"/".join(row.path.split("/")[:depth]) for row in rows}
+    folders = [Path()]
+    for _ in range(depth):
+        folders = [Path(*folder.parts, entry.name) for folder in folders for entry in os.scandir(images / folder) if entry.is_dir()]
     empty, concealed = [], []
-    with os.scandir(images) as entries:
-        tops = sorted((entry for entry in entries if entry.is_dir()), key=lambda entry: entry.name)
-    for top in tops:
-        if top.name == SYSTEM:
+    for folder in sorted(folders):
+        if folder.as_posix() in used or SYSTEM in folder.parts:
             continue
-        names = [name for _, _, files in os.walk(top.path) for name in files]
-        if top.name.startswith("."):
-            pictures = [name for name in names if Path(name).suffix.lower() in _ENDINGS]
-            if pictures:
-                concealed.append(f"{top.name} ({len(pictures)} images)")
-        elif top.name not in used and source.layout.label_at == 0 and all(map(hidden, names)):
-            empty.append(f"{top.name} ({'only hidden files' if names else 'empty'})")
+        names = [name for _, _, files in os.walk(images / folder) for name in files]
+        if any(map(hidden, folder.parts)):
+            pictures = sum(Path(name).suffix.lower() in _ENDINGS for name in names)
+            concealed += [f"{folder.as_posix()} ({pictures} images)"] * (pictures > 0)
+        elif all(map(hidden, names)):
+            empty.append(f"{folder.as_posix()} ({'only hidden files' if names else 'empty'})")
     remarks = [f"empty: folders without images are no classes: {', '.join(empty)}"] if empty else []
     return remarks + ([f"hidden: folders whose names begin with a dot are not used: {', '.join(concealed)}"] if concealed else [])
 

@@ -6,7 +6,7 @@ with the setting or the change that says which one is meant.
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,9 +165,9 @@ def _has_files(folder: Path) -> bool:
     return any(True for _ in _entries(folder, os.DirEntry.is_file))
 
 
-def _entries(folder: Path, wanted: Callable[["os.DirEntry[str]"], bool]) -> "list[os.DirEntry[str]]":
+def _entries(folder: Path, wanted: Callable[["os.DirEntry[str]"], bool]) -> "Iterator[os.DirEntry[str]]":
     with os.scandir(folder) as entries:
-        return [entry for entry in entries if not hidden(entry.name) and wanted(entry)]
+        yield from (entry for entry in entries if not hidden(entry.name) and wanted(entry))
 
 
 def _some(names: Collection[str]) -> str:

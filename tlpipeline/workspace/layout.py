@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tlpipeline import records
 from tlpipeline.choice.decision import Decision
-from tlpipeline.errors import WorkspaceError
+from tlpipeline.errors import DataError, WorkspaceError
 from tlpipeline.files import unlink, write_json
 from tlpipeline.params import NONE, Data, Params, load
 from tlpipeline.progress import Event, Progress, silent
@@ -63,6 +63,8 @@ def source_of(root: Path, images: Path | None = None, labels: Path | None = None
     from tlpipeline.data.sources import Source
 
     data = params_of(root).data
+    if data.labels != NONE and not (root / data.labels).resolve().is_relative_to(root.resolve()):
+        raise DataError(f"expected data.labels inside the workspace, found {data.labels}. Copy the table to {root}, and name it there.")
     folder = images or root / data.images
     require_folder(folder)
     return Source(folder, rules(data, labels or (None if data.labels == NONE else root / data.labels)))
