@@ -443,6 +443,16 @@ def test_what_was_there_and_is_gone_is_told(tmp_path: Path) -> None:
     assert any(remark.startswith("vanished: class d, which had 2 files, is gone") for remark in remarks)
 
 
+def test_many_files_that_cannot_be_used_are_told_with_the_reasons(tmp_path: Path) -> None:
+    images = put(tmp_path / "images", {f"{label}/{i}.ppm": tiny(100 * n + i) for n, label in enumerate("ab") for i in range(20)})
+    put(images, {f"a/{i}.heic": b"\0\0\0\x18ftypheic" + bytes(50) for i in range(3)})
+    assert not listed(images).remarks
+    put(images, {f"a/{i}.heic": b"\0\0\0\x18ftypheic" + bytes(50) for i in range(9)} | {"b/x.png": b""})
+    assert listed(images).remarks == (
+        "left out: 10 of 50 files cannot be used (a HEIC photo: 9, empty file: 1); quarantine.csv names them",
+    )
+
+
 def test_the_manifest_keeps_the_numbers_of_the_classes(tmp_path: Path) -> None:
     images = put(tmp_path / "images", {f"{label}/{i}.ppm": tiny(100 * n + i) for n, label in enumerate("bca") for i in range(20)})
     known = ClassMap().updated({"b": {"1"}, "gone": {"9"}}, {}, Renames()).updated({"c": {"2"}}, {}, Renames())

@@ -130,6 +130,7 @@ def _changed(row: Row, md5: str) -> DataChanged:
 
 _INDEX = b"classes"  # name of the numbers of the classes in the manifest, where they are not those of their sorted names
 _MD5 = re.compile("[0-9a-f]{32}")
+_FEW = 0.1  # of the files: when more cannot be used, it is told beside the accuracy
 _ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".tga", ".dds", ".jp2"})
 _RESTORE = "Move them away, and run `dvc checkout`, which restores them. If they are right as they are, `touch` them and run again."
 _WAY_BACK = f"If the folder of images changed during a run, start the run again. If nobody changed it: {_RESTORE}"
@@ -217,7 +218,7 @@ def ingest(
     _check_classes(images, rows, rejected, source)
     if VAL in source.given and TEST not in source.given:
         remarks.append("layout: there is no test folder, so the images of val are divided by their content: half of them are test images")
-    remarks += _empty_splits(rows) + _divided_groups(rows) + _empty_classes(images, rows, source)
+    remarks += _left_out(rejected, len(rows)) + _empty_splits(rows) + _divided_groups(rows) + _empty_classes(images, rows, source)
     remarks += vanished(class_map, {row.label for row in rows}, source.renames, dropped)
     if not source.grouped and source.group_setting != NONE:
         used = [(row.path, row.label) for row in rows if not row.duplicate_of]
@@ -404,6 +405,14 @@ def _without_copies(rows: Sequence[Row], given: Mapping[str, str]) -> tuple[list
         f"leak: {n} distinct {what}, byte for byte; they are used in {what.split()[0]} only" for what, n in sorted(leaked.items()) if n
     ]
     return marked, remarks, []
+
+
+def _left_out(rejected: Sequence[Rejected], used: int) -> list[str]:
+    """Return a remark with the reasons if more than a few files cannot be used."""
+    if len(rejected) <= _FEW * (len(rejected) + used):
+        return []
+    reasons = Counter(re.sub(r" \(lines? .*| in \S+, which.*", "", file.reason.split(":")[0]) for file in rejected)
+    return [f"left out: {len(rejected)} of {len(rejected) + used} files cannot be used ({_counted(reasons)}); quarantine.csv names them"]
 
 
 def _divided_groups(rows: Sequence[Row]) -> list[str]:
