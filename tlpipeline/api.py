@@ -56,6 +56,7 @@ from tlpipeline.results import Acceptance, CacheInfo, DataCommit, Explanation, P
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from tlpipeline.data.changes import Changes
     from tlpipeline.params import Params
     from tlpipeline.registry.predict import Model
     from tlpipeline.workspace.release import Summary
@@ -226,21 +227,46 @@ class Workspace:
             DataError: the images cannot be versioned. WorkspaceError: a run is in the workspace, or a remote or server does not answer.
         """
         from tlpipeline.environment import set_prefect
-        from tlpipeline.versioning import lock
-        from tlpipeline.workspace import create
+        from tlpipeline.versioning import dvc, git, lock
+        from tlpipeline.workspace import create, history
 
         with lock.hold(self.root):
+            before = git.head(self.root)
             digest, remarks = create.commit_data(self.root, message)
             images = create.count_images(self.root)
+            changes = None if dvc.is_stage_output(self.root, self.params.data.images) else history.diff(self.root, before, "HEAD")
         if not os.environ.get("PREFECT_API_URL"):
-            return DataCommit(digest, images, tuple(remarks), announced=False)
+            return DataCommit(digest, images, changes, tuple(remarks), announced=False)
         set_prefect(self.root)
         from tlpipeline.flows.retrain import announce
 
         announce(self.name, digest, images)
         if missing := create.missing_trigger(self.root):
             remarks.append(missing)
-        return DataCommit(digest, images, tuple(remarks), announced=True)
+        return DataCommit(digest, images, changes, tuple(remarks), announced=True)
+
+    def diff(self, since: str = "HEAD", until: str | None = None) -> Changes:
+        """Return what changed in the images: files added, removed, replaced, moved, put into another class, and the sizes of classes.
+
+        Args:
+            since: "latest", "v1", or a git revision such as "HEAD~3", a tag or a date ("main@{1 week ago}").
+            until: a later one; None is the folder of images as it is now, versioned or not.
+
+        Raises:
+            WorkspaceError: no images are versioned at a revision, or their list cannot be fetched.
+            RegistryError: there is no such version.
+        """
+        from tlpipeline.workspace import history
+
+        return history.diff(self.root, self._revision(since), None if until is None else self._revision(until))
+
+    def _revision(self, text: str) -> str:
+        name = self.registry.full_name(text)
+        if name == text:
+            return text
+        from tlpipeline.registry import versions
+
+        return versions.resolve(self.root, name).commit
 
     def suggest(self, folder: str | Path, count: int = 50, progress: Progress = silent) -> Suggestions:
         """Return the images of a folder that are most worth a label: the newest model is unsure of them, and they are unlike each other.

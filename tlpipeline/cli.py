@@ -295,6 +295,25 @@ def data_suggest(
     )
 
 
+@data.command("diff")
+def data_diff(
+    since: Annotated[str, typer.Argument(metavar="[REV]", help="A git revision, v1, or latest.")] = "HEAD",
+    until: Annotated[str | None, typer.Option(help="A later revision; without it, the images as they are now.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all paths as JSON.")] = False,
+    workspace: Folder = Path(),
+) -> None:
+    """Print what changed in the images since a version: files, contents and classes."""
+    from tlpipeline.api import Workspace
+
+    changes = Workspace(workspace).diff(since, until)
+    if json:
+        from json import dumps
+
+        print(dumps(changes.to_json(), indent=2))
+    else:
+        _show(changes)
+
+
 # --- registry -------------------------------------------------------------------------------------------------------------------------
 
 

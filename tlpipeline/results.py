@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from tlpipeline.choice.decision import Decision
     from tlpipeline.data.cache import ColumnInfo
+    from tlpipeline.data.changes import Changes
     from tlpipeline.profiling.profile import Profile
 
 
@@ -151,18 +152,22 @@ class DataCommit:
     Attributes:
         digest: hash of the data set.
         images: number of files.
+        changes: since the version before, None for images that a stage writes.
         remarks: sentences for people.
         announced: whether a Prefect server was told.
     """
 
     digest: str
     images: int
+    changes: Changes | None
     remarks: tuple[str, ...]
     announced: bool
 
     def __str__(self) -> str:
+        changed = "" if self.changes is None else f", {self.changes.summary}"
+        lines = [] if self.changes is None else [f"{kind:<9} {text}" for kind, text in self.changes.lines()]
         event = "event tlpipeline.data.updated emitted" if self.announced else "no event emitted: PREFECT_API_URL is not set"
-        return "\n".join([f"data {self.digest}: {self.images} files", event, *self.remarks])
+        return "\n".join([f"data {self.digest}: {self.images} files{changed}", *lines, event, *self.remarks])
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,23 @@ def compare_with_champion(
     )
 
 
+def with_new_images(verdict: Verdict, challenger: Predictions, champion: Predictions, new: frozenset[str]) -> Verdict:
+    """Return the verdict with a note on how both do on test images that were not there when the champion was made.
+
+    Args:
+        challenger, champion: on the same images in the same order.
+        new: md5s of those images.
+    """
+    fresh = np.array([md5 in new for md5 in challenger.md5], dtype=bool)
+    if not (count := int(fresh.sum())):
+        return verdict
+    theirs, ours = float(champion.correct[fresh].mean()), float(challenger.correct[fresh].mean())
+    note = f"On the {count:,} test images that are new since {verdict.champion}, it is right about {theirs:.1%}, the new model about {ours:.1%}."
+    if not fresh.all():
+        note += f" On the others, it is right about {float(champion.correct[~fresh].mean()):.1%}."
+    return replace(verdict, notes=(*verdict.notes, note))
+
+
 def with_wear(verdict: Verdict, judged: int) -> Verdict:
     """Return a verdict that says how often its test images have judged before.
 

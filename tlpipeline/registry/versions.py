@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from tlpipeline import records
 from tlpipeline.alarms import Alarm, blocking
-from tlpipeline.data.dataset import read_manifest
+from tlpipeline.data.dataset import Manifest, read_manifest
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import BackboneError, RegistryError, WorkspaceError, nearest
 from tlpipeline.evaluation.gate import Verdict
@@ -206,7 +206,12 @@ def model_folder(root: Path, version: Version, place: Path | None = None) -> Pat
 
 def trained_on(root: Path, version: Version) -> frozenset[str]:
     """Return the md5s of the images that a version was trained or validated on."""
-    return frozenset(row.md5 for row in read_manifest(_output(root, version, "ingest", "manifest.parquet")).used(TRAIN, VAL))
+    return frozenset(row.md5 for row in manifest_of(root, version).used(TRAIN, VAL))
+
+
+def manifest_of(root: Path, version: Version) -> Manifest:
+    """Return the manifest of the images that a version was made from."""
+    return read_manifest(_output(root, version, "ingest", "manifest.parquet"))
 
 
 def _output(root: Path, version: Version, stage: str, path: str, place: Path | None = None) -> Path:

@@ -24,6 +24,8 @@ from tlpipeline.training.config import Epoch
 if TYPE_CHECKING:
     import jinja2
 
+    from tlpipeline.data.changes import Changes
+
 TEMPLATE = Path(__file__).with_name("template")
 THUMBNAIL = 96
 
@@ -61,6 +63,7 @@ def page(
     history: Sequence[Epoch],
     mistakes: Sequence[Mistake],
     alarms: Sequence[Alarm],
+    changes: "Changes | None",
     seconds: Mapping[str, float | None],
     training: Mapping[str, float],
     data_hash: str,
@@ -93,6 +96,7 @@ def page(
             trained={label: sum(r.label == label and r.split == TRAIN for r in used) for label in manifest.classes},
             rejected=manifest.rejected,
             alarms=alarms,
+            changes=changes,
             blocked=bool(blocking(alarms)),
             epochs=[epoch for epoch in history if epoch.arm != "head"],
             mistakes=mistakes,

@@ -206,6 +206,58 @@ def file_hashes(root: Path, path: str) -> dict[str, str]:
         return {"/".join(key): info.value for key, _, info in tree} if tree.hash_info.isdir else {}
 
 
+def present_files(root: Path, path: str) -> dict[str, str]:
+    """Return the md5 of each file below a DVC-tracked folder as it is now. DVC remembers those of unchanged files."""
+    from dvc_data.hashfile.build import build
+
+    with _repo(root) as repo:
+        out = repo.find_outs_by_path(str(Path(repo.root_dir) / path))[0]
+        _, _, obj = build(out.cache, out.fs_path, out.fs, "md5", ignore=out.dvcignore, dry_run=True)
+        return {"/".join(key): info.value for key, _, info in obj}  # type: ignore[attr-defined]
+
+
+def files_at(root: Path, path: str, revision: str) -> dict[str, str]:
+    """Return the md5 of each file below a folder that was added to DVC, as of a git revision.
+
+    The list of files is read from the cache, or else fetched from the remote.
+
+    Raises:
+        WorkspaceError: there is no such revision, DVC does not track the folder there, or its list is nowhere.
+    """
+    import yaml
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    if not git.run(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", check=False):
+        raise WorkspaceError(
+            f"expected a git revision, such as HEAD~1 or a tag, found {revision!r}. `git log` lists commits, `git tag` tags."
+        )
+    outs = (yaml.safe_load(git.read_at(root, revision, f"{path}.dvc") or "") or {}).get("outs") or [{}]
+    recorded = str(outs[0].get("md5", ""))
+    if not recorded:
+        raise WorkspaceError(f"expected {path}.dvc at {revision}, found none: no images were versioned there. Name a later revision.")
+    info = HashInfo("md5", recorded)
+    with _repo(root) as repo:
+        stored = Path(repo.cache.local.oid_to_path(recorded))
+        _remove_damaged(repo, [recorded])
+        if not stored.exists() and repo.config["core"].get("remote"):
+            _require_answer(repo, [recorded])
+            with suppress(*_dvc_error(OSError)):  # what is missing is told below
+                repo.cloud.pull([info])
+        if not stored.exists():
+            raise WorkspaceError(
+                f"Cannot find the list of {path} at {revision} in the DVC cache or its remote. Try `dvc fetch --all-tags`."
+            )
+        return {"/".join(key): entry.value for key, _, entry in Tree.load(repo.cache.local, info)}
+
+
+def content_of(root: Path, md5: str) -> bytes | None:
+    """Return the content of a versioned file, None if the cache does not have it."""
+    with _repo(root) as repo:
+        stored = Path(repo.cache.local.oid_to_path(md5))
+        return stored.read_bytes() if stored.is_file() else None
+
+
 def has_changed(root: Path, path: str) -> bool:
     """Return whether a DVC-tracked path differs from its recorded version, or has none."""
     with _repo(root) as repo:

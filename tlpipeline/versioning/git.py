@@ -190,6 +190,12 @@ def read_at(root: Path, revision: str, path: str) -> str | None:
     return run(root, "show", f"{revision}:./{path}")
 
 
+def bytes_at(root: Path, revision: str, path: str) -> bytes | None:
+    """Return the content of a file at a revision, None if it is not in git there."""
+    done = subprocess.run(["git", "show", f"{revision}:./{path}"], cwd=root, capture_output=True, stdin=subprocess.DEVNULL)
+    return None if done.returncode else done.stdout
+
+
 def gto(root: Path, *arguments: str) -> None:
     """Run GTO, which writes the tags of versions and stages, in a separate process.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlpipeline.alarms import Alarm, blocking
 from tlpipeline.choice.decision import Decision
+from tlpipeline.data.changes import Changes
 from tlpipeline.display import Displayed, table
 from tlpipeline.errors import RegistryError, WorkspaceError
 from tlpipeline.evaluation import gate
@@ -24,7 +25,7 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import ledger, versions
 from tlpipeline.registry.versions import Registration
 from tlpipeline.versioning import dvc, git, lock
-from tlpipeline.workspace import alarming, layout, stages
+from tlpipeline.workspace import alarming, history, layout, stages
 from tlpipeline.workspace.create import TRACKED
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
 
         champion = stages.predict_rows(root, versions.model_folder(root, best), rows, on_progress)
         known = versions.trained_on(root, best)
+        listed = {row.md5 for row in versions.manifest_of(root, best).rows}
         # An image whose group the champion was trained on is no new one to it.
         known_groups = {row.group for row in manifest.rows if row.group and row.md5 in known}
         known |= {row.md5 for row in rows if row.group in known_groups}
@@ -77,6 +79,7 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
             challenger, champion, str(best), known, params.gate, uneven, groups,
             {label: renames(label) for label in champion.classes}, [renames(label) for label in params.data.drop],
         )  # fmt: skip
+        verdict = gate.with_new_images(verdict, challenger, champion, frozenset(challenger.md5) - listed)
     return gate.with_wear(verdict, ledger.times_judged([e for e in ledger.read(root) if e.model != model], challenger.md5))
 
 
@@ -257,6 +260,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         history=layout.read_history(root),
         mistakes=errors,
         alarms=alarming.of_run(root),
+        changes=history.diff_of_run(root, registration.verdict.champion) if registration.verdict else None,
         seconds=layout.read_run(root).seconds,
         training=layout.read_run(root).training,
         data_hash=dvc.data_hash(root, params.data.images),
@@ -282,6 +286,7 @@ class Summary(Displayed):
         report: path of the report page.
         seconds: of each step; None where it was up to date.
         verdict: "accepted", "undecided" or "rejected"; "" if the model was judged before.
+        changes: of the images since the version that the model was compared with, None if there is none.
     """
 
     images: int
@@ -301,6 +306,7 @@ class Summary(Displayed):
     report: str
     seconds: dict[str, float | None]
     verdict: str = ""
+    changes: Changes | None = None
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -324,6 +330,7 @@ class Summary(Displayed):
         rows = [
             *[(alarm.word, str(alarm)) for alarm in self.alarms],
             ("images", ", ".join([f"{self.images} in {self.classes} classes", *left_out])),
+            *([("changes", f"{self.changes.summary} since {self.changes.since}"), *self.changes.lines()] if self.changes else []),
             ("case", self.case),
             ("why", self.reason),
             ("accuracy", ", ".join([f"{self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%})", *against])),
@@ -368,6 +375,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         version=registration.version,
         new=registration.new,
         verdict=verdict.outcome if verdict else "",
+        changes=history.diff_of_run(root, verdict.champion) if verdict else None,
         outcome=registration.reason,
         report=str(report),
         seconds=layout.read_run(root).seconds,

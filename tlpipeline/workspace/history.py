@@ -1,0 +1,70 @@
+"""What changed between two states of a workspace: its images, and the decision about them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from tlpipeline.data.changes import Changes, File, compare
+from tlpipeline.params import NONE
+from tlpipeline.registry import versions
+from tlpipeline.versioning import dvc, git
+from tlpipeline.workspace import layout
+
+if TYPE_CHECKING:
+    from tlpipeline.data.dataset import Manifest
+
+
+def diff(root: Path, since: str, until: str | None = None) -> Changes:
+    """Compare the images of two git revisions.
+
+    Args:
+        until: the later one; None is the folder of images as it is now.
+
+    Raises:
+        WorkspaceError: no images are versioned at a revision, or their list cannot be fetched.
+        DataError: the present folder or a table of labels cannot be read.
+    """
+    images = layout.params_of(root).data.images
+    hashes = dvc.present_files(root, images) if until is None else dvc.files_at(root, images, until)
+    return compare(_labeled(root, dvc.files_at(root, images, since), since), _labeled(root, hashes, until), since)
+
+
+def diff_of_run(root: Path, champion: str) -> Changes | None:
+    """Compare the images of the last run with those of the version that its model was compared with; None if there is no such version."""
+    from tlpipeline.data import dataset
+
+    version = next((v for v in versions.versions(root, layout.params_of(root).data.name) if str(v) == champion), None)
+    if version is None:
+        return None
+    return compare(_listed(versions.manifest_of(root, version)), _listed(dataset.read_manifest(root / layout.MANIFEST)), champion)
+
+
+def _listed(manifest: "Manifest") -> dict[str, File]:
+    return {row.path: File(row.md5, row.label) for row in manifest.rows}
+
+
+def _labeled(root: Path, hashes: Mapping[str, str], revision: str | None) -> dict[str, File]:
+    """Return the files with their classes. Where the present layout has no class for a path, it is the name of its folder."""
+    table = None if revision is None else _table_at(root, hashes, revision)
+    with TemporaryDirectory() as folder:
+        labels = None
+        if table is not None:
+            labels = Path(folder) / Path(layout.params_of(root).data.labels).name
+            labels.write_bytes(table)
+        source = layout.source_of(root, labels=labels)
+    labeled = {}
+    for path, md5 in hashes.items():
+        place = source.place(path)
+        if source.table is None or not isinstance(place, str):
+            labeled[path] = File(md5, (path.split("/")[-2] if "/" in path else "") if isinstance(place, str) else place.label)
+    return labeled
+
+
+def _table_at(root: Path, hashes: Mapping[str, str], revision: str) -> bytes | None:
+    """Return the table of labels as of a revision, where git has it or DVC has it among the images; None if there is none."""
+    data = layout.params_of(root).data
+    inside = hashes.get(data.labels.removeprefix(f"{data.images}/"))
+    if inside is not None:
+        return dvc.content_of(root, inside)
+    return None if data.labels == NONE else git.bytes_at(root, revision, data.labels)
