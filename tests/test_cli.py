@@ -553,7 +553,7 @@ def test_images_that_make_no_data_set_do_not_replace_the_workspace_s(workspace: 
     ("name", "missing"),
     [
         ("profile", "manifest.parquet"),
-        ("choose", "manifest.parquet, profile.json"),
+        ("choose", "manifest.parquet, profile.json, alarms.json"),
         ("train", "manifest.parquet, case.json, race"),
         ("evaluate", "manifest.parquet, model"),
     ],
