@@ -317,7 +317,9 @@ def test_a_pipeline_that_cannot_be_read_is_refused(workspace: Path) -> None:
 
 
 def test_a_stage_before_its_dependencies_is_refused_with_what_is_missing(workspace: Path) -> None:
-    with pytest.raises(WorkspaceError, match=r"The stage choose needs manifest.parquet, profile.json, alarms.json, found no such file.*dvc repro"):
+    with pytest.raises(
+        WorkspaceError, match=r"The stage choose needs manifest.parquet, profile.json, alarms.json, found no such file.*dvc repro"
+    ):
         versioning.run_stage(workspace, "choose", never)
 
 
