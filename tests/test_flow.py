@@ -167,6 +167,22 @@ def test_decision_and_evaluation_are_artifacts_and_the_stages_show_their_progres
     assert (found["ingest"].description, found["evaluate"].description) == ("72 of 72 files listed", f"{images} of {images} test images")
 
 
+def test_the_verdict_is_an_event_and_an_artifact_with_its_sentences(first: Run, rejected: Run) -> None:
+    from prefect import get_client
+
+    for run, outcome in ((first, "accepted"), (rejected, "undecided")):
+        assert f"**{outcome}: " in artifacts(run)["verdict"].data
+        assert "test images " in artifacts(run)["verdict"].data
+        wanted = {"filter": {"event": {"name": [f"tlpipeline.gate.{outcome}"]}, "resource": {"id": ["tlpipeline.model.workspace"]}}}
+        with get_client(sync_client=True) as client:
+            for _ in range(200):  # the server stores events a moment after it takes them
+                if events := client.request("POST", "/events/filter", json=wanted).json()["events"]:
+                    break
+        payload = events[0]["payload"]
+        assert (payload["outcome"], payload["version"]) == (outcome, run.result.version)
+        assert payload["reason"].startswith(outcome)
+
+
 def test_after_a_flow_dvc_has_nothing_to_do(first: Run, tmp_path: Path) -> None:
     assert dvc(first.workspace, "status") == "Data and pipelines are up to date."
     workspace = copy(first.workspace, tmp_path / "workspace")
