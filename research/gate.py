@@ -18,7 +18,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from scipy.stats import binom, norm
 
-from tlpipeline.evaluation.significance import critical_region
+from tlpipeline.evaluation.power import critical_region
 
 SIZES = (50, 100, 300, 1000, 3000, 10_000)
 CHANGES = (-3, -2, -1, 0, 1, 2, 3)

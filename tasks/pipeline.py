@@ -9,7 +9,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
 from tlpipeline.errors import Unreachable
-from tlpipeline.evaluation.gate import Verdict
+from tlpipeline.evaluation.verdict import Verdict
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry.versions import Registration
 from tlpipeline.tasks.events import send

@@ -10,9 +10,11 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest, multinomial, norm
 
-from tlpipeline.evaluation.gate import MAJORITY, Verdict, compare_with_champion, compare_with_majority, with_wear
+from tlpipeline.evaluation.gate import compare_with_champion, compare_with_majority
 from tlpipeline.evaluation.metrics import Predictions
-from tlpipeline.evaluation.significance import approximate_power, critical_region, exact_p_value, exact_power, images_needed
+from tlpipeline.evaluation.power import approximate_power, critical_region, exact_power, images_needed
+from tlpipeline.evaluation.significance import exact_p_value
+from tlpipeline.evaluation.verdict import MAJORITY, Verdict, with_wear
 from tlpipeline.params import GateParams
 
 BETTER = GateParams(rule="better", metric="auto", alpha=0.05, margin=2.0, promote="manual")

@@ -8,91 +8,20 @@ would have a high accuracy there, and must not win against a model that finds th
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tlpipeline.evaluation import significance
+from tlpipeline.evaluation import power, significance
 from tlpipeline.evaluation.metrics import Predictions
 from tlpipeline.evaluation.significance import Sample
+from tlpipeline.evaluation.verdict import ACCEPTED, ACCURACY, BALANCED, MAJORITY, REJECTED, UNDECIDED, Verdict
 from tlpipeline.params import AUTO, NONE, GateParams
 from tlpipeline.stats import group_numbers
 
-MAJORITY = "the majority class"
-ACCURACY, BALANCED = "accuracy", "balanced_accuracy"
-ACCEPTED, UNDECIDED, REJECTED = "accepted", "undecided", "rejected"
-GAIN = 0.02  # the true gain whose chance of being shown is told
-WORN = 20  # verdicts after which test images are worn: one of them is wrong by chance at the usual alpha
-_FEW = 14  # mistakes of the champion; winning so many is significant at any alpha: 2^-14 is below 0.0001
-_EXACT_BELOW = 2000  # images up to which that chance is computed exactly
-
 Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result of the gate.
-
-    Attributes:
-        outcome: accepted, undecided, or rejected (shown to be worse).
-        champion: version that it was compared with, or `the majority class`.
-        images: number of compared test images; groups: of those that are independent, the same number where no image has a group.
-        left_out: test images that the champion was trained on.
-        metric: accuracy, or balanced_accuracy (the mean of the classes' recalls).
-        challenger_score, champion_score: the metric on the compared images.
-        wins, losses: images that only the challenger, or only the champion, classifies correctly.
-        p_value: one-sided, under the null hypothesis that `reason` names.
-        low, high: 90% interval of the difference in the metric, in percentage points.
-        new_classes: classes that the champion cannot name; lost_classes: those that only the champion can.
-        power: probability that these images show a true gain of two points (rule `better`), or that an equal model is not worse.
-        images_needed: images for a power of 0.8.
-        reason: one sentence with the numbers.
-        notes: further sentences: what these images can show, new and lost classes, what was left out.
-        judged: how often these test images have judged before, on average.
-        because: why a person accepted the model against the verdict, "" if nobody did.
-    """
-
-    outcome: str
-    champion: str
-    images: int
-    groups: int
-    left_out: int
-    metric: str
-    challenger_score: float
-    champion_score: float
-    wins: int
-    losses: int
-    p_value: float
-    low: float
-    high: float
-    new_classes: tuple[str, ...]
-    lost_classes: tuple[str, ...]
-    power: float
-    images_needed: int
-    reason: str
-    notes: tuple[str, ...] = ()
-    judged: int = 0
-    because: str = ""
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the model is registered as better: by the test, or by a person."""
-        return self.outcome == ACCEPTED or bool(self.because)
-
-    @property
-    def text(self) -> str:
-        """The reason and the notes as sentences."""
-        return " ".join([self.reason, *self.notes, *([f"Accepted by hand: {self.because}"] if self.because else [])])
-
-    def markdown(self) -> str:
-        """Return the reason and the notes as markdown."""
-        return "\n".join([f"**{self.reason}**", "", *(f"* {note}" for note in self.notes)])
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -184,7 +113,7 @@ def compare_with_champion(
     renamed = [(rename or {}).get(label, label) for label in champion.classes]
     labels = np.array(challenger.classes)[challenger.labels]
     everything = _Pair(
-        challenger.correct, np.array(renamed)[champion.predicted] == labels, labels, group_numbers(groups or [""] * len(labels)),
+        challenger.correct, _is_right(champion, labels, rename), labels, group_numbers(groups or [""] * len(labels)),
         _is_balanced(rule, uneven), name,
     )  # fmt: skip
     was_trained_on = np.array([md5 in trained_on for md5 in challenger.md5], dtype=bool)
@@ -197,34 +126,31 @@ def compare_with_champion(
     )
 
 
-def with_new_images(verdict: Verdict, challenger: Predictions, champion: Predictions, new: frozenset[str]) -> Verdict:
+def with_new_images(
+    verdict: Verdict, challenger: Predictions, champion: Predictions, new: frozenset[str], rename: Mapping[str, str] | None = None
+) -> Verdict:
     """Return the verdict with a note on how both do on test images that were not there when the champion was made.
 
     Args:
         challenger, champion: on the same images in the same order.
         new: md5s of those images.
+        rename: as in `compare_with_champion`.
     """
     fresh = np.array([md5 in new for md5 in challenger.md5], dtype=bool)
     if not (count := int(fresh.sum())):
         return verdict
-    theirs, ours = float(champion.correct[fresh].mean()), float(challenger.correct[fresh].mean())
+    right = _is_right(champion, np.array(challenger.classes)[challenger.labels], rename)
+    theirs, ours = float(right[fresh].mean()), float(challenger.correct[fresh].mean())
     note = f"On the {count:,} test images that are new since {verdict.champion}, it is right about {theirs:.1%}, the new model about {ours:.1%}."
     if not fresh.all():
-        note += f" On the others, it is right about {float(champion.correct[~fresh].mean()):.1%}."
+        note += f" On the others, it is right about {float(right[~fresh].mean()):.1%}."
     return replace(verdict, notes=(*verdict.notes, note))
 
 
-def with_wear(verdict: Verdict, judged: int) -> Verdict:
-    """Return a verdict that says how often its test images have judged before.
-
-    Each verdict has the error probability `alpha`. After 1/alpha of them, expect one model that luck accepted; it is then hard to beat.
-    """
-    if not judged:
-        return verdict
-    note = f"These test images have judged {judged} model{'s' * (judged != 1)} before."
-    if judged >= WORN:
-        note += " They are worn: expect that luck decided some of these verdicts. Add images; 15 % of them go to test."
-    return replace(verdict, judged=judged, notes=(*verdict.notes, note))
+def _is_right(champion: Predictions, labels: npt.NDArray[Any], rename: Mapping[str, str] | None) -> Bools:
+    """Return whether a champion names each image as it is called today (n,)."""
+    today = np.array([(rename or {}).get(label, label) for label in champion.classes])
+    return np.asarray(today[champion.predicted] == labels)
 
 
 def _is_balanced(rule: GateParams, uneven: bool) -> bool:
@@ -256,11 +182,13 @@ def _judge(
     if not sample.images:
         reason = f"{outcome}: no test image can be compared with {pair.name}"
     reason = f"{'; '.join([reason, *objections, *doubts])}."
-    sensitivity, power, needed = _sensitivity(pair, rule, null)
+    # How the next model will differ from the first one is not known from how that differs from a constant answer.
+    discordance = power.assumed_discordance([] if pair.name == MAJORITY else [sample])
+    sensitivity, chance, needed = power.sensitivity(sample, ~pair.champion, rule.alpha, null, discordance)
     notes = [sensitivity, *_notes(pair, new, left_out)]
     return Verdict(
         outcome, pair.name, sample.images, len(np.unique(sample.groups)), left_out, BALANCED if pair.balanced else ACCURACY, score,
-        champion_score, wins, losses, p_claim, low, high, new, lost, power, needed, reason, tuple(filter(None, notes)),
+        champion_score, wins, losses, p_claim, low, high, new, lost, chance, needed, reason, tuple(filter(None, notes)),
     )  # fmt: skip
 
 
@@ -289,34 +217,6 @@ def _doubts(pair: _Pair, rule: GateParams, new: tuple[str, ...], lost: tuple[str
                 # Bonferroni: each class is a further chance to reject a model that is no worse.
                 (objections if p_fall < rule.alpha / len(labels) else doubts).append(f"{text}, {_format_p(p_fall)})")
     return doubts, objections
-
-
-def _sensitivity(pair: _Pair, rule: GateParams, null: float) -> tuple[str, float, int]:
-    """Return a sentence about what these images can show, the power, and the images that a power of 0.8 needs."""
-    sample = pair.sample
-    if not (n := sample.images):
-        return "", 0.0, 0
-    gain = 0.0 if null < 0 else null + GAIN
-    # How the next model will differ from this one is not known from how this one differs from a constant answer.
-    discordance = significance.assumed_discordance([] if pair.name == MAJORITY else [sample])
-    effect = sample.design_effect * n * float(np.sum(sample.weights**2))
-    if sample.is_plain and n <= _EXACT_BELOW:
-        power = significance.exact_power(n, gain, discordance, rule.alpha, null)
-    else:
-        power = significance.approximate_power(n, gain, discordance, rule.alpha, null, effect)
-    needed = significance.images_needed(gain, discordance, rule.alpha, null, effect=effect)
-    independent = f" in {len(np.unique(sample.groups))} groups" if len(np.unique(sample.groups)) < n else ""
-    images = f"{n} test image{'s' * (n != 1)}{independent}"
-    case = "that a model as good as the champion is not worse" if null < 0 else f"a gain of {100 * gain:g} points"
-    mistakes = int((~pair.champion).sum())  # the most that could be won
-    best = Sample((~pair.champion).astype(float), sample.strata, sample.groups)
-    if (mistakes < _FEW or not sample.is_plain) and significance.p_value(best, null)[0] >= rule.alpha:
-        return (
-            f"{images} cannot decide: even a model without mistakes would not be shown to be better. About {needed:,} show {case} four times in five.",
-            power,
-            needed,
-        )
-    return f"{images} show {case} {power:.0%} of the time; for four times in five, about {needed:,} are needed.", power, needed
 
 
 def _notes(pair: _Pair, new: tuple[str, ...], left_out: int) -> list[str]:

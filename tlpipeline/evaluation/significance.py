@@ -1,4 +1,4 @@
-"""Tests and intervals for the difference of two models on the same images, and what such a test can see.
+"""Tests and intervals for the difference of two models on the same images.
 
 Each image is a win (only the challenger is right), a loss (only the champion is) or a tie. Without groups and weights, the test is the exact
 unconditional one of paired proportions: its error probability is at most `alpha` whatever the number of images. It orders the results by
@@ -8,7 +8,6 @@ Medicine 27:3540). It is valid as the exact conditional McNemar test is, and fin
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +19,7 @@ from tlpipeline.stats import design_effect
 
 Floats = npt.NDArray[np.float64]
 DRAWS = 10_000
-_NUISANCE = 48  # values of the unknown share of losses over which the largest probability is taken
+NUISANCE = 48  # values of the unknown share of losses over which the largest probability is taken
 _NEGLIGIBLE = 8.0  # standard deviations beyond which a binomial count is left out: a probability below 1e-14
 
 
@@ -160,7 +159,7 @@ def exact_p_value(wins: int, losses: int, n: int, null: float = 0.0) -> float:
         n: images.
         null: largest difference under the null hypothesis.
     """
-    return _largest_tail(float(_statistic(np.array(wins), np.array(losses), n, null)), n, null)
+    return largest_tail(float(_statistic(np.array(wins), np.array(losses), n, null)), n, null)
 
 
 def _statistic(wins: Any, losses: Any, n: int, null: float) -> Floats:
@@ -168,18 +167,18 @@ def _statistic(wins: Any, losses: Any, n: int, null: float) -> Floats:
     return np.asarray((wins - losses - n * null) / np.sqrt(np.maximum(variance, 1e-12)))
 
 
-def _largest_tail(bound: float, n: int, null: float, points: int = _NUISANCE) -> float:
+def largest_tail(bound: float, n: int, null: float, points: int = NUISANCE) -> float:
     """Return the largest probability, over the share of losses, of a statistic of at least `bound` where the difference is `null`."""
     lowest, highest = max(0.0, -null), (1 - null) / 2
     grid = lowest + (highest - lowest) * np.concatenate([[0.0], np.geomspace(min(0.02 / n, 0.01), 1.0, points)])
-    needed = _fewest_wins(bound, n, null)
-    tails = [_tail(needed, n, lost + null, lost) for lost in grid]
+    needed = fewest_wins(bound, n, null)
+    tails = [tail(needed, n, lost + null, lost) for lost in grid]
     peak = int(np.argmax(tails))
     around = np.linspace(grid[max(peak - 1, 0)], grid[min(peak + 1, points)], points // 4 + 2)
-    return min(1.0, max(tails[peak], *(_tail(needed, n, lost + null, lost) for lost in around)))
+    return min(1.0, max(tails[peak], *(tail(needed, n, lost + null, lost) for lost in around)))
 
 
-def _fewest_wins(bound: float, n: int, null: float) -> npt.NDArray[np.int64]:
+def fewest_wins(bound: float, n: int, null: float) -> npt.NDArray[np.int64]:
     """Return for each number of losses (n + 1,) the fewest wins whose statistic reaches `bound`; more than there are if none do."""
     losses = np.arange(n + 1)
     low, high = np.zeros(n + 1, dtype=np.int64), n - losses + 1
@@ -192,7 +191,7 @@ def _fewest_wins(bound: float, n: int, null: float) -> npt.NDArray[np.int64]:
     return low
 
 
-def _tail(needed: npt.NDArray[np.int64], n: int, win: float, loss: float) -> float:
+def tail(needed: npt.NDArray[np.int64], n: int, win: float, loss: float) -> float:
     """Return the probability of at least `needed` wins, by the number of losses, where images are won and lost with these probabilities."""
     from scipy.special import bdtrc, gammaln, xlog1py, xlogy  # scipy.stats takes five times as long
 
@@ -203,65 +202,3 @@ def _tail(needed: npt.NDArray[np.int64], n: int, win: float, loss: float) -> flo
     choices = gammaln(n + 1) - gammaln(losses + 1) - gammaln(n - losses + 1)
     chances = np.exp(choices + xlogy(losses, loss) + xlog1py(n - losses, -loss))
     return float(chances @ bdtrc(needed[losses] - 1.0, n - losses, rest))
-
-
-# --- power ----------------------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=64)
-def critical_region(n: int, alpha: float, null: float = 0.0, points: int = _NUISANCE, steps: int = 24) -> npt.NDArray[np.int64]:
-    """Return the fewest wins for each number of losses (n + 1,) with which the exact test of n images has p < alpha.
-
-    Args:
-        n, alpha, null: as for `exact_power`.
-        points, steps: of the search; the fewer, the rougher.
-    """
-    low, high = 0.5, 8.0  # no statistic below is significant, and each above is
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _largest_tail(middle, n, null, points) < alpha else (middle, high)
-    return _fewest_wins(high, n, null)
-
-
-def exact_power(n: int, gain: float, discordance: float, alpha: float, null: float = 0.0) -> float:
-    """Return the probability that the exact test of n images shows a gain of more than `null`.
-
-    Args:
-        n: images.
-        gain: true difference.
-        discordance: share of images that only one of the two gets right; at least the gain.
-        alpha: error probability of the test.
-        null: difference that the test has to refute.
-    """
-    discordance = max(discordance, abs(gain))
-    return _tail(critical_region(n, alpha, null, 24, 12), n, (discordance + gain) / 2, (discordance - gain) / 2)
-
-
-def approximate_power(n: float, gain: float, discordance: float, alpha: float, null: float = 0.0, effect: float = 1.0) -> float:
-    """Return the power by the normal approximation, for n images with a design effect."""
-    from scipy.stats import norm
-
-    spread_null, spread = _spreads(gain, discordance, null)
-    return float(norm.cdf((math.sqrt(n / effect) * (gain - null) - norm.isf(alpha) * spread_null) / spread))
-
-
-def images_needed(gain: float, discordance: float, alpha: float, null: float = 0.0, power: float = 0.8, effect: float = 1.0) -> int:
-    """Return about how many images show a gain with this power (Lachin 1992, Statistics in Medicine 11:1239), to two digits."""
-    from scipy.stats import norm
-
-    spread_null, spread = _spreads(gain, discordance, null)
-    n = effect * ((norm.isf(alpha) * spread_null + norm.ppf(power) * spread) / (gain - null)) ** 2
-    digits = 10 ** max(0, math.floor(math.log10(max(n, 1))) - 1)
-    return int(math.ceil(n / digits) * digits)
-
-
-def _spreads(gain: float, discordance: float, null: float) -> tuple[float, float]:
-    """Return the standard deviation of one image's result under the null hypothesis and where the gain is true."""
-    discordance = max(discordance, abs(gain), abs(null))
-    return math.sqrt(max(discordance - null**2, 1e-9)), math.sqrt(max(discordance - gain**2, 1e-9))
-
-
-def assumed_discordance(samples: Sequence[Sample]) -> float:
-    """Return the share of discordant images to expect: the seen one, with ten images' weight on a tenth."""
-    images = sum(sample.images for sample in samples)
-    return (sum(sample.discordance * sample.images for sample in samples) + 1) / (images + 10)

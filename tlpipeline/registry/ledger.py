@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tlpipeline import records
 from tlpipeline.errors import RegistryError
-from tlpipeline.evaluation.gate import Verdict
+from tlpipeline.evaluation.verdict import Verdict
 from tlpipeline.files import write_bytes
 
 LEDGER = "verdicts.jsonl"

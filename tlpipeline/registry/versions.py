@@ -18,7 +18,7 @@ from tlpipeline.alarms import Alarm, blocking
 from tlpipeline.data.dataset import Manifest, read_manifest
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import BackboneError, RegistryError, WorkspaceError, nearest
-from tlpipeline.evaluation.gate import Verdict
+from tlpipeline.evaluation.verdict import Verdict
 from tlpipeline.files import write_json
 from tlpipeline.params import network_of
 from tlpipeline.registry import ledger

@@ -19,6 +19,7 @@ from tlpipeline.data.changes import Changes
 from tlpipeline.display import Displayed, table
 from tlpipeline.errors import RegistryError, WorkspaceError
 from tlpipeline.evaluation import gate
+from tlpipeline.evaluation.verdict import BALANCED, UNDECIDED, Verdict, with_wear
 from tlpipeline.files import write_json
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, Progress
@@ -37,7 +38,7 @@ REPORT = "report.html"
 # --- gate and registry ----------------------------------------------------------------------------------------------------------------
 
 
-def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
+def evaluate_gate(root: Path, progress: Progress) -> Verdict | None:
     """Compare the workspace's model with the champion on the same test images; return None if the model is already registered.
 
     A version that a killed run registered is published first: it may be the champion.
@@ -75,15 +76,14 @@ def evaluate_gate(root: Path, progress: Progress) -> gate.Verdict | None:
         known_groups = {row.group for row in manifest.rows if row.group and row.md5 in known}
         known |= {row.md5 for row in rows if row.group in known_groups}
         renames = classes.Renames(params.data.rename)
-        verdict = gate.compare_with_champion(
-            challenger, champion, str(best), known, params.gate, uneven, groups,
-            {label: renames(label) for label in champion.classes}, [renames(label) for label in params.data.drop],
-        )  # fmt: skip
-        verdict = gate.with_new_images(verdict, challenger, champion, frozenset(challenger.md5) - listed)
-    return gate.with_wear(verdict, ledger.times_judged([e for e in ledger.read(root) if e.model != model], challenger.md5))
+        rename = {label: renames(label) for label in champion.classes}
+        gone = [renames(label) for label in params.data.drop]
+        verdict = gate.compare_with_champion(challenger, champion, str(best), known, params.gate, uneven, groups, rename, gone)
+        verdict = gate.with_new_images(verdict, challenger, champion, frozenset(challenger.md5) - listed, rename)
+    return with_wear(verdict, ledger.times_judged([e for e in ledger.read(root) if e.model != model], challenger.md5))
 
 
-def register(root: Path, verdict: gate.Verdict | None) -> Registration:
+def register(root: Path, verdict: Verdict | None) -> Registration:
     """Register the model if the gate accepted it, or if it is undecided and `gate.undecided` says so; commit the run in any case.
 
     An undecided version is not promoted.
@@ -105,7 +105,7 @@ def register(root: Path, verdict: gate.Verdict | None) -> Registration:
         return Registration(str(registered), False, "", None, reason)
     assert verdict is not None, "a new model needs the gate's verdict"
     summary = f"{layout.read_case(root).case}, accuracy {layout.read_metrics(root).accuracy:.4f}"
-    kept = verdict.accepted or (verdict.outcome == gate.UNDECIDED and params.gate.undecided == "register")
+    kept = verdict.accepted or (verdict.outcome == UNDECIDED and params.gate.undecided == "register")
     alarms = alarming.of_run(root)
     write_json(list(map(dataclasses.asdict, alarms)), root / versions.ALARMS)
     if not kept:
@@ -141,7 +141,7 @@ def _way_on(version: versions.Version) -> str:
     )
 
 
-def _record(root: Path, model: str, version: str, verdict: gate.Verdict) -> None:
+def _record(root: Path, model: str, version: str, verdict: Verdict) -> None:
     from tlpipeline.evaluation import metrics as evaluate
 
     test = ledger.sketch(evaluate.read_predictions(root / layout.PREDICTIONS).md5)
@@ -191,7 +191,7 @@ def accept(root: Path, version: versions.Version | None, because: str) -> Regist
     return Registration(str(version), False, promoted, verdict, f"{version} is accepted: {because}.{way_on}")
 
 
-def card_facts(root: Path, verdict: gate.Verdict) -> dict[str, object]:
+def card_facts(root: Path, verdict: Verdict) -> dict[str, object]:
     """Return the content of the model card: everything needed to rebuild the model, and its metrics."""
     from tlpipeline.choice import reasons
 
@@ -358,7 +358,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     verdict = registration.verdict
     against = ""
     if verdict is not None:
-        metric = f"balanced accuracy {verdict.challenger_score:.1%} against " if verdict.metric == gate.BALANCED else "against "
+        metric = f"balanced accuracy {verdict.challenger_score:.1%} against " if verdict.metric == BALANCED else "against "
         against = f"{metric}{verdict.champion_score:.1%} of {verdict.champion} on {verdict.images} images"
     return Summary(
         images=len([r for r in manifest.rows if not r.duplicate_of]),
@@ -382,7 +382,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
     )
 
 
-def verdict_markdown(root: Path, verdict: gate.Verdict | None) -> str:
+def verdict_markdown(root: Path, verdict: Verdict | None) -> str:
     """Return the alarms and the gate's verdict as markdown; None is a model that was judged before."""
     from tlpipeline.choice.explain import cell
 
