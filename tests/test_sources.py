@@ -250,6 +250,12 @@ def test_an_expression_that_makes_no_groups_is_refused(tmp_path: Path) -> None:
     assert "a regular expression" in refusal(images, group="(scene")
 
 
+def test_two_groups_are_too_few_for_three_splits(tmp_path: Path) -> None:
+    names = [name for name in (f"site{i}" for i in range(100)) if split_of(group_key(name)) != TRAIN][:2]
+    images = put(tmp_path / "images", {f"{'ab'[i % 2]}/{names[i // 2 % 2]}_{i}.ppm": tiny(i) for i in range(80)})
+    assert "There are only 2 groups, and each has one split" in refusal(images, group=r"/(site\d+)_")
+
+
 def test_a_copy_in_groups_of_different_splits_is_used_in_neither(tmp_path: Path) -> None:
     images = scenes(tmp_path / "images")
     by_split = {row.split: row for row in listed(images, group=r"(scene\d+)_").rows if row.label == "a"}

@@ -477,6 +477,8 @@ def _check_classes(images: Path, rows: Sequence[Row], rejected: Sequence[Rejecte
         way_out = "Run `tlpipeline data commit`: it gives small classes an image in each split by lines in splits.csv."
         if source.given:
             way_out = "Put more images of these classes into the folder train."
+        elif source.grouped and (groups := {r.group for r in rows}) and len(groups) < len(SPLIT_NAMES):
+            way_out = f"There are only {len(groups)} groups, and each has one split: use smaller groups, or none."
         elif source.grouped:
             way_out += " A class whose images are all in one group has only one split; add images of other groups."
         raise DataError(f"expected training images for each class in {images}, found none for {', '.join(missing)}. {way_out}")
