@@ -322,6 +322,14 @@ def test_series_are_suspected_by_names_time_stamps_and_folders(name: Callable[[i
     assert f"data.group: '{series.setting}'" in str(series)
 
 
+def test_of_many_images_some_stretches_are_looked_at() -> None:
+    paths = [(f"a/scene{i // 8:06d}_{i % 8}.jpg", "a") for i in range(100_000)]
+    series = find_series(paths, 1)
+    assert series is not None
+    assert series.looked_at == 20_000
+    assert series.series == pytest.approx(2500, rel=0.02)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -49,7 +49,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tlpipeline.errors import PipelineError, nearest
+from tlpipeline.errors import DataError, PipelineError, nearest
 from tlpipeline.progress import Progress, silent
 from tlpipeline.results import Acceptance, CacheInfo, DataCommit, Explanation, Promotion, RegisteredVersion, Rollback, Versions
 
@@ -170,6 +170,10 @@ class Workspace:
 
         set_thread_waiting()  # before torch is imported, which reads it: a Prefect server runs beside
         pictures, table = (None if path is None else _expanded(path) for path in (images, labels))
+        if table is not None and pictures is None:
+            raise DataError(
+                f"expected the images that come with {table}, found no --images. To change labels alone, edit the workspace's table."
+            )
         create.check(self.root, pictures, table)  # a mistake is reported before the Prefect server starts
         lock.require_unlocked(self.root)
         lock.require_room(self.root)

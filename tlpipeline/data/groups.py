@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tlpipeline.errors import DataError
 
 _LEAST_SERIES = 10
+_LOOKED_AT, _STRETCH = 20_000, 1000  # images at most, and how many of them are neighbors by name
 _LEAST_SHARE = 0.5  # of the images are in a series, where series are suspected
 _LARGEST_SHARE = 0.25  # of the images are in one series at most
 # Rules that show series in the paths of images, and what they are called. The most particular comes first. Folders do not belong to the name:
@@ -64,7 +65,7 @@ class Series:
     """Images that look like series though no group is set.
 
     Attributes:
-        images, series: how many images are in how many series; example: the name of one, with its `size`.
+        images, series: how many images are in how many series, of `looked_at`; example: the name of one, with its `size`.
         setting: value of `data.group` that makes groups of them; sign: what shows them.
     """
 
@@ -74,10 +75,11 @@ class Series:
     size: int
     setting: str
     sign: str
+    looked_at: int
 
     def __str__(self) -> str:
         return (
-            f"{self.images} images look like {self.series} series ({self.sign}), such as {self.size} images of {self.example}. If images of one "
+            f"{self.images} of {self.looked_at} images look like {self.series} series ({self.sign}), such as {self.size} images of {self.example}. If images of one "
             f"series show the same thing, set data.group: '{self.setting}', so that they share a split; otherwise the accuracy is too high"
         )
 
@@ -89,6 +91,10 @@ def find_series(paths: Sequence[tuple[str, str]], label_folders: int) -> Series 
         paths: path below the folder of images, and class.
         label_folders: folders of a path that layout and class take.
     """
+    if len(paths) > _LOOKED_AT:  # in stretches, since a series stands together
+        ordered = sorted(paths)
+        starts = range(0, len(paths) - _STRETCH + 1, (len(paths) - _STRETCH) // (_LOOKED_AT // _STRETCH - 1))
+        paths = [path for start in starts for path in ordered[start : start + _STRETCH]]
     deep = [(path, label) for path, label in paths if path.count("/") > label_folders]
     if len(deep) >= 0.8 * len(paths):
         keys = [PathGroups(_SUBFOLDER).of(path) for path, _ in deep]
@@ -116,4 +122,4 @@ def _series(keys: Iterable[str], labels: Iterable[str], total: int, setting: str
     if len(several) < least or covered < _LEAST_SHARE * total or max(several.values()) > _LARGEST_SHARE * total:
         return None
     example = sorted(several, key=lambda key: (abs(several[key] - statistics.median(several.values())), key))[0]
-    return Series(covered, len(several), example, several[example], setting, sign)
+    return Series(covered, len(several), example, several[example], setting, sign, total)
