@@ -84,11 +84,11 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     source = DATA / NETWORKS[NETWORK].weights
     rows = []
-    for name in SETS:
-        images = folders(DATA, work)[name]
-        listed = pool(name, images, work)
-        largest = sizes(len(listed), (IMAGES,))[-1]
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for name in SETS:
+            images = folders(DATA, work)[name]
+            listed = pool(name, images, work)
+            largest = sizes(len(listed), (IMAGES,))[-1]
             half, whole = (split(listed, n, largest, seed) for n in (largest // 2, largest))
             labels = np.array([row.label for row in whole.used(TEST)])
             here = work / f"{name}-{seed}"

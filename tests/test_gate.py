@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest, multinomial, norm
 
-from tlpipeline.evaluation.gate import compare_with_champion, compare_with_majority
+from tlpipeline.evaluation.gate import compare_with_champion, compare_with_majority, with_new_images
 from tlpipeline.evaluation.metrics import Predictions
 from tlpipeline.evaluation.power import approximate_power, critical_region, exact_power, images_needed
 from tlpipeline.evaluation.significance import exact_p_value
@@ -378,6 +378,8 @@ def test_a_renamed_class_is_the_same_class() -> None:
     renamed = compare_with_champion(challenger, before, "net@v1", frozenset(), BETTER, rename={"former": "b"})
     assert renamed == alike
     assert (renamed.new_classes, renamed.lost_classes) == ((), ())
+    fresh = with_new_images(alike, challenger, before, frozenset(challenger.md5), {"former": "b"})
+    assert fresh.notes[-1].startswith(f"On the 100 test images that are new since net@v1, it is right about {alike.champion_score:.1%}")
     unnamed = compare_with_champion(challenger, before, "net@v1", frozenset(), BETTER)
     assert (unnamed.new_classes, unnamed.lost_classes) == (("b",), ("former",))
 
