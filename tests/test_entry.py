@@ -87,8 +87,8 @@ def test_a_class_that_goes_and_one_that_gets_another_name_are_told(workspace: Pa
     assert "new class: zero with 24 files" in remarks
     assert any("class class0 is gone, and zero has 24 of its 24 files" in remark for remark in remarks)
     stages.bring_up_to_date(workspace, "ingest", silent)
-    told = dataset.read_manifest(workspace / layout.MANIFEST, workspace / layout.QUARANTINE).remarks
-    assert [remark.split(":")[0] for remark in told] == ["vanished"]
+    texts = dataset.read_manifest(workspace / layout.MANIFEST, workspace / layout.QUARANTINE).remarks
+    assert [remark.split(":")[0] for remark in texts] == ["vanished"]
     set_param(workspace, "data.rename", "{class0: zero}")
     stages.bring_up_to_date(workspace, "ingest", silent)
     manifest = dataset.read_manifest(workspace / layout.MANIFEST, workspace / layout.QUARANTINE)

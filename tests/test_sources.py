@@ -428,9 +428,9 @@ def test_a_class_map_only_grows_and_a_renamed_class_keeps_its_index(tmp_path: Pa
     ]  # fmt: skip
     assert second.indices(later, Renames()) == {"nut": 1, "aaa_pin": 3, "hex_bolt": 4}
     assert second.indices(later, Renames({"bolt": "hex_bolt"})) == {"hex_bolt": 0, "nut": 1, "aaa_pin": 3}
-    told = vanished(second, later, Renames(), [])
-    assert any("bolt is gone, and hex_bolt has 10 of its 10 files" in text and "data.rename: {bolt: hex_bolt}" in text for text in told)
-    assert any("class washer, which had 10 files, is gone" in text and "data.drop: [washer]" in text for text in told)
+    texts = vanished(second, later, Renames(), [])
+    assert any("bolt is gone, and hex_bolt has 10 of its 10 files" in text and "data.rename: {bolt: hex_bolt}" in text for text in texts)
+    assert any("class washer, which had 10 files, is gone" in text and "data.drop: [washer]" in text for text in texts)
     assert vanished(second, later, Renames({"bolt": "hex_bolt"}), ["washer"]) == []
     write_map(tmp_path / "classes.csv", second)
     assert read_map(tmp_path / "classes.csv").lines == second.lines
