@@ -35,7 +35,10 @@ def change(path: Path, values: Mapping[str, Any]) -> None:
         section, _, key = name.partition(".")
         if not content.get(section):
             content[section] = CommentedMap()
-        content[section][key] = value
+        if key in content[section] or not content[section]:
+            content[section][key] = value
+        else:
+            content[section].insert(len(content[section]) - 1, key, value)  # before the last one, which the empty line belongs to
     text = io.StringIO()
     yaml.dump(content, text)
     write_bytes(text.getvalue().encode(), path)
