@@ -11,6 +11,7 @@ from tests.helpers.images import paint
 from tests.helpers.workspaces import set_param
 from tlpipeline.alarms import Alarm, by_severity
 from tlpipeline.api import Workspace
+from tlpipeline.checking import quality
 from tlpipeline.errors import DataError, RegistryError
 from tlpipeline.progress import silent
 from tlpipeline.registry import versions
@@ -139,3 +140,29 @@ def test_an_alarm_that_stops_ends_the_run_before_anything_is_trained(workspace: 
 def test_the_gravest_alarm_is_first_and_equals_keep_their_order() -> None:
     warned, blocks, stops, again = Alarm("a", "warn", ""), Alarm("b", "block", ""), Alarm("c", "stop", ""), Alarm("d", "warn", "")
     assert by_severity([warned, blocks, stops, again]) == (stops, blocks, warned, again)
+
+
+def test_settings_say_of_any_kind_that_it_only_warns(shifted: Path) -> None:
+    set_param(shifted, "check.warn", "[shift]")
+    registration = register(shifted)
+    assert registration.promoted
+    assert [alarm.severity for alarm in alarming.of_run(shifted) if alarm.kind == "shift"] == ["warn"]
+
+
+def test_a_missing_signal_is_said_once(shifted: Path) -> None:
+    said = Alarm("no signal", "block", "the labels cannot be told from the pictures")
+    (shifted / layout.ALARMS).write_text(json.dumps([asdict(said)]))
+    assert [alarm for alarm in alarming.of_run(shifted) if alarm.kind == "no signal"] == [said]
+
+
+def test_the_report_shows_the_worst_findings_of_each_kind(shifted: Path) -> None:
+    paths = sorted(path.relative_to(shifted / "images").as_posix() for path in (shifted / "images").rglob("*.png"))
+    findings = [quality.Finding(path, "blurred", f"sharpness <{i}>") for i, path in enumerate(paths[:9])]
+    quality.write_quality(quality.Quality((*findings, quality.Finding(paths[20], "dark", "brightness 2%")), ()), *(shifted / name for name in (layout.QUALITY, layout.ALARMS)))  # fmt: skip
+    page = release.write_report(shifted, register(shifted)).read_text(encoding="utf-8")
+    section = page.partition("Findings in the data")[2].partition("</section>")[0]
+    assert "blurred: 9" in section
+    assert "dark: 1" in section
+    assert section.count('<img src="data:image/jpeg') == 7
+    assert "sharpness &lt;5&gt;" in section
+    assert "sharpness &lt;6&gt;" not in section

@@ -1,7 +1,7 @@
 """Alarms: what is wrong with the data or the training, and how much it weighs."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Severity = Literal["stop", "block", "warn"]
@@ -44,6 +44,12 @@ def from_remark(remark: str) -> Alarm:
     if not colon:
         return Alarm("data", WARN, remark)
     return Alarm(kind, _SEVERITIES.get(kind, WARN), text)
+
+
+def weighed(alarms: Iterable[Alarm], stop: Collection[str], warn: Collection[str]) -> list[Alarm]:
+    """Return alarms with the severity that the settings give their kinds."""
+    by_kind = {kind: WARN for kind in warn} | {kind: STOP for kind in stop}
+    return [replace(alarm, severity=by_kind.get(alarm.kind, alarm.severity)) for alarm in alarms]
 
 
 def by_severity(alarms: Iterable[Alarm]) -> tuple[Alarm, ...]:

@@ -157,8 +157,10 @@ class ProfileParams:
     seed: Annotated[Seed, Setting("seed of the sample")] = 0
 
 
-# The kinds of alarms that the stage check raises.
+# The kinds of alarms: of ingest, of the stage check, and of the evaluation.
 Kind = Literal[
+    "leak",
+    "shift",
     "shortcut",
     "no signal",
     "wrong label",

@@ -1,9 +1,8 @@
 """The stage check: every check of the data, and how much each weighs by the settings."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from tlpipeline.alarms import STOP, WARN, Alarm, by_severity
+from tlpipeline.alarms import Alarm, by_severity, weighed
 from tlpipeline.checking import labels, pictures, shortcuts, signal
 from tlpipeline.checking.quality import Finding, Quality
 from tlpipeline.data.dataset import Row
@@ -36,11 +35,4 @@ def check(
     for listed, said in (shortcuts.find(rows, facts, params.shortcut), wrong, pictures.find(rows, facts)):
         findings += listed
         alarms += said
-    return Quality(tuple(findings), by_severity([weighed(alarm, params) for alarm in alarms]))
-
-
-def weighed(alarm: Alarm, params: CheckParams) -> Alarm:
-    """Return an alarm with the severity that the settings give its kind."""
-    if alarm.kind in params.stop:
-        return replace(alarm, severity=STOP)
-    return replace(alarm, severity=WARN) if alarm.kind in params.warn else alarm
+    return Quality(tuple(findings), by_severity(weighed(alarms, params.stop, params.warn)))

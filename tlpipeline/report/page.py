@@ -41,6 +41,15 @@ class Mistake:
     picture: str
 
 
+@dataclass(frozen=True)
+class Found:
+    """A kind of findings in the data: how many there are, and the worst of them, each with its path, details and picture."""
+
+    kind: str
+    count: int
+    worst: Sequence[tuple[str, str, str]]
+
+
 def thumbnail(image: Image.Image) -> str:
     """Return a small JPEG as a data URL."""
     image = image.copy()
@@ -62,6 +71,7 @@ def page(
     manifest: Manifest,
     history: Sequence[Epoch],
     mistakes: Sequence[Mistake],
+    findings: Sequence[Found],
     alarms: Sequence[Alarm],
     changes: "Changes | None",
     seconds: Mapping[str, float | None],
@@ -100,6 +110,7 @@ def page(
             blocked=bool(blocking(alarms)),
             epochs=[epoch for epoch in history if epoch.arm != "head"],
             mistakes=mistakes,
+            findings=findings,
             seconds=seconds,
             pace=pace(training),
             total=sum(s for s in seconds.values() if s),

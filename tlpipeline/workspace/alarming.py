@@ -1,9 +1,10 @@
 """The alarms of a workspace: everything wrong that a run says at its top, and that may end it or keep its model from production."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from tlpipeline.alarms import BLOCK, STOP, WARN, Alarm, by_severity, from_remark
+from tlpipeline.alarms import BLOCK, STOP, WARN, Alarm, by_severity, from_remark, weighed
 from tlpipeline.choice import reasons
 from tlpipeline.errors import DataError
 from tlpipeline.workspace import layout
@@ -18,7 +19,7 @@ def of_data(root: Path) -> tuple[Alarm, ...]:
         alarms += map(from_remark, dataset.read_manifest(root / layout.MANIFEST, root / layout.QUARANTINE).remarks)
     if (root / layout.ALARMS).is_file():
         alarms += layout.read_quality(root).alarms
-    return by_severity(alarms)
+    return _by_settings(root, alarms)
 
 
 def of_run(root: Path) -> tuple[Alarm, ...]:
@@ -26,15 +27,23 @@ def of_run(root: Path) -> tuple[Alarm, ...]:
 
     Where `gate.on_alarm` is warn, nothing blocks a promotion.
     """
+    decided = reasons.alarms(layout.read_case(root), layout.read_profile(root))
+    repeated = {alarm.kind for alarm in decided}  # the decision knows more of a missing signal than the probes: what a race showed
     alarms = [
-        *of_data(root),
-        *reasons.alarms(layout.read_case(root), layout.read_profile(root)),
+        *(alarm for alarm in of_data(root) if alarm.kind not in repeated),
+        *decided,
         *distribution_shift(root),
         *(Alarm("bounded", WARN, remark) for remark in training_limits(root)),
     ]
+    alarms = list(_by_settings(root, alarms))
     if layout.params_of(root).gate.on_alarm == WARN:
         alarms = [replace(alarm, severity=WARN) if alarm.severity == BLOCK else alarm for alarm in alarms]
     return by_severity(alarms)
+
+
+def _by_settings(root: Path, alarms: Iterable[Alarm]) -> tuple[Alarm, ...]:
+    check = layout.params_of(root).check
+    return by_severity(weighed(alarms, check.stop, check.warn))
 
 
 def refuse_stopped(root: Path) -> None:

@@ -32,7 +32,12 @@ from tlpipeline.workspace.create import TRACKED
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from tlpipeline.checking.quality import Finding
+    from tlpipeline.data.dataset import Manifest
+    from tlpipeline.report.page import Found
+
 REPORT = "report.html"
+WORST = 6  # pictures of each kind of findings in the report
 
 
 # --- gate and registry ----------------------------------------------------------------------------------------------------------------
@@ -259,6 +264,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         manifest=manifest,
         history=layout.read_history(root),
         mistakes=errors,
+        findings=_worst_findings(root, manifest),
         alarms=alarming.of_run(root),
         changes=history.diff_of_run(root, registration.verdict.champion) if registration.verdict else None,
         seconds=layout.read_run(root).seconds,
@@ -269,6 +275,31 @@ def write_report(root: Path, registration: Registration) -> Path:
     path = root / REPORT
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _worst_findings(root: Path, manifest: "Manifest") -> "list[Found]":
+    """Return the kinds of findings in quality.csv, each with pictures of the worst; the findings of a kind are listed the worst first."""
+    from tlpipeline.data import dataset
+    from tlpipeline.report import page as report
+
+    if not (root / layout.QUALITY).is_file():
+        return []
+    images, rows = root / layout.params_of(root).data.images, {row.path: row for row in manifest.rows}
+    by_kind: dict[str, list[Finding]] = {}
+    for finding in layout.read_quality(root).findings:
+        by_kind.setdefault(finding.kind, []).append(finding)
+    return [
+        report.Found(
+            kind,
+            len(listed),
+            [
+                (f.path, f.detail, report.thumbnail(dataset.read_image(images, rows[f.path], report.THUMBNAIL)))
+                for f in listed[:WORST]
+                if f.path in rows
+            ],
+        )
+        for kind, listed in by_kind.items()
+    ]
 
 
 @dataclass(frozen=True)
