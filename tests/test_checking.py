@@ -133,6 +133,18 @@ def test_the_ground_of_a_drawing_is_no_border(tmp_path: Path) -> None:
     assert "shortcut" not in kinds(checked(tmp_path, contents))
 
 
+def test_stripes_are_no_border(tmp_path: Path) -> None:
+    y, x = np.mgrid[:60, :60]
+    patterns = {"rows": y // 3, "columns": x // 3, "checked": y // 3 + x // 3}
+    noise = np.random.default_rng(0)
+    contents = {
+        f"{label}/{i}.png": encoded(Image.fromarray((100 + 60 * (pattern % 2) + noise.normal(0, 4, x.shape)).clip(0, 255).astype(np.uint8)))
+        for label, pattern in patterns.items()
+        for i in range(20)
+    }
+    assert "shortcut" not in kinds(checked(tmp_path, contents))
+
+
 # --- pictures that show little, or lose something -------------------------------------------------------------------------------------
 
 

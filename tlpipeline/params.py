@@ -160,6 +160,14 @@ class ProfileParams:
 # The kinds of alarms: of ingest, of the stage check, and of the evaluation.
 Kind = Literal[
     "leak",
+    "vanished",
+    "series",
+    "left out",
+    "empty",
+    "hidden",
+    "layout",
+    "not evaluated",
+    "not validated",
     "shift",
     "shortcut",
     "no signal",

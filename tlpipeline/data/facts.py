@@ -61,7 +61,7 @@ class Facts:
         jpeg_quality: 1 to 100 as the Independent JPEG Group counts it, 0 if the file is no JPEG.
         exif: whether the file has EXIF data; camera: its maker and model by them, "" without.
         transparent: share of the pixels that are not opaque.
-        colorless: whether all pixels are gray.
+        colorless: whether 99.9 % of the pixels are gray.
         flat: whether 99.9 % of the pixels have about one color.
         brightness, contrast: mean and standard deviation of the gray values, 0 to 255.
         sharpness: variance of the Laplacian of the gray values, at a short side of 256 pixels if it has more.
@@ -159,7 +159,7 @@ def _of_pixels(image: Image.Image) -> dict[str, Any]:
     _, *colors = small.resize((COLOR_SIDE, COLOR_SIDE), Image.Resampling.BILINEAR).convert("YCbCr").split()
     red, green, blue = np.asarray(image).transpose(2, 0, 1)
     return {
-        "colorless": bool((red == green).all() and (green == blue).all()),
+        "colorless": bool(((red == green) & (green == blue)).mean() >= _FLAT),
         "flat": _is_flat(np.asarray(image)),
         "brightness": round(float(gray.mean()), 3),
         "contrast": round(float(gray.std()), 3),
@@ -182,8 +182,8 @@ def _is_flat(pixels: Pixels) -> bool:
 def border(gray: Pixels) -> dict[str, int]:
     """Return the width in pixels of a border of one color at each side, 0 where there is none.
 
-    The lines of a border have one color, and the line behind them has another one nearly everywhere. The white ground of a drawing and the
-    dark ground of a scan do not end in this way: they are part of the picture.
+    The lines of a border have one color, which no line further inside has, and the line behind them has another one nearly everywhere. Stripes,
+    the white ground of a drawing and the dark ground of a scan are not so: they are part of the picture.
 
     Args:
         gray: values from 0 to 255, (height, width).
@@ -196,10 +196,16 @@ def _strip(lines: Pixels) -> int:
     color = float(lines[0].mean())
     for width in range(int(len(lines) * _WIDEST) + 1):
         line = lines[width].astype(np.float32)
-        if line.std() <= _LINE and abs(float(line.mean()) - color) <= _LINE:
+        if _is_of(line, color):
             continue
-        return width if width and (np.abs(line - color) >= _EDGE).mean() >= _ALONG else 0
+        ends = width and (np.abs(line - color) >= _EDGE).mean() >= _ALONG
+        # A line of the same color further inside makes stripes of it.
+        return width if ends and not any(_is_of(line.astype(np.float32), color) for line in lines[width : len(lines) // 2]) else 0
     return 0
+
+
+def _is_of(line: npt.NDArray[np.float32], color: float) -> bool:
+    return bool(line.std() <= _LINE and abs(float(line.mean()) - color) <= _LINE)
 
 
 # --- the store ------------------------------------------------------------------------------------------------------------------------
