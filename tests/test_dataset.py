@@ -66,7 +66,7 @@ def test_each_bad_file_is_left_out_with_a_reason_and_the_good_ones_are_kept(make
     assert found["class0/truncated.png"].startswith("broken: ")
     assert "truncated" in found["class0/truncated.jpg"]
     assert found["class1/empty.png"] == "empty file"
-    assert found["class1/notes.txt"].startswith("a text: ")
+    assert found["class1/notes.txt"].startswith("not an image: the formats are JPEG, PNG, ")
     assert found["class1/page.png"].startswith("a web page")
     assert found["class1/no-pixels.ppm"].startswith("not an image: ")
     assert found["class1/no-number.tif"] == "broken: no finite pixel"
@@ -361,7 +361,7 @@ def test_a_listed_image_that_this_decoder_refuses_is_named_with_the_way_out(cont
     row = Row("picture.jpg", md5(content), "", "", 64, 64, "RGB", "")
     with pytest.raises(
         DataError,
-        match=r"Cannot decode the image .*picture\.jpg: (broken: .+|a text: .+)\. Replace or remove it",
+        match=r"Cannot decode the image .*picture\.jpg: (broken: .+|not an image: .+)\. Replace or remove it",
     ):
         read_image(tmp_path, row, at_least)
 
@@ -416,7 +416,7 @@ def test_a_class_of_which_nothing_can_be_used_is_refused_not_forgotten(make_imag
 def test_a_folder_of_broken_files_is_refused_with_the_first_reason(tmp_path: Path) -> None:
     text = refusal(put(tmp_path / "images", {"a/1.png": b"", "a/2.png": b"x", "b/1.png": b"y"}))
     assert "expected images in" in text
-    assert "none of its 3 files can be used (a text: 2, empty file: 1)" in text
+    assert "none of its 3 files can be used (not an image: 2, empty file: 1)" in text
     assert "The first: a/1.png: empty file. Put readable images there" in text
 
 

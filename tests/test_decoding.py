@@ -299,7 +299,7 @@ def test_colors_of_16_bits_are_told() -> None:
         (b"%PDF-1.7\n", "a PDF document: save its pages as images"),
         (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing: export"),
         (b"PK\x03\x04" + bytes(50), "a zip archive: unpack it"),
-        (b"path,label\na.jpg,cat\n", "a text: remove it, or name it by data.labels"),
+        (b"path,label\na.jpg,cat\n", "not an image: the formats are JPEG, PNG, "),
         (bytes(range(256)), "not an image: the formats are JPEG, PNG, "),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

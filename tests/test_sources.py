@@ -453,7 +453,7 @@ def test_what_was_there_and_is_gone_is_told(tmp_path: Path) -> None:
     known = ClassMap().updated({"a": {"1"}, "b": {"2"}, "c": {"3"}, "d": {"4", "5"}}, {}, Renames())
     remarks = ingest(images, {}, lambda done, total: None, source=source, class_map=known).remarks
     assert "empty: folders without images are no classes: d (empty), e (only hidden files)" in remarks
-    assert "hidden: folders whose names begin with a dot are not used: .f (1 images)" in remarks
+    assert "hidden: folders whose names begin with a dot are not used: .f (1 image)" in remarks
     assert any(remark.startswith("vanished: class d, which had 2 files, is gone") for remark in remarks)
 
 

@@ -446,7 +446,7 @@ def _empty_classes(images: Path, rows: Sequence[Row], source: Source) -> list[st
         names = [name for _, _, files in os.walk(images / folder) for name in files]
         if any(map(hidden, folder.parts)):
             pictures = sum(Path(name).suffix.lower() in _ENDINGS for name in names)
-            concealed += [f"{folder.as_posix()} ({pictures} images)"] * (pictures > 0)
+            concealed += [f"{folder.as_posix()} ({pictures} image{'s' * (pictures > 1)})"] * (pictures > 0)
         elif all(map(hidden, names)):
             empty.append(f"{folder.as_posix()} ({'only hidden files' if names else 'empty'})")
     remarks = [f"empty: folders without images are no classes: {', '.join(empty)}"] if empty else []

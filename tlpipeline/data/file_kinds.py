@@ -73,7 +73,7 @@ def kind_of(content: bytes) -> str:
 
 
 def _text(head: bytes) -> str:
-    """Return what a text is, "" if it is none."""
+    """Return what a text is, "" if it is none that is often taken for an image."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     lower = text[:512].lower()
     if lower.startswith((b"<!doctype html", b"<html", b"<head")):
@@ -82,19 +82,7 @@ def _text(head: bytes) -> str:
         return f"an SVG drawing: {_EXPORT}"
     if _DVC.match(head):
         return "a pointer of DVC, not the file itself: fetch the files (`dvc pull`)"
-    if re.match(rb"P[1-7]\s", head):
-        return ""  # a damaged image of the PPM family, whose header is a text
-    if text and all(32 <= byte < 127 or byte >= 128 or byte in b"\t\r\n\f" for byte in text) and _is_utf8(text):
-        return "a text: remove it, or name it by data.labels if it is the table of labels"
     return ""
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text[:-4].decode()  # the last character may be cut
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _tiff(content: bytes) -> str:
