@@ -13,7 +13,7 @@ from tlpipeline.evaluation.verdict import Verdict
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry.versions import Registration
 from tlpipeline.tasks.events import send
-from tlpipeline.workspace import create, layout, release, stages
+from tlpipeline.workspace import create, history, layout, release, stages
 
 # Receives the progress of all stages: the command line sets its progress bar here.
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
@@ -91,6 +91,7 @@ def stage(workspace: Path, name: str) -> bool:
 def choose(workspace: Path) -> str:
     """Decide the case, with a race if the evidence is unclear; return its name."""
     bar = _ProgressArtifact("race")
+    history.record_former(workspace)
     ran = stages.bring_up_to_date(workspace, "choose", bar)
     if bar.id is not None:  # a decision without a race needs no bar
         bar.end(ran)

@@ -5,10 +5,12 @@ than `choose.gain` over the last tap (similarity). Probes measure the frozen hea
 prediction leaves the choice open, race.py trains both ways and compares them.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from tlpipeline.choice.cases import CASES, DIFFERENT, LARGE, SIMILAR, SMALL, Case, find
-from tlpipeline.choice.decision import Arm, CutGain, Decision, Race, TuningGain
+from tlpipeline.choice.decision import Arm, CutGain, Decision, Former, Race, TuningGain
 from tlpipeline.choice.policy import DecisionPolicy, has_signal, turning, weak_labels, weigh
 from tlpipeline.errors import BackboneError
 from tlpipeline.params import AUTO, ChooseParams
@@ -23,13 +25,16 @@ def undecided(profile: Profile, rule: ChooseParams) -> bool:
     return close or (best.low < 0.95 and best.high > 0.80)
 
 
-def choose(profile: Profile, rule: ChooseParams) -> Decision:
+def choose(profile: Profile, rule: ChooseParams, former: Former | None = None) -> Decision:
     """Decide without a race.
+
+    Args:
+        former: the decision of the model in production, which is kept unless the evidence for another one exceeds its noise.
 
     Raises:
         ParamsError: choose.case names no case. BackboneError: choose.slice names no tap.
     """
-    weighed = weigh(profile, rule)
+    weighed = weigh(profile, rule, former=former)
     return decide(profile, weighed, weighed.large)
 
 
@@ -38,7 +43,8 @@ def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | 
     rule = weighed.rule
     test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
     wanted = forced_tap(profile, rule.slice) if rule.slice != AUTO else None
-    tuning, cutting = tuning_gain(weighed, large, race), cut_gain(weighed, test, large)
+    tap = weighed.tap(profile, test.tap)
+    tuning, cutting = tuning_gain(weighed, large, race), cut_gain(weighed, replace(test, tap=tap), large)
     case = case_of(tuning, cutting) if rule.case == AUTO else find(rule.case)
     if wanted and rule.case == AUTO:
         # A forced slice needs a case that slices, if there is one for this size of data.
@@ -47,7 +53,7 @@ def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | 
     head = "cut" if case.keep == "slice" else "multi" if case.freeze == "kept" and weighed.head == "multi" else "last"
     # If the user forces a slice that the evidence does not support: the best earlier tap, or the one before the last.
     last = profile.taps[-1].name
-    at = (wanted or test.tap or profile.taps[max(0, len(profile.taps) - 2)].name) if head == "cut" else last
+    at = (wanted or tap or profile.taps[max(0, len(profile.taps) - 2)].name) if head == "cut" else last
     kept = next(t for t in profile.taps if t.name == at)
     regret, p_within = _regret_of(profile, weighed, race, head if case.freeze == "kept" else "", kept)
     return Decision(
@@ -75,7 +81,19 @@ def decide(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | 
         outside=weighed.prediction.outside,
         weak=(*weak_evidence(profile, weighed), *(("slice_unused",) if wanted and case.keep != "slice" else ())),
         forced=tuple(f"choose.{key}" for key in asked if getattr(rule, key) != AUTO),
+        former=weighed.former,
+        instead=_instead(profile, weighed, large, race, (case.name, at)),
     )
+
+
+def _instead(profile: Profile, weighed: DecisionPolicy, large: bool, race: Race | None, chosen: tuple[str, str]) -> tuple[str, str] | None:
+    """Return the case and the slice without the former decision, where they differ from what was chosen."""
+    if weighed.former is None:
+        return None
+    alone = weighed.alone
+    # A race, or an arm of one, decides about fine-tuning by itself.
+    other = decide(profile, alone, large if race is not None or large != weighed.large else alone.large, race)
+    return None if (other.case, other.slice) == chosen else (other.case, other.slice)
 
 
 def case_of(tuning: TuningGain, cutting: CutGain) -> Case:
@@ -94,6 +112,8 @@ def tuning_gain(weighed: DecisionPolicy, large: bool, race: Race | None) -> Tuni
             counted = race.looks[-1].frozen_regret - race.looks[-1].tuned_regret
     elif not has_signal(weighed.evidence):
         counted, why = min(prediction.gain, 0.0), "no_signal"
+    elif large == weighed.large != weighed.alone.large:
+        counted, why = weighed.tolerance, "former"
     gain, low, high, counted = (round(float(value), 6) for value in (prediction.gain, prediction.low, prediction.high, counted))
     return TuningGain(gain, low, high, counted, weighed.tolerance, large, why)
 
@@ -105,10 +125,13 @@ def cut_gain(weighed: DecisionPolicy, test: SliceTest, large: bool) -> CutGain:
     trained nothing is cut; the gain, corrected for taking the best of several taps, then says only whether the data are different.
     """
     rule, border = weighed.rule, weighed.rule.gain / 100
+    exceeds = weighed.different if large else weighed.head == "cut"
     if test.tap is None:
         why = "one_tap"
     elif weak_labels(weighed.evidence):
         why = "weak_labels"
+    elif exceeds != (weighed.alone.different if large else weighed.alone.head == "cut"):
+        why = "former"
     elif large:
         why = "corrected"
     elif test.significance >= rule.alpha:
@@ -119,8 +142,9 @@ def cut_gain(weighed: DecisionPolicy, test: SliceTest, large: bool) -> CutGain:
         why = "not_confirmed"
     else:
         why = "confirmed" if weighed.head == "cut" else "several_taps"
-    counted = {"confirmed": test.gain, "below_border": test.gain, "corrected": test.corrected}.get(why, min(test.gain, 0.0))
-    exceeds = weighed.different if large else weighed.head == "cut"
+    counted = {"confirmed": test.gain, "below_border": test.gain, "corrected": test.corrected, "former": border}.get(
+        why, min(test.gain, 0.0)
+    )
     gain, corrected, counted = (round(value, 6) for value in (test.gain, test.corrected, counted))
     return CutGain(test.tap, test.best_earlier, gain, corrected, round(test.significance, 4), counted, border, exceeds, why)
 

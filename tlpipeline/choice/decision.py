@@ -96,7 +96,7 @@ class TuningGain:
         counted: what is compared with the border: the prediction, or what a race left of it; 0 without signal.
         border: the tolerance.
         exceeds: whether fine-tuning is worth it.
-        why: prediction, no_signal or race.
+        why: prediction, no_signal, race, or former (the former decision is kept: the prediction is within its noise of the border).
     """
 
     gain: Finite
@@ -105,7 +105,7 @@ class TuningGain:
     counted: Finite
     border: Finite
     exceeds: bool
-    why: Annotated[str, _codes("prediction", "no_signal", "race")]
+    why: Annotated[str, _codes("prediction", "no_signal", "race", "former")]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class CutGain:
             where everything is trained, where it says which recipe fits.
         border: choose.gain.
         exceeds: whether the data are different, and a frozen network is cut.
-        why: confirmed, corrected, one_tap, weak_labels, not_significant, below_border, not_confirmed, or several_taps (a head that reads several
+        why: former (the former decision is kept: the evidence is within its noise of the border), confirmed, corrected, one_tap, weak_labels, not_significant, below_border, not_confirmed, or several_taps (a head that reads several
             taps and cuts nothing off gains more than the tolerance over the cut).
     """
 
@@ -134,7 +134,9 @@ class CutGain:
     exceeds: bool
     why: Annotated[
         str,
-        _codes("confirmed", "corrected", "one_tap", "weak_labels", "not_significant", "below_border", "not_confirmed", "several_taps"),
+        _codes(
+            "confirmed", "corrected", "one_tap", "weak_labels", "not_significant", "below_border", "not_confirmed", "several_taps", "former"
+        ),
     ]
 
 
@@ -163,6 +165,32 @@ class Turning:
 
 
 @dataclass(frozen=True)
+class Former:
+    """The decision of the model in production, from which a new one departs only if its evidence exceeds its noise: the content of former.json.
+
+    Attributes:
+        version: that was trained so.
+        network, rule: what the decision also depends on, as text: sections of params.yaml. A former decision with others does not count.
+        case, slice, head, freeze: as in Decision.
+        different: whether the data counted as unlike the source.
+        images: training images then.
+        tuning, cutting: gains that counted then, as shares.
+    """
+
+    version: str
+    network: str
+    rule: str
+    case: str
+    slice: str
+    head: Annotated[str, _codes("last", "cut", "multi")]
+    freeze: Annotated[str, _codes("kept", "nothing")]
+    different: bool
+    images: int
+    tuning: Finite
+    cutting: Finite
+
+
+@dataclass(frozen=True)
 class Decision:
     """What `choose` decided, as numbers and codes: the content of case.json. explain.py makes sentences of it.
 
@@ -183,6 +211,8 @@ class Decision:
         saved_parameters, saved_ops: shares of the network that the cut takes away.
         outside: figures outside of the predictor's range; weak: codes of weak evidence (see explain.WEAK).
         forced: keys of params.yaml that overrode the evidence.
+        former: the decision before, None if there is none; instead: the case and the slice that the evidence alone would give, where the former
+            decision is kept against it, else None.
     """
 
     case: Annotated[str, Field(pattern="^[a-z_]+$")]
@@ -209,6 +239,8 @@ class Decision:
     outside: tuple[OutOfRange, ...]
     weak: tuple[Weak, ...]
     forced: tuple[str, ...]
+    former: Former | None = None
+    instead: tuple[str, str] | None = None
 
     @property
     def read(self) -> tuple[TapPooling, ...]:

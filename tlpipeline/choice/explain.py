@@ -122,6 +122,7 @@ def to_json(decision: Decision, profile: Profile) -> dict[str, Any]:
         "decision": decision.to_json(),
         "summary": reasons.summary(decision, profile),
         "changes": reasons.changes(decision, profile),
+        "former": reasons.former_sentence(decision, profile),
         "warnings": reasons.warnings(decision, profile),
         "plane": plane_rows(decision),
         "probes": probe_rows(profile, decision),
@@ -227,7 +228,11 @@ def _what(decision: Decision, profile: Profile) -> Section:
         kept = f"Only the old head is replaced; all {profile.parameters:,} parameters below it stay."
         if decision.freeze == "nothing" and decision.recipe.refit_head:
             kept += f" After fine-tuning, a final head is solved on {' + '.join(r.tap for r in decision.read)}."
-    return Section("what", f"{decision.case}: {action(decision, profile)}", (reasons.summary(decision, profile), kept))
+    return Section(
+        "what",
+        f"{decision.case}: {action(decision, profile)}",
+        (reasons.summary(decision, profile), kept, *filter(None, [reasons.former_sentence(decision, profile)])),
+    )
 
 
 def _axes(decision: Decision, width: int) -> tuple[str | Table, ...]:

@@ -10,12 +10,12 @@ import numpy as np
 
 from tlpipeline.choice import predictor
 from tlpipeline.choice.cases import CASES, DIFFERENT, LARGE, SIMILAR, SMALL, Case
-from tlpipeline.choice.decision import InterimResult, Turning
+from tlpipeline.choice.decision import Former, InterimResult, Turning
 from tlpipeline.choice.predictor import Evidence, GainPredictor, Prediction
 from tlpipeline.params import AUTO, ChooseParams
 from tlpipeline.profiling.probes import Matrix
 from tlpipeline.profiling.profile import Profile, slice_test
-from tlpipeline.stats import Bits, design_effect, group_numbers
+from tlpipeline.stats import Bits, design_effect, group_numbers, unpack
 
 TEXTBOOK_IMAGES, TEXTBOOK_SIMILARITY = 1000, 0.5
 LOOKS = 3
@@ -23,16 +23,28 @@ ALPHA_SPENDING = (1 / 6, 1 / 3, 1 / 2)  # shares of choose.alpha that the interi
 LEAST_PER_CLASS = 5
 LEAST_JUDGES, WEAK_JUDGES = 2, 20  # of a race that is asked for, and of one because labels are few
 FEW_JUDGES = "few_judges"
+_LIKELY = 0.975  # P(similar) that two standard errors stand for
+NOISE = 2.0  # standard errors by which the evidence must exceed what keeps the former decision
 SIGNAL = 0.3  # log odds by which the tangent probe must beat heads that read nothing to count as something read
 
 
 @dataclass(frozen=True)
 class DecisionPolicy:
-    """The evidence, the user's settings and the fitted predictor: all that decides before a race."""
+    """The evidence, the user's settings, the fitted predictor and the former decision: all that decides before a race.
+
+    A former decision is kept unless the evidence for another exceeds it by more than its noise, NOISE standard errors (hysteresis). Without
+    that, versions that differ by a few images flip between cases that are equally good.
+    """
 
     evidence: Evidence
     rule: ChooseParams
     model: GainPredictor
+    former: Former | None = None
+
+    @cached_property
+    def alone(self) -> "DecisionPolicy":
+        """The same without the former decision."""
+        return dataclasses.replace(self, former=None)
 
     @property
     def tolerance(self) -> float:
@@ -46,14 +58,23 @@ class DecisionPolicy:
         Never where the labels are too few for the probes: then the choice is between small_similar and large_similar.
         """
         evidence, rule = self.evidence, self.rule
-        return not weak_labels(evidence) and evidence.significance < rule.alpha and evidence.gain >= rule.gain / 100 and evidence.confirmed
+        if weak_labels(evidence):
+            return False
+        slices = evidence.significance < rule.alpha and evidence.gain >= rule.gain / 100 and evidence.confirmed
+        if self.former is None or self.former.freeze == "nothing" or not evidence.cut_ops:
+            return slices
+        # The noise is that of the paired difference between the two heads.
+        noise = NOISE * evidence.cut_error
+        return evidence.cut_gain > -noise if self.former.head == "cut" else slices and evidence.cut_gain > noise
 
     @cached_property
     def head(self) -> str:
         """Which frozen head would be trained: cut where slicing pays, multi where it is expected to gain more than the tolerance, else last."""
-        simple = "cut" if self.slices else "last"
-        gain = self.model.head_gain("over" if self.slices else "multi", self.evidence)
-        return "multi" if gain > self.tolerance else simple
+        simple, compared = ("cut", "over") if self.slices else ("last", "multi")
+        gain, noise = self.model.head_gain(compared, self.evidence), 0.0
+        if self.former is not None and self.former.freeze == "kept":
+            noise = NOISE * float(getattr(self.evidence, f"{compared}_error")) * (1 if self.former.head == "multi" else -1)
+        return "multi" if gain + noise > self.tolerance else simple
 
     @property
     def frozen(self) -> float:
@@ -68,12 +89,44 @@ class DecisionPolicy:
     @property
     def large(self) -> bool:
         """Whether fine-tuning is worth it: the head is expected to lose more than the tolerance against it."""
-        return self.prediction.gain > self.tolerance and has_signal(self.evidence)
+        gain = self.prediction.gain
+        if self.former is not None:
+            gain += self.tuning_noise * (1 if self.former.freeze == "nothing" else -1)
+        return gain > self.tolerance and has_signal(self.evidence)
+
+    @cached_property
+    def tuning_noise(self) -> float:
+        """By how much the predicted gain varies with the sample of the probes: NOISE standard errors of the frozen head's accuracy, as a share."""
+        share = min(max(self.frozen, 1 / self.evidence.sampled), 1 - 1 / self.evidence.sampled)
+        error = math.sqrt(share * (1 - share) / self.evidence.sampled)
+        ends = []
+        for sign in (-1, 1):
+            moved = {name: min(max(getattr(self.evidence, name) + sign * error, 0.0), 1.0) for name in ("last", "cut", "multi")}
+            evidence = dataclasses.replace(self.evidence, **moved)
+            ends.append(self.model.predict(evidence, float(getattr(evidence, self.head)), self.tolerance).gain)
+        return NOISE * abs(ends[1] - ends[0]) / 2
 
     @property
     def different(self) -> bool:
         """Whether an earlier tap is better than the last by `gain` points, corrected for taking the best of several."""
-        return self.evidence.similar < 0.5 and not weak_labels(self.evidence)
+        limit = 0.5
+        if self.former is not None:
+            limit = _LIKELY if self.former.different else 1 - _LIKELY
+        return self.evidence.similar < limit and not weak_labels(self.evidence)
+
+    def tap(self, profile: Profile, tap: str | None) -> str | None:
+        """Return where to cut: after this tap, or where it was cut before if that one is not worse by more than the noise."""
+        before = self.former.slice if self.former is not None and self.former.head == "cut" else None
+        probes = {probe.name: probe for probe in profile.taps[:-1]}
+        if tap is None or before not in probes or before == tap:
+            return tap
+        here, there = (unpack(probes[name].correct, profile.sampled).astype(float) for name in (tap, before))
+        difference = here - there
+        return (
+            before
+            if difference.mean() <= NOISE * max(difference.std(), 0.5 / math.sqrt(len(difference))) / math.sqrt(len(difference))
+            else tap
+        )
 
     def p_within_tolerance(self, tuned: bool) -> float:
         """Return the calibrated probability that this choice, without a race, is at most the tolerance worse than the best arm.
@@ -139,10 +192,16 @@ class DecisionPolicy:
         return min(WEAK_JUDGES, self.rule.race_images) if weak_labels(self.evidence) else self.rule.race_images
 
 
-def weigh(profile: Profile, rule: ChooseParams, model: GainPredictor | None = None) -> DecisionPolicy:
-    """Return the policy for a profile, with the fitted model that comes with the package or another."""
+def weigh(profile: Profile, rule: ChooseParams, model: GainPredictor | None = None, former: Former | None = None) -> DecisionPolicy:
+    """Return the policy for a profile, with the fitted model that comes with the package or another.
+
+    Args:
+        former: the decision before; one that names a tap that the network has not, does not count.
+    """
     test = slice_test(profile, gain=rule.gain / 100, draws=rule.draws)
-    return DecisionPolicy(predictor.evidence(profile, test), rule, model or predictor.load_predictor())
+    if former is not None and former.slice not in [tap.name for tap in profile.taps]:
+        former = None
+    return DecisionPolicy(predictor.evidence(profile, test), rule, model or predictor.load_predictor(), former)
 
 
 def has_signal(evidence: Evidence) -> bool:

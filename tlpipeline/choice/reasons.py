@@ -43,6 +43,27 @@ def summary(decision: Decision, profile: Profile) -> str:
     return f"{tuning}, so {so_tuned}. {cutting}, so {so_cut}."
 
 
+def former_sentence(decision: Decision, profile: Profile) -> str:
+    """Return whether the case changed since the model in production, with the numbers; "" if there is no such model."""
+    before = decision.former
+    if before is None:
+        return ""
+    tuning, cutting = (f"{100 * gain:+.1f}" for gain in (decision.tuning.counted, decision.cutting.counted))
+    figures = (
+        f"fine-tuning counts {tuning} points (before {100 * before.tuning:+.1f}, border {100 * decision.tuning.border:g}), cutting {cutting} "
+        f"(before {100 * before.cutting:+.1f}, border {100 * decision.cutting.border:g}), on {profile.images:,} training images (before {before.images:,})"
+    )
+    if before.case != decision.case:
+        return f"The case changed since {before.version}, from {before.case} to {decision.case}: {figures}."
+    if before.slice != decision.slice:
+        return f"The cut moved since {before.version}, from {before.slice} to {decision.slice}: {figures}."
+    if decision.instead is not None:
+        other, tap = decision.instead
+        where = f" cut after {tap}" if tap != profile.taps[-1].name else ""
+        return f"The case of {before.version} is kept. These images alone would give {other}{where}, but not by more than their noise: {figures}."
+    return f"The case is that of {before.version}: {figures}."
+
+
 def tuning_sentence(decision: Decision, profile: Profile) -> tuple[str, str]:
     """Return how fine-tuning's expected gain compares with the tolerance, and what follows, both without a full stop."""
     tuning, border = decision.tuning, f"the tolerance of {100 * decision.tuning.border:g}"
@@ -54,6 +75,8 @@ def tuning_sentence(decision: Decision, profile: Profile) -> tuple[str, str]:
         return f"Fine-tuning and the frozen head were both trained{measured}; {ENDED[race.ended]}", follows
     if tuning.why == "no_signal":
         return "No head recognizes the labels better than chance, so a predicted gain of fine-tuning does not count", follows
+    if tuning.why == "former":
+        return f"Fine-tuning is expected to gain {predicted}, so close to {border} that the decision stays as it was", follows
     if tuning.gain <= 0 and not tuning.exceeds:
         return f"Fine-tuning is expected to gain nothing ({span(tuning.low, tuning.high)} points)", follows
     return f"Fine-tuning is expected to gain {predicted}, {_beside(tuning)} {border}", follows
@@ -83,6 +106,7 @@ def cutting_sentence(decision: Decision, profile: Profile) -> tuple[str, str]:
         "not_significant": beats + ("" if cutting.gain <= 0 else f", which may be chance (p = {cutting.significance:.2f})"),
         "below_border": f"{beats}, {_beside(cutting)} {border}",
         "not_confirmed": f"{beats}, but other images do not confirm it",
+        "former": f"{beats}, so close to what decides that the decision stays as it was",
         "several_taps": f"{beats}, but a head on {' + '.join(profile.multi.taps)} makes up for it without a cut",
     }
     return why[cutting.why], follows

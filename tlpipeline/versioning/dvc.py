@@ -480,6 +480,12 @@ def _stage(repo: Any, name: str) -> Any:
     return repo.stage.load_one(path=str(Path(repo.root_dir) / "dvc.yaml"), name=name)
 
 
+def is_fresh(root: Path, name: str) -> bool:
+    """Return whether a stage need not run: its dependencies, parameters and command are as recorded."""
+    with _repo(root) as repo:
+        return _state(repo, name) != "stale"
+
+
 def has_stage(root: Path, name: str) -> bool:
     """Return whether dvc.yaml lists a stage."""
     with _repo(root) as repo:

@@ -1,12 +1,18 @@
 """What changed between two states of a workspace: its images, and the decision about them."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from tlpipeline import records
+from tlpipeline.choice.decision import Decision, Former
 from tlpipeline.data.changes import Changes, File, compare
-from tlpipeline.params import NONE
+from tlpipeline.errors import ParamsError, WorkspaceError
+from tlpipeline.files import write_bytes
+from tlpipeline.params import NONE, load
 from tlpipeline.registry import versions
 from tlpipeline.versioning import dvc, git
 from tlpipeline.workspace import layout
@@ -68,3 +74,39 @@ def _table_at(root: Path, hashes: Mapping[str, str], revision: str) -> bytes | N
     if inside is not None:
         return dvc.content_of(root, inside)
     return None if data.labels == NONE else git.bytes_at(root, revision, data.labels)
+
+
+def record_former(root: Path) -> None:
+    """Write the decision of the model in production to former.json, if the stage choose is to run anyway: a fresh decision stays as it is."""
+    if not (root / layout.FORMER).is_file() or not dvc.has_stage(root, "choose") or dvc.is_fresh(root, "choose"):
+        return
+    former = _former(root)
+    text = json.dumps(asdict(former) if former else None, indent=2) + "\n"
+    if (root / layout.FORMER).read_text(encoding="utf-8") != text:
+        write_bytes(text.encode(), root / layout.FORMER)
+
+
+def _former(root: Path) -> Former | None:
+    """Return the decision of the champion; None if there is none, or another version of tlpipeline wrote it."""
+    version = versions.champion(root, layout.params_of(root).data.name)
+    if version is None:
+        return None
+    case, profile, settings = (git.read_at(root, version.commit, name) or "" for name in (layout.CASE, layout.PROFILE, layout.PARAMS))
+    try:
+        decision = records.parse(Decision, case, f"{layout.CASE} of {version}", "", WorkspaceError)
+        images = records.parse(_Images, profile, f"{layout.PROFILE} of {version}", "", WorkspaceError).images
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / layout.PARAMS
+            path.write_text(settings, encoding="utf-8")
+            network, rule = layout.decided_by(load(path))
+    except (WorkspaceError, ParamsError):
+        return None
+    return Former(
+        str(version), network, rule, decision.case, decision.slice, decision.head, decision.freeze, decision.cutting.exceeds, images,
+        decision.tuning.counted, decision.cutting.counted,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Images:
+    images: int

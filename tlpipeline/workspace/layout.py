@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tlpipeline import records
-from tlpipeline.choice.decision import Decision
+from tlpipeline.choice.decision import Decision, Former
 from tlpipeline.errors import DataError, WorkspaceError
 from tlpipeline.files import unlink, write_json
 from tlpipeline.params import NONE, Data, Params, load
@@ -32,6 +32,7 @@ MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
 PROFILE = "profile.json"
 QUALITY, ALARMS = "quality.csv", "alarms.json"
 CASE, RACE = "case.json", "race"
+FORMER = "former.json"
 PLANE, PROBE = "plots/plane.csv", "plots/probe.csv"
 FORMER_PLOT = "plots/cases.csv"  # expected by the dvc.yaml of an older workspace
 MODEL, HISTORY = "model", "plots/history.csv"
@@ -106,6 +107,27 @@ def read_case(root: Path) -> Decision:
         WorkspaceError: it is damaged, or another version of tlpipeline wrote it.
     """
     return _consistent(records.read(Decision, root / CASE, records.ANEW, extra="forbid"), root / CASE)
+
+
+def read_former(root: Path) -> Former | None:
+    """Return the decision of the model in production, as far as it was made with the present settings; None without one.
+
+    The workspace of an older version whose dvc.yaml does not name it as an input of `choose` has none.
+
+    Raises:
+        WorkspaceError: former.json is damaged.
+    """
+    if not (root / FORMER).is_file() or f"- {FORMER}" not in (root / "dvc.yaml").read_text(encoding="utf-8"):
+        return None
+    former = records.read(Former | None, root / FORMER, "Write `null` into it; the next run fills it again.")  # type: ignore[arg-type]
+    params = params_of(root)
+    return former if former is not None and (former.network, former.rule) == decided_by(params) else None
+
+
+def decided_by(params: Params) -> tuple[str, str]:
+    """Return the settings of the network and of the choice as text: a decision that was made by others is no former one."""
+    network = [params.backbone.name, params.backbone.weights, params.backbone.weights_md5, params.backbone.code_md5, str(params.data.size)]
+    return " ".join(network), " ".join(f"{name}={value}" for name, value in asdict(params.choose).items())
 
 
 def _consistent(value: R, path: Path) -> R:

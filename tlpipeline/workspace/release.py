@@ -317,6 +317,7 @@ class Summary(Displayed):
         report: path of the report page.
         seconds: of each step; None where it was up to date.
         verdict: "accepted", "undecided" or "rejected"; "" if the model was judged before.
+        former: whether the case changed since the model in production, "" if there is none.
         changes: of the images since the version that the model was compared with, None if there is none.
     """
 
@@ -338,6 +339,7 @@ class Summary(Displayed):
     seconds: dict[str, float | None]
     verdict: str = ""
     changes: Changes | None = None
+    former: str = ""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -364,6 +366,7 @@ class Summary(Displayed):
             *([("changes", f"{self.changes.summary} since {self.changes.since}"), *self.changes.lines()] if self.changes else []),
             ("case", self.case),
             ("why", self.reason),
+            *[("", self.former) for _ in range(bool(self.former))],
             ("accuracy", ", ".join([f"{self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%})", *against])),
             ("version", self.version + ("" if self.new else " (unchanged)") if self.version else "none registered"),
             *[("verdict", self.verdict) for _ in range(bool(self.verdict))],
@@ -399,6 +402,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         alarms=alarming.of_run(root),
         case=case.case,
         reason=reasons.summary(case, profile),
+        former=reasons.former_sentence(case, profile),
         accuracy=metrics.accuracy,
         low=metrics.accuracy_low,
         high=metrics.accuracy_high,

@@ -54,6 +54,7 @@ from tlpipeline.workspace.layout import (
     open_facts,
     params_of,
     read_case,
+    read_former,
     read_profile,
     record_seconds,
     record_training,
@@ -158,11 +159,12 @@ def choose(root: Path, progress: Progress) -> None:
 
     params = params_of(root)
     measured = read_profile(root)
-    decision = decide.choose(measured, params.choose)
+    former = read_former(root)
+    decision = decide.choose(measured, params.choose, former)
     if decision.race_wanted and "init" in params.train.override:
         decision = dataclasses.replace(decision, race_wanted=False, no_race="other_weights")
-    former = (FORMER_PLOT,) * (FORMER_PLOT in (root / "dvc.yaml").read_text(encoding="utf-8"))
-    with atomic_outputs(root, CASE, RACE, PLANE, PROBE, *former) as (path, race_folder, *plots):
+    older = (FORMER_PLOT,) * (FORMER_PLOT in (root / "dvc.yaml").read_text(encoding="utf-8"))
+    with atomic_outputs(root, CASE, RACE, PLANE, PROBE, *older) as (path, race_folder, *plots):
         race_folder.mkdir()
         if decision.race_wanted:
             runs = (root / RUNS).resolve()
@@ -173,7 +175,7 @@ def choose(root: Path, progress: Progress) -> None:
 
             with open_cache(root):
                 decision = race.run(
-                    measured, policy.weigh(measured, params.choose), start, params.cluster, name, runs, race_folder, progress
+                    measured, policy.weigh(measured, params.choose, former=former), start, params.cluster, name, runs, race_folder, progress
                 )
         progress(Event("choose", 1, 1, f"{decision.case}: {reasons.summary(decision, measured)}"))
         path.write_text(json.dumps(decision.to_json(), indent=2) + "\n", encoding="utf-8")
