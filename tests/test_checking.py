@@ -36,7 +36,7 @@ def blob(number: int, size: int = 40) -> Image.Image:
 def checked(folder: Path, contents: Mapping[str, bytes], params: CheckParams = DEFAULT) -> Quality:
     images = put(folder / "images", contents)
     rows = listed(images).used(*SPLIT_NAMES)
-    return checks.check(rows, facts_of(images, rows), PROFILE, [], None, params)
+    return checks.check(rows, facts_of(images, rows), [], PROFILE, [], None, params)
 
 
 def facts_of(images: Path, rows: Sequence[Row]) -> list[Facts]:
@@ -116,9 +116,9 @@ def test_groups_are_left_out_whole(tmp_path: Path) -> None:
     images = put(tmp_path / "images", contents)
     rows = [replace(row, group=groups[row.path]) for row in listed(images).used(*SPLIT_NAMES)]
     measured = facts_of(images, rows)
-    assert checks.check(rows, measured, PROFILE, [], None, DEFAULT).alarms == ()
+    assert checks.check(rows, measured, [], PROFILE, [], None, DEFAULT).alarms == ()
     alone = [replace(row, group="") for row in rows]
-    assert kinds(checks.check(alone, measured, PROFILE, [], None, DEFAULT)) == {"shortcut": BLOCK}
+    assert kinds(checks.check(alone, measured, [], PROFILE, [], None, DEFAULT)) == {"shortcut": BLOCK}
 
 
 def test_the_ground_of_a_drawing_is_no_border(tmp_path: Path) -> None:

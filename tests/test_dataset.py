@@ -20,6 +20,7 @@ from tests.helpers.images import encoded, paint
 from tlpipeline.data import dataset, decoding
 from tlpipeline.data.dataset import Manifest, Row, ingest, read_image, read_manifest, write_manifest
 from tlpipeline.data.decoding import decode
+from tlpipeline.data.facts import FactStore
 from tlpipeline.data.sources import Source
 from tlpipeline.data.splits import TEST, TRAIN, VAL, split_of
 from tlpipeline.errors import DataChanged, DataError
@@ -487,7 +488,7 @@ def test_an_image_that_may_not_be_read_is_refused_before_a_folder_is_taken_over(
 
     monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(DataError, match=r"Cannot read the image .*001\.png: Permission denied\. Make it readable"):
-        create.small_class_splits(folder, Source(folder))
+        create.planned_splits(folder, Source(folder), FactStore())
 
 
 def test_an_image_that_may_not_be_read_is_refused(make_images: Callable[..., Path], monkeypatch: Any) -> None:

@@ -23,7 +23,7 @@ from tests.helpers.processes import run_python
 from tests.helpers.workspaces import dvc_status, flip, set_param
 from tlpipeline.data import dataset, splits
 from tlpipeline.data.splits import TEST, TRAIN, VAL
-from tlpipeline.errors import BackboneError, DataError, ParamsError, Unreachable, WorkspaceError
+from tlpipeline.errors import BackboneError, DataChanged, DataError, ParamsError, Unreachable, WorkspaceError
 from tlpipeline.files import file_md5, unlink
 from tlpipeline.params import load
 from tlpipeline.progress import silent
@@ -366,12 +366,28 @@ def test_an_image_that_is_altered_where_dvc_does_not_see_it_is_refused_with_both
     before = versioning.content_md5(image)
     flip(image, place)
     assert not versioning.has_changed(workspace, "images")
+    shutil.rmtree(workspace / layout.CACHE, ignore_errors=True)  # it was measured when it was versioned, and is not opened again
     with pytest.raises(
         DataError, match=rf"found 1 with another content .* such as class0/000\.png \(md5 .* for {before}\)\. Move them away"
     ):
         stages.ingest(workspace, silent)
     os.utime(image)
     stages.ingest(workspace, silent)
+
+
+def test_an_image_that_was_measured_and_is_altered_unseen_is_refused_where_it_is_read(workspace: Path) -> None:
+    image = workspace / "images" / "class0" / "000.png"
+    dvc_status(workspace)
+    before = versioning.content_md5(image)
+    flip(image, -1)
+    stages.ingest(workspace, silent)
+    (row,) = [row for row in dataset.read_manifest(workspace / layout.MANIFEST).rows if row.path == "class0/000.png"]
+    assert row.md5 == before  # what is registered is what is recorded
+    with pytest.raises(DataChanged, match=rf"as it was listed \(md5 {before}\), found other content \(md5 .*`dvc checkout`"):
+        dataset.read_image(workspace / "images", row)
+    shutil.rmtree(workspace / layout.CACHE)
+    with pytest.raises(DataChanged, match=rf"as it was listed \(md5 {before}\)"):
+        list(dataset.facts_of(workspace / "images", [row], layout.open_facts(workspace, "check")))
 
 
 def test_images_come_back_as_they_were_at_a_commit_even_without_the_cache(workspace: Path, tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ Kind = Literal[
     "not evaluated",
     "not validated",
     "shift",
+    "near copies",
     "shortcut",
     "no signal",
     "wrong label",
@@ -195,6 +196,9 @@ class CheckParams:
     warn: Annotated[
         tuple[Kind, ...], Setting("kinds of alarms that are only told, though they would block a promotion", allowed=_KINDS)
     ] = ()
+    near_copies: Annotated[
+        Share, Setting("share of the test images with a near copy in training from which the alarm blocks a promotion")
+    ] = 0.02
     shortcut: Annotated[
         StrictFloat,
         Field(ge=0.5, le=1),

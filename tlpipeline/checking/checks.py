@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from tlpipeline.alarms import Alarm, by_severity, weighed
-from tlpipeline.checking import labels, pictures, shortcuts, signal
+from tlpipeline.checking import labels, near_copies, pictures, shortcuts, signal
 from tlpipeline.checking.quality import Finding, Quality
+from tlpipeline.data.copies import Pair
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.facts import Facts
 from tlpipeline.params import CheckParams
@@ -15,6 +16,7 @@ from tlpipeline.profiling.profile import Profile
 def check(
     rows: Sequence[Row],
     facts: Sequence[Facts],
+    pairs: Sequence[Pair],
     profile: Profile,
     labeled: Sequence[Row],
     probabilities: Matrix | None,
@@ -24,6 +26,7 @@ def check(
 
     Args:
         rows: the distinct images of all splits; facts: of their files, in the same order.
+        pairs: near copies among them.
         profile: what the probes of these images reached.
         labeled: images whose labels are checked; probabilities: as from `labels.left_out_probabilities`, None where there are none.
     """
@@ -32,7 +35,8 @@ def check(
     wrong: tuple[list[Finding], list[Alarm]] = ([], [])
     if probabilities is not None:
         wrong = labels.find(labeled, probabilities, params.wrong_label)
-    for listed, said in (shortcuts.find(rows, facts, params.shortcut), wrong, pictures.find(rows, facts)):
+    copies = near_copies.find(rows, pairs, params.near_copies)
+    for listed, said in (copies, shortcuts.find(rows, facts, params.shortcut), wrong, pictures.find(rows, facts)):
         findings += listed
         alarms += said
     return Quality(tuple(findings), by_severity(weighed(alarms, params.stop, params.warn)))

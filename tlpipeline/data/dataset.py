@@ -14,6 +14,7 @@ from PIL import Image
 
 from tlpipeline import records
 from tlpipeline.data.classes import ClassMap, require_distinct, vanished
+from tlpipeline.data.copies import comparable, connected, find_copies
 from tlpipeline.data.decoding import UNREADABLE, decode, describe_error, read_regular
 from tlpipeline.data.facts import Facts, FactStore, gather
 from tlpipeline.data.groups import find_series, group_key
@@ -29,7 +30,8 @@ class Row:
     """One readable image file: a line of the manifest.
 
     `duplicate_of` is the path of an exact copy that is used instead, "" if this file is used. Images of the same `group` are not
-    independent (frames of a track, patches of a patient) and always share a split; "" is an image without a group.
+    independent (frames of a track, patches of a patient) and share a split; "" is an image without a group. Near copies are a group, too,
+    unless the user gave groups. They are in several splits only where the splits are given, or were fixed before they met.
     """
 
     path: str
@@ -129,6 +131,7 @@ def _changed(row: Row, md5: str) -> DataChanged:
 
 
 _INDEX = b"classes"  # name of the numbers of the classes in the manifest, where they are not those of their sorted names
+NEAR_COPIES = "near copies of "  # begins the names of groups that near copies make
 _MD5 = re.compile("[0-9a-f]{32}")
 _FEW = 0.1  # of the files: when more cannot be used, it is told beside the accuracy
 _ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".tga", ".dds", ".jp2"})
@@ -187,7 +190,9 @@ def ingest(
     hashes = hashes or {}
     files = [(images / relative, hashes.get(relative, "")) for relative, _ in places]
     altered: dict[str, str] = {}
-    for number, md5, facts in gather(files, store or FactStore(), progress, threads):
+    pictures: dict[str, bytes] = {}
+    store = store or FactStore()
+    for number, md5, facts in gather(files, store, progress, threads):
         relative, place = places[number]
         if hashes.get(relative, md5) != md5:
             altered[relative] = md5
@@ -195,6 +200,8 @@ def ingest(
             rejected.append(Rejected(relative, facts.reason))
         else:
             rows.append(Row(relative, md5, place.label, place.split, facts.width, facts.height, facts.mode, "", place.group))
+            if comparable(facts):
+                pictures[md5] = facts.picture
     if altered:
         raise _altered(images, altered, hashes)
     rows.sort(key=lambda row: row.path)
@@ -223,6 +230,7 @@ def ingest(
     if not source.grouped and source.group_setting != NONE:
         used = [(row.path, row.label) for row in rows if not row.duplicate_of]
         remarks += [f"series: {series}" for series in [find_series(used, source.folders)] if series]
+    rows = _grouped_copies(rows, pictures, store)
     order = class_map.indices({row.label for row in rows}, source.renames)
     return Manifest(tuple(sorted(rows, key=lambda r: r.path)), tuple(sorted(rejected, key=lambda r: r.path)), tuple(remarks), order)
 
@@ -428,6 +436,14 @@ def _divided_groups(rows: Sequence[Row]) -> list[str]:
         f"leak: {len(divided)} of {len(splits)} groups have images in several of the given splits, such as {divided[0]} "
         f"({', '.join(sorted(splits[divided[0]]))}); the accuracy is too high for new groups"
     ]
+
+
+def _grouped_copies(rows: Sequence[Row], pictures: Mapping[str, bytes], store: FactStore) -> list[Row]:
+    """Return rows in which near copies are groups, unless the user gave them groups."""
+    free = {row.md5 for row in rows if not row.group} & pictures.keys()
+    sets = connected(find_copies({md5: pictures[md5] for md5 in free}, store))
+    group_of = {md5: f"{NEAR_COPIES}{members[0][:12]}" for members in sets for md5 in members}
+    return [replace(row, group=group_of[row.md5]) if row.md5 in group_of and not row.group else row for row in rows]
 
 
 def _empty_classes(images: Path, rows: Sequence[Row], source: Source) -> list[str]:

@@ -260,6 +260,34 @@ class FactStore:
             rows.append((md5, text, picture, _crc(md5, text, picture)))
         self._do(lambda database: database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?)", rows))
 
+    def compared(self) -> set[str]:
+        """Return the md5s of the contents whose near copies among each other are known."""
+        if self.path is None:
+            return set()
+        return {md5 for (md5,) in self._do(lambda database: database.execute("SELECT md5 FROM compared").fetchall()) or ()}
+
+    def near_copies(self) -> list[tuple[str, str, float]]:
+        """Return the pairs of near copies among the compared contents, the smaller md5 first, and how alike they are."""
+        if self.path is None:
+            return []
+        return list(self._do(lambda database: database.execute("SELECT one, other, likeness FROM copies").fetchall()) or ())
+
+    def add_compared(self, md5s: Iterable[str], pairs: Iterable[tuple[str, str, float]]) -> None:
+        """Keep which contents were compared with all compared ones, and the pairs of near copies among them.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self.path is None:
+            return
+        names, lines = [(md5,) for md5 in md5s], list(pairs)
+
+        def write(database: sqlite3.Connection) -> None:
+            database.executemany("INSERT OR REPLACE INTO copies VALUES (?, ?, ?)", lines)
+            database.executemany("INSERT OR REPLACE INTO compared VALUES (?)", names)
+
+        self._do(write)
+
     def _do(self, action: Callable[[sqlite3.Connection], Any]) -> Any:
         """Run one transaction; a store that is damaged as a whole is removed, and has no facts then."""
         with self._lock:
@@ -284,14 +312,18 @@ class FactStore:
         database = sqlite3.connect(self.path, timeout=_PATIENCE_S)
         try:
             with database:
-                database.execute(
-                    "CREATE TABLE IF NOT EXISTS facts (md5 TEXT PRIMARY KEY, facts TEXT, picture BLOB, crc INTEGER) WITHOUT ROWID"
-                )
+                for table in _TABLES:
+                    database.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
                 yield database
         finally:
             database.close()
 
 
+_TABLES = (
+    "facts (md5 TEXT PRIMARY KEY, facts TEXT, picture BLOB, crc INTEGER)",
+    "compared (md5 TEXT PRIMARY KEY)",
+    "copies (one TEXT, other TEXT, likeness REAL, PRIMARY KEY (one, other))",
+)
 _NAMES = tuple(field.name for field in dataclasses.fields(Facts) if field.name != "picture")
 
 
@@ -311,9 +343,9 @@ def _crc(md5: str, text: Any, picture: Any) -> int:
 
 @cache
 def _rules() -> str:
-    """Return a hash of all that the facts of a content depend on."""
+    """Return a hash of all that the facts of a content, and the likeness of two, depend on."""
     digest = hashlib.md5(PIL.__version__.encode(), usedforsecurity=False)
-    for path in (decoding.__file__, file_kinds.__file__, __file__):
+    for path in (decoding.__file__, file_kinds.__file__, __file__, Path(__file__).with_name("copies.py")):
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:12]
 

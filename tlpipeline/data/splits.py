@@ -26,6 +26,7 @@ TRAIN, VAL, TEST = "train", "val", "test"
 SPLIT_NAMES = (TRAIN, VAL, TEST)
 TRAIN_BELOW, VAL_BELOW = 0.70, 0.85
 MINIMUM_PER_CLASS = 3
+MOST_OF_A_CLASS = 0.2  # a larger set of near copies is for training, whatever its content says
 _LOOK_INTO_BELOW = 50  # in a class with fewer images, a broken one could be the only one of its split
 
 
@@ -175,6 +176,47 @@ def needed_exceptions(
         new += lines
         remarks += remark
     return new, remarks
+
+
+def joined_exceptions(
+    sets: Iterable[Sequence[str]],
+    label_of: Mapping[str, str],
+    known: Mapping[str, str],
+    before: Callable[[], Mapping[str, str]],
+) -> tuple[list[SplitException], list[str]]:
+    """Give the images of each set of near copies one split. No image that has a split is moved.
+
+    New images join the split of those that were there before: of most of them, and of equally many the first of train, val and test. A set
+    that is all new goes where its smallest md5 belongs, and to train if it is more than a fifth of its class.
+
+    Args:
+        sets: md5s of near copies, all of the images that are there now.
+        label_of: class of each image that is there now.
+        known: the present lines of splits.csv.
+        before: returns the split of each image of an earlier version; called only if there is a set.
+
+    Returns:
+        New lines for splits.csv, and remarks for people.
+    """
+    images_of = Counter(label_of.values())
+    lines: list[SplitException] = []
+    divided = 0
+    earlier: Mapping[str, str] | None = None
+    for members in sets:
+        earlier = before() if earlier is None else earlier
+        fixed = {md5: split for md5 in members if (split := known.get(md5) or earlier.get(md5))}
+        counts = Counter(fixed.values())
+        divided += len(counts) > 1
+        if counts:
+            split = min(counts, key=lambda name: (-counts[name], SPLIT_NAMES.index(name)))
+        else:
+            smallest = min(members)
+            split = TRAIN if len(members) > MOST_OF_A_CLASS * images_of[label_of[smallest]] else split_of(group_key(smallest))
+        lines += [SplitException(md5, split, label_of[md5]) for md5 in sorted(members) if md5 not in fixed and split_of(md5) != split]
+    remarks = (
+        [f"near copies: {divided} sets of near copies lie in several splits, where they were before; no image moves"] if divided else []
+    )
+    return lines, remarks
 
 
 def _kept(

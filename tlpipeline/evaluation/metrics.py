@@ -68,6 +68,8 @@ class Metrics:
         calibration_error: expected, over 15 equal-width bins of the highest probability (Guo et al. 2017, arXiv 1706.04599).
         majority_class: the largest class in training; majority_accuracy: of always predicting it.
         images: of the test split; not_evaluated: classes without any.
+        accuracy_without_copies: with its interval, on the `images_without_copies` test images that have no near copy, and no other image
+            of their group, in train or val. None if all test images are so, or none is.
     """
 
     accuracy: float
@@ -83,6 +85,10 @@ class Metrics:
     images: int
     not_evaluated: tuple[str, ...]
     classes: dict[str, ClassMetrics] = field(default_factory=dict)
+    accuracy_without_copies: float | None = None
+    accuracy_without_copies_low: float | None = None
+    accuracy_without_copies_high: float | None = None
+    images_without_copies: int | None = None
 
 
 def make_predictions(rows: Sequence[Row], classes: Sequence[str], probabilities: Probabilities) -> Predictions:
@@ -131,6 +137,25 @@ def compute_metrics(predictions: Predictions, confidence: float, trained_on: Map
             for i, label in enumerate(predictions.classes)
         },
     )
+
+
+def without_copies(predictions: Predictions, copied: Sequence[bool], confidence: float) -> dict[str, float | int]:
+    """Return the accuracy on the test images that have no copy in training, as fields of `Metrics`; empty if it is that of all, or of none.
+
+    Args:
+        copied: whether each image has a near copy, or another image of its group, in train or val.
+        confidence: level of the interval.
+    """
+    correct = predictions.correct[~np.array(copied, bool)] if len(copied) else predictions.correct
+    if len(correct) in (0, len(predictions.correct)):
+        return {}
+    low, high = wilson(int(correct.sum()), len(correct), confidence)
+    return {
+        "accuracy_without_copies": _rounded(correct.mean()),
+        "accuracy_without_copies_low": _rounded(low),
+        "accuracy_without_copies_high": _rounded(high),
+        "images_without_copies": len(correct),
+    }
 
 
 def _rounded(value: float) -> float:

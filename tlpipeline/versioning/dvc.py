@@ -206,16 +206,6 @@ def file_hashes(root: Path, path: str) -> dict[str, str]:
         return {"/".join(key): info.value for key, _, info in tree} if tree.hash_info.isdir else {}
 
 
-def present_files(root: Path, path: str) -> dict[str, str]:
-    """Return the md5 of each file below a DVC-tracked folder as it is now. DVC remembers those of unchanged files."""
-    from dvc_data.hashfile.build import build
-
-    with _repo(root) as repo:
-        out = repo.find_outs_by_path(str(Path(repo.root_dir) / path))[0]
-        _, _, obj = build(out.cache, out.fs_path, out.fs, "md5", ignore=out.dvcignore, dry_run=True)
-        return {"/".join(key): info.value for key, _, info in obj}  # type: ignore[attr-defined]
-
-
 def files_at(root: Path, path: str, revision: str) -> dict[str, str]:
     """Return the md5 of each file below a folder that was added to DVC, as of a git revision.
 
@@ -256,6 +246,28 @@ def content_of(root: Path, md5: str) -> bytes | None:
     with _repo(root) as repo:
         stored = Path(repo.cache.local.oid_to_path(md5))
         return stored.read_bytes() if stored.is_file() else None
+
+
+def earlier_files(root: Path, path: str) -> set[str]:
+    """Return the md5s of the files in all versions of a DVC-tracked folder that git has and whose lists are in the cache."""
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    if not git.head(root):
+        return set()
+    texts = git.contents_since(root, "refs/tlpipeline/none", f"{path}.dvc")
+    with _repo(root) as repo:
+        cache = repo.cache.local
+        lists = {md5 for md5 in _recorded(texts) if md5.endswith(".dir") and os.path.exists(cache.oid_to_path(md5))}
+        return {str(info.value) for md5 in lists for _, _, info in Tree.load(cache, HashInfo("md5", md5))}
+
+
+def _recorded(texts: Iterable[str]) -> set[str]:
+    """Return the hashes that .dvc files with these contents record."""
+    import yaml
+
+    outs = [out for text in texts for out in (yaml.safe_load(text) or {}).get("outs", ())]
+    return {str(out["md5"]) for out in outs if out.get("hash") == "md5" and out.get("md5")}
 
 
 def has_changed(root: Path, path: str) -> bool:
@@ -353,13 +365,11 @@ def push(root: Path) -> int:
 
 def _cached(repo: Any, texts: Iterable[str]) -> list[Any]:
     """Return the hashes of what .dvc files with these contents record, as far as it is in the cache: a clone lacks earlier versions."""
-    import yaml
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.tree import Tree
 
     cache = repo.cache.local
-    outs = [out for text in texts for out in (yaml.safe_load(text) or {}).get("outs", ())]
-    recorded = {HashInfo("md5", str(out["md5"])) for out in outs if out.get("hash") == "md5" and out.get("md5")}
+    recorded = {HashInfo("md5", md5) for md5 in _recorded(texts)}
     whole = {info for info in recorded if content_md5(Path(cache.oid_to_path(info.value))) == str(info.value).removesuffix(".dir")}
     hashes = whole | {info for listed in whole if listed.isdir for _, _, info in Tree.load(cache, listed)}
     return [info for info in hashes if os.path.exists(cache.oid_to_path(info.value))]

@@ -32,6 +32,7 @@ def of_run(root: Path) -> tuple[Alarm, ...]:
     alarms = [
         *(alarm for alarm in of_data(root) if alarm.kind not in repeated),
         *decided,
+        *without_copies(root),
         *distribution_shift(root),
         *(Alarm("bounded", WARN, remark) for remark in training_limits(root)),
     ]
@@ -58,6 +59,19 @@ def refuse_stopped(root: Path) -> None:
             f"the run: {'; '.join(map(str, stopping))}. Mend the images ({layout.QUALITY} lists them), or let it be a warning "
             "(section `check` of params.yaml), and run again."
         )
+
+
+def without_copies(root: Path) -> tuple[Alarm, ...]:
+    """Return an alarm with the accuracy on the test images that have no near copy in training, if some have one."""
+    m = layout.read_metrics(root)
+    if m.accuracy_without_copies is None:
+        return ()
+    text = (
+        f"{m.accuracy_without_copies:.1%} ({m.accuracy_without_copies_low:.1%} to {m.accuracy_without_copies_high:.1%}) on the "
+        f"{m.images_without_copies} test images without a near copy, or another image of their group, in training; "
+        f"{m.accuracy:.1%} on all {m.images}"
+    )
+    return (Alarm("score", WARN, text),)
 
 
 def distribution_shift(root: Path) -> tuple[Alarm, ...]:

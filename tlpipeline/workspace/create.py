@@ -7,7 +7,7 @@ import hashlib
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,9 @@ from tlpipeline.versioning import dvc, git, lock
 from tlpipeline.workspace import layout, settings
 
 if TYPE_CHECKING:
+    from tlpipeline.data.facts import FactStore
     from tlpipeline.data.sources import Source
+    from tlpipeline.data.splits import SplitException
 
 TEMPLATE = Path(__file__).with_name("template")
 STARTED = layout.OWN / "init"  # there while a workspace is made
@@ -163,6 +165,7 @@ def _checked(given: Given, root: Path | None, progress: Progress) -> Given:
         DataError: they are no usable data set.
     """
     from tlpipeline.data import dataset
+    from tlpipeline.data.facts import FactStore
 
     given, source = _prepared(given, root, progress)
 
@@ -170,7 +173,8 @@ def _checked(given: Given, root: Path | None, progress: Progress) -> Given:
         if root is None:
             progress(Event("init", done, total, "images checked"))
 
-    dataset.ingest(given.images, small_class_splits(given.images, source), on_progress, source=source)
+    store = FactStore()
+    dataset.ingest(given.images, planned_splits(given.images, source, store), on_progress, source=source, store=store)
     return given
 
 
@@ -310,10 +314,20 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     digest = dvc.add(root, images)
     hashes = dvc.tracked_files(root, images)
     known = splits.read_exceptions(root / layout.SPLITS)
-    new, remarks = splits.needed_exceptions(
-        root / images, hashes, known, lambda: _trained_on(root, params.data.name), source, splits_before
+
+    def before() -> dict[str, str]:
+        return {md5: splits.split_of(md5) for md5 in dvc.earlier_files(root, images)} | splits_before
+
+    new: list[SplitException] = []
+    remarks: list[str] = []
+    if digest not in (git.read_at(root, "HEAD", f"{images}.dvc") or ""):
+        new, remarks = _joined(root / images, hashes, known, before, source, layout.open_facts(root, "version"))
+    fixed = dict(known) | {line.md5: line.split for line in new}
+    needed, others = splits.needed_exceptions(
+        root / images, hashes, fixed, lambda: _trained_on(root, params.data.name), source, splits_before
     )
-    splits.write_exceptions(root / layout.SPLITS, new)
+    splits.write_exceptions(root / layout.SPLITS, [*new, *needed])
+    remarks = remarks + others
     class_map, present = classes.read_map(root / layout.CLASS_MAP), _by_class(hashes, source)
     updated = (class_map if class_map.lines else classes.first_map(labels_before)).updated(present, labels_before, source.renames)
     classes.write_map(root / layout.CLASS_MAP, updated)
@@ -326,6 +340,32 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), layout.SPLITS, layout.CLASS_MAP, *tables])
     dvc.push(root)
     return digest, remarks
+
+
+def _joined(
+    images: Path,
+    hashes: Mapping[str, str],
+    known: Mapping[str, str],
+    before: Callable[[], Mapping[str, str]],
+    source: "Source",
+    store: "FactStore",
+) -> tuple[list["SplitException"], list[str]]:
+    """Return lines for splits.csv that give near copies one split, and remarks; images with a group have the split of their group."""
+    from tlpipeline.data import copies, facts, splits
+
+    places = {path: place for path in sorted(hashes) if not isinstance(place := source.place(path), str)}
+    if source.given:
+        return [], []
+    free = [path for path, place in places.items() if not place.group]
+    known_as = {number: path for number, path in enumerate(free)}
+    label_of: dict[str, str] = {}
+    pictures: dict[str, bytes] = {}
+    for number, md5, about in facts.gather([(images / path, hashes[path]) for path in free], store):
+        if not about.reason and copies.comparable(about):
+            pictures[md5] = about.picture
+        if not about.reason:
+            label_of[md5] = min(label_of.get(md5, places[known_as[number]].label), places[known_as[number]].label)
+    return splits.joined_exceptions(copies.connected(copies.find_copies(pictures, store)), label_of, known, before)
 
 
 def _by_class(hashes: Mapping[str, str], source: "Source") -> dict[str, set[str]]:
@@ -429,14 +469,16 @@ def replace_images(root: Path, images: Path, labels: Path | None = None, progres
             settings.change(root / layout.PARAMS, {"data.labels": table})
 
 
-def small_class_splits(images: Path, source: "Source") -> dict[str, str]:
-    """Return the splits that splits.csv would give to small classes, to check a folder before it is copied."""
+def planned_splits(images: Path, source: "Source", store: "FactStore") -> dict[str, str]:
+    """Return the lines that splits.csv would get, for near copies and small classes, to check a folder before it is copied."""
     from tlpipeline.data import dataset, decoding, splits
 
     paths = [p for p in dataset.list_files(images, source) if p.stat().st_size]
     hashes = {p.relative_to(images).as_posix(): hashlib.md5(decoding.read_content(p), usedforsecurity=False).hexdigest() for p in paths}
-    new, _ = splits.needed_exceptions(images, hashes, {}, frozenset, source)
-    return {line.md5: line.split for line in new}
+    new, _ = _joined(images, hashes, {}, dict, source, store)
+    fixed = {line.md5: line.split for line in new}
+    needed, _ = splits.needed_exceptions(images, hashes, fixed, frozenset, source)
+    return fixed | {line.md5: line.split for line in needed}
 
 
 def count_images(root: Path) -> int:

@@ -32,7 +32,7 @@ def diff(root: Path, since: str, until: str | None = None) -> Changes:
         DataError: the present folder or a table of labels cannot be read.
     """
     images = layout.params_of(root).data.images
-    hashes = dvc.present_files(root, images) if until is None else dvc.files_at(root, images, until)
+    hashes = dvc.file_hashes(root, images) if until is None else dvc.files_at(root, images, until)
     return compare(_labeled(root, dvc.files_at(root, images, since), since), _labeled(root, hashes, until), since)
 
 

@@ -127,18 +127,20 @@ def profile(root: Path, progress: Progress) -> None:
 def check(root: Path, progress: Progress) -> None:
     """Look for what is wrong with the data: images in quality.csv, alarms in alarms.json."""
     from tlpipeline.checking import checks, labels, quality
-    from tlpipeline.data import dataset, splits
+    from tlpipeline.data import copies, dataset, splits
 
     params = params_of(root)
     images, manifest, measured = root / params.data.images, dataset.read_manifest(root / MANIFEST), read_profile(root)
     rows = manifest.used(*splits.SPLIT_NAMES)
+    contents = open_facts(root, "check", progress)
     known = dataset.facts_of(
         images,
         rows,
-        open_facts(root, "check", progress),
+        contents,
         lambda done, total: progress(Event("check", done, total, f"facts of {done} of {total} images")),
     )
     by_content = {row.md5: facts for row, facts in known}
+    pairs = copies.find_copies({md5: facts.picture for md5, facts in by_content.items() if copies.comparable(facts)}, contents)
     labeled = labels.drawn(manifest, params.check.images, params.profile.seed)
     probabilities = None
     if labeled:
@@ -148,7 +150,7 @@ def check(root: Path, progress: Progress) -> None:
             )
         groups = [row.group for row in labeled] if any(row.group for row in labeled) else None
         probabilities = labels.left_out_probabilities(read, measured.best.reading, labels.numbered(labeled), groups)
-    checked = checks.check(rows, [by_content[row.md5] for row in rows], measured, labeled, probabilities, params.check)
+    checked = checks.check(rows, [by_content[row.md5] for row in rows], pairs, measured, labeled, probabilities, params.check)
     with atomic_outputs(root, QUALITY, ALARMS) as (findings, alarms):
         quality.write_quality(checked, findings, alarms)
 
@@ -266,6 +268,9 @@ def evaluate(root: Path, progress: Progress) -> None:
     content = dataclasses.asdict(
         measuring.compute_metrics(predictions, params.evaluate.confidence, trained_on, [row.group for row in rows])
     )
+    in_training = {row.group for row in manifest.used(splits.TRAIN, splits.VAL)} - {""}
+    content |= measuring.without_copies(predictions, [row.group in in_training for row in rows], params.evaluate.confidence)
+    content = {name: value for name, value in content.items() if value is not None}
     # In a separate file, so that `dvc metrics show` stays readable with many classes.
     classes = content.pop("classes")
     with atomic_outputs(root, METRICS, CLASSES, PREDICTIONS, CONFUSION) as (path, classes_path, predictions_path, confusion_path):
