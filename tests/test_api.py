@@ -213,7 +213,10 @@ def test_images_are_committed_and_the_result_says_what_was_done(workspace: Path,
         path.unlink()
     commit = tl.Workspace(workspace).commit_data("Fewer")
     assert (commit.images, commit.announced) == (68, False)
-    assert str(commit).splitlines()[:2] == [f"data {commit.digest}: 68 files", "no event emitted: PREFECT_API_URL is not set"]
+    first, removed, size, event, *_ = str(commit).splitlines()
+    assert (first, event) == (f"data {commit.digest}: 68 files, 4 removed", "no event emitted: PREFECT_API_URL is not set")
+    assert removed.startswith("removed   4: class0/")
+    assert size == "class     class0: 24 to 20 images"
 
 
 def test_the_cache_says_what_it_holds_and_is_emptied(registered: Path) -> None:

@@ -35,6 +35,7 @@ VERBS = {
     "cache clear",
     "cache info",
     "data commit",
+    "data diff",
     "explain",
     "init",
     "predict",

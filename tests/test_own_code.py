@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
@@ -155,13 +154,19 @@ def test_kept_code_that_needs_a_package_that_is_gone_says_so(tmp_path: Path) -> 
         code.load(code.of_folder(tmp_path), "needy", tmp_path)
 
 
-BROKEN = dedent("""
-    class Net(Net):
-        def train(self, mode=True):
-            if mode:
-                raise RuntimeError("not yet")
-            return super().train(mode)
-""")
+BROKEN = """
+class Fails(nn.ReLU):
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("not yet")
+        return super().forward(x)
+
+
+class Net(Net):
+    def __init__(self, num_classes=10):
+        super().__init__(num_classes)
+        self.late.append(Fails())
+"""
 
 
 @pytest.mark.slow

@@ -302,7 +302,7 @@ def data_diff(
     json: Annotated[bool, typer.Option("--json", help="Print all paths as JSON.")] = False,
     workspace: Folder = Path(),
 ) -> None:
-    """Print what changed in the images since a version: files, contents and classes."""
+    """Print what changed in the images since a version."""
     from tlpipeline.api import Workspace
 
     changes = Workspace(workspace).diff(since, until)
