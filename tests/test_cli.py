@@ -36,6 +36,7 @@ VERBS = {
     "cache info",
     "data commit",
     "data diff",
+    "data suggest",
     "explain",
     "init",
     "predict",
