@@ -19,6 +19,7 @@ from tlpipeline.versioning import git
 from tlpipeline.workspace import alarming, create, layout, release, stages
 
 SIDES = {"train": 16, "val": 6, "test": 10}
+CLASSES = ("class0", "class1", "<b>x & y")  # one of them would be markup
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def _shifted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shifted")
     for side, each in SIDES.items():
         for label in range(3):
-            place = folder / "pictures" / side / f"class{label}"
+            place = folder / "pictures" / side / CLASSES[label]
             place.mkdir(parents=True)
             for index in range(each):
                 wrong = side == "test" and index % 5 == 0  # two of ten test images show another class
@@ -111,7 +112,21 @@ def test_what_ingest_remarks_is_an_alarm_of_the_run(workspace: Path) -> None:
         shutil.rmtree(workspace / "images" / f"class{label}")
     create.commit_data(workspace)
     stages.bring_up_to_date(workspace, "ingest", silent)
-    assert ("leak", "block") in [(alarm.kind, alarm.severity) for alarm in alarming.of_data(workspace)]
+    assert ("copies", "warn") in [(alarm.kind, alarm.severity) for alarm in alarming.of_data(workspace)]
+
+
+def test_names_are_text_in_the_report_and_not_markup(shifted: Path) -> None:
+    page = release.write_report(shifted, register(shifted)).read_text(encoding="utf-8")
+    assert "&lt;b&gt;x &amp; y" in page
+    assert "<b>x" not in page
+
+
+def test_frozen_layers_with_random_weights_block_a_promotion(shifted: Path) -> None:
+    assert layout.read_case(shifted).plan.freeze
+    assert "random weights" not in [alarm.kind for alarm in alarming.of_run(shifted)]
+    set_param(shifted, "backbone.weights", "none")
+    (alarm,) = (alarm for alarm in alarming.of_run(shifted) if alarm.kind == "random weights")
+    assert (alarm.severity, alarm.text.partition(" ")[0]) == ("block", "demonstration")
 
 
 def test_the_decision_s_own_warnings_are_alarms_of_the_run(shifted: Path) -> None:

@@ -244,8 +244,8 @@ def test_an_exact_leak_is_reported_and_used_in_test_only(tmp_path: Path, layout:
     for path in leaked:
         shutil.copy(path, images / "train" / "cat" / f"leak-{path.name}")
     manifest = listed(images)
-    assert [r for r in manifest.remarks if r.startswith("leak")] == [
-        "leak: 2 distinct test images are also in train, byte for byte; they are used in test only"
+    assert [r for r in manifest.remarks if r.startswith("copies")] == [
+        "copies: 2 distinct test images are also in train, byte for byte; they are used in test only"
     ]
     stolen = {md5(path.read_bytes()) for path in leaked}
     assert stolen <= {r.md5 for r in manifest.used(TEST)}
@@ -258,7 +258,7 @@ def test_a_leak_from_val_to_train_is_reported_and_used_in_val_only(tmp_path: Pat
     path = sorted((images / "val" / "dog").iterdir())[0]
     shutil.copy(path, images / "train" / "dog")
     manifest = listed(images)
-    assert manifest.remarks == ("leak: 1 distinct val images are also in train, byte for byte; they are used in val only",)
+    assert manifest.remarks == ("copies: 1 distinct val images are also in train, byte for byte; they are used in val only",)
     assert md5(path.read_bytes()) not in {r.md5 for r in manifest.used(TRAIN)}
 
 

@@ -160,6 +160,7 @@ class ProfileParams:
 # The kinds of alarms: of ingest, of the stage check, and of the evaluation.
 Kind = Literal[
     "leak",
+    "copies",
     "vanished",
     "series",
     "left out",
@@ -169,6 +170,7 @@ Kind = Literal[
     "not evaluated",
     "not validated",
     "shift",
+    "random weights",
     "near copies",
     "shortcut",
     "no signal",

@@ -410,7 +410,7 @@ def _without_copies(rows: Sequence[Row], given: Mapping[str, str]) -> tuple[list
     if not given:
         return marked, [], divided
     remarks = [
-        f"leak: {n} distinct {what}, byte for byte; they are used in {what.split()[0]} only" for what, n in sorted(leaked.items()) if n
+        f"copies: {n} distinct {what}, byte for byte; they are used in {what.split()[0]} only" for what, n in sorted(leaked.items()) if n
     ]
     return marked, remarks, []
 

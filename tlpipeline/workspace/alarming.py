@@ -7,6 +7,7 @@ from pathlib import Path
 from tlpipeline.alarms import BLOCK, STOP, WARN, Alarm, by_severity, from_remark, weighed
 from tlpipeline.choice import reasons
 from tlpipeline.errors import DataError
+from tlpipeline.params import NONE
 from tlpipeline.workspace import layout
 
 
@@ -34,6 +35,7 @@ def of_run(root: Path) -> tuple[Alarm, ...]:
         *decided,
         *without_copies(root),
         *distribution_shift(root),
+        *random_weights(root),
         *(Alarm("bounded", WARN, remark) for remark in training_limits(root)),
     ]
     alarms = list(_by_settings(root, alarms))
@@ -88,6 +90,19 @@ def distribution_shift(root: Path) -> tuple[Alarm, ...]:
         "or the training split has near copies"
     )
     return (Alarm("shift", BLOCK, text),)
+
+
+def random_weights(root: Path) -> tuple[Alarm, ...]:
+    """Return an alarm if layers with random weights are frozen. An own network may load weights itself, so that is only a warning."""
+    backbone = layout.params_of(root).backbone
+    if backbone.weights != NONE or not layout.read_case(root).plan.freeze:
+        return ()
+    is_own = ":" in backbone.name
+    text = (
+        f"{backbone.name} has random weights (backbone.weights: none){', unless its code loads some' * is_own}, and its layers are frozen, so "
+        "they never learn. Give backbone.weights a file, or force a case that trains all layers (choose.case: large_different)"
+    )
+    return (Alarm("random weights", WARN if is_own else BLOCK, text),)
 
 
 def training_limits(root: Path) -> tuple[str, ...]:
