@@ -391,6 +391,16 @@ def test_init_below_a_file_is_refused(call: Callable[..., Said], tmp_path: Path,
     assert f"Cannot create the folder {tmp_path / 'file' / 'new'}: Not a directory. Choose another one." in message
 
 
+def test_init_in_a_folder_that_may_not_be_written_is_refused_before_anything_is_loaded(
+    call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, theirs = make_images(2, 4), tmp_path / "theirs"
+    theirs.mkdir()
+    read_only(theirs, monkeypatch)
+    message = refused(call("init", theirs / "new", "--images", images, "--backbone", "unknown"))
+    assert f"Cannot create the folder {theirs / 'new'}: Permission denied. Choose another one." in message
+
+
 def test_init_names_what_to_install_for_a_remote(
     call: Callable[..., Said], tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ A workspace is a git and DVC repository with dvc.yaml, params.yaml and prefect.y
 """
 
 import hashlib
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -113,6 +114,7 @@ def init(
         )
     if images is not None and root.resolve().is_relative_to(images.resolve()):
         raise WorkspaceError(f"expected a workspace outside the folder of images, found {root} inside {images}. Choose another one.")
+    _require_place(root)
     source = Path(weights)
     md5 = file_md5(source) if source.is_file() else catalogue.NONE
     # All inputs are checked before anything is written.
@@ -126,6 +128,18 @@ def init(
     if remote is not None and masked(remote) != remote:
         kept = "the remote's password is in .dvc/config.local, which git ignores: each clone needs its own (`dvc remote modify --local`)"
         progress(Event("init", 1, 1, kept))
+
+
+def _require_place(root: Path) -> None:
+    """Check that a folder can be made, before weights are loaded and images are read.
+
+    Raises:
+        WorkspaceError: its parent is a file, or may not be written.
+    """
+    place = next(path for path in (root.resolve(), *root.resolve().parents) if path.exists())
+    reason = "Not a directory" if not place.is_dir() else "" if os.access(place, os.W_OK | os.X_OK) else "Permission denied"
+    if reason:
+        raise WorkspaceError(f"Cannot create the folder {root}: {reason}. Choose another one.")
 
 
 def _prepared(given: Given, root: Path | None, progress: Progress) -> "tuple[Given, Source]":
