@@ -368,3 +368,18 @@ def test_promotions_count_in_the_order_in_which_gto_numbered_them_and_by_time_wh
     monkeypatch.setenv("GIT_COMMITTER_DATE", "2090-01-01T00:00:00Z")
     git.run(two, "tag", "--annotate", "-m", "why", "workspace#prod", "HEAD")
     assert standing(two) == [("workspace@v0.1.0", ()), ("workspace@v0.1.1", ("prod",))]
+
+
+@pytest.mark.slow
+def test_a_model_is_rebuilt_from_its_tag(registered: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    git.run(tmp_path, "clone", "--quiet", "--branch", "workspace@v0.1.0", str(registered), str(clone))
+    for words in (
+        ("remote", "modify", "--local", "storage", "url", str(registered / ".dvc-remote")),
+        ("pull", "--quiet", "images.dvc"),
+        ("repro", "--quiet"),
+    ):
+        done = run_python(clone, "-m", "dvc", *words)
+        assert done.returncode == 0, done.stderr
+    assert dvc.stage_output(clone, "train", layout.MODEL) == dvc.stage_output(registered, "train", layout.MODEL)
+    assert git.run(clone, "status", "--porcelain") == "", "each file that git keeps is made anew, and none differs"
