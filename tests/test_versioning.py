@@ -919,8 +919,8 @@ def test_nothing_of_the_finished_training_run_is_left(entrances: Entrances) -> N
     [
         ("choose.case", "small_similar", ["choose"]),
         ("choose.gain", "2.5", ["choose"]),  # a profile measures; the settings of choose do not change it
-        ("profile.tangent", "false", ["profile"]),
-        ("backbone.precision", "float32", ["profile", "choose", "train"]),
+        ("profile.tangent", "false", ["profile", "check"]),
+        ("backbone.precision", "float32", ["profile", "check", "choose", "train"]),
         ("train.seed", "1", ["choose", "train"]),
         ("evaluate.confidence", "0.9", ["evaluate"]),
         ("gate.margin", "2.0", []),
