@@ -454,7 +454,7 @@ def promote(root: Path, version: Version, stage: str = PROD, because: str = "") 
     reason = because.strip()
     if not reason and (blocked := blocking(alarms_of(root, version))):
         raise RegistryError(
-            f"expected a version without blocking alarms to promote, found {len(blocked)} of {version}: {'; '.join(map(str, blocked))}. "
+            f"expected a version without blocking alarms to promote, found {len(blocked)} of {version}: {'; '.join(str(alarm).rstrip('.') for alarm in blocked)}. "
             f'Mend the cause and run again; or promote it for a reason, which is recorded: `tlpipeline registry promote {version} --because "..."`.'
         )
     return _assign(root, version, stage, reason)

@@ -58,7 +58,7 @@ def refuse_stopped(root: Path) -> None:
     if stopping := [alarm for alarm in of_data(root) if alarm.severity == STOP]:
         raise DataError(
             f"expected data that may be trained on, found {len(stopping)} alarm{'s' * (len(stopping) > 1)} that stop{'s' * (len(stopping) == 1)} "
-            f"the run: {'; '.join(map(str, stopping))}. Mend the images ({layout.QUALITY} lists them), or let it be a warning "
+            f"the run: {'; '.join(str(alarm).rstrip('.') for alarm in stopping)}. Mend the images ({layout.QUALITY} lists them), or let it be a warning "
             "(section `check` of params.yaml), and run again."
         )
 
