@@ -13,7 +13,7 @@ from tests.helpers.datasets import hashes, put
 from tests.helpers.images import encoded
 from tlpipeline.alarms import BLOCK, WARN
 from tlpipeline.checking import near_copies
-from tlpipeline.data import copies, dataset, facts, splits
+from tlpipeline.data import copies, dataset, decoding, digits, facts, splits
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.facts import FactStore
 from tlpipeline.evaluation import metrics
@@ -65,6 +65,14 @@ def test_pictures_without_contrast_are_not_compared() -> None:
     rng = np.random.default_rng(0)
     flat = [Image.fromarray((100 + rng.integers(0, 3, (40, 40, 3))).astype(np.uint8)) for _ in range(9)]
     assert copies.find_copies(pictures(flat), FactStore()) == []
+
+
+def test_different_pictures_of_one_kind_are_no_copies_and_a_copy_among_them_is(tmp_path: Path) -> None:
+    digits.write(tmp_path)
+    drawn = [decoding.decode(path.read_bytes()) for path in sorted(tmp_path.rglob("*.png"))[::2]]
+    assert copies.find_copies(pictures(drawn), FactStore()) == [], "many handwritten digits are alike by chance"
+    (pair,) = copies.find_copies(pictures([*drawn, again(drawn[5])]), FactStore())
+    assert [int(name, 16) for name in pair[:2]] == [5, len(drawn)]
 
 
 def test_what_is_found_for_a_pair_does_not_depend_on_when_its_images_came(tmp_path: Path) -> None:

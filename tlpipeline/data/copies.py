@@ -1,7 +1,7 @@
 """Near copies: the same picture in other bytes, such as one that was encoded again, resized, cropped, mirrored, or shot a moment later.
 
-Two pictures are compared by their gray values at 24 x 24 pixels (`Facts.picture`), in two steps. Both depend on the pair alone, so what is
-found for a pair stays true whatever else is in the folder.
+Two pictures are compared by their gray values at 24 x 24 pixels (`Facts.picture`), in two steps. Both depend on the pair alone, so how alike a
+pair is stays true whatever else is in the folder. How alike near copies are at least depends on the others: see `beyond_chance`.
 
 1. Pairs whose coarse shape is alike: the cosine of their 6 x 6 lowest coefficients of the discrete cosine transform.
 2. Of these, pairs that agree in 16 x 16 coefficients after one of them was cropped or both were shifted a little: the best of 45 ways,
@@ -9,9 +9,9 @@ found for a pair stays true whatever else is in the folder.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,12 @@ Pair = tuple[str, str, float]
 Window = tuple[float, float]  # part of a side, as fractions
 
 COARSE, FINE = 6, 16  # coefficients a side of both steps
-COARSE_LEAST, FINE_LEAST = 0.80, 0.87  # cosines from which on a pair goes on, or is one of near copies
+COARSE_LEAST, ALIKE_LEAST = 0.80, 0.75  # cosines of both steps from which on a pair goes on, or is kept
+COPY_LEAST = 0.87  # from which on a pair may be one of near copies
+_SURE = 0.97  # from which on it is one whatever the other pairs are
+_BANDS, _BAND = (0.75, 0.80, 0.85), 0.05  # of likeness in which chance is counted, and their width
+_DECAY_MOST = 0.5  # from one band to the next; on real sets chance falls to 0.2 to 0.4
+_CHANCE_MOST = 0.5  # share of the pairs above the border that chance may explain
 COLOR_MOST = 24.0  # mean difference of Cb and Cr, of 255, up to which two pictures may be one
 _SMALLEST = 16  # pixels of the short side from which on a picture shows enough to compare
 _CONTRAST_LEAST = 2.0  # standard deviation of the gray values below which a picture shows nothing to compare
@@ -67,7 +72,28 @@ def find_copies(
         fresh = [(names[i], names[j], round(float(alike), 4)) for (i, j), alike in zip(pairs.tolist(), likeness, strict=True)]
         store.add_compared(new, fresh)
     known = [] if len(new) == len(names) else store.near_copies()
-    return sorted({pair for pair in (*known, *fresh) if pair[0] in pictures and pair[1] in pictures})
+    return beyond_chance(sorted({pair for pair in (*known, *fresh) if pair[0] in pictures and pair[1] in pictures}))
+
+
+def beyond_chance(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs that are too alike for different pictures of one kind, such as handwritten digits or scans.
+
+    The number of such pairs falls about exponentially with their likeness. It is extrapolated from the pairs between 0.75 and 0.85. The border is
+    the lowest from 0.87 on above which chance explains at most half of the pairs.
+    """
+    likeness = np.array([alike for *_, alike in pairs])
+    lower, upper = (int(((likeness >= start) & (likeness < end)).sum()) for start, end in pairwise(_BANDS))
+    decay = min(upper / max(lower, 1), _DECAY_MOST)
+    above = upper * decay / (1 - decay)  # expected by chance above the upper band
+    border = next(
+        (
+            border
+            for border in np.arange(COPY_LEAST, _SURE, 0.005)
+            if above * decay ** ((border - _BANDS[-1]) / _BAND) <= _CHANCE_MOST * (likeness >= border).sum()
+        ),
+        _SURE,
+    )
+    return [pair for pair in pairs if pair[2] >= border]
 
 
 def connected(pairs: Iterable[Pair]) -> list[list[str]]:
@@ -94,7 +120,7 @@ def near_copies(
     new: npt.NDArray[np.bool_] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Integers, Floats]:
-    """Find the pairs of near copies.
+    """Find the pairs of pictures that are alike.
 
     Args:
         pictures: `Facts.picture` of each image, (n, bytes).
@@ -102,7 +128,7 @@ def near_copies(
         progress: called with (images done, number of new images).
 
     Returns:
-        The pairs (m, 2), the smaller index first, sorted; and how alike they are, 0.87 to 1 (m,).
+        The pairs (m, 2), the smaller index first, sorted; and how alike they are, 0.75 to 1 (m,).
     """
     gray = pictures[:, : SIDE * SIDE].reshape(-1, SIDE, SIDE)
     color = pictures[:, SIDE * SIDE :].astype(np.int16)
@@ -115,8 +141,8 @@ def near_copies(
         candidates = _worth_laying(gray, candidates[np.minimum(near.mean(1), mirrored.mean(1)) <= COLOR_MOST])
         for part in _blocks(iter([candidates]), _LAID):
             alike = _likeness(gray, part)
-            pairs.append(part[alike >= FINE_LEAST])
-            likeness.append(alike[alike >= FINE_LEAST])
+            pairs.append(part[alike >= ALIKE_LEAST])
+            likeness.append(alike[alike >= ALIKE_LEAST])
     every, alike = np.concatenate(pairs), np.concatenate(likeness)
     order = np.lexsort((every[:, 1], every[:, 0]))
     return every[order], alike[order]
