@@ -48,7 +48,7 @@ class Week:
         week: from 1.
         event: what happened to the images beside their growth.
         images: files in the folder.
-        result: `registered`, `unchanged`, `stopped`, or the first word of the outcome.
+        result: accepted, undecided or rejected; `unchanged`, or `stopped` by an error.
         version: in production afterwards, "" if none is.
         said: alarms and remarks, or the error that stopped the run.
         accuracy: share of the held-out images that the model in production classifies correctly.
@@ -183,7 +183,7 @@ def run_week(workspace: tl.Workspace, images: Path, row: Week) -> Week:
         summary = workspace.run(images=images)
     except tl.PipelineError as error:
         return replace(row, result="stopped", said=str(error), seconds=time.process_time() - started)
-    result = "registered" if summary.new else "unchanged" if summary.version else summary.outcome.partition(":")[0]
+    result = "unchanged" if summary.version and not summary.new else summary.outcome.partition(":")[0]
     said = "; ".join([*map(str, summary.remarks), summary.outcome])
     return replace(row, result=result, said=said, seconds=time.process_time() - started)
 
