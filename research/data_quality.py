@@ -7,7 +7,6 @@ ratio of the sides would tell, which are no shortcuts, and how many images are l
 images, at most a hundred, are blurred, darkened or brightened, and it is counted how many are listed.
 """
 
-import argparse
 import dataclasses
 import io
 from collections import Counter
@@ -17,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from research.grid import DATA
-from research.units import folders
+from research.units import command_line, folders
 from tlpipeline.checking import pictures, shortcuts
 from tlpipeline.data import dataset, facts
 from tlpipeline.data.dataset import Row
@@ -69,11 +67,7 @@ def listed(folder: Path, rows: Sequence[Row], known: Sequence[Facts], kind: str)
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--work", type=Path, required=True, help="folder for unpacked sets and facts")
-    parser.add_argument("--only", nargs="*", default=SETS)
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, SETS)
     sets, threshold = folders(arguments.data, arguments.work), CheckParams().shortcut
     header = [
         "data set",

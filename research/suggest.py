@@ -6,16 +6,13 @@ A hundred images of a real set are labeled, fifty more are chosen out of up to 1
 is tested on 500 other images. Twenty draws; the error is the standard error of the paired difference.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
 
-from research.grid import DATA
-from research.units import folders
+from research.units import command_line, folders
 from research.wrong_labels import features_of
 from tlpipeline.backbones.features import scaling
 from tlpipeline.checking import suggesting
@@ -59,11 +56,7 @@ def draw(features: Matrix, labels: Labels, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--work", type=Path, required=True, help="folder for unpacked sets and features")
-    parser.add_argument("--only", nargs="*", default=SETS)
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, SETS)
     sets = folders(arguments.data, arguments.work)
     print("| data set | with 100 labels | 50 more at random | 50 suggested | gain over random, points | only the unsure ones |")
     print("|---|---:|---:|---:|---:|---:|")

@@ -4,15 +4,25 @@ The images of all splits of a data set are pooled and split anew. The subset of 
 A sixth of a subset is for validation. All images outside the largest subset are the test images.
 """
 
+import argparse
 import dataclasses
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from research.grid import DRAWN, GRIDS, LEAST_TEST, NETWORKS, SECOND_SEED_UNTIL, SEED, VALIDATION, Unit, rank
+from research.grid import DATA, DRAWN, GRIDS, LEAST_TEST, NETWORKS, SECOND_SEED_UNTIL, SEED, VALIDATION, Unit, rank
 from tlpipeline.data import dataset
 from tlpipeline.data.dataset import Manifest, Row
 from tlpipeline.data.splits import TEST, TRAIN, VAL
+
+
+def command_line(description: str | None, sets: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a table over real data sets: their folder, a folder for what is unpacked and computed, and names of sets."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--work", type=Path, required=True, help="folder for unpacked sets, features and facts")
+    parser.add_argument("--only", nargs="*", default=sets)
+    return parser.parse_args()
 
 
 def folders(data: Path, work: Path) -> dict[str, Path]:

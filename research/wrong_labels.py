@@ -7,7 +7,6 @@ SqueezeNet. Flips are drawn evenly over images and other classes, five times. Pr
 of the unflipped set are not all false alarms, because some labels of these sets are wrong.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from research.grid import DATA, NETWORKS
-from research.units import folders
+from research.grid import NETWORKS
+from research.units import command_line, folders
 from tlpipeline.backbones import catalogue, features
 from tlpipeline.backbones import taps as cutting
 from tlpipeline.backbones.pooling import TapPooling
@@ -58,11 +57,7 @@ def flipped(truth: npt.NDArray[np.int64], seed: int) -> tuple[npt.NDArray[np.int
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--work", type=Path, required=True, help="folder for unpacked sets and features")
-    parser.add_argument("--only", nargs="*", default=SETS)
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, SETS)
     sets = folders(arguments.data, arguments.work)
     columns = " | ".join(f"{t:g}: flips found | precision | listed unflipped" for t in THRESHOLDS)
     print(f"| data set | images | classes | probe | {columns} | right among the first 20 |")

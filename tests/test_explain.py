@@ -559,19 +559,19 @@ def test_the_report_tells_the_same(made: Decision) -> None:
     template = (report.TEMPLATE / "report.html").read_text(encoding="utf-8")
     start, end = template.index("{% macro body"), template.index("<section>\n<h2>How well each layer")
     seen = profile()
-    told = {s.key: s for s in explain.sections(made, seen)}
+    explained = {s.key: s for s in explain.sections(made, seen)}
     page = report._environment().from_string("{% autoescape true %}" + template[start:end] + "{% endautoescape %}")
     words = page.render(
         case=made,
         profile=seen,
-        told=told,
+        explained=explained,
         plane=report._plane(made),
         why=reasons.summary(made, seen),
         action=explain.action(made, seen),
         warnings=reasons.warnings(made, seen),
     )
     shown = flat(re.sub(r"<[^>]*>", " ", words)).replace("&#39;", "'").replace("&gt;", ">")
-    for key, section in told.items():
+    for key, section in explained.items():
         for part in section.parts if key not in ("axes", "probes") else ():
             for text in [part] if isinstance(part, str) else part.rows[0] if isinstance(part, explain.Table) else part.lines:
                 assert flat(text).replace("`", "") in shown.replace("`", ""), text

@@ -138,8 +138,8 @@ def load(
     name, kept = description.architecture, None
     if description.code_md5 != NONE:
         kept = folder / FOLDER
-        if (found := of_folder(kept).md5) != description.code_md5:
-            raise BackboneError(f"expected the code of {name} in {kept} to have the md5 {description.code_md5}, found {found}. {_AGAIN}")
+        if (md5 := of_folder(kept).md5) != description.code_md5:
+            raise BackboneError(f"expected the code of {name} in {kept} to have the md5 {description.code_md5}, found {md5}. {_AGAIN}")
     if ":" in name and not trusts(name, description.code_md5):
         raise BackboneError(
             f"expected a network of the catalogue or of this workspace in {folder / DESCRIPTION}, found {name!r}. Loading it would call that "

@@ -75,14 +75,14 @@ def find(rows: Sequence[Row], facts: Sequence[Facts], threshold: float) -> tuple
     """
     drawn = sorted(range(len(rows)), key=lambda i: rows[i].md5)[:MOST]  # as good as at random
     rows, facts = [rows[i] for i in drawn], [facts[i] for i in drawn]
-    told = [score for score in scores(rows, facts) if score.low > threshold]
-    if not told:
+    revealing = [score for score in scores(rows, facts) if score.low > threshold]
+    if not revealing:
         return [], []
-    best = max(told, key=lambda score: score.low)
+    best = max(revealing, key=lambda score: score.low)
     classes = {row.label for row in rows}
-    labels = sorted({score.label for score in told})
+    labels = sorted({score.label for score in revealing})
     names = list(
-        dict.fromkeys(score.fact for score in sorted(told, key=lambda s: -s.low) if score.label == best.label and score.fact != ALL)
+        dict.fromkeys(score.fact for score in sorted(revealing, key=lambda s: -s.low) if score.label == best.label and score.fact != ALL)
     )
     whose = [best.label, *(label for label in labels if label != best.label)]
     text = (
@@ -92,7 +92,7 @@ def find(rows: Sequence[Row], facts: Sequence[Facts], threshold: float) -> tuple
     )
     # Where the files of a few among many classes are special, the accuracy still speaks of the others.
     severity = BLOCK if 2 * len(labels) >= len(classes) else WARN
-    findings = [_finding(rows, facts, score) for score in sorted(told, key=lambda s: -s.low) if score.fact != ALL]
+    findings = [_finding(rows, facts, score) for score in sorted(revealing, key=lambda s: -s.low) if score.fact != ALL]
     return findings, [Alarm(KIND, severity, text)]
 
 

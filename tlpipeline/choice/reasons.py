@@ -176,14 +176,14 @@ def warnings(decision: Decision, profile: Profile) -> tuple[str, ...]:
 def alarms(decision: Decision, profile: Profile) -> tuple[Alarm, ...]:
     """Return the warnings as alarms. That no head recognizes the labels blocks a promotion, unless fine-tuning did in a race."""
     recognized = decision.race is not None and decision.race.ended == "ahead"
-    told = []
+    raised = []
     for words in warnings(decision, profile):
         kind, colon, text = words.partition(": ")
         if colon and kind == "No signal":
-            told.append(Alarm("no signal", WARN if recognized else BLOCK, text))
+            raised.append(Alarm("no signal", WARN if recognized else BLOCK, text))
         else:
-            told.append(Alarm("decision", WARN, words))
-    return tuple(told)
+            raised.append(Alarm("decision", WARN, words))
+    return tuple(raised)
 
 
 def _out_of_range(figure: OutOfRange) -> str:

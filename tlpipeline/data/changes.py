@@ -85,7 +85,7 @@ class Changes(Displayed):
     def lines(self) -> list[tuple[str, str]]:
         """Return a line for each kind of change, with some of its files, and one for each class whose size changed."""
         relabeled = [move for move in self.relabeled if move.label not in self.renamed]
-        told = [
+        kinds = [
             ("added", len(self.added), self.added),
             ("removed", len(self.removed), self.removed),
             ("replaced", len(self.replaced), self.replaced),
@@ -93,7 +93,7 @@ class Changes(Displayed):
             ("relabeled", len(relabeled), [f"{move.path} from {move.label} to {move.label_now}" for move in relabeled[:_EXAMPLES]]),
         ]
         lines = [
-            (kind, f"{number:,}: {', '.join(files[:_EXAMPLES])}{', ...' * (number > _EXAMPLES)}") for kind, number, files in told if number
+            (kind, f"{number:,}: {', '.join(files[:_EXAMPLES])}{', ...' * (number > _EXAMPLES)}") for kind, number, files in kinds if number
         ]
         lines += [("class", f"{old} is {new} now, with all its images") for old, new in self.renamed.items()]
         # A renamed class is no class that shrank and another that grew.

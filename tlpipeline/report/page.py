@@ -42,7 +42,7 @@ class Mistake:
 
 
 @dataclass(frozen=True)
-class Found:
+class FindingsOfKind:
     """A kind of findings in the data: how many there are, and the worst of them, each with its path, details and picture."""
 
     kind: str
@@ -71,7 +71,7 @@ def page(
     manifest: Manifest,
     history: Sequence[Epoch],
     mistakes: Sequence[Mistake],
-    findings: Sequence[Found],
+    findings: Sequence[FindingsOfKind],
     alarms: Sequence[Alarm],
     changes: "Changes | None",
     seconds: Mapping[str, float | None],
@@ -90,7 +90,7 @@ def page(
             registration=registration,
             verdict=registration.verdict,
             case=case,
-            told={section.key: section for section in explain.sections(case, profile)},
+            explained={section.key: section for section in explain.sections(case, profile)},
             why=reasons.summary(case, profile),
             action=explain.action(case, profile),
             profile=profile,

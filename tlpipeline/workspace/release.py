@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from tlpipeline.checking.quality import Finding
     from tlpipeline.data.dataset import Manifest
-    from tlpipeline.report.page import Found
+    from tlpipeline.report.page import FindingsOfKind
 
 REPORT = "report.html"
 WORST = 6  # pictures of each kind of findings in the report
@@ -277,7 +277,7 @@ def write_report(root: Path, registration: Registration) -> Path:
     return path
 
 
-def _worst_findings(root: Path, manifest: "Manifest") -> "list[Found]":
+def _worst_findings(root: Path, manifest: "Manifest") -> "list[FindingsOfKind]":
     """Return the kinds of findings in quality.csv, each with pictures of the worst; the findings of a kind are listed the worst first."""
     from tlpipeline.data import dataset
     from tlpipeline.report import page as report
@@ -289,7 +289,7 @@ def _worst_findings(root: Path, manifest: "Manifest") -> "list[Found]":
     for finding in layout.read_quality(root).findings:
         by_kind.setdefault(finding.kind, []).append(finding)
     return [
-        report.Found(
+        report.FindingsOfKind(
             kind,
             len(listed),
             [
