@@ -139,5 +139,6 @@ def register(workspace: Path, verdict: Verdict | None) -> Registration:
 def report(workspace: Path, registration: Registration) -> release.Summary:
     """Write report.html; return the summary of the run."""
     with stages.timed(workspace, "report"):
-        path = release.write_report(workspace, registration)
-    return release.summary(workspace, registration, path)
+        changes = history.diff_of_run(workspace, registration.verdict.champion) if registration.verdict else None
+        path = release.write_report(workspace, registration, changes)
+    return release.summary(workspace, registration, path, changes)

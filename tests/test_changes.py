@@ -133,7 +133,8 @@ def test_a_run_says_what_changed_since_the_champion_and_how_the_champion_does_on
     assert new
     assert any(note.startswith(f"On the {len(new)} test images that are new since workspace@v0.1.0, it is right") for note in verdict.notes)
     registration = release.register(registered, verdict)
-    told = release.summary(registered, registration, release.write_report(registered, registration))
+    changes = history.diff_of_run(registered, verdict.champion)
+    told = release.summary(registered, registration, release.write_report(registered, registration, changes), changes)
     assert told.changes is not None
     assert told.changes.counts == {"added": 40}
     assert "40 added since workspace@v0.1.0" in str(told)

@@ -252,6 +252,8 @@ class Workspace:
     def diff(self, since: str = "HEAD", until: str | None = None) -> Changes:
         """Return what changed in the images: files added, removed, replaced, moved, put into another class, and the sizes of classes.
 
+        `drift` of the result says for each class whether its images look different now. It takes features from the cache and computes none.
+
         Args:
             since: "latest", "v1", or a git revision such as "HEAD~3", a tag or a date ("main@{1 week ago}").
             until: a later one; None is the folder of images as it is now, versioned or not.
@@ -262,7 +264,7 @@ class Workspace:
         """
         from tlpipeline.workspace import history
 
-        return history.diff(self.root, self._revision(since), None if until is None else self._revision(until))
+        return history.diff_with_drift(self.root, self._revision(since), None if until is None else self._revision(until))
 
     def _revision(self, text: str) -> str:
         name = self.registry.full_name(text)

@@ -188,16 +188,9 @@ class FeatureExtractor:
         self.step = pass_size(device, transforms.size)  # images in a pass
         self.separate_writer = device.type != "cpu"  # on a CPU, writing in a second thread gains nothing
         self.network = with_pooling(trunk, [r.grids for r in readings], half)
-        fingerprints = taps.tap_fingerprints(backbone, [r.tap for r in readings], logits=logits)
-        outputs = [(fingerprints[r.tap], r.tap, str(r.grids)) for r in readings]
-        outputs += [(fingerprints[taps.LOGITS], "logits", "")] if logits else []
         self.widths, self.taps = [sum(r.blocks) for r in readings], [r.tap for r in readings]
         self.columns: list[Column] = [
-            store.column(
-                "|".join((*out, f"{transforms}|{numerics_key(device, transforms.size, half)}|{FORMAT}")),
-                f"{backbone.name} {out[1]} at {transforms.size} pixels",
-            )
-            for out in outputs
+            store.column(key, label) for key, label in _column_keys(backbone, readings, transforms, device, half, logits).items()
         ]
 
     def missing(self, rows: Sequence[Row]) -> npt.NDArray[np.bool_]:
@@ -268,6 +261,34 @@ class FeatureExtractor:
         """Return the features of these images, all of which must be cached."""
         md5s = [row.md5 for row in rows]
         return [column.rows(md5s) for column in self.columns]
+
+
+def _column_keys(
+    backbone: Backbone, readings: Sequence[TapPooling], transforms: Transforms, device: torch.device, half: bool, logits: bool
+) -> dict[str, str]:
+    """Return the key of each output's column in the cache, with a label for people."""
+    fingerprints = taps.tap_fingerprints(backbone, [r.tap for r in readings], logits=logits)
+    outputs = [(fingerprints[r.tap], r.tap, str(r.grids)) for r in readings]
+    outputs += [(fingerprints[taps.LOGITS], "logits", "")] if logits else []
+    return {
+        "|".join((*out, f"{transforms}|{numerics_key(device, transforms.size, half)}|{FORMAT}")): (
+            f"{backbone.name} {out[1]} at {transforms.size} pixels"
+        )
+        for out in outputs
+    }
+
+
+def cached_columns(
+    backbone: Backbone, readings: Sequence[TapPooling], size: int, store: Store, device: torch.device, half: bool
+) -> dict[str, Column]:
+    """Return the features that the cache has, by tap; taps without any are left out. Nothing is computed or written.
+
+    Args:
+        readings: what is pooled at which tap.
+        size: input side, pixels; half: computed in bfloat16.
+    """
+    keys = _column_keys(backbone, readings, backbone.transforms.at(size), device, half, logits=False)
+    return {r.tap: store.column(key, label) for r, (key, label) in zip(readings, keys.items(), strict=True) if store.holds(key)}
 
 
 def at_tap(

@@ -242,10 +242,18 @@ class Store:
         self._columns: dict[str, Column] = {}
         self._room, self._before = 0.0, time.time() - _IN_USE_S
 
+    def holds(self, key: str) -> bool:
+        """Return whether there is a column of this key."""
+        folder = self._folder_of(key)
+        return key in self._columns or (folder is not None and (folder / LABEL).exists())
+
+    def _folder_of(self, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()
+
     def column(self, key: str, label: str) -> Column:
         """Return the column of this key; `label` describes its content to people."""
         if key not in self._columns:
-            folder = None if self.folder is None else self.folder / hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()
+            folder = self._folder_of(key)
             if folder is not None and not (folder / LABEL).exists():
                 write_json({"label": label}, folder / LABEL)
             self._columns[key] = Column(folder, self._grew)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tlpipeline.data.drift import Drift
 from tlpipeline.display import Displayed, table
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Changes(Displayed):
         relabeled: the same content in another class.
         renamed: class that is gone, and the new class that has all its images that are left.
         sizes: images of each class before and now, for classes whose size changed.
+        drift: whether the images of each class look different now, None where it was not measured.
     """
 
     since: str
@@ -54,6 +56,7 @@ class Changes(Displayed):
     relabeled: tuple[Move, ...]
     renamed: Mapping[str, str]
     sizes: Mapping[str, tuple[int, int]]
+    drift: Drift | None = None
 
     def __bool__(self) -> bool:
         """Whether anything changed."""
@@ -83,7 +86,7 @@ class Changes(Displayed):
         return asdict(self)
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return a line for each kind of change, with some of its files, and one for each class whose size changed."""
+        """Return a line for each kind of change, with some of its files, and one for each class whose size changed or that drifted."""
         relabeled = [move for move in self.relabeled if move.label not in self.renamed]
         kinds = [
             ("added", len(self.added), self.added),
@@ -98,7 +101,8 @@ class Changes(Displayed):
         lines += [("class", f"{old} is {new} now, with all its images") for old, new in self.renamed.items()]
         # A renamed class is no class that shrank and another that grew.
         sizes = {k: v for k, v in self.sizes.items() if k not in self.renamed and k not in self.renamed.values()}
-        return lines + [("class", f"{label}: {_size(*size)}") for label, size in sizes.items()]
+        lines += [("class", f"{label}: {_size(*size)}") for label, size in sizes.items()]
+        return lines + [("drift", text) for text in (self.drift.lines() if self.drift else ())]
 
     def __rich__(self) -> RenderableType:
         return table((), [("since", self.since), ("changes", self.summary), *self.lines()])

@@ -1,23 +1,27 @@
 """What changed between two states of a workspace: its images, and the decision about them."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tlpipeline import records
 from tlpipeline.choice.decision import Decision, Former
+from tlpipeline.data import drift
 from tlpipeline.data.changes import Changes, File, compare
-from tlpipeline.errors import ParamsError, WorkspaceError
+from tlpipeline.data.drift import Drift
+from tlpipeline.errors import BackboneError, ParamsError, WorkspaceError
 from tlpipeline.files import write_bytes
 from tlpipeline.params import NONE, load
 from tlpipeline.registry import versions
 from tlpipeline.versioning import dvc, git
-from tlpipeline.workspace import layout
+from tlpipeline.workspace import layout, stages
 
 if TYPE_CHECKING:
+    from tlpipeline.backbones.pooling import TapPooling
+    from tlpipeline.data.cache import Column
     from tlpipeline.data.dataset import Manifest
 
 
@@ -31,19 +35,67 @@ def diff(root: Path, since: str, until: str | None = None) -> Changes:
         WorkspaceError: no images are versioned at a revision, or their list cannot be fetched.
         DataError: the present folder or a table of labels cannot be read.
     """
+    return compare(*_versions(root, since, until), since)
+
+
+def diff_with_drift(root: Path, since: str, until: str | None = None) -> Changes:
+    """Compare the images of two git revisions as `diff` does, and the cached features of the images of each class."""
+    from tlpipeline.data import dataset
+
+    before, now = _versions(root, since, until)
+    changes = compare(before, now, since)
+    listed = [dataset.read_manifest(root / layout.MANIFEST)] if (root / layout.MANIFEST).is_file() else []
+    return replace(changes, drift=_drift(root, before, now, changes.renamed, listed))
+
+
+def _versions(root: Path, since: str, until: str | None) -> tuple[dict[str, File], dict[str, File]]:
     images = layout.params_of(root).data.images
     hashes = dvc.file_hashes(root, images) if until is None else dvc.files_at(root, images, until)
-    return compare(_labeled(root, dvc.files_at(root, images, since), since), _labeled(root, hashes, until), since)
+    return _labeled(root, dvc.files_at(root, images, since), since), _labeled(root, hashes, until)
 
 
 def diff_of_run(root: Path, champion: str) -> Changes | None:
-    """Compare the images of the last run with those of the version that its model was compared with; None if there is no such version."""
+    """Compare the images of the last run, and their cached features, with those of the version that its model was compared with.
+
+    Returns:
+        None if there is no such version.
+    """
     from tlpipeline.data import dataset
 
     version = next((v for v in versions.versions(root, layout.params_of(root).data.name) if str(v) == champion), None)
     if version is None:
         return None
-    return compare(_listed(versions.manifest_of(root, version)), _listed(dataset.read_manifest(root / layout.MANIFEST)), champion)
+    manifests = versions.manifest_of(root, version), dataset.read_manifest(root / layout.MANIFEST)
+    before, now = map(_listed, manifests)
+    changes = compare(before, now, champion)
+    return replace(changes, drift=_drift(root, before, now, changes.renamed, manifests))
+
+
+def _drift(
+    root: Path, before: Mapping[str, File], now: Mapping[str, File], renamed: Mapping[str, str], manifests: "Sequence[Manifest]"
+) -> Drift | None:
+    """Return the drift of each class by the features in the cache, None where no class can be compared or no run has measured any images.
+
+    Args:
+        renamed: classes of the earlier version under their present names.
+        manifests: those that say which images are in one group.
+    """
+    compared = drift.sides({f.md5: f.label for f in before.values()}, {f.md5: f.label for f in now.values()}, renamed)
+    if not compared or not manifests or not (root / layout.PROFILE).is_file():
+        return None
+    groups = {row.md5: row.group for manifest in manifests for row in manifest.rows if row.group}
+    if not any(each.comparable for each in compared):  # the network need not be loaded to say so
+        return drift.drift(compared, (), groups)
+    try:
+        columns = stages.cached_features(root)
+    except (BackboneError, WorkspaceError) as error:
+        return Drift((), (), 0, 0, problem=str(error))
+    return drift.drift(compared, [_view(*each) for each in columns], groups)
+
+
+def _view(reading: "TapPooling", column: "Column") -> drift.View:
+    """Return a column as features to compare: the means of the whole maps, which are the first ones of a pyramid."""
+    return drift.View(reading.tap, column.has, lambda md5s: column.rows(md5s).all()[:, : reading.channels].double().numpy())
 
 
 def _listed(manifest: "Manifest") -> dict[str, File]:

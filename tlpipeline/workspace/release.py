@@ -26,7 +26,7 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import ledger, versions
 from tlpipeline.registry.versions import Registration
 from tlpipeline.versioning import dvc, git, lock
-from tlpipeline.workspace import alarming, history, layout, stages
+from tlpipeline.workspace import alarming, layout, stages
 from tlpipeline.workspace.create import TRACKED
 
 if TYPE_CHECKING:
@@ -233,8 +233,12 @@ def _environment(packages: Sequence[str]) -> dict[str, str]:
 # --- report ---------------------------------------------------------------------------------------------------------------------------
 
 
-def write_report(root: Path, registration: Registration) -> Path:
-    """Write report.html: one self-contained page about the run."""
+def write_report(root: Path, registration: Registration, changes: Changes | None = None) -> Path:
+    """Write report.html: one self-contained page about the run.
+
+    Args:
+        changes: of the images since the version that the model was compared with (see `history.diff_of_run`).
+    """
     from tlpipeline.data import dataset, splits
     from tlpipeline.evaluation import metrics as evaluate
     from tlpipeline.report import page as report
@@ -266,7 +270,7 @@ def write_report(root: Path, registration: Registration) -> Path:
         mistakes=errors,
         findings=_worst_findings(root, manifest),
         alarms=alarming.of_run(root),
-        changes=history.diff_of_run(root, registration.verdict.champion) if registration.verdict else None,
+        changes=changes,
         seconds=layout.read_run(root).seconds,
         training=layout.read_run(root).training,
         data_hash=dvc.data_hash(root, params.data.images),
@@ -381,8 +385,13 @@ def _counted(number: int, one: str, more: str) -> str:
     return f"{number} {one if number == 1 else more}"
 
 
-def summary(root: Path, registration: Registration, report: Path) -> Summary:
-    """Return the summary of a run."""
+def summary(root: Path, registration: Registration, report: Path, changes: Changes | None = None) -> Summary:
+    """Return the summary of a run.
+
+    Args:
+        report: path of the report page.
+        changes: as in `write_report`.
+    """
     from tlpipeline.choice import reasons
     from tlpipeline.data import dataset
 
@@ -410,7 +419,7 @@ def summary(root: Path, registration: Registration, report: Path) -> Summary:
         version=registration.version,
         new=registration.new,
         verdict=verdict.outcome if verdict else "",
-        changes=history.diff_of_run(root, verdict.champion) if verdict else None,
+        changes=changes,
         outcome=registration.reason,
         report=str(report),
         seconds=layout.read_run(root).seconds,

@@ -66,8 +66,9 @@ from tlpipeline.workspace.outputs import atomic_outputs
 if TYPE_CHECKING:
     import torch
 
+    from tlpipeline.backbones.pooling import TapPooling
     from tlpipeline.backbones.taps import Backbone
-    from tlpipeline.data.cache import Store
+    from tlpipeline.data.cache import Column, Store
     from tlpipeline.data.dataset import Manifest, Row
     from tlpipeline.evaluation.metrics import Predictions
     from tlpipeline.profiling.profile import Profile
@@ -393,6 +394,26 @@ def tap_reader(
     return lambda images, rows, progress: features.at_tap(
         backbone, measured.best.reading, size, images, rows, store, device, half, progress
     )
+
+
+def cached_features(root: Path) -> "list[tuple[TapPooling, Column]]":
+    """Return the features that the cache has, at the first tap, at the profile's best and at the last one. Nothing is computed or written.
+
+    Raises:
+        BackboneError: the network cannot be loaded, or is not the one of the profile.
+        WorkspaceError: the profile is damaged, or another version wrote it.
+    """
+    from tlpipeline.backbones import features
+    from tlpipeline.backbones.precision import extracts_in_bfloat16
+    from tlpipeline.data import cache, dataset
+
+    params, measured = params_of(root), read_profile(root)
+    device = device_of(params)
+    backbone, size = _backbone_and_size(root, params, dataset.read_manifest(root / MANIFEST))
+    readings = list({probe.name: probe.reading for probe in (measured.taps[0], measured.best, measured.taps[-1])}.values())
+    half = extracts_in_bfloat16(device, params.backbone.precision)
+    columns = features.cached_columns(backbone, readings, size, cache.Store(root / CACHE), device, half)
+    return [(reading, columns[reading.tap]) for reading in readings if reading.tap in columns]
 
 
 def device_of(params: Params) -> "torch.device":
