@@ -3,17 +3,17 @@
     python -m research.warm FOLDER_FOR_WORK [SEED ...]
 
 A champion is fine-tuned on half of the images. Then all images come, and the network is fine-tuned as usual from the source's weights
-(cold), from the champion's (warm), and from the champion's with half of the epochs (warm/2). The head is solved anew each time. The test
-images are the same. `both` is cold or warm, whichever is better on validation, which no backbone was trained on. `forgotten` is the largest
-fall of a class's recall against the champion. TLPIPELINE_DATA names the folder of the data. What has a line in rows.jsonl of the folder
-for work is not trained again.
+(cold), from the champion's (warm), from the champion's with half of the epochs (warm/2), and from the source's with twice the epochs
+(cold x 2). `chain` starts on a quarter of the images, and each further quarter is trained from the weights before. The head is solved anew
+each time. The test images are the same. `both` is cold or warm, whichever is better on validation, which no backbone was trained on.
+`forgotten` is the largest fall of a class's recall against the champion. TLPIPELINE_DATA names the folder of the data. What has a line in
+rows.jsonl of the folder for work is not trained again.
 """
 
 import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,17 @@ from tlpipeline.training.distributed import LocalContext
 
 SETS = ("flowers", "eurosat", "sign_digits", "caltech24")
 NETWORK, IMAGES, SEEDS = "resnet20", 1000, (0, 1)
-ARMS = {"champion": 1, "cold": 1, "warm": 1, "warm/2": 2}  # each with the divisor of its epochs
+# Each arm with where it starts, its share of the images, and its multiple of the usual epochs.
+ARMS = {
+    "champion": ("source", 0.5, 1.0), "cold": ("source", 1.0, 1.0), "warm": ("champion", 1.0, 1.0), "warm/2": ("champion", 1.0, 0.5),
+    "cold x 2": ("source", 1.0, 2.0), "quarter": ("source", 0.25, 1.0), "two quarters": ("quarter", 0.5, 1.0),
+    "three quarters": ("two quarters", 0.75, 1.0), "chain": ("three quarters", 1.0, 1.0),
+}  # fmt: skip
+SHOWN = ("champion", "cold", "warm", "warm/2", "cold x 2", "chain", "both")
 
 
 def fine_tune(
-    name: str, manifest: Manifest, images: Path, weights: Path, seed: int, shorter: int, work: Path
+    name: str, manifest: Manifest, images: Path, weights: Path, seed: int, times: float, work: Path
 ) -> tuple[Path, npt.NDArray[np.bool_], float]:
     """Return the model's folder, whether each test image is right, and the CPU seconds.
 
@@ -51,7 +57,7 @@ def fine_tune(
         name: of the data set.
         manifest, images: what is trained on.
         weights: file to start from.
-        shorter: divisor of the usual epochs.
+        times: multiple of the usual epochs.
         work: an empty folder.
     """
     net = NETWORKS[NETWORK]
@@ -59,7 +65,7 @@ def fine_tune(
     dataset.write_manifest(manifest, work / "manifest.parquet", work / "quarantine.csv")
     backbone = catalogue.load(net.name, str(weights), md5=file_md5(weights), size=net.size, seed=seed)
     plan = whole_network(case_of("tuned", 1.0), cutting.measure_taps(backbone, net.size)[-1], net.size)
-    recipe = dataclasses.replace(plan.recipe, epochs_at_500=plan.recipe.epochs_at_500 // shorter, least_epochs=1)
+    recipe = dataclasses.replace(plan.recipe, epochs_at_500=round(plan.recipe.epochs_at_500 * times), least_epochs=1)
     job = TrainingConfig(
         workspace=str(work), images=str(images), manifest=str(work / "manifest.parquet"), backbone=net.name, weights=str(weights),
         weights_md5=file_md5(weights), plan=dataclasses.replace(plan, recipe=recipe), seed=seed, epochs="auto", batch_size="auto",
@@ -85,59 +91,63 @@ def as_source(finished: Path, source: Path, target: Path) -> Path:
     return target
 
 
-def measured(name: str, seed: int, work: Path) -> Iterator[dict[str, Any]]:
-    """Train the arms of a data set and yield a line for each, the champion first."""
+def trained(name: str, seed: int, arm: str, work: Path) -> dict[str, Any]:
+    """Train an arm and return its line. Its weights are kept as a source for the arms that start from it."""
     source, images = DATA / NETWORKS[NETWORK].weights, folders(DATA, work)[name]
     listed = pool(name, images, work)
     largest = sizes(len(listed), (IMAGES,))[-1]
-    half, whole = (split(listed, n, largest, seed) for n in (largest // 2, largest))
-    labels = np.array([row.label for row in whole.used(TEST)])
+    origin, share, times = ARMS[arm]
     here = work / f"{name}-{seed}"
-    shutil.rmtree(here, ignore_errors=True)  # an interrupted one starts again
-    start = here / "champion.safetensors"
-    recalls: dict[str, npt.NDArray[np.float64]] = {}
-    for arm, shorter in ARMS.items():
-        weights = source if arm in ("champion", "cold") else start
-        finished, right, spent = fine_tune(
-            name, half if arm == "champion" else whole, images, weights, seed, shorter, here / arm.replace("/", "")
-        )
-        if arm == "champion":
-            as_source(finished, source, start)
-        recalls[arm] = np.array([right[labels == label].mean() for label in np.unique(labels)])
-        validation = json.loads((finished / "history.json").read_text())["validation"]
-        yield {
-            "data": name, "seed": seed, "arm": arm, "images": largest, "test": len(labels), "accuracy": 100 * float(right.mean()),
-            "validation": 100 * validation["accuracy"], "log_loss": validation["log_loss"],
-            "forgotten": 100 * float((recalls["champion"] - recalls[arm]).max()), "cpu_s": spent,
-        }  # fmt: skip
+    place = here / arm.replace("/", " ")
+    shutil.rmtree(place, ignore_errors=True)  # an interrupted one starts again
+    manifest = split(listed, round(largest * share), largest, seed)
+    weights = source if origin == "source" else here / f"{origin}.safetensors"
+    finished, right, spent = fine_tune(name, manifest, images, weights, seed, times, place)
+    if arm in {origin for origin, _, _ in ARMS.values()}:
+        as_source(finished, source, here / f"{arm}.safetensors")
+    labels = np.array([row.label for row in manifest.used(TEST)])
+    validation = json.loads((finished / "history.json").read_text())["validation"]
+    shutil.rmtree(place)
+    return {
+        "data": name, "seed": seed, "arm": arm, "images": largest, "test": len(labels), "accuracy": 100 * float(right.mean()),
+        "validation": 100 * validation["accuracy"], "log_loss": validation["log_loss"], "cpu_s": spent,
+        "recall": {str(label): 100 * float(right[labels == label].mean()) for label in np.unique(labels)},
+    }  # fmt: skip
+
+
+def forgotten(arm: dict[str, Any], champion: dict[str, Any]) -> float:
+    """Return the largest fall of a class's recall against the champion."""
+    return max(float(champion["recall"][label] - recall) for label, recall in arm["recall"].items() if label in champion["recall"])
 
 
 def main() -> None:
     """Print a row for each data set and seed, and the means."""
     work = Path(sys.argv[1])
     work.mkdir(parents=True, exist_ok=True)
-    seeds = [int(text) for text in sys.argv[2:]] or SEEDS
     kept = work / "rows.jsonl"
-    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    by_unit: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
-    for line in lines:
-        by_unit.setdefault((line["data"], line["seed"]), {})[line["arm"]] = line
-    for seed in seeds:
+    by_unit: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
+    for line in map(json.loads, kept.read_text().splitlines() if kept.exists() else ()):
+        by_unit.setdefault((line["seed"], line["data"]), {})[line["arm"]] = line
+    for seed in [int(text) for text in sys.argv[2:]] or SEEDS:
         for name in SETS:
-            if (name, seed) in by_unit:
-                continue
-            new = list(measured(name, seed, work))
-            with kept.open("a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in new))
-            by_unit[name, seed] = {line["arm"]: line for line in new}
+            arms = by_unit.setdefault((seed, name), {})
+            for arm in ARMS:
+                if arm not in arms:
+                    arms[arm] = trained(name, seed, arm, work)
+                    with kept.open("a") as file:
+                        file.write(json.dumps(arms[arm]) + "\n")
     for arms in by_unit.values():
         arms["both"] = max((arms["cold"], arms["warm"]), key=lambda line: (line["validation"], -line["log_loss"]))
-    print("| data set | seed | test | champion | cold | warm | warm/2 | both |\n|---|---:|---:|---:|---:|---:|---:|---:|")
-    for (name, seed), arms in by_unit.items():
-        figures = (f"{arms[arm]['accuracy']:.1f}" for arm in ("champion", "cold", "warm", "warm/2", "both"))
-        print(f"| {name} | {seed} | {arms['cold']['test']} | {' | '.join(figures)} |")
-    for arm in ("champion", "cold", "warm", "warm/2", "both"):
-        print(arm, *(f"{key} {np.mean([arms[arm][key] for arms in by_unit.values()]):.1f}" for key in ("accuracy", "forgotten", "cpu_s")))
+    print(f"| data set | seed | test | {' | '.join(SHOWN)} |\n|---|---:|---:|{'---:|' * len(SHOWN)}")
+    for (seed, name), arms in sorted(by_unit.items()):
+        figures = " | ".join(f"{arms[arm]['accuracy']:.1f}" for arm in SHOWN)
+        print(f"| {name} | {seed} | {arms['cold']['test']} | {figures} |")
+    for what, figure in (
+        ("mean", lambda arms, arm: arms[arm]["accuracy"]),
+        ("forgotten", lambda arms, arm: forgotten(arms[arm], arms["champion"])),
+        ("CPU seconds", lambda arms, arm: arms[arm]["cpu_s"]),
+    ):
+        print(f"| {what} | | | {' | '.join(f'{np.mean([figure(arms, arm) for arms in by_unit.values()]):.1f}' for arm in SHOWN)} |")
 
 
 if __name__ == "__main__":
