@@ -44,7 +44,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -293,21 +292,21 @@ class Workspace:
 
     # --- models -----------------------------------------------------------------------------------------------------------------------
 
-    def load_model(self, model: str | Path = f"#{PROD}", trust: str | Collection[str] = ()) -> Model:
+    def load_model(self, model: str | Path = f"#{PROD}", trust: str | Collection[str] = (), device: str = "auto") -> Model:
         """Load a model of this workspace.
 
         Args:
             model: "latest", "v1", "#prod", "name@v1", "name#prod", or a folder.
-            trust: as for `tlpipeline.load_model`.
+            trust, device: as for `tlpipeline.load_model`.
 
         Raises:
             RegistryError: there is no such version.
         """
-        return load_model(self.registry.full_name(model) if isinstance(model, str) else model, self.root, trust)
+        return load_model(self.registry.full_name(model) if isinstance(model, str) else model, self.root, trust, device)
 
-    def promote(self, version: str = "latest", stage: str = PROD, because: str = "") -> Promotion:
+    def promote(self, version: str = "latest", stage: str = PROD, because: str = "", new_stage: bool = False) -> Promotion:
         """Put a version into a stage; the same as `registry.promote`."""
-        return self.registry.promote(version, stage, because)
+        return self.registry.promote(version, stage, because, new_stage)
 
     def accept(self, version: str | None = None, *, because: str) -> Acceptance:
         """Overrule the gate's verdict; the same as `registry.accept`."""
@@ -318,17 +317,20 @@ class Workspace:
         return self.registry.rollback(stage=stage)
 
 
-def load_model(model: str | Path, workspace: str | Path = ".", trust: str | Collection[str] = ()) -> Model:
+def load_model(model: str | Path, workspace: str | Path = ".", trust: str | Collection[str] = (), device: str = "auto") -> Model:
     """Load a model: a folder, or a version of a workspace's registry.
 
     Args:
-        model: a folder, "name@v1.2.0", "name@v1" (the newest of them), "name@latest", or "name#prod".
-        workspace: whose registry is asked and whose cache is used, if it may be written.
+        model: a folder, "name@v1.2.0", "name@v1" (the newest of them), "name@latest", or "name#prod"; in a workspace also "latest", "v1" and
+            "#prod".
+        workspace: whose registry is asked.
         trust: your own networks as "module:callable", whose code the model may run, besides those that the workspace names in
             params.yaml, now or in a registered version. A folder from elsewhere can name any function.
+        device: "cpu", "cuda", or "auto": a GPU where there is one, unless the workspace sets cluster.gpu to false.
 
     Raises:
         RegistryError: there is no such model.
+        WorkspaceError: it is no folder, and `workspace` is no workspace.
         BackboneError: the folder names a network that is not trusted.
     """
     from tlpipeline.registry import predict
@@ -337,11 +339,12 @@ def load_model(model: str | Path, workspace: str | Path = ".", trust: str | Coll
 
     root = _expanded(workspace)
     writable = lock.read_only(root) is None
-    cached = writable and (root / layout.PARAMS).is_file()
+    text = str(_expanded(model))
+    if isinstance(model, str) and not _expanded(model).is_dir() and (root / layout.PARAMS).is_file():
+        text = Workspace(root).registry.full_name(model)
     with TemporaryDirectory() as elsewhere:
-        folder = predict.find_model(str(_expanded(model)), root, None if writable else Path(elsewhere))
-        networks = [trust] if isinstance(trust, str) else trust
-        return predict.Model(folder, root, (lambda: layout.open_cache(root)) if cached else nullcontext, networks)
+        source = predict.find_model(text, root, None if writable else Path(elsewhere))
+        return predict.Model(source, root, [trust] if isinstance(trust, str) else trust, device)
 
 
 class Registry:
@@ -393,20 +396,21 @@ class Registry:
         known = versions.resolve(self._root, self.full_name(version))
         return git.read_at(self._root, known.commit, versions.CARD) or f"{known} has no {versions.CARD}"
 
-    def promote(self, version: str = "latest", stage: str = PROD, because: str = "") -> Promotion:
+    def promote(self, version: str = "latest", stage: str = PROD, because: str = "", new_stage: bool = False) -> Promotion:
         """Put a version into a stage.
 
         Args:
             version: "latest", "v1", "name@v1" or "name@latest".
+            stage: "prod", or one that a version was in before, unless it is a new_stage.
             because: why, recorded in the message of the tag. A version that was registered with blocking alarms is refused without it.
 
         Raises:
-            RegistryError: there is no such version, alarms block it, or the tag cannot be pushed.
+            RegistryError: there is no such version or stage, alarms block it, or the tag cannot be pushed.
         """
         from tlpipeline.registry import versions
 
         known = versions.resolve(self._root, self.full_name(version))
-        return Promotion(str(known), stage, versions.promote(self._root, known, stage, because))
+        return Promotion(str(known), stage, versions.promote(self._root, known, stage, because, new_stage))
 
     def accept(self, version: str | None = None, *, because: str) -> Acceptance:
         """Overrule the gate's verdict: register a rejected model, or have an undecided version count as accepted.

@@ -19,7 +19,7 @@ from tlpipeline.display import Displayed, printable
 from tlpipeline.environment import set_thread_waiting
 from tlpipeline.errors import DataError, PipelineError
 from tlpipeline.files import is_disk_full, is_out_of_memory, is_permission_error
-from tlpipeline.progress import Event
+from tlpipeline.progress import Event, silent
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(context_settings=_SETTINGS, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -223,33 +223,67 @@ def sample(folder: Annotated[Path, typer.Argument(help="Folder to write to.")]) 
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="A model folder, name@v1, or name#prod.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    json: Annotated[bool, typer.Option("--json", help="Print all probabilities as JSON.")] = False,
+    images: Annotated[list[str], typer.Argument(help="Image files, folders of them, patterns, or tables with a column path.")],
+    form: Annotated[str, typer.Option("--format", help="terminal, json, csv or parquet; without it, by the ending of --out.")] = "",
+    out: Annotated[Path | None, typer.Option(help="File to write to; without it, standard output.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     trust: Annotated[list[str], typer.Option(help="module:callable of a network that a model folder from elsewhere may call.")] = [],  # noqa: B006
     workspace: Folder = Path(),
 ) -> None:
     """Print the class and probability of images.
 
-    If files cannot be read, their names and the reasons go to standard error, and the exit code is 2.
+    A file that cannot be read is a line with its error, and the exit code is 2.
+    """
+    from contextlib import nullcontext
+
+    from tlpipeline.api import load_model
+    from tlpipeline.registry import formats
+
+    if json and form not in ("", formats.JSON):
+        raise PipelineError(f"expected one format, found --json and --format {form}. Leave one out.")
+    form = formats.chosen_format(formats.JSON if json else form, out)
+    loaded = load_model(model, workspace, trust)
+    total, first = 0, ""
+    bad = 0
+    # On a terminal the lines show the progress, and a bar would be drawn over them.
+    with (
+        nullcontext() if out is None and sys.stdout.isatty() else _Bar() as bar,
+        formats.open_writer(form, out, loaded.classes, _write) as write,
+    ):
+        for prediction in loaded.predict_files(images, bar or silent):
+            total += 1
+            if prediction.error:
+                bad += 1
+                first = first or f"{prediction.path}: {prediction.error}"
+            write([prediction])
+    if out is not None:
+        _say(f"{total} images written to {out}")
+    if bad:
+        others = f"the {total - bad} others are predicted" if bad < total else "nothing is predicted"
+        raise DataError(
+            f"expected {total} images, of which {bad} cannot be read, such as {printable(first, lines=False)}; {others}. Replace those files or "
+            "leave them out."
+        )
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A model folder, name@v1, or name#prod.")],
+    onnx: Annotated[Path | None, typer.Option(help="ONNX file to write; needs the extra onnx.")] = None,
+    torch: Annotated[Path | None, typer.Option(help="File of torch.export to write, such as model.pt2.")] = None,
+    images: Annotated[list[str], typer.Option(help="Images to compare the file on; without them, test images of the workspace.")] = [],  # noqa: B006
+    trust: Annotated[list[str], typer.Option(help="module:callable of a network that a model folder from elsewhere may call.")] = [],  # noqa: B006
+    workspace: Folder = Path(),
+) -> None:
+    """Write a model as a file that needs no tlpipeline.
+
+    Its input are decoded images of any size. The file is compared with the model before it takes its name.
     """
     from tlpipeline.api import load_model
 
-    predictions, reasons = load_model(model, workspace, trust).predict_readable(images)
-    if json:
-        import dataclasses
-        from json import dumps
-
-        print(dumps([dataclasses.asdict(p) for p in predictions], indent=2))
-    else:
-        for prediction in predictions:
-            _print(printable(str(prediction), lines=False))
-    if reasons:
-        for path, why in reasons.items():
-            _say(printable(f"{path}: {why}", lines=False))
-        raise DataError(
-            f"expected {len(predictions) + len(reasons)} images, of which {len(reasons)} cannot be read; the {len(predictions)} others are "
-            "predicted. Replace those files or leave them out."
-        )
+    if onnx is None and torch is None:
+        raise PipelineError("expected a file to write, found none. Name one: --onnx model.onnx, or --torch model.pt2")
+    _print(load_model(model, workspace, trust, "cpu").export(onnx=onnx, torch=torch, images=images or None))
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------
@@ -338,12 +372,13 @@ def registry_promote(
     version: Annotated[str, typer.Argument(help="name@v1, name@latest, v1 or latest.")],
     stage: Annotated[str, typer.Option(help="Stage to put it into.")] = "prod",
     because: Annotated[str, typer.Option(help="Why, recorded in the tag; needed where alarms block the version.")] = "",
+    new_stage: Annotated[bool, typer.Option("--new-stage", help="Make the stage, if no version was in it before.")] = False,
     workspace: Folder = Path(),
 ) -> None:
     """Put a version into a stage."""
     from tlpipeline.api import Workspace
 
-    _print(Workspace(workspace).promote(version, stage, because))
+    _print(Workspace(workspace).promote(version, stage, because, new_stage))
 
 
 @registry.command("accept")

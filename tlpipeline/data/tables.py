@@ -99,6 +99,24 @@ def read_table(path: Path, group: str = "") -> LabelTable:
     return LabelTable(path.name, lines, tuple(columns), grouped, frozenset(given | {"train"} if given and blanks else given))
 
 
+def read_paths(path: Path) -> list[str]:
+    """Return the column `path` of a table, in its order.
+
+    Args:
+        path: a file that ends with .csv, .tsv or .parquet.
+
+    Raises:
+        DataError: the file is missing, damaged or empty, or has no such column.
+    """
+    columns, rows = _rows(path)
+    index = next((i for i, name in enumerate(columns) if name.strip().casefold() == "path"), None)
+    if index is None:
+        raise DataError(f"expected the column path in {path}, found {', '.join(columns) or 'none'}. Rename the column.")
+    if not rows:
+        raise DataError(f"expected a line for each image in {path}, found none. Add the paths, which start from the table's folder.")
+    return [row[index] for row in rows]
+
+
 def _relative(text: str) -> str:
     """Return a path as it is written below the folder of images."""
     return PurePosixPath(text.strip().replace("\\", "/")).as_posix()
@@ -154,9 +172,7 @@ def _rows(path: Path) -> tuple[list[str], Sequence[list[str]]]:
         DataError: it is missing or damaged.
     """
     if not path.is_file():
-        raise DataError(
-            f"expected the table of labels {path}, found {'a folder' if path.exists() else 'no such file'}. Name a CSV or parquet file."
-        )
+        raise DataError(f"expected the table {path}, found {'a folder' if path.exists() else 'no such file'}. Name a CSV or parquet file.")
     try:
         return _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
     except (UnicodeDecodeError, csv.Error, OSError, ValueError) as error:

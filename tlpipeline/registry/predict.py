@@ -1,27 +1,30 @@
 """Prediction: the transforms are stored with the model, so predictions are prepared as the evaluation was."""
 
-import hashlib
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from tlpipeline import params
 from tlpipeline.backbones import classifier
-from tlpipeline.data import dataset, decoding
-from tlpipeline.data.cache import Store
-from tlpipeline.data.dataset import Row
-from tlpipeline.data.decoding import Pixels
-from tlpipeline.data.loader import Images, resize_and_crop
-from tlpipeline.data.transforms import Transforms
-from tlpipeline.errors import DataError
-from tlpipeline.registry import versions
+from tlpipeline.backbones.precision import enable_tf32
+from tlpipeline.data import dataset, splits
+from tlpipeline.data.loader import Images, batch_ranges
+from tlpipeline.errors import DataError, WorkspaceError
+from tlpipeline.export.provenance import Provenance
+from tlpipeline.progress import Event, Progress, silent
+from tlpipeline.registry import pictures, versions
+from tlpipeline.registry.pictures import Picture, Pictures
 
-Picture: TypeAlias = "str | Path | Image.Image | Pixels"
+if TYPE_CHECKING:
+    from tlpipeline.export.files import Exported, Sample, Saving
+
+_PART = 2048  # files whose predictions are computed before they are handed on
+_COMPARED = 64  # images that an exported file is compared on
 
 
 @dataclass(frozen=True)
@@ -32,56 +35,94 @@ class Prediction:
         path: of the file, "" for an image in memory.
         label: the most likely class; probability: of that class.
         probabilities: of each class.
+        distance: to the training images, 1 at the threshold; None where the model does not store it.
+        known: whether the distance is below the threshold; None where there is none.
+        error: why there is no prediction, "" if there is one.
+        model: version or folder of the model.
     """
 
     path: str
     label: str
     probability: float
     probabilities: dict[str, float]
+    distance: float | None = None
+    known: bool | None = None
+    error: str = ""
+    model: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}  {self.label}  {self.probability:.4f}".lstrip()
+        if self.error:
+            return f"{self.path}  error: {self.error}"
+        unlike = "  none of these" if self.known is False else ""
+        return f"{self.path}  {self.label}  {self.probability:.4f}{unlike}".lstrip()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; an image without a prediction has no label and no probability."""
+        return {
+            "path": self.path,
+            "label": None if self.error else self.label,
+            "probability": None if self.error else self.probability,
+            "probabilities": self.probabilities,
+            "distance": self.distance,
+            "known": self.known,
+            "error": self.error or None,
+            "model": self.model,
+        }
 
 
-def find_model(text: str, root: Path, place: Path | None = None) -> Path:
-    """Return the folder of a model, given the folder itself or a version in the workspace's registry (name@v1, name#prod).
+@dataclass(frozen=True)
+class Source:
+    """A model's folder, where it comes from, and the workspace of its images; None if there is none."""
+
+    folder: Path
+    provenance: Provenance
+    root: Path | None = None
+    version: versions.Version | None = None
+
+
+def find_model(text: str, root: Path, place: Path | None = None) -> Source:
+    """Return a model, given its folder or a version in the workspace's registry (name@v1, name#prod).
 
     Args:
         place: folder to fetch a version to that the workspace does not have; None fetches it into the workspace.
-    """
-    if Path(text).is_dir():
-        return Path(text)
-    return versions.model_folder(root, versions.resolve(root, text), place)
-
-
-def list_images(paths: Sequence[Path]) -> list[Path]:
-    """Return these files, with each folder replaced by the files below it, sorted and without dot-files.
 
     Raises:
-        DataError: a folder has no files.
+        RegistryError: there is no such version.
+        WorkspaceError: it is no folder, and there is no workspace to ask for a version.
     """
-    files: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        below = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
-        if not below:
-            raise DataError(f"expected images in {path}, found an empty folder. Name image files, or a folder that holds some.")
-        files += below
-    return files
+    if Path(text).is_dir():
+        return _folder(Path(text), root)
+    if not (root / ".git").exists():
+        raise WorkspaceError(
+            f"expected a model folder, or a version in a workspace, found no folder {text} and no workspace at {root.resolve()}. Name the "
+            "workspace with --workspace."
+        )
+    version = versions.resolve(root, text)
+    return Source(versions.model_folder(root, version, place), versions.provenance_of(root, version), root, version)
+
+
+def _folder(folder: Path, root: Path) -> Source:
+    """Return a model folder, with the version that it is, if the workspace has registered it."""
+    name = Provenance(str(folder))
+    if not ((root / ".git").exists() and (root / "params.yaml").is_file()):
+        return Source(folder, name)
+    version = versions.find_folder(root, folder)
+    if version is None:
+        return Source(folder, name, root)
+    return Source(folder, versions.provenance_of(root, version), root, version)
 
 
 class Model:
     """A trained classifier, loaded once.
 
     Args:
-        folder: of the model.
+        source: the model's folder, and where it comes from.
         root: the workspace where the network's own code is looked for, besides the installed packages.
-        store: gives the cache of a workspace, where features of images are kept that a frozen network computed; by default none.
         trust: networks as module:callable whose code may run, besides those that the workspace names.
+        device: "cpu", "cuda", or "auto", which takes a GPU where there is one and the workspace's cluster.gpu allows it.
 
     Attributes:
+        name: version of the model, or its folder.
         classes: names of the classes, in the order of the network's outputs.
         indices: number of each class in the class map of its workspace. It never changes, though outputs move when classes come and go.
 
@@ -90,23 +131,20 @@ class Model:
         BackboneError: its network is not trusted.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        root: Path | None = None,
-        store: Callable[[], AbstractContextManager[Store | None]] = nullcontext,
-        trust: Collection[str] = (),
-    ) -> None:
+    def __init__(self, source: Source, root: Path | None = None, trust: Collection[str] = (), device: str = "auto") -> None:
         def trusts(network: str, code_md5: str) -> bool:
             return network in trust or (root is not None and versions.names_network(root, network, code_md5))
 
-        self._classifier, self._description = classifier.load(folder, root, trusts)
-        self._store = store
+        self._classifier, self._description = classifier.load(source.folder, root, trusts)
+        self._source = source
+        self._device = _device(device, root)
+        self._classifier.to(self._device)
+        self.name = source.provenance.model
         self.classes = self._description.classes
         self.indices = self._description.indices or tuple(range(len(self.classes)))
 
     def __repr__(self) -> str:
-        return f"Model({self._description.architecture}, {len(self.classes)} classes)"
+        return f"Model({self.name}, {self._description.architecture}, {len(self.classes)} classes)"
 
     def predict(self, images: "Picture | Sequence[Picture]") -> list[Prediction]:
         """Predict images; each goes through the transforms that the model was trained with.
@@ -118,97 +156,134 @@ class Model:
             DataError: a file is missing or no image, or an array has another shape or type.
         """
         several = [images] if isinstance(images, str | Path | Image.Image | np.ndarray) else list(images)
-        if not several:
-            return []
-        rows, memory = [], _Memory(self._description.transforms)
-        for image in several:
-            rows.append(_row(Path(image).expanduser()) if isinstance(image, str | Path) else memory.add(image))
-        pictures = Images(Path(), rows, self._description.transforms, decoded=memory if memory.prepared else None)
-        # Features of images in memory are not cached: they do not belong to a file of the workspace.
-        with nullcontext() if memory.prepared else self._store() as store:
-            probabilities = classifier.probabilities(self._classifier, pictures, torch.device("cpu"), lambda done: None, store).tolist()
-        return [
-            Prediction(row.path, self.classes[max(range(len(p)), key=p.__getitem__)], max(p), dict(zip(self.classes, p, strict=True)))
-            for row, p in zip(rows, probabilities, strict=True)
-        ]
+        predictions = self._predict(several, silent, 0, len(several))
+        if bad := next((p for p in predictions if p.error), None):
+            raise DataError(f"expected an image at {bad.path}, but: {bad.error}. Name an image file, or leave it out.")
+        return predictions
 
-    def predict_readable(self, images: Sequence[Path]) -> tuple[list[Prediction], dict[Path, str]]:
-        """Predict the files that are readable images; return the reason for each of the other files.
+    def predict_files(self, inputs: Iterable[str | Path], progress: Progress = silent) -> Iterator[Prediction]:
+        """Predict many files, and give each prediction when it is there; a file that cannot be read gives one with its `error`.
 
         Args:
-            images: files, and folders of them.
+            inputs: files, folders, patterns such as `photos/**/*.jpg`, and tables (.csv, .tsv, .parquet) with a column `path`.
+            progress: is told how many images are done.
 
         Raises:
-            DataError: no file is a readable image, or a folder has no files.
+            DataError: a folder or pattern has no files, or a table cannot be read.
         """
-        files = list_images(images)
-        try:
-            return self.predict(files), {}
-        except DataError:
-            # Now all files are decoded to find the unreadable ones. Features that were computed before the error are in the cache.
-            reasons = {path: why for path in files if (why := _unreadable(path))}
-            readable = [path for path in files if path not in reasons]
-            if not readable or not reasons:
-                raise
-            return self.predict(readable), reasons
+        files = pictures.list_images(inputs)
+        for part in batch_ranges(len(files), _PART):
+            yield from self._predict([files[i] for i in part], progress, part.start, len(files))
 
+    def _predict(self, images: Sequence[Picture], progress: Progress, before: int, total: int) -> list[Prediction]:
+        if not images:
+            return []
+        transforms = self._description.transforms
+        prepared = Pictures(images, transforms)
 
-class _Memory:
-    """Images in memory, prepared for the network; image files are read when they are needed."""
+        def done(count: int) -> None:
+            progress(Event("predict", before + count, total, f"{before + count} of {total} images"))
 
-    def __init__(self, transforms: Transforms) -> None:
-        self.transforms = transforms
-        self.prepared: dict[str, Pixels] = {}
+        batches = Images(Path(), prepared.rows, transforms, decoded=prepared)
+        probabilities = classifier.probabilities(self._classifier, batches, self._device, done).tolist()
+        return [
+            self._prediction(row.path, values, prepared.problems.get(index, ""))
+            for index, (row, values) in enumerate(zip(prepared.rows, probabilities, strict=True))
+        ]
 
-    def add(self, image: Image.Image | Pixels) -> Row:
-        """Prepare an image; return a row that stands for it.
+    def _prediction(self, path: str, probabilities: list[float], problem: str) -> Prediction:
+        if problem:
+            return Prediction(path, "", 0.0, {}, error=problem, model=self.name)
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        named = dict(zip(self.classes, probabilities, strict=True))
+        return Prediction(path, self.classes[best], probabilities[best], named, model=self.name)
+
+    # --- taking it away -----------------------------------------------------------------------------------------------------------------
+
+    def export(
+        self, onnx: str | Path | None = None, torch: str | Path | None = None, images: "str | Path | Sequence[str | Path] | None" = None
+    ) -> "Export":
+        """Write the model as files that need no tlpipeline: from decoded RGB images, uint8 (batch, height, width, 3), to probabilities.
+
+        Each file is compared with the model before it takes its name. ONNX needs the extra `onnx`.
+
+        Args:
+            onnx: file for ONNX; torch: file for torch.export (.pt2).
+            images: what to compare on: files, folders, patterns or tables; None takes test images of the workspace.
 
         Raises:
-            DataError: it is no image.
+            BackboneError: the network cannot be exported, or a file computes something else.
+            DataError: none of `images` can be read.
         """
-        if isinstance(image, np.ndarray):
-            image = _image_of(image)
-        if not isinstance(image, Image.Image):
-            raise DataError(f"expected a path, a PIL image or an array, found {type(image).__name__}. Convert it first.")
+        from tlpipeline.export import files
+
+        sample = self._sample(images)
+        self._classifier.cpu()
         try:
-            pixels = resize_and_crop(decoding.to_rgb(image), self.transforms)
-        except decoding.UNREADABLE as error:
-            raise DataError(f"expected a PIL image that can be read, but: {decoding.describe_error(error)}. Leave it out.") from error
-        digest = hashlib.md5(pixels.tobytes(), usedforsecurity=False).hexdigest()
-        self.prepared[digest] = pixels
-        return Row("", digest, "", "", image.width, image.height, image.mode, "")
+            given = self._classifier, self._description, self._source.provenance
+            written = []
+            if onnx is not None:
+                written.append(files.write_onnx(*given, Path(onnx).expanduser(), sample))
+            if torch is not None:
+                written.append(files.write_torch(*given, Path(torch).expanduser(), sample))
+            return Export(tuple(written), files.saving(self._classifier, self._description))
+        finally:
+            self._classifier.to(self._device)
 
-    def pixels(self, row: Row) -> Pixels:
-        """Return the image of a row, as `Images` asks for it."""
-        if not row.path:
-            return self.prepared[row.md5]
-        return resize_and_crop(dataset.read_image(Path(), row, 2 * self.transforms.resize), self.transforms)
+    def _sample(self, images: "str | Path | Sequence[str | Path] | None") -> "Sample":
+        """Return images with the model's probabilities of them."""
+        from tlpipeline.export.files import Sample
+
+        transforms = self._description.transforms
+        if images is None:
+            kind, files = "test images", self._test_images()
+        else:
+            kind, files = "images", pictures.list_images([images] if isinstance(images, str | Path) else images)
+            files = files[:: -(-len(files) // _COMPARED)]
+        decoded = [image for path in files if not isinstance(image := pictures.decode(path, 2 * transforms.resize), str)]
+        arrays = [np.array(image, dtype=np.uint8) for image in decoded]
+        if not arrays and images is not None:
+            raise DataError("expected images to compare the file on, of which none can be read. Name others.")
+        if not arrays:
+            kind, random = "generated images, as no test image is here", np.random.default_rng(0)
+            arrays = [random.integers(0, 256, (*random.integers(16, 400, 2), 3), dtype=np.uint8) for _ in range(16)]
+        prepared = Pictures([Image.fromarray(array) for array in arrays], transforms)
+        batches = Images(Path(), prepared.rows, transforms, decoded=prepared)
+        probabilities = classifier.probabilities(self._classifier, batches, self._device, lambda done: None)
+        return Sample(kind, arrays, probabilities.numpy())
+
+    def _test_images(self) -> list[Path]:
+        """Return test images of the model that are in the workspace as the model's manifest lists them, evenly spaced."""
+        root, version = self._source.root, self._source.version
+        if root is None:
+            return []
+        if version is not None:
+            manifest = versions.manifest_of(root, version)
+        elif (root / "manifest.parquet").is_file():
+            manifest = dataset.read_manifest(root / "manifest.parquet")
+        else:
+            return []
+        images = root / params.load(root / "params.yaml").data.images
+        rows = manifest.used(splits.TEST)
+        chosen = rows[:: max(1, -(-len(rows) // _COMPARED))]
+        return [images / row.path for row in chosen if pictures.digest(images / row.path) == row.md5]
 
 
-def _image_of(array: Pixels) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or 0 in array.shape:
-        raise DataError(
-            f"expected an array of uint8 with shape (height, width, 3) in RGB or (height, width) in gray, found {array.dtype} with shape "
-            f"{array.shape}. Scale floats by 255 and move the channels last."
-        )
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+@dataclass(frozen=True)
+class Export:
+    """The files that a model was written to, and what the cut saves."""
+
+    files: "tuple[Exported, ...]"
+    saving: "Saving"
+    folders: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return "\n".join([*self.folders, *map(str, self.files), str(self.saving)])
 
 
-def _unreadable(path: Path) -> str:
-    """Return in words why a file cannot be used, "" if it can."""
-    try:
-        inspected = decoding.inspect(decoding.read_regular(path))
-    except OSError as error:
-        return error.strerror or str(error)
-    return inspected if isinstance(inspected, str) else ""
-
-
-def _row(path: Path) -> Row:
-    """Return an image file as a manifest would list it."""
-    try:
-        content = decoding.read_regular(path)
-    except FileNotFoundError as error:
-        raise DataError(f"expected an image at {path}, found nothing.") from error
-    except OSError as error:
-        raise DataError(f"expected an image at {path}, but it cannot be read: {error.strerror or error}. Name an image file.") from error
-    return Row(str(path), hashlib.md5(content, usedforsecurity=False).hexdigest(), "", "", 0, 0, "", "")
+def _device(name: str, root: Path | None) -> torch.device:
+    if name != "auto":
+        return enable_tf32(torch.device(name))
+    settings = None if root is None else root / "params.yaml"
+    allowed = settings is None or not settings.is_file() or params.load(settings).cluster.gpu is not False
+    return enable_tf32(torch.device("cuda" if allowed and torch.cuda.is_available() else "cpu"))

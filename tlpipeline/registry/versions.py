@@ -6,6 +6,7 @@ A version is at the commit whose dvc.lock records the model. Its tag comes last:
 Promotions are only ever added; a rollback is another promotion.
 """
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +20,9 @@ from tlpipeline.data.dataset import Manifest, read_manifest
 from tlpipeline.data.splits import TRAIN, VAL
 from tlpipeline.errors import BackboneError, RegistryError, WorkspaceError, nearest
 from tlpipeline.evaluation.verdict import Verdict
+from tlpipeline.export.provenance import Provenance
 from tlpipeline.files import write_json
-from tlpipeline.params import network_of
+from tlpipeline.params import load, network_of
 from tlpipeline.registry import ledger
 from tlpipeline.versioning import dvc, git, lock
 
@@ -180,9 +182,7 @@ def resolve(root: Path, text: str, accepted_first: bool = True) -> Version:
         for version in known:
             if stage in version.stages:
                 return version
-        raise RegistryError(
-            f"expected a version of {name} in stage {stage!r}, found none. Promote one: `tlpipeline registry promote {known[-1]}`."
-        )
+        raise RegistryError(f"expected a version of {name} in stage {stage!r}, found none. {_how_to_fill(known, stage)}")
     number = text.partition("@")[2]
     if number in ("", "latest"):
         return _newest(root, known) if accepted_first else known[-1]
@@ -190,6 +190,33 @@ def resolve(root: Path, text: str, accepted_first: bool = True) -> Version:
     if meant := [version for version in known if tuple(map(str, version.number))[: len(parts)] == parts]:
         return _newest(root, meant) if accepted_first else meant[-1]
     raise RegistryError(f"expected a version of {name}, found {number!r}; registered: {', '.join(str(v) for v in known)}.")
+
+
+def _how_to_fill(known: Sequence[Version], stage: str) -> str:
+    """Return what helps where no version is in a stage: another name, or the promotion that puts one there."""
+    filled = sorted({stage for version in known for stage in version.stages})
+    meant = difflib.get_close_matches(stage, {PROD, *filled}, n=1, cutoff=0.5) or [s for s in filled if stage.startswith(s)]
+    promotion = f"`tlpipeline registry promote {known[-1]}"
+    if stage == PROD:
+        return f"Promote one: {promotion}`."
+    if meant and meant[0] in filled:
+        return f"Did you mean #{meant[0]}?"
+    if meant:
+        return f"Did you mean #{meant[0]}? No version is in it either; promote one: {promotion}`."
+    there = f"Versions are in {', '.join(filled)}. " if filled else ""
+    return f"{there}To promote one: {promotion} --stage {stage} --new-stage`."
+
+
+def find_folder(root: Path, folder: Path) -> Version | None:
+    """Return the version whose model is in a folder, as it is byte for byte; None if it is not registered."""
+    return find_registered(root, load(root / "params.yaml").data.name, dvc.content_md5(folder))
+
+
+def provenance_of(root: Path, version: Version) -> Provenance:
+    """Return where a version comes from, for files that leave the workspace."""
+    images = load(root / "params.yaml").data.images if (root / "params.yaml").is_file() else "images"
+    data = dvc.stage_input(root, "ingest", images, version.commit)
+    return Provenance(str(version), version.commit, data, case_of(root, version))
 
 
 def model_folder(root: Path, version: Version, place: Path | None = None) -> Path:
@@ -441,16 +468,22 @@ def _latest(root: Path, name: str, stage: str) -> str:
     return next((event.tag for event in reversed(_events(root, name)) if event.stage == stage), "")
 
 
-def promote(root: Path, version: Version, stage: str = PROD, because: str = "") -> str:
+def promote(root: Path, version: Version, stage: str = PROD, because: str = "", new_stage: bool = False) -> str:
     """Promote a version to a stage; return the tag.
 
     Args:
         because: the reason, which the message of the tag records. A version that alarms block needs one.
+        new_stage: whether no version was in the stage before. Else the name must be known: a misspelt one would make a stage that nobody asks for.
 
     Raises:
-        RegistryError: alarms block the version, GTO refuses, or the tag cannot be pushed.
+        RegistryError: the stage is not known, alarms block the version, GTO refuses, or the tag cannot be pushed.
         WorkspaceError: the workspace is not writable.
     """
+    stages = sorted({PROD, *(event.stage for event in _events(root, version.name) if event.stage)})
+    if stage not in stages and not new_stage:
+        raise RegistryError(
+            f"expected a stage of {version.name}, found {stage!r}; {nearest(stage, stages)} To make a new one, add --new-stage."
+        )
     reason = because.strip()
     if not reason and (blocked := blocking(alarms_of(root, version))):
         raise RegistryError(
