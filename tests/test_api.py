@@ -170,7 +170,12 @@ def test_a_model_says_of_a_file_a_pil_image_and_an_array_what_the_command_line_s
         assert prediction.probabilities == expected["probabilities"]
         assert prediction.probability == max(prediction.probabilities.values())
     assert tuple(expected["probabilities"]) == model.classes
-    assert tl.load_model(registered / "model").predict([path]) == tl.Workspace(registered).load_model("latest").predict([path])
+    (of_folder,), (of_version,) = (
+        tl.load_model(registered / "model").predict([path]),
+        tl.Workspace(registered).load_model("latest").predict([path]),
+    )
+    assert of_folder.probabilities == of_version.probabilities
+    assert (of_folder.model, of_version.model) == (str(registered / "model"), "workspace@v0.1.0")
     assert model.predict([]) == []
 
 
@@ -190,7 +195,7 @@ def test_a_gray_image_is_a_color_image_of_gray(registered: Path) -> None:
         (np.zeros((0, 8, 3), np.uint8), "found uint8 with shape"),
         (np.zeros(8, np.uint8), "found uint8 with shape"),
         (7, "expected a path, a PIL image or an array, found int"),
-        ("gone.png", "expected an image at gone.png, found nothing"),
+        ("gone.png", "expected an image at gone.png, but: no such file"),
     ],
 )
 def test_what_is_no_image_is_refused(registered: Path, image: object, says: str) -> None:
