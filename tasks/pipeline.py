@@ -13,7 +13,9 @@ from tlpipeline.evaluation.verdict import Verdict
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry.versions import Registration
 from tlpipeline.tasks.events import send
+from tlpipeline.versioning.lock import recording
 from tlpipeline.workspace import create, history, layout, release, stages
+from tlpipeline.workspace.pinning import pin, pinned_data
 
 # Receives the progress of all stages: the command line sets its progress bar here.
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
@@ -58,7 +60,7 @@ class _ProgressArtifact:
 def _follow(workspace: Path, name: str, key: str) -> bool:
     """Bring a stage up to date with a progress bar; return whether it ran."""
     bar = _ProgressArtifact(key)
-    ran = stages.bring_up_to_date(workspace, name, bar)
+    ran = stages.bring_up_to_date(workspace, name, bar, pinned_data(workspace))
     bar.end(ran)
     return ran
 
@@ -70,10 +72,12 @@ def _is_unreachable(task, run, state) -> bool:  # type: ignore[no-untyped-def]
 
 @task(task_run_name="version", retries=2, retry_delay_seconds=10, retry_condition_fn=_is_unreachable)
 def version(workspace: Path, images: Path | None, labels: Path | None = None) -> str:
-    """Version the images as they are now; return the hash of the data set."""
-    if images is not None:
-        create.replace_images(workspace, images, labels, listener.get())
-    digest, remarks = create.commit_data(workspace)
+    """Version the images as they are now, which the run keeps from here on; return the hash of the data set."""
+    with recording(workspace):
+        if images is not None:
+            create.replace_images(workspace, images, labels, listener.get())
+        digest, remarks = create.commit_data(workspace)
+        pin(workspace)
     if changed := create.record_code(workspace):
         remarks.append(changed)
     for remark in remarks:
@@ -91,8 +95,8 @@ def stage(workspace: Path, name: str) -> bool:
 def choose(workspace: Path) -> str:
     """Decide the case, with a race if the evidence is unclear; return its name."""
     bar = _ProgressArtifact("race")
-    history.record_former(workspace)
-    ran = stages.bring_up_to_date(workspace, "choose", bar)
+    history.record_former(workspace, pinned_data(workspace))
+    ran = stages.bring_up_to_date(workspace, "choose", bar, pinned_data(workspace))
     if bar.id is not None:  # a decision without a race needs no bar
         bar.end(ran)
     create_markdown_artifact(release.decision_markdown(workspace), key="decision", description="Which case, and why")
@@ -117,7 +121,7 @@ def evaluate(workspace: Path) -> float:
 def gate(workspace: Path) -> Verdict | None:
     """Compare with the champion on the same test images; return the verdict, or None if the model is already registered."""
     with stages.timed(workspace, "gate"):
-        verdict = release.evaluate_gate(workspace, listener.get())
+        verdict = release.evaluate_gate(workspace, listener.get(), pinned_data(workspace))
     text = release.verdict_markdown(workspace, verdict)
     create_markdown_artifact(text, key="verdict", description=f"The gate: {verdict.outcome if verdict else 'judged before'}")
     return verdict
@@ -127,7 +131,7 @@ def gate(workspace: Path) -> Verdict | None:
 def register(workspace: Path, verdict: Verdict | None) -> Registration:
     """Register the model if the gate accepted it or left it undecided; report the verdict as an event."""
     with stages.timed(workspace, "register"):
-        registration = release.register(workspace, verdict)
+        registration = release.register(workspace, verdict, pinned_data(workspace))
     if verdict is not None:
         payload = verdict.to_json() | {"version": registration.version, "promoted": registration.promoted}
         name = layout.params_of(workspace).data.name
@@ -140,5 +144,5 @@ def report(workspace: Path, registration: Registration) -> release.Summary:
     """Write report.html; return the summary of the run."""
     with stages.timed(workspace, "report"):
         changes = history.diff_of_run(workspace, registration.verdict.champion) if registration.verdict else None
-        path = release.write_report(workspace, registration, changes)
+        path = release.write_report(workspace, registration, changes, pinned_data(workspace))
     return release.summary(workspace, registration, path, changes)

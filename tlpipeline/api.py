@@ -227,13 +227,15 @@ class Workspace:
             message: of the git commit.
 
         Raises:
-            DataError: the images cannot be versioned. WorkspaceError: a run is in the workspace, or a remote or server does not answer.
+            DataError: the images cannot be versioned.
+            WorkspaceError: a remote or server does not answer, or `dvc repro` runs a stage. A run goes on with the data that it began with.
         """
         from tlpipeline.environment import set_prefect
-        from tlpipeline.versioning import dvc, git, lock
+        from tlpipeline.versioning import dvc, git
         from tlpipeline.workspace import create, history
+        from tlpipeline.workspace.pinning import beside_a_run
 
-        with lock.hold(self.root):
+        with beside_a_run(self.root):
             before = git.head(self.root)
             digest, remarks = create.commit_data(self.root, message)
             images = create.count_images(self.root)

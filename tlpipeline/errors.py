@@ -10,6 +10,7 @@
     ├── TrainingError      training diverges, or does not fit into a GPU's memory
     │   └── OutOfMemory    a worker's share of a batch does not fit into a GPU's memory; smaller parts may
     ├── WorkspaceError     not a git and DVC repository, a busy workspace, a stage that cannot be recorded
+    │   ├── WorkspaceBusy  another run is in the workspace
     │   └── Unreachable    a remote that cannot be reached: a second try may succeed
     └── RegistryError      a missing version or stage name, a rejected publication
 
@@ -98,6 +99,10 @@ class OutOfMemory(TrainingError):
 
 class WorkspaceError(PipelineError):
     """The workspace is not a git and DVC repository, is busy, or changed during a run."""
+
+
+class WorkspaceBusy(WorkspaceError):
+    """Another run is in the workspace."""
 
 
 class Unreachable(WorkspaceError):

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.precision import autocast
 from tlpipeline.backbones.taps import Backbone, Tap
 from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, MappedRows, Store
+from tlpipeline.data.contents import ImageFolder
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.loader import FORMAT, Images, batch_ranges, normalize
 from tlpipeline.data.transforms import Transforms
@@ -295,7 +295,7 @@ def at_tap(
     backbone: Backbone,
     reading: TapPooling,
     size: int,
-    root: Path,
+    root: ImageFolder,
     rows: Sequence[Row],
     store: Store,
     device: torch.device,

@@ -1,12 +1,11 @@
 """Image folders and their manifest: usable images with their splits, exact copies marked, and remarks for people."""
 
 import csv
-import hashlib
 import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from PIL import Image
 
 from tlpipeline import records
 from tlpipeline.data.classes import ClassMap, require_distinct, vanished
+from tlpipeline.data.contents import ImageFolder, contents_of, path_of, read_recorded
 from tlpipeline.data.copies import comparable, connected, find_copies
-from tlpipeline.data.decoding import UNREADABLE, decode, describe_error, read_regular
+from tlpipeline.data.decoding import UNREADABLE, decode, describe_error
 from tlpipeline.data.facts import Facts, FactStore, gather
 from tlpipeline.data.groups import find_series, group_key
 from tlpipeline.data.layouts import SYSTEM, TABLES, hidden
@@ -84,21 +84,20 @@ class Manifest:
         return sorted((r for r in self.rows if r.split in splits and not r.duplicate_of), key=lambda r: r.md5)
 
 
-def read_image(root: Path, row: Row, min_side: int | None = None) -> Image.Image:
+def read_image(root: ImageFolder, row: Row, min_side: int | None = None) -> Image.Image:
     """Read the image of a manifest row and check that its content is the listed one; `min_side` as for `decode`.
 
     Raises:
         DataChanged: the file is missing, or its md5 differs from the manifest's.
         DataError: it cannot be read or decoded.
     """
-    path = root / row.path
+    path = path_of(root) / row.path
     try:
-        content = read_regular(path)
+        content, md5 = read_recorded(path, row.md5, contents_of(root))
     except FileNotFoundError as error:
         raise DataChanged(f"expected the image {row.path}, which the manifest lists, found no such file. {_WAY_BACK}") from error
     except OSError as error:
         raise DataError(f"Cannot read the image {path}: {error.strerror or error}. Make it readable, then run again.") from error
-    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != row.md5:
         raise _changed(row, md5)
     try:
@@ -111,7 +110,7 @@ def read_image(root: Path, row: Row, min_side: int | None = None) -> Image.Image
 
 
 def facts_of(
-    images: Path, rows: Sequence[Row], store: FactStore, progress: Callable[[int, int], None] = lambda done, total: None
+    images: ImageFolder, rows: Sequence[Row], store: FactStore, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[tuple[Row, Facts]]:
     """Yield rows of the manifest with the facts about their images, in no order; images that the store lacks are read.
 
@@ -119,7 +118,8 @@ def facts_of(
         DataChanged: an image that is read has another content than the manifest says.
         DataError: an image cannot be read.
     """
-    for number, md5, facts in gather([(images / row.path, row.md5) for row in rows], store, progress):
+    files = [(path_of(images) / row.path, row.md5) for row in rows]
+    for number, md5, facts in gather(files, store, progress, contents=contents_of(images)):
         row = rows[number]
         if md5 != row.md5:
             raise _changed(row, md5)
@@ -143,7 +143,7 @@ _WAY_BACK = f"If the folder of images changed during a run, start the run again.
 
 
 def ingest(
-    images: Path,
+    images: ImageFolder,
     exceptions: Mapping[str, str],
     progress: Callable[[int, int], None],
     threads: int | None = None,
@@ -156,7 +156,7 @@ def ingest(
     """List every file below `images` with its split. A file whose content is known is not opened.
 
     Args:
-        images: folder of images.
+        images: folder of images. Of a pinned one, the files in `hashes` are listed, whatever is in the folder now.
         exceptions: key to split, from splits.csv. They win over the rule by content or group, but not over a given layout.
         progress: called with (files done, number of files).
         threads: reading threads; by default one per available CPU and at least 4, since reading waits for the disk.
@@ -174,10 +174,17 @@ def ingest(
             class, a class has fewer than 3 distinct images, two names of classes look alike, or no file is an image. Or a file that is read
             has another content than `hashes` says.
     """
-    require_folder(images)
+    contents, images = contents_of(images), path_of(images)
+    if contents is None:
+        require_folder(images)
+    hashes = hashes or {}
     source = source or Source(images)
     class_map = class_map or ClassMap()
-    paths = [path.relative_to(images).as_posix() for path in list_files(images, source)]
+    paths = (
+        [path.relative_to(images).as_posix() for path in list_files(images, source)]
+        if contents is None
+        else _visible(images, hashes, source)
+    )
     rows: list[Row] = []
     rejected = [Rejected(path, reason) for path, reason in source.without_file(paths)]
     places: list[tuple[str, Place]] = []  # of the files that may be used
@@ -187,12 +194,11 @@ def ingest(
             rejected.append(Rejected(relative, place))
         else:
             places.append((relative, place))
-    hashes = hashes or {}
     files = [(images / relative, hashes.get(relative, "")) for relative, _ in places]
     altered: dict[str, str] = {}
     pictures: dict[str, bytes] = {}
     store = store or FactStore()
-    for number, md5, facts in gather(files, store, progress, threads):
+    for number, md5, facts in gather(files, store, progress, threads, contents):
         relative, place = places[number]
         if hashes.get(relative, md5) != md5:
             altered[relative] = md5
@@ -307,6 +313,12 @@ def list_files(images: Path, source: Source | None = None) -> list[Path]:
             "data.labels in params.yaml."
         )
     return paths
+
+
+def _visible(images: Path, names: Iterable[str], source: Source) -> list[str]:
+    """Return those of the recorded paths that belong to the user, and not the table of labels, sorted as `list_files` does."""
+    paths = (parts for parts in sorted(name.split("/") for name in names) if not any(map(hidden, parts)))
+    return [name for name in map("/".join, paths) if not source.is_table(images / name)]
 
 
 def _walk_once(images: Path) -> Iterator[tuple[str, list[str]]]:
@@ -454,7 +466,7 @@ def _empty_classes(images: Path, rows: Sequence[Row], source: Source) -> list[st
     used = {"/".join(row.path.split("/")[:depth]) for row in rows}
     folders = [Path()]
     for _ in range(depth):
-        folders = [Path(*folder.parts, entry.name) for folder in folders for entry in os.scandir(images / folder) if entry.is_dir()]
+        folders = [Path(*folder.parts, entry.name) for folder in folders for entry in _entries(images / folder) if entry.is_dir()]
     empty, concealed = [], []
     for folder in sorted(folders):
         if folder.as_posix() in used or SYSTEM in folder.parts:
@@ -467,6 +479,13 @@ def _empty_classes(images: Path, rows: Sequence[Row], source: Source) -> list[st
             empty.append(f"{folder.as_posix()} ({'only hidden files' if names else 'empty'})")
     remarks = [f"empty: folders without images are no classes: {', '.join(empty)}"] if empty else []
     return remarks + ([f"hidden: folders whose names begin with a dot are not used: {', '.join(concealed)}"] if concealed else [])
+
+
+def _entries(folder: Path) -> list["os.DirEntry[str]"]:
+    try:
+        return list(os.scandir(folder))
+    except FileNotFoundError:  # removed while a run lists the version that it keeps
+        return []
 
 
 def _check_classes(images: Path, rows: Sequence[Row], rejected: Sequence[Rejected], source: Source) -> None:

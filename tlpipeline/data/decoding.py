@@ -353,7 +353,12 @@ def read_content(path: Path) -> bytes:
     try:
         return read_regular(path)
     except OSError as error:
-        raise DataError(f"Cannot read the image {path}: {error.strerror}. Make it readable or remove it, then run again.") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """Return the error for an image file that cannot be read."""
+    return DataError(f"Cannot read the image {path}: {error.strerror}. Make it readable or remove it, then run again.")
 
 
 def available_cpus() -> int:

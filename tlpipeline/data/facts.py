@@ -28,6 +28,7 @@ import PIL
 from PIL import ExifTags, Image
 
 from tlpipeline.data import decoding, file_kinds
+from tlpipeline.data.contents import read_recorded
 from tlpipeline.data.decoding import UNREADABLE, Pixels, available_cpus
 
 SIDE = 24  # pixels of the small gray picture
@@ -358,6 +359,7 @@ def gather(
     store: FactStore,
     progress: Callable[[int, int], None] = lambda done, total: None,
     threads: int | None = None,
+    contents: Path | None = None,
 ) -> Iterator[tuple[int, str, Facts]]:
     """Yield the number, the md5 and the facts of each file: first those whose content is known, then the others, which are read and measured.
 
@@ -366,6 +368,7 @@ def gather(
             content now: the caller compares.
         progress: called with (files done, number of files).
         threads: reading threads; by default one per available CPU and at least 4, since reading waits for the disk.
+        contents: where files are kept by md5 that are gone or altered (see `read_recorded`); None reads them as they are now.
 
     Raises:
         DataError: a file cannot be read.
@@ -384,7 +387,7 @@ def gather(
     fresh: dict[str, Facts] = {}
     try:
         with ThreadPoolExecutor(threads or max(4, available_cpus())) as pool:
-            for number, (md5, facts) in zip(unread, pool.map(lambda number: _read(files[number][0]), unread), strict=True):
+            for number, (md5, facts) in zip(unread, pool.map(lambda number: _read(*files[number], contents), unread), strict=True):
                 fresh[md5] = facts
                 if len(fresh) >= _AT_ONCE:
                     store.add(fresh)
@@ -396,6 +399,9 @@ def gather(
         store.add(fresh)
 
 
-def _read(path: Path) -> tuple[str, Facts]:
-    content = decoding.read_content(path)
-    return hashlib.md5(content, usedforsecurity=False).hexdigest(), measure(content)
+def _read(path: Path, md5: str, contents: Path | None) -> tuple[str, Facts]:
+    try:
+        content, now = read_recorded(path, md5, contents)
+    except OSError as error:
+        raise decoding.unreadable(path, error) from error
+    return now, measure(content)

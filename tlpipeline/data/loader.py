@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from tlpipeline.data import dataset, decoding
 from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, MappedRows, Store
+from tlpipeline.data.contents import ImageFolder
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.decoding import Pixels
 from tlpipeline.data.transforms import Transforms
@@ -79,7 +79,12 @@ class Images:
     """
 
     def __init__(
-        self, root: Path, rows: Sequence[Row], transforms: Transforms, augment: Augment | None = None, decoded: PixelSource | None = None
+        self,
+        root: ImageFolder,
+        rows: Sequence[Row],
+        transforms: Transforms,
+        augment: Augment | None = None,
+        decoded: PixelSource | None = None,
     ) -> None:
         self.root, self.rows, self.transforms, self.augment, self.decoded = root, rows, transforms, augment, decoded
         self.waited = 0.0
@@ -179,7 +184,7 @@ class DecodedCache:
         return np.asarray(self._rows.one(self._place[row.md5]).numpy())
 
 
-def square_cache(store: Store, root: Path, side: int) -> DecodedCache:
+def square_cache(store: Store, root: ImageFolder, side: int) -> DecodedCache:
     """Return a cache of whole images squeezed into squares.
 
     Nothing is lost: random crops are stretched to a square anyway, and their shape follows the original proportions.
@@ -192,7 +197,7 @@ def square_cache(store: Store, root: Path, side: int) -> DecodedCache:
     return DecodedCache(store, side, make, f"squeezed|{side}", f"decoded images at {side} pixels")
 
 
-def resized_cache(store: Store, root: Path, transforms: Transforms) -> DecodedCache:
+def resized_cache(store: Store, root: ImageFolder, transforms: Transforms) -> DecodedCache:
     """Return a cache of images as `resize_and_crop` makes them."""
 
     def make(row: Row) -> Pixels:

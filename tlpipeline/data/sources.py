@@ -24,12 +24,14 @@ class Rules:
         group: a column of the table, a regular expression on the path, "auto" (the column `group`, if there is one) or "none".
         class_folder: which folder of a path is the class, from 1; None finds it out.
         rename: old class name to new one.
+        copy: of the table, which is read instead of it; None reads the table itself.
     """
 
     labels: Path | None = None
     group: str = AUTO
     class_folder: int | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
+    copy: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Source:
     Args:
         images: the folder.
         rules: the settings.
+        layout: of the folders; None looks at them.
 
     Attributes:
         layout: of the folders; without effect where there is a table.
@@ -58,13 +61,13 @@ class Source:
         DataError: the layout can be read in two ways, or the table cannot be used.
     """
 
-    def __init__(self, images: Path, rules: Rules | None = None) -> None:
+    def __init__(self, images: Path, rules: Rules | None = None, layout: Layout | None = None) -> None:
         rules = rules or Rules()
         self.images, self.renames = images, Renames(rules.rename)
         column = "" if rules.group in (AUTO, NONE) else rules.group
-        self.table: LabelTable | None = None if rules.labels is None else read_table(rules.labels, column)
+        self.table: LabelTable | None = None if rules.labels is None else read_table(rules.copy or rules.labels, column)
         self._table_path = None if rules.labels is None else rules.labels.resolve()
-        self.layout = layout_of(images, rules.class_folder) if self.table is None else Layout()
+        self.layout = layout or (layout_of(images, rules.class_folder) if self.table is None else Layout())
         self.given: frozenset[str] = self.layout.given if self.table is None else self.table.given
         if self.given <= {TRAIN}:
             self.given = frozenset()

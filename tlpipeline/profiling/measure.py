@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.taps import Backbone
 from tlpipeline.data import splits
 from tlpipeline.data.cache import Store
+from tlpipeline.data.contents import ImageFolder
 from tlpipeline.data.dataset import Manifest, Row
 from tlpipeline.data.loader import FORMAT, Images, batch_ranges, normalize
 from tlpipeline.data.splits import TRAIN, VAL
@@ -45,7 +45,7 @@ SLOWER = 2.1  # time of an operation of a solver against one of a convolution: 1
 
 def measure(
     backbone: Backbone,
-    root: Path,
+    root: ImageFolder,
     manifest: Manifest,
     size: int,
     params: ProfileParams,
@@ -168,7 +168,7 @@ class _Passes:
     """Passes of a network over images: features at all taps, and gradients. The results are cached by the images' content."""
 
     def __init__(
-        self, backbone: Backbone, root: Path, size: int, device: torch.device, progress: Progress, store: Store, half: bool
+        self, backbone: Backbone, root: ImageFolder, size: int, device: torch.device, progress: Progress, store: Store, half: bool
     ) -> None:
         self.backbone, self.root, self.device, self.progress, self.store = backbone, root, device, progress, store
         self.half, self.transforms = half, backbone.transforms.at(size)

@@ -393,7 +393,7 @@ def _pending(root: Path) -> _Pending:
 
 
 def publish(
-    root: Path, name: str, number: tuple[int, int, int], message: str, paths: Sequence[str], stage: str = ""
+    root: Path, name: str, number: tuple[int, int, int], message: str, paths: Sequence[str], stage: str = "", onto: str = ""
 ) -> tuple[Version, str]:
     """Register the model in dvc.lock: push the files, commit, tag, push the commit and the tag, promote; in that order.
 
@@ -401,6 +401,7 @@ def publish(
         message: of the commit and the tag.
         paths: files to commit.
         stage: promote the version to this stage.
+        onto: as for `git.commit`.
 
     Returns:
         The version, and the tag of its promotion.
@@ -412,10 +413,10 @@ def publish(
     git.fetch_tags(root)
     dvc.push(root)
     text = f"v{'.'.join(map(str, number))}"
-    version = Version(number, name, git.commit(root, message, paths))
+    version = Version(number, name, git.commit(root, message, paths, onto))
     write_json(asdict(_Pending(name, str(version), stage, _latest(root, name, stage))), root / _PENDING)
     try:
-        git.gto(root, "register", name, "HEAD", "--version", text, "--message", message)
+        git.gto(root, "register", name, version.commit, "--version", text, "--message", message)
     except WorkspaceError as error:
         (root / _PENDING).unlink()
         raise RegistryError(f"Cannot register {version}: {error}. Run again, to take the next number.") from error

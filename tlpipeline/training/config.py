@@ -1,8 +1,10 @@
 """What a training job is given, as plain values. Loads no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from tlpipeline.backbones.pooling import TapPooling
+from tlpipeline.data.contents import ImageFolder, PinnedFolder
 from tlpipeline.training.callbacks import Callback
 from tlpipeline.training.recipe import Recipe
 
@@ -66,6 +68,7 @@ class TrainingConfig:
         backbone, weights, weights_md5, code_md5: as in params.yaml.
         plan: how the network is cut and trained.
         seed, epochs, batch_size, flip, precision, budget_minutes: as in params.yaml.
+        contents: as for `PinnedFolder`, "" to read the images as they are.
         history: file to which the first worker appends its progress, one JSON line for each message.
         cache: folder of features and decoded images, "" to keep them in memory; cache_bytes: how much of it decoded images may take.
         start: folder of another run's checkpoint to continue from if this run has none of its own, "" for none.
@@ -88,6 +91,7 @@ class TrainingConfig:
     flip: bool
     precision: str
     history: str
+    contents: str = ""
     code_md5: str = "none"
     budget_minutes: float = 0.0
     cache: str = ""
@@ -97,3 +101,8 @@ class TrainingConfig:
     callbacks: tuple[Callback, ...] = ()
     checkpoint_only: bool = False
     cadence: Cadence = Cadence()
+
+    @property
+    def image_folder(self) -> ImageFolder:
+        """The folder of images, pinned if the run keeps a version of it."""
+        return PinnedFolder(Path(self.images), Path(self.contents)) if self.contents else Path(self.images)

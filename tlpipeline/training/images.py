@@ -5,13 +5,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tlpipeline.data.cache import Store
+from tlpipeline.data.contents import ImageFolder
 from tlpipeline.data.dataset import Manifest, Row
 from tlpipeline.data.loader import DecodedCache, Images, rank_slice, resized_cache, square_cache
 from tlpipeline.data.splits import TRAIN, VAL
@@ -27,7 +27,7 @@ IN_MEMORY_BYTES = 1 << 30
 class Datasets:
     """Training and validation images with their class indices."""
 
-    root: Path
+    root: ImageFolder
     train: Sequence[Row]
     val: Sequence[Row]
     train_labels: npt.NDArray[np.int64]
@@ -35,7 +35,7 @@ class Datasets:
     transforms: Transforms
 
     @classmethod
-    def of(cls, root: Path, manifest: Manifest, transforms: Transforms) -> "Datasets":
+    def of(cls, root: ImageFolder, manifest: Manifest, transforms: Transforms) -> "Datasets":
         """Return the training and validation images of a manifest."""
         index = {label: i for i, label in enumerate(manifest.classes)}
         train, val = manifest.used(TRAIN), manifest.used(VAL)

@@ -46,7 +46,7 @@ def run(config: TrainingConfig, context: DistributedContext, scratch: Path, cloc
     backbone = catalogue.load(
         config.backbone, config.weights, md5=config.weights_md5, code_md5=config.code_md5, root=Path(config.workspace), size=plan.size, seed=config.seed,
     )  # fmt: skip
-    datasets = Datasets.of(Path(config.images), manifest, backbone.transforms.at(plan.size))
+    datasets = Datasets.of(config.image_folder, manifest, backbone.transforms.at(plan.size))
     _check(config, context, len(datasets.train))
     half = extracts_in_bfloat16(context.device, config.precision)
     model = Classifier(backbone, plan.head_taps, len(manifest.classes), plan.freeze, half).to(context.device)

@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +28,24 @@ _SECRETS = {
     "password", "passphrase", "token", "secret_access_key", "session_token", "sas_token", "account_key", "connection_string", "client_secret",
     "gdrive_client_secret", "oss_key_secret",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A file or folder as DVC records it.
+
+    Attributes:
+        md5: of the content; of a folder that of its list of files, and it ends in .dir.
+        size: bytes; files: number of files of a folder, None for a file.
+    """
+
+    md5: str
+    size: int | None = None
+    files: int | None = None
+
+
+Pins = Mapping[str, Pin]
+_UNPINNED: Pins = {}
 
 
 def silence() -> None:
@@ -181,6 +200,22 @@ def data_hash(root: Path, path: str) -> str:
         except _dvc_error():
             return ""
         return str(outs[0].hash_info.value or "") if outs else ""
+
+
+def pin_of(root: Path, path: str) -> Pin:
+    """Return a DVC-tracked path as it is recorded."""
+    with _repo(root) as repo:
+        out = repo.find_outs_by_path(str(Path(repo.root_dir) / path))[0]
+        return Pin(str(out.hash_info.value), out.meta.size, out.meta.nfiles)
+
+
+def listed_files(root: Path, pin: Pin) -> dict[str, str]:
+    """Return the md5 of each file of a folder that was pinned, as DVC's cache lists them."""
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    with _repo(root) as repo:
+        return {"/".join(key): info.value for key, _, info in Tree.load(repo.cache.local, HashInfo("md5", pin.md5))}
 
 
 def tracked_files(root: Path, path: str) -> dict[str, str]:
@@ -472,9 +507,9 @@ def content_md5(path: Path) -> str:
 # --- stages ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _state(repo: Any, name: str) -> str:
+def _state(repo: Any, name: str, pins: Pins = _UNPINNED) -> str:
     """Return fresh, missing (only outputs are missing or edited) or stale (dependencies, parameters or command changed)."""
-    stage = _stage(repo, name)
+    stage = _stage(repo, name, pins)
     with repo.lock:
         if stage.changed_deps() or stage.changed_stage():
             return "stale"
@@ -486,14 +521,36 @@ def _address(repo: Any, name: str) -> str:
     return f"{Path(repo.root_dir) / 'dvc.yaml'}:{name}"
 
 
-def _stage(repo: Any, name: str) -> Any:
-    return repo.stage.load_one(path=str(Path(repo.root_dir) / "dvc.yaml"), name=name)
+def _stage(repo: Any, name: str, pins: Pins = _UNPINNED) -> Any:
+    stage = repo.stage.load_one(path=str(Path(repo.root_dir) / "dvc.yaml"), name=name)
+    stage.deps = [_pinned(dep, pins[dep.def_path]) if dep.def_path in pins else dep for dep in stage.deps]
+    return stage
 
 
-def is_fresh(root: Path, name: str) -> bool:
+def _pinned(dependency: Any, pin: Pin) -> Any:
+    """Return a dependency of a stage that is what was pinned, whatever there is now: no file of it is looked at."""
+    from dvc.dependency.base import Dependency
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.meta import Meta
+
+    class Pinned(Dependency):  # type: ignore[misc]
+        exists = True
+
+        def _get_hash_meta(self) -> tuple[Any, Any]:
+            return Meta(isdir=pin.md5.endswith(".dir"), size=pin.size, nfiles=pin.files), HashInfo("md5", pin.md5)
+
+        def save(self) -> None:
+            self.meta, self.hash_info = self._get_hash_meta()
+
+    pinned = Pinned(dependency.stage, dependency.def_path)
+    pinned.meta, pinned.hash_info = dependency.meta, dependency.hash_info  # as dvc.lock records them
+    return pinned
+
+
+def is_fresh(root: Path, name: str, pins: Pins = _UNPINNED) -> bool:
     """Return whether a stage need not run: its dependencies, parameters and command are as recorded."""
-    with _repo(root) as repo:
-        return _state(repo, name) != "stale"
+    with lock.recording(root), _repo(root) as repo:
+        return _state(repo, name, pins) != "stale"
 
 
 def has_stage(root: Path, name: str) -> bool:
@@ -502,31 +559,43 @@ def has_stage(root: Path, name: str) -> bool:
         return any(stage.addressing == name for stage in repo.index.stages)
 
 
-def run_stage(root: Path, name: str, function: Callable[[], None]) -> bool:
+def run_stage(root: Path, name: str, function: Callable[[], None], pins: Pins = _UNPINNED) -> bool:
     """Bring a stage up to date in this process and record it in dvc.lock; return whether it had to run.
 
     A stage whose dependencies, parameters and command are unchanged does not run; missing or damaged outputs are restored from the cache.
+
+    Args:
+        pins: dependencies that count as they were pinned, by path. What is there now may differ.
 
     Raises:
         WorkspaceError: a dependency is missing, or a dependency, a parameter or the command changed while the stage ran; then nothing
             is recorded.
     """
-    with _repo(root) as repo:
-        state = _state(repo, name)
+    with lock.recording(root), _repo(root) as repo:
+        state = _state(repo, name, pins)
         if state == "fresh" and not _damaged(repo, name):
             return False
-        if state != "stale" and _restore(repo, name):
+        if state != "stale" and _restore(repo, name, pins):
             return False
-        _require_inputs(repo, name)
-        before = _dependencies(repo, name)
+        _require_inputs(repo, name, pins)
+        before = _dependencies(repo, name, pins)
     function()
-    with _repo(root) as repo:
-        after = _dependencies(repo, name)
+    with lock.recording(root), _repo(root) as repo:
+        after = _dependencies(repo, name, pins)
         if after != before:
             changed = ", ".join(path for path in sorted(before | after) if after.get(path) != before.get(path))
             raise WorkspaceError(f"{changed} changed while the stage {name} ran. Nothing was recorded; run again.")
-        repo.commit(target=_address(repo, name), force=True)
+        _record(repo, name, pins)
     return True
+
+
+def _record(repo: Any, name: str, pins: Pins) -> None:
+    """Record a stage in dvc.lock, as `dvc commit --force` does."""
+    stage = _stage(repo, name, pins)
+    with repo.lock:
+        stage.save()
+        stage.commit()
+        stage.dump(update_pipeline=False)
 
 
 def require_inputs(root: Path, name: str) -> None:
@@ -539,15 +608,15 @@ def require_inputs(root: Path, name: str) -> None:
         _require_inputs(repo, name)
 
 
-def _require_inputs(repo: Any, name: str) -> None:
-    if missing := [d.def_path for d in _stage(repo, name).deps if not d.exists]:
+def _require_inputs(repo: Any, name: str, pins: Pins = _UNPINNED) -> None:
+    if missing := [d.def_path for d in _stage(repo, name, pins).deps if not d.exists]:
         raise WorkspaceError(
             f"The stage {name} needs {', '.join(missing)}, found no such file. "
             "Run the stages before it (`dvc repro`); in a clone, fetch missing files (`dvc pull`)."
         )
 
 
-def _restore(repo: Any, name: str) -> bool:
+def _restore(repo: Any, name: str, pins: Pins) -> bool:
     """Restore the outputs of a stage from the cache; return whether they are as recorded. What is damaged there is removed."""
     for out in _damaged(repo, name):
         unlink(Path(out.fs_path))  # DVC takes it for unchanged, and would leave it
@@ -555,7 +624,7 @@ def _restore(repo: Any, name: str) -> bool:
         repo.checkout(targets=[_address(repo, name)], force=True)
     except _dvc_error():
         return False
-    if _state(repo, name) != "fresh":
+    if _state(repo, name, pins) != "fresh":
         return False
     damaged = _damaged(repo, name)
     for out in damaged:
@@ -573,9 +642,9 @@ def _damaged(repo: Any, name: str) -> list[Any]:
     ]
 
 
-def _dependencies(repo: Any, name: str) -> dict[str, str]:
+def _dependencies(repo: Any, name: str, pins: Pins) -> dict[str, str]:
     """Return everything that a stage depends on now: the hash of each file, its parameters, and its command."""
-    stage = _stage(repo, name)
+    stage = _stage(repo, name, pins)
     dependencies = {"dvc.yaml": str(stage.cmd)}
     for dependency in stage.deps:
         if dependency.def_path == "params.yaml":
@@ -585,10 +654,10 @@ def _dependencies(repo: Any, name: str) -> dict[str, str]:
     return dependencies
 
 
-def stage_key(root: Path, name: str) -> str:
+def stage_key(root: Path, name: str, pins: Pins = _UNPINNED) -> str:
     """Return a hash of everything that a stage depends on now: dependencies, parameters, command."""
     with _repo(root) as repo:
-        return hashlib.md5(json.dumps(_dependencies(repo, name), sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+        return hashlib.md5(json.dumps(_dependencies(repo, name, pins), sort_keys=True).encode(), usedforsecurity=False).hexdigest()
 
 
 def stage_output(root: Path, name: str, path: str, revision: str | None = None) -> str:

@@ -4,9 +4,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -14,15 +15,25 @@ from tlpipeline.environment import patience
 from tlpipeline.errors import Unreachable, WorkspaceError
 
 
-def run(root: Path, *arguments: str, check: bool = True) -> str:
+def run(root: Path, *arguments: str, check: bool = True, variables: Mapping[str, str] | None = None) -> str:
     """Run git in the workspace and return what it printed.
+
+    Args:
+        check: raise an error if it fails.
+        variables: of the environment, besides those of this process.
 
     Raises:
         WorkspaceError: git failed (with `check`) or is not installed.
     """
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL
+            ["git", *arguments],
+            cwd=root,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(variables or {})},
         )
     except FileNotFoundError as error:
         if not root.is_dir():
@@ -35,13 +46,37 @@ def run(root: Path, *arguments: str, check: bool = True) -> str:
     return done.stdout.strip()
 
 
-def commit(root: Path, message: str, paths: Sequence[str]) -> str:
-    """Commit those of these paths that exist or are tracked; return the commit, or the present one if nothing changed."""
+def commit(root: Path, message: str, paths: Sequence[str], onto: str = "") -> str:
+    """Commit those of these paths that exist or are tracked; return the commit, or the present one if nothing changed.
+
+    Args:
+        onto: an earlier commit of the branch, which these paths follow. It is then merged: the branch has the paths, and all that it had.
+    """
     present = [p for p in paths if (root / p).exists() or run(root, "ls-files", "--", p)]
+    if onto and onto != head(root):
+        return _commit_onto(root, message, present, onto)
     run(root, "add", "--all", "--", *present)
     if run(root, "diff", "--cached", "--name-only", "--", *present):
         run(root, "commit", "--quiet", "-m", message, "--", *present)
     return head(root)
+
+
+def _commit_onto(root: Path, message: str, paths: Sequence[str], onto: str) -> str:
+    """Commit paths as they are now on top of an earlier commit, and merge it into the branch; return the commit, not the merge."""
+    present = head(root)
+    with TemporaryDirectory() as folder:
+
+        def tree(start: str) -> str:
+            index = {"GIT_INDEX_FILE": str(Path(folder) / start)}
+            run(root, "read-tree", start, variables=index)
+            run(root, "add", "--all", "--", *paths, variables=index)
+            return run(root, "write-tree", variables=index)
+
+        made = run(root, "commit-tree", tree(onto), "-p", onto, "-m", message)
+        merge = run(root, "commit-tree", tree(present), "-p", present, "-p", made, "-m", f"Merge the run on earlier data: {message}")
+    run(root, "update-ref", "-m", message, "HEAD", merge, present)
+    run(root, "add", "--all", "--", *paths)
+    return made
 
 
 def contents_since(root: Path, mark: str, pattern: str) -> list[str]:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tlpipeline.errors import WorkspaceError
+from tlpipeline.errors import WorkspaceBusy, WorkspaceError
 from tlpipeline.files import is_disk_full
 
 LOCK = Path(".tlpipeline/lock")
+RECORDING = Path(".tlpipeline/recording.lock")
 ROOM = 8_000_000  # bytes that a run writes before it has computed anything: Prefect's database above all
 _HOLDER = "TLPIPELINE_LOCK_HOLDER"
 
@@ -41,7 +42,8 @@ def hold(root: Path, wait: float = 0.0) -> Iterator[None]:
         wait: seconds to wait for another run to end.
 
     Raises:
-        WorkspaceError: another process holds it, or the workspace cannot be written.
+        WorkspaceBusy: another process holds it.
+        WorkspaceError: the workspace cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -57,7 +59,7 @@ def hold(root: Path, wait: float = 0.0) -> Iterator[None]:
         lock.acquire(timeout=wait, poll_interval=0.2)
     except Timeout as error:
         who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
-        raise WorkspaceError(
+        raise WorkspaceBusy(
             f"Another run is using the workspace {root.resolve()}: {who}. Wait for it to end, or stop it; then run again."
         ) from error
     try:
@@ -68,6 +70,20 @@ def hold(root: Path, wait: float = 0.0) -> Iterator[None]:
         os.environ.pop(_HOLDER, None)
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def recording(root: Path) -> Iterator[None]:
+    """Hold the lock for what DVC and git record, and wait for it. A run holds it for moments, between which its images may be committed.
+
+    It may be held several times by one thread. Whoever wants both locks takes this one first, or does not wait for the other.
+    """
+    from filelock import FileLock
+
+    path = (root / RECORDING).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path, is_singleton=True, poll_interval=0.2):
+        yield
 
 
 def _command(words: Sequence[str]) -> str:

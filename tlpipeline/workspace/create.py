@@ -23,7 +23,7 @@ from tlpipeline.registry.ledger import LEDGER
 from tlpipeline.training.override import override
 from tlpipeline.training.recipe import Recipe
 from tlpipeline.versioning import dvc, git, lock
-from tlpipeline.workspace import layout, settings
+from tlpipeline.workspace import layout, pinning, settings
 
 if TYPE_CHECKING:
     from tlpipeline.data.facts import FactStore
@@ -563,9 +563,11 @@ def exclusive(root: Path, wait_minutes: float, images: Path | None = None, label
 
     check(root, images, labels)
     with lock.hold(root, wait_minutes * 60):
+        pinning.drop(root)  # of a run that was killed
         try:
             yield
         finally:
+            pinning.drop(root)
             ray_train.shutdown()
 
 

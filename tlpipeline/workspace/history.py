@@ -18,6 +18,7 @@ from tlpipeline.params import NONE, load
 from tlpipeline.registry import versions
 from tlpipeline.versioning import dvc, git
 from tlpipeline.workspace import layout, stages
+from tlpipeline.workspace.pinning import PinnedData, pins_of
 
 if TYPE_CHECKING:
     from tlpipeline.backbones.pooling import TapPooling
@@ -128,9 +129,9 @@ def _table_at(root: Path, hashes: Mapping[str, str], revision: str) -> bytes | N
     return None if data.labels == NONE else git.bytes_at(root, revision, data.labels)
 
 
-def record_former(root: Path) -> None:
+def record_former(root: Path, pinned: PinnedData | None = None) -> None:
     """Write the decision of the model in production to former.json, if the stage choose is to run anyway: a fresh decision stays as it is."""
-    if not (root / layout.FORMER).is_file() or not dvc.has_stage(root, "choose") or dvc.is_fresh(root, "choose"):
+    if not (root / layout.FORMER).is_file() or not dvc.has_stage(root, "choose") or dvc.is_fresh(root, "choose", pins_of(pinned)):
         return
     former = _former(root)
     text = json.dumps(asdict(former) if former else None, indent=2) + "\n"

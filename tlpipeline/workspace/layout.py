@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tlpipeline.checking.quality import Quality
     from tlpipeline.data.cache import Store
     from tlpipeline.data.facts import FactStore
+    from tlpipeline.data.layouts import Layout
     from tlpipeline.data.sources import Rules, Source
     from tlpipeline.evaluation.metrics import Metrics
     from tlpipeline.profiling.profile import Profile
@@ -50,12 +51,20 @@ def params_of(root: Path) -> Params:
     return load(root / PARAMS)
 
 
-def source_of(root: Path, images: Path | None = None, labels: Path | None = None) -> "Source":
+def source_of(
+    root: Path,
+    images: Path | None = None,
+    labels: Path | None = None,
+    known: "Layout | None" = None,
+    labels_copy: Path | None = None,
+) -> "Source":
     """Return where the classes, given splits and groups of the images come from.
 
     Args:
         images: another folder of images; None is the workspace's.
         labels: another table of labels; None is the workspace's, if it has one.
+        known: the layout of the folders; None looks at them.
+        labels_copy: what to read in place of the table of labels.
 
     Raises:
         DataError: there is no such folder, or its layout or the table cannot be used.
@@ -67,8 +76,9 @@ def source_of(root: Path, images: Path | None = None, labels: Path | None = None
     if data.labels != NONE and not (root / data.labels).resolve().is_relative_to(root.resolve()):
         raise DataError(f"expected data.labels inside the workspace, found {data.labels}. Copy the table to {root}, and name it there.")
     folder = images or root / data.images
-    require_folder(folder)
-    return Source(folder, rules(data, labels or (None if data.labels == NONE else root / data.labels)))
+    if known is None:
+        require_folder(folder)
+    return Source(folder, replace(rules(data, labels or (None if data.labels == NONE else root / data.labels)), copy=labels_copy), known)
 
 
 def rules(data: Data, labels: Path | None) -> "Rules":

@@ -26,8 +26,9 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import ledger, versions
 from tlpipeline.registry.versions import Registration
 from tlpipeline.versioning import dvc, git, lock
-from tlpipeline.workspace import alarming, layout, stages
+from tlpipeline.workspace import alarming, layout, pinning, stages
 from tlpipeline.workspace.create import TRACKED
+from tlpipeline.workspace.pinning import PinnedData
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,7 +44,7 @@ WORST = 6  # pictures of each kind of findings in the report
 # --- gate and registry ----------------------------------------------------------------------------------------------------------------
 
 
-def evaluate_gate(root: Path, progress: Progress) -> Verdict | None:
+def evaluate_gate(root: Path, progress: Progress, pinned: PinnedData | None = None) -> Verdict | None:
     """Compare the workspace's model with the champion on the same test images; return None if the model is already registered.
 
     A version that a killed run registered is published first: it may be the champion.
@@ -74,7 +75,7 @@ def evaluate_gate(root: Path, progress: Progress) -> Verdict | None:
         def on_progress(done: int) -> None:
             progress(Event("gate", done, len(rows), f"{best} on {done} of {len(rows)} test images"))
 
-        champion = stages.predict_rows(root, versions.model_folder(root, best), rows, on_progress)
+        champion = stages.predict_rows(root, versions.model_folder(root, best), rows, on_progress, pinned)
         known = versions.trained_on(root, best)
         listed = {row.md5 for row in versions.manifest_of(root, best).rows}
         # An image whose group the champion was trained on is no new one to it.
@@ -88,18 +89,26 @@ def evaluate_gate(root: Path, progress: Progress) -> Verdict | None:
     return with_wear(verdict, ledger.times_judged([e for e in ledger.read(root) if e.model != model], challenger.md5))
 
 
-def register(root: Path, verdict: Verdict | None) -> Registration:
+def register(root: Path, verdict: Verdict | None, pinned: PinnedData | None = None) -> Registration:
     """Register the model if the gate accepted it, or if it is undecided and `gate.undecided` says so; commit the run in any case.
 
-    An undecided version is not promoted.
+    An undecided version is not promoted. If newer data were committed during the run, the run is committed with its own data, on top of the
+    commit that has them, and merged: the branch keeps the newer data, and the next run takes them.
     """
+    with lock.recording(root):
+        return _register(root, verdict, pinned)
+
+
+def _register(root: Path, verdict: Verdict | None, pinned: PinnedData | None) -> Registration:
     params = layout.params_of(root)
     name = params.data.name
-    tracked = [*TRACKED, f"{params.data.images}.dvc"]
+    tracked, onto = [*TRACKED, f"{params.data.images}.dvc"], ""
+    if pinned and not pinned.is_current(root):
+        tracked, onto = [path for path in TRACKED if path not in pinned.inputs], pinned.commit
     model = dvc.stage_output(root, "train", layout.MODEL)
     registered = versions.find_registered(root, name, model)
     if verdict is None and registered is not None:
-        git.commit(root, "Record the run", tracked)
+        git.commit(root, "Record the run", tracked, onto)
         if registered.number not in [version.number for version in versions.versions(root, name)]:
             return Registration(
                 "", False, "", None, f"this model was registered as {registered}, which was withdrawn; it is not registered again."
@@ -115,7 +124,7 @@ def register(root: Path, verdict: Verdict | None) -> Registration:
     write_json(list(map(dataclasses.asdict, alarms)), root / versions.ALARMS)
     if not kept:
         _record(root, model, "", verdict)
-        git.commit(root, f"{verdict.outcome.capitalize()}: {summary}", tracked)
+        git.commit(root, f"{verdict.outcome.capitalize()}: {summary}", tracked, onto)
         dvc.push(root)
         return Registration("", False, "", verdict, f"{verdict.text} {_WAY_IN}")
     case = layout.read_case(root)
@@ -123,12 +132,13 @@ def register(root: Path, verdict: Verdict | None) -> Registration:
     version = versions.Version(number, name, "")
     from tlpipeline.registry.card import card
 
-    (root / versions.CARD).write_text(card(str(version), card_facts(root, verdict)), encoding="utf-8")
+    (root / versions.CARD).write_text(card(str(version), card_facts(root, verdict, pinned)), encoding="utf-8")
     _record(root, model, str(version), verdict)
     standing = f" (accepted by hand: {verdict.because})" if verdict.because else "" if verdict.accepted else " (undecided)"
     blocked = () if verdict.because else blocking(alarms)  # who overrules the gate has seen them
     promoting = params.gate.promote == "auto" and verdict.accepted and not blocked
-    version, promoted = versions.publish(root, name, number, f"{version}: {summary}{standing}", tracked, versions.PROD if promoting else "")
+    stage = versions.PROD if promoting else ""
+    version, promoted = versions.publish(root, name, number, f"{version}: {summary}{standing}", tracked, stage, onto)
     reason = verdict.text if verdict.accepted else f"{verdict.text} {_way_on(version)}"
     if blocked:
         kinds = ", ".join(dict.fromkeys(alarm.kind for alarm in blocked))
@@ -196,7 +206,7 @@ def accept(root: Path, version: versions.Version | None, because: str) -> Regist
     return Registration(str(version), False, promoted, verdict, f"{version} is accepted: {because}.{way_on}")
 
 
-def card_facts(root: Path, verdict: Verdict) -> dict[str, object]:
+def card_facts(root: Path, verdict: Verdict, pinned: PinnedData | None = None) -> dict[str, object]:
     """Return the content of the model card: everything needed to rebuild the model, and its metrics."""
     from tlpipeline.choice import reasons
 
@@ -209,14 +219,20 @@ def card_facts(root: Path, verdict: Verdict) -> dict[str, object]:
         "alarms": alarming.of_run(root),
         "metrics": layout.read_metrics(root),
         "verdict": verdict,
-        "data": dvc.data_hash(root, params.data.images),
+        "data": data_of_run(root, pinned),
         "model": dvc.stage_output(root, "train", layout.MODEL),
         "params_md5": hashlib.md5((root / layout.PARAMS).read_bytes(), usedforsecurity=False).hexdigest(),
         "params": dataclasses.asdict(params),
         "seed": params.train.seed,
-        "parent": git.head(root),
+        "parent": pinned.commit if pinned and not pinned.is_current(root) else git.head(root),
         "environment": _environment(["tlpipeline", "torch", "torchvision", "numpy", "scipy", "pillow", "ray", "dvc"]),
     }
+
+
+def data_of_run(root: Path, pinned: PinnedData | None) -> str:
+    """Return the hash of the data set of a run."""
+    images = layout.params_of(root).data.images
+    return pinned.recorded[images].md5 if pinned else dvc.data_hash(root, images)
 
 
 def _environment(packages: Sequence[str]) -> dict[str, str]:
@@ -233,11 +249,14 @@ def _environment(packages: Sequence[str]) -> dict[str, str]:
 # --- report ---------------------------------------------------------------------------------------------------------------------------
 
 
-def write_report(root: Path, registration: Registration, changes: Changes | None = None) -> Path:
+def write_report(
+    root: Path, registration: Registration, changes: Changes | None = None, pinned: PinnedData | None = None
+) -> Path:
     """Write report.html: one self-contained page about the run.
 
     Args:
         changes: of the images since the version that the model was compared with (see `history.diff_of_run`).
+        pinned: the data that the run keeps; None takes the images as they are now.
     """
     from tlpipeline.data import dataset, splits
     from tlpipeline.evaluation import metrics as evaluate
@@ -253,7 +272,7 @@ def write_report(root: Path, registration: Registration, changes: Changes | None
             predictions.classes[predictions.labels[i]],
             predictions.classes[predictions.predicted[i]],
             float(predictions.probabilities[i].max()),
-            report.thumbnail(dataset.read_image(root / params.data.images, rows[predictions.md5[i]])),
+            report.thumbnail(dataset.read_image(pinning.folder_of(root, pinned), rows[predictions.md5[i]])),
         )
         for i in evaluate.worst_mistakes(predictions, 24)
     ]
@@ -268,12 +287,12 @@ def write_report(root: Path, registration: Registration, changes: Changes | None
         manifest=manifest,
         history=layout.read_history(root),
         mistakes=errors,
-        findings=_worst_findings(root, manifest),
+        findings=_worst_findings(root, manifest, pinned),
         alarms=alarming.of_run(root),
         changes=changes,
         seconds=layout.read_run(root).seconds,
         training=layout.read_run(root).training,
-        data_hash=dvc.data_hash(root, params.data.images),
+        data_hash=data_of_run(root, pinned),
         commit=git.head(root),
     )
     path = root / REPORT
@@ -281,14 +300,14 @@ def write_report(root: Path, registration: Registration, changes: Changes | None
     return path
 
 
-def _worst_findings(root: Path, manifest: "Manifest") -> "list[FindingsOfKind]":
+def _worst_findings(root: Path, manifest: "Manifest", pinned: PinnedData | None) -> "list[FindingsOfKind]":
     """Return the kinds of findings in quality.csv, each with pictures of the worst; the findings of a kind are listed the worst first."""
     from tlpipeline.data import dataset
     from tlpipeline.report import page as report
 
     if not (root / layout.QUALITY).is_file():
         return []
-    images, rows = root / layout.params_of(root).data.images, {row.path: row for row in manifest.rows}
+    images, rows = pinning.folder_of(root, pinned), {row.path: row for row in manifest.rows}
     by_kind: dict[str, list[Finding]] = {}
     for finding in layout.read_quality(root).findings:
         by_kind.setdefault(finding.kind, []).append(finding)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tlpipeline.choice.decision import Decision
 from tlpipeline.errors import DataError
@@ -25,7 +25,7 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import versions
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.versioning import dvc, lock
-from tlpipeline.workspace import alarming, settings
+from tlpipeline.workspace import alarming, pinning, settings
 from tlpipeline.workspace.layout import (
     ALARMS,
     CACHE,
@@ -62,6 +62,7 @@ from tlpipeline.workspace.layout import (
     with_recipe,
 )
 from tlpipeline.workspace.outputs import atomic_outputs
+from tlpipeline.workspace.pinning import PinnedData, pins_of
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from tlpipeline.backbones.pooling import TapPooling
     from tlpipeline.backbones.taps import Backbone
     from tlpipeline.data.cache import Column, Store
+    from tlpipeline.data.contents import ImageFolder
     from tlpipeline.data.dataset import Manifest, Row
     from tlpipeline.evaluation.metrics import Predictions
     from tlpipeline.profiling.profile import Profile
@@ -80,26 +82,27 @@ TRAINING_CODE = ("data", "backbones", "training", "profiling", "choice")
 # --- the stages -----------------------------------------------------------------------------------------------------------------------
 
 
-def ingest(root: Path, progress: Progress) -> None:
+def ingest(root: Path, progress: Progress, pinned: PinnedData | None = None) -> None:
     """List the images in manifest.parquet, and rejected files with the reason in quarantine.csv."""
     from tlpipeline.data import classes, dataset, splits
 
     params = params_of(root)
+    small_files = root / pinning.FOLDER if pinned else root
     manifest = dataset.ingest(
-        root / params.data.images,
-        splits.read_exceptions(root / SPLITS),
+        pinning.folder_of(root, pinned),
+        splits.read_exceptions(small_files / SPLITS),
         lambda done, total: progress(Event("ingest", done, total, f"{done} of {total} files listed")),
-        hashes=dvc.file_hashes(root, params.data.images),
+        hashes=dvc.listed_files(root, pinned.recorded[pinned.images]) if pinned else dvc.file_hashes(root, params.data.images),
         store=open_facts(root, "ingest", progress),
-        source=source_of(root),
-        class_map=classes.read_map(root / CLASS_MAP),
+        source=pinned.source(root) if pinned else source_of(root),
+        class_map=classes.read_map(small_files / CLASS_MAP),
         dropped=params.data.drop,
     )
     with atomic_outputs(root, MANIFEST, QUARANTINE) as (table, quarantine):
         dataset.write_manifest(manifest, table, quarantine)
 
 
-def profile(root: Path, progress: Progress) -> None:
+def profile(root: Path, progress: Progress, pinned: PinnedData | None = None) -> None:
     """Measure the data set on a limited sample: profile.json."""
     from tlpipeline.backbones.precision import extracts_in_bfloat16
     from tlpipeline.choice import decide
@@ -118,20 +121,20 @@ def profile(root: Path, progress: Progress) -> None:
     device = device_of(params)
     with open_cache(root) as store:
         measured = measure.measure(
-            backbone, root / params.data.images, manifest, size, params.profile, undecided, progress, device, store,
+            backbone, pinning.folder_of(root, pinned), manifest, size, params.profile, undecided, progress, device, store,
             extracts_in_bfloat16(device, params.backbone.precision),
         )  # fmt: skip
     with atomic_outputs(root, PROFILE) as (path,):
         path.write_text(json.dumps(measured.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
-def check(root: Path, progress: Progress) -> None:
+def check(root: Path, progress: Progress, pinned: PinnedData | None = None) -> None:
     """Look for what is wrong with the data: images in quality.csv, alarms in alarms.json."""
     from tlpipeline.checking import checks, labels, quality
     from tlpipeline.data import copies, dataset, splits
 
     params = params_of(root)
-    images, manifest, measured = root / params.data.images, dataset.read_manifest(root / MANIFEST), read_profile(root)
+    images, manifest, measured = pinning.folder_of(root, pinned), dataset.read_manifest(root / MANIFEST), read_profile(root)
     rows = manifest.used(*splits.SPLIT_NAMES)
     contents = open_facts(root, "check", progress)
     known = dataset.facts_of(
@@ -156,7 +159,7 @@ def check(root: Path, progress: Progress) -> None:
         quality.write_quality(checked, findings, alarms)
 
 
-def choose(root: Path, progress: Progress) -> None:
+def choose(root: Path, progress: Progress, pinned: PinnedData | None = None) -> None:
     """Decide the case: case.json and its plots, and in race/ the checkpoints of a race, which the train stage reuses."""
     from tlpipeline.choice import decide, explain, policy, race, reasons
 
@@ -171,10 +174,10 @@ def choose(root: Path, progress: Progress) -> None:
         race_folder.mkdir()
         if decision.race_wanted:
             runs = (root / RUNS).resolve()
-            name = _code_key(dvc.stage_key(root, "choose"), params)
+            name = _code_key(dvc.stage_key(root, "choose", pins_of(pinned)), params)
 
             def start(arm: Decision) -> TrainingConfig:
-                return _training_config(root, params, arm.overridden(params.train.override), runs / f"{name}-{arm.freeze}.jsonl")
+                return _training_config(root, params, arm.overridden(params.train.override), runs / f"{name}-{arm.freeze}.jsonl", pinned)
 
             with open_cache(root):
                 decision = race.run(
@@ -190,7 +193,7 @@ def choose(root: Path, progress: Progress) -> None:
             _write_csv(plot, list(rows[0]), [list(row.values()) for row in rows])
 
 
-def train(root: Path, progress: Progress) -> None:
+def train(root: Path, progress: Progress, pinned: PinnedData | None = None) -> None:
     """Train the decided case: model/, and the history of its epochs. A checkpoint of the race is reused."""
     from tlpipeline.training import ray_train
 
@@ -199,9 +202,9 @@ def train(root: Path, progress: Progress) -> None:
     for remark in _without_effect(root, params, decision):
         progress(Event("train", 0, 0, remark))
     runs = (root / RUNS).resolve()
-    name = f"{decision.case}-{_code_key(dvc.stage_key(root, 'train'), params)}"
+    name = f"{decision.case}-{_code_key(dvc.stage_key(root, 'train', pins_of(pinned)), params)}"
     start = str((root / RACE).resolve()) if decision.race is not None else ""
-    job = dataclasses.replace(_training_config(root, params, decision, runs / f"{name}.jsonl"), start=start)
+    job = dataclasses.replace(_training_config(root, params, decision, runs / f"{name}.jsonl", pinned), start=start)
     with open_cache(root):
         finished = ray_train.run(job, params.cluster, name, runs, progress)
     lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
@@ -230,10 +233,11 @@ def _without_effect(root: Path, params: Params, decision: Decision) -> list[str]
     return []
 
 
-def _training_config(root: Path, params: Params, decision: Decision, history: Path) -> TrainingConfig:
+def _training_config(root: Path, params: Params, decision: Decision, history: Path, pinned: PinnedData | None) -> TrainingConfig:
     return TrainingConfig(
         workspace=str(root.resolve()),
         images=str((root / params.data.images).resolve()),
+        contents=pinned.contents if pinned else "",
         manifest=str((root / MANIFEST).resolve()),
         backbone=params.backbone.name,
         weights=params.backbone.weights,
@@ -252,7 +256,7 @@ def _training_config(root: Path, params: Params, decision: Decision, history: Pa
     )
 
 
-def evaluate(root: Path, progress: Progress) -> None:
+def evaluate(root: Path, progress: Progress, pinned: PinnedData | None = None) -> None:
     """Measure the model on the test split: metrics.json, classes.json, predictions.parquet, the confusion matrix."""
     from tlpipeline.data import dataset, splits
     from tlpipeline.evaluation import metrics as measuring
@@ -263,7 +267,11 @@ def evaluate(root: Path, progress: Progress) -> None:
     if not rows:
         raise DataError("expected test images, found none: there is nothing to evaluate. Add images, then run `tlpipeline data commit`.")
     predictions = predict_rows(
-        root, root / MODEL, rows, lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images"))
+        root,
+        root / MODEL,
+        rows,
+        lambda done: progress(Event("evaluate", done, len(rows), f"{done} of {len(rows)} test images")),
+        pinned,
     )
     trained_on = measuring.class_counts(manifest.used(splits.TRAIN))
     content = dataclasses.asdict(
@@ -281,7 +289,14 @@ def evaluate(root: Path, progress: Progress) -> None:
         measuring.write_confusion(predictions, confusion_path)
 
 
-STAGES: dict[str, Callable[[Path, Progress], None]] = {
+class Stage(Protocol):
+    """A stage; it takes the images as a run pinned them, or as they are now."""
+
+    def __call__(self, root: Path, progress: Progress, pinned: PinnedData | None = None) -> None:
+        """Write the outputs of the stage."""
+
+
+STAGES: dict[str, Stage] = {
     "ingest": ingest,
     "profile": profile,
     "check": check,
@@ -311,12 +326,16 @@ def run(root: Path, name: str, progress: Progress) -> None:
         STAGES[name](root, progress)
 
 
-def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
-    """Run one stage if it is stale, record it in dvc.lock, and return whether it ran. The flow calls this."""
+def bring_up_to_date(root: Path, name: str, progress: Progress, pinned: PinnedData | None = None) -> bool:
+    """Run one stage if it is stale, record it in dvc.lock, and return whether it ran. The flow calls this.
+
+    Args:
+        pinned: the data that the run keeps; None takes them as they are now.
+    """
 
     def run_timed() -> None:
         with timed(root, name):
-            STAGES[name](root, progress)
+            STAGES[name](root, progress, pinned)
 
     with lock.disk_errors(root):
         settings.add_missing_sections(root / PARAMS, root / "dvc.yaml", name)
@@ -325,7 +344,7 @@ def bring_up_to_date(root: Path, name: str, progress: Progress) -> bool:
         if name == "choose":  # the next step trains, or this one does in a race
             alarming.refuse_stopped(root)
         if dvc.has_stage(root, name):
-            ran = dvc.run_stage(root, name, run_timed)
+            ran = dvc.run_stage(root, name, run_timed, pins_of(pinned))
         else:
             run_timed()  # the dvc.yaml of an older workspace does not list it
             ran = True
@@ -344,7 +363,9 @@ def timed(root: Path, name: str) -> Iterator[None]:
     record_seconds(root, name, round(time.monotonic() - started, 2))
 
 
-def predict_rows(root: Path, folder: Path, rows: "Sequence[Row]", progress: Callable[[int], None]) -> "Predictions":
+def predict_rows(
+    root: Path, folder: Path, rows: "Sequence[Row]", progress: Callable[[int], None], pinned: PinnedData | None = None
+) -> "Predictions":
     """Return a model's predictions for rows of the manifest; `progress` is called with the number of images done."""
     from tlpipeline.backbones import classifier as models
     from tlpipeline.data.loader import Images
@@ -353,7 +374,7 @@ def predict_rows(root: Path, folder: Path, rows: "Sequence[Row]", progress: Call
     params = params_of(root)
     device = device_of(params)
     classifier, description = models.load(folder, root, partial(versions.names_network, root))
-    images = Images(root / params.data.images, rows, description.transforms)
+    images = Images(pinning.folder_of(root, pinned), rows, description.transforms)
     with open_cache(root) as store:
         probabilities = models.probabilities(classifier.to(device), images, device, progress, store)
     return measuring.make_predictions(rows, description.classes, probabilities.numpy())
@@ -383,7 +404,7 @@ def _backbone_and_size(root: Path, params: Params, manifest: "Manifest") -> "tup
 
 def tap_reader(
     root: Path, params: Params, manifest: "Manifest", measured: "Profile", store: "Store"
-) -> "Callable[[Path, Sequence[Row], Callable[[int], None]], torch.Tensor]":
+) -> "Callable[[ImageFolder, Sequence[Row], Callable[[int], None]], torch.Tensor]":
     """Return what reads features at the profile's best tap, given a folder, images in it, and what to call with the number of new ones."""
     from tlpipeline.backbones import features
     from tlpipeline.backbones.precision import extracts_in_bfloat16
