@@ -8,7 +8,9 @@ import struct
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -469,8 +471,19 @@ def test_a_pipe_a_device_and_what_is_too_large_are_not_read(tmp_path: Path) -> N
 
 def test_a_file_name_that_is_no_utf_8_is_refused(make_images: Callable[..., Path], monkeypatch: Any) -> None:
     images = make_images(classes=2, each=12)
-    # Not every file system takes such a name.
-    monkeypatch.setattr(os, "walk", lambda *_, **__: [(str(images / "class0"), [], [os.fsdecode(b"caf\xe9.png")])])
+    plain = os.scandir
+
+    def scandir(folder: Any) -> Any:
+        """List another file, whose name not every file system takes."""
+        with plain(folder) as entries:
+            listed = list(entries)
+        if Path(folder).name == "class0":
+            name = os.fsdecode(b"caf\xe9.png")
+            path = str(images / "class0" / name)
+            listed.append(SimpleNamespace(name=name, path=path, is_dir=lambda: False, is_file=lambda: True, is_symlink=lambda: False))  # type: ignore[arg-type]
+        return nullcontext(listed)
+
+    monkeypatch.setattr(os, "scandir", scandir)
     text = refusal(images)
     assert "expected file names in UTF-8" in text
     assert "caf\\xe9.png'. Rename them." in text
@@ -488,7 +501,7 @@ def test_an_image_that_may_not_be_read_is_refused_before_a_folder_is_taken_over(
 
     monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(DataError, match=r"Cannot read the image .*001\.png: Permission denied\. Make it readable"):
-        create.planned_splits(folder, Source(folder), FactStore())
+        create.planned_splits(folder, dataset.list_files(folder), Source(folder), FactStore(), lambda done, total: None)
 
 
 def test_an_image_that_may_not_be_read_is_refused(make_images: Callable[..., Path], monkeypatch: Any) -> None:

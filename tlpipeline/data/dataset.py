@@ -152,6 +152,7 @@ def ingest(
     source: Source | None = None,
     class_map: ClassMap | None = None,
     dropped: Collection[str] = (),
+    names: Sequence[str] | None = None,
 ) -> Manifest:
     """List every file below `images` with its split. A file whose content is known is not opened.
 
@@ -165,6 +166,7 @@ def ingest(
         source: where classes, given splits and groups come from; None reads the layout of the folders.
         class_map: numbers of the classes, and those that there were before.
         dropped: classes that are gone on purpose.
+        names: paths below `images` of the files to list, as `list_files` returns them; None walks the folder.
 
     Returns:
         The manifest, its rows sorted by path.
@@ -180,11 +182,9 @@ def ingest(
     hashes = hashes or {}
     source = source or Source(images)
     class_map = class_map or ClassMap()
-    paths = (
-        [path.relative_to(images).as_posix() for path in list_files(images, source)]
-        if contents is None
-        else _visible(images, hashes, source)
-    )
+    if names is None:
+        names = list_files(images, source) if contents is None else _visible(images, hashes, source)
+    paths = list(names)
     rows: list[Row] = []
     rejected = [Rejected(path, reason) for path, reason in source.without_file(paths)]
     places: list[tuple[str, Place]] = []  # of the files that may be used
@@ -273,98 +273,115 @@ def require_folder(images: Path) -> None:
         )
 
 
-def list_files(images: Path, source: Source | None = None) -> list[Path]:
-    """Return all files below a folder except those of the system and the table of labels, sorted.
+def list_files(images: Path, source: Source | None = None, links_to: Collection[Path] | None = None) -> list[str]:
+    """Return the paths below a folder of all files except those of the system and the table of labels, sorted. The folder is walked once.
 
     Args:
         source: as for `ingest`; None wants class folders.
+        links_to: other folders that links may lead to, such as DVC's cache; None lets links lead anywhere.
 
     Raises:
-        DataError: the folder is missing, empty, or has no class folders, or a link leads to a folder a second time.
+        DataError: the folder is missing, empty, or has no class folders, or a link leads to a folder a second time, or out of the folder:
+            whatever it points to would be copied, versioned and published.
     """
     require_folder(images)
-    # Dot-files (.gitignore, .DS_Store) belong to the system, not to the user.
-    paths = sorted(
-        Path(folder) / name
-        for folder, names in _walk_once(images)
-        if not any(map(hidden, Path(folder).relative_to(images).parts))
-        for name in names
-        if not hidden(name)
-    )
+    allowed = None if links_to is None else [place.resolve() for place in (images, *links_to)]
+    names: list[str] = []
+    outside: list[Path] = []
+    broken: list[str] = []
+    for folder, files, refused in _walk_once(images, allowed):
+        outside += refused
+        # Dot-files (.gitignore, .DS_Store) belong to the system, not to the user.
+        if not any(map(hidden, folder.split("/"))):
+            visible = {f"{folder}{entry.name}": entry for entry in files if not hidden(entry.name)}
+            names += visible
+            broken += [name for name, entry in visible.items() if not _is(entry.is_file)]
+    if outside:
+        raise DataError(
+            f"expected images and folders in {images}, found {len(outside)} links that lead outside, such as {min(outside)} to "
+            f"{min(outside).resolve()}. What they point to would be versioned and pushed. Copy the images there in place of the links, "
+            "or remove the links."
+        )
+    names.sort(key=lambda name: name.split("/"))
     if source is not None:
-        paths = [path for path in paths if not source.is_table(path)]
-    if not paths:
+        names = [name for name in names if not source.is_table(images, name)]
+    if not names:
         raise DataError(f"expected images in {images}, found an empty folder. Put one folder of images per class there.")
     # Such files can be neither versioned nor listed.
-    if undecodable := [path for path in paths if not _is_text(path)]:
+    if undecodable := [os.fsencode(images / name) for name in names if not _is_text(name)]:
         raise DataError(
-            f"expected file names in UTF-8 in {images}, found {len(undecodable)} others, such as {bytes(undecodable[0])!r}. Rename them."
+            f"expected file names in UTF-8 in {images}, found {len(undecodable)} others, such as {undecodable[0]!r}. Rename them."
         )
-    if broken := [path for path in paths if not path.is_file()]:
+    if broken:
         raise DataError(
-            f"expected files in {images}, found {len(broken)} broken links or devices, such as {broken[0]}. "
+            f"expected files in {images}, found {len(broken)} broken links or devices, such as {images / min(broken)}. "
             "Remove them, or restore what they point to (`dvc checkout`)."
         )
-    if (source is None or source.table is None) and not any(len(path.relative_to(images).parts) > 1 for path in paths):
-        tables = [path.name for path in paths if path.suffix.lower() in TABLES]
+    if (source is None or source.table is None) and not any("/" in name for name in names):
+        tables = [name for name in names if name.lower().endswith(TABLES)]
         raise DataError(
-            f"expected class folders in {images}, found {len(paths)} files and no folder. Sort the images as {images.name}/<class>/<image>, "
+            f"expected class folders in {images}, found {len(names)} files and no folder. Sort the images as {images.name}/<class>/<image>, "
             f"or name a table with the columns path and label{f', such as {tables[0]}' if tables else ''}: `tlpipeline init --labels FILE`, or "
             "data.labels in params.yaml."
         )
-    return paths
+    return names
 
 
 def _visible(images: Path, names: Iterable[str], source: Source) -> list[str]:
     """Return those of the recorded paths that belong to the user, and not the table of labels, sorted as `list_files` does."""
     paths = (parts for parts in sorted(name.split("/") for name in names) if not any(map(hidden, parts)))
-    return [name for name in map("/".join, paths) if not source.is_table(images / name)]
+    return [name for name in map("/".join, paths) if not source.is_table(images, name)]
 
 
-def _walk_once(images: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder below a folder with the names of its files; links are followed.
+def _walk_once(images: Path, allowed: Collection[Path] | None) -> Iterator[tuple[str, list["os.DirEntry[str]"], list[Path]]]:
+    """Yield each folder below a folder ("" or a path that ends in /) with its files, and the links in it that lead elsewhere.
+
+    Args:
+        allowed: folders that links are followed to; None follows all.
 
     Raises:
-        DataError: a link leads to a folder a second time. Two links to their own folder would make a trillion paths.
+        DataError: a folder cannot be read, or a link leads to a folder a second time. Two links to their own folder would make a trillion
+            paths.
     """
     first: dict[tuple[int, int], str] = {}
-    for folder, _, names in os.walk(images, onerror=_unreadable, followlinks=True):
-        status = os.stat(folder)
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        status = os.stat(images / folder)
         earlier = first.setdefault((status.st_dev, status.st_ino), folder)
         if earlier != folder:
             raise DataError(
-                f"expected each folder in {images} once, found {folder}, which leads to {earlier} again. Remove the link; a copy of the "
-                "folder is another folder."
+                f"expected each folder in {images} once, found {images / folder}, which leads to {images / earlier} again. Remove the link; a "
+                "copy of the folder is another folder."
             )
-        yield folder, names
+        try:
+            with os.scandir(images / folder) as entries:
+                listed = list(entries)
+        except OSError as error:
+            raise _unreadable(error) from error
+        links = [Path(entry.path) for entry in listed if allowed is not None and entry.is_symlink()]
+        refused = [link for link in links if not any(link.resolve().is_relative_to(place) for place in allowed or ())]
+        left_out = {link.name for link in refused}
+        listed = [entry for entry in listed if entry.name not in left_out]
+        folders = {entry.name for entry in listed if _is(entry.is_dir)}
+        waiting += [f"{folder}{name}/" for name in sorted(folders, reverse=True)]
+        yield folder, [entry for entry in listed if entry.name not in folders], refused
 
 
-def refuse_outside_links(images: Path, *allowed: Path) -> None:
-    """Check that no link below a folder of images leads out of it: whatever it points to would be copied, versioned and published.
-
-    Args:
-        allowed: other folders that links may lead to, such as DVC's cache.
-
-    Raises:
-        DataError: one does.
-    """
-    places = [place.resolve() for place in (images, *allowed)]
-    links = (Path(folder) / name for folder, *names in os.walk(images) for name in (*names[0], *names[1]))
-    outside = sorted(link for link in links if link.is_symlink() and not any(link.resolve().is_relative_to(place) for place in places))
-    if outside:
-        raise DataError(
-            f"expected images and folders in {images}, found {len(outside)} links that lead outside, such as {outside[0]} to "
-            f"{outside[0].resolve()}. What they point to would be versioned and pushed. Copy the images there in place of the links, "
-            "or remove the links."
-        )
+def _is(kind: Callable[[], bool]) -> bool:
+    """Return whether an entry of a folder is of a kind; a link that leads to itself is of none."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
-def _unreadable(error: OSError) -> None:
-    raise DataError(f"Cannot read the folder {error.filename}: {error.strerror}. Make it readable or remove it, then run again.")
+def _unreadable(error: OSError) -> DataError:
+    return DataError(f"Cannot read the folder {error.filename}: {error.strerror}. Make it readable or remove it, then run again.")
 
 
-def _is_text(path: Path) -> bool:
-    return str(path).encode("utf-8", "replace") == bytes(path)
+def _is_text(name: str) -> bool:
+    return name.encode("utf-8", "replace") == os.fsencode(name)
 
 
 def _altered(images: Path, altered: Mapping[str, str], hashes: Mapping[str, str]) -> DataError:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import io
 import json
+import shutil
 import sqlite3
 import sys
 import threading
@@ -260,6 +261,12 @@ class FactStore:
             text, picture = _packed(fact)
             rows.append((md5, text, picture, _crc(md5, text, picture)))
         self._do(lambda database: database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?)", rows))
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the file of the store to another folder, if there is one."""
+        if self.path is not None and self.path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.path, folder / self.path.name)
 
     def compared(self) -> set[str]:
         """Return the md5s of the contents whose near copies among each other are known."""

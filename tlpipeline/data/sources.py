@@ -130,9 +130,9 @@ class Source:
             return VAL if int(key, 16) < 2**127 else TEST
         return given
 
-    def is_table(self, path: Path) -> bool:
-        """Return whether a file is the table of labels itself, which may lie in the folder of images."""
-        return self._table_path is not None and path.name == self._table_path.name and path.resolve() == self._table_path
+    def is_table(self, folder: Path, name: str) -> bool:
+        """Return whether a file below a folder is the table of labels itself, which may lie in the folder of images."""
+        return self._table_path is not None and name.endswith(self._table_path.name) and (folder / name).resolve() == self._table_path
 
     def without_file(self, paths: Iterable[str]) -> list[tuple[str, str]]:
         """Return path and reason of each line of the table that names no file.

@@ -48,6 +48,10 @@ Pins = Mapping[str, Pin]
 _UNPINNED: Pins = {}
 
 
+class IgnoreFileInside(WorkspaceError):
+    """A folder that is to be versioned has a .dvcignore."""
+
+
 def silence() -> None:
     """Turn off DVC's analytics, messages and progress bars, unless the user set them."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
@@ -170,16 +174,28 @@ def add(root: Path, path: str) -> str:
     """Add a folder or file to DVC, or update it, and return its hash.
 
     Raises:
+        IgnoreFileInside: there is a .dvcignore in the folder.
         WorkspaceError: DVC refuses.
     """
+    from dvc_data.hashfile.build import IgnoreInCollectedDirError
+
     with _repo(root) as repo:
         try:
             repo.add([str(Path(repo.root_dir) / path)])
+        except IgnoreInCollectedDirError as error:
+            raise IgnoreFileInside(f"Cannot version {path} with DVC: {error}. Remove that file.") from error
         except _dvc_error(FileNotFoundError, PermissionError, UnicodeError) as error:
             raise WorkspaceError(
                 f"Cannot version {path} with DVC: {error}. Look there for broken links and for files that cannot be read."
             ) from error
     return data_hash(root, path)
+
+
+def has_own_ignore_rules(root: Path, path: str, usual: str) -> bool:
+    """Return whether a .dvcignore of the workspace, or of a folder between it and this one, has other lines than the usual ones."""
+    known = {"", *usual.splitlines()}
+    places = (place / ".dvcignore" for place in (root / path, *(root / path).parents) if place.is_relative_to(root))
+    return any(not known.issuperset(place.read_text(encoding="utf-8").splitlines()) for place in places if place.is_file())
 
 
 def ignored_files(root: Path, path: str, files: Iterable[Path]) -> list[Path]:

@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tlpipeline.errors import DataError, ParamsError, WorkspaceError, masked
@@ -89,6 +90,7 @@ def init(
     """
     from tlpipeline.backbones import catalogue
     from tlpipeline.data import archives
+    from tlpipeline.data.facts import FactStore
 
     if images is None and labels is not None:
         raise DataError(f"expected the images that {labels} has the labels of, found no --images. Name their folder.")
@@ -121,10 +123,11 @@ def init(
     if remote is not None:
         dvc.check_remote(remote)
     catalogue.load(backbone, weights, md5=md5)
-    with archives.unpacked(images) as folder:
+    with archives.unpacked(images) as folder, TemporaryDirectory() as temporary:
+        store = FactStore(Path(temporary))
         if given is not None and folder is not None:
-            given = _checked(replace(given, images=folder), None, progress)
-        _make(root, given, backbone, source if source.is_file() else weights, md5, remote, order, interrupted)
+            given = _checked(replace(given, images=folder), None, store, progress)
+        _make(root, given, backbone, source if source.is_file() else weights, md5, remote, order, interrupted, store)
     if remote is not None and masked(remote) != remote:
         kept = "the remote's password is in .dvc/config.local, which git ignores: each clone needs its own (`dvc remote modify --local`)"
         progress(Event("init", 1, 1, kept))
@@ -155,7 +158,6 @@ def _prepared(given: Given, root: Path | None, progress: Progress) -> "tuple[Giv
 
     data = layout.params_of(root).data if root is not None else Data()
     dataset.require_folder(given.images)
-    dataset.refuse_outside_links(given.images)
     labels = given.labels
     if labels is None and root is not None and data.labels != NONE:
         inside = _inside(data)
@@ -169,17 +171,17 @@ def _prepared(given: Given, root: Path | None, progress: Progress) -> "tuple[Giv
     return given, sources.Source(given.images, layout.rules(replace(data, **settings_given), labels))
 
 
-def _checked(given: Given, root: Path | None, progress: Progress) -> Given:
-    """Check images before they are copied; return them without the folders that only wrap them.
+def _checked(given: Given, root: Path | None, store: "FactStore", progress: Progress) -> Given:
+    """Check images before they are copied; return them without the folders that only wrap them. Each file is read once.
 
     Args:
         root: as for `_prepared`.
+        store: gets the facts about the images.
 
     Raises:
         DataError: they are no usable data set.
     """
     from tlpipeline.data import dataset
-    from tlpipeline.data.facts import FactStore
 
     given, source = _prepared(given, root, progress)
 
@@ -187,8 +189,9 @@ def _checked(given: Given, root: Path | None, progress: Progress) -> Given:
         if root is None:
             progress(Event("init", done, total, "images checked"))
 
-    store = FactStore()
-    dataset.ingest(given.images, planned_splits(given.images, source, store), on_progress, source=source, store=store)
+    names = dataset.list_files(given.images, source, [])
+    hashes, planned = planned_splits(given.images, names, source, store, on_progress)
+    dataset.ingest(given.images, planned, lambda done, total: None, hashes=hashes, store=store, source=source, names=names)
     return given
 
 
@@ -198,7 +201,15 @@ def _inside(data: Data) -> str | None:
 
 
 def _make(
-    root: Path, given: Given | None, backbone: str, weights: Path | str, md5: str, remote: str | None, order: str, interrupted: bool
+    root: Path,
+    given: Given | None,
+    backbone: str,
+    weights: Path | str,
+    md5: str,
+    remote: str | None,
+    order: str,
+    interrupted: bool,
+    store: "FactStore",
 ) -> None:
     """Make the folder of a workspace and fill it; what was made is removed after an error."""
     started = root / STARTED
@@ -209,7 +220,7 @@ def _make(
     except OSError as error:
         raise WorkspaceError(f"Cannot create the folder {root}: {error.strerror}. Choose another one.") from error
     try:
-        _fill(root, given, backbone, weights, md5, remote)
+        _fill(root, given, backbone, weights, md5, remote, store)
         started.unlink()
     except BaseException:
         # Remove what was created; an existing folder stays, and what an interrupted command made may hold other files by now.
@@ -223,7 +234,7 @@ def _is_committed(root: Path) -> bool:
     return (root / ".git").exists() and int(git.run(root, "rev-list", "--count", "HEAD", check=False) or 0) >= 2
 
 
-def _fill(root: Path, given: Given | None, backbone: str, weights: Path | str, md5: str, remote: str | None) -> None:
+def _fill(root: Path, given: Given | None, backbone: str, weights: Path | str, md5: str, remote: str | None, store: "FactStore") -> None:
     from tlpipeline.backbones import catalogue
     from tlpipeline.data import classes, digits, splits
     from tlpipeline.data.decoding import available_cpus
@@ -269,6 +280,7 @@ def _fill(root: Path, given: Given | None, backbone: str, weights: Path | str, m
     if settings.add_inputs(root / layout.PARAMS, root / "dvc.yaml"):
         tracked.append(str(changes.get("data.labels", layout.PARAMS)))
     git.commit(root, "New workspace", tracked)
+    store.copy_to(root / layout.CACHE)  # the images were read when they were checked
     commit_data(root, "First images")
 
 
@@ -316,16 +328,10 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     if dvc.is_stage_output(root, images):
         dvc.reproduce_upstream(root, images)  # a stage writes the images, so there is nothing to add
         return dvc.data_hash(root, images), []
-    dataset.refuse_outside_links(root / images, dvc.cache_folder(root))
     source = layout.source_of(root)
-    files = dataset.list_files(root / images, source)
-    if ignored := dvc.ignored_files(root, images, files):
-        raise DataError(
-            f"A .dvcignore excludes {len(ignored)} files of {root / images} from versioning, such as {ignored[0]}. They would still be used for "
-            "training. Remove that line from the .dvcignore, or move the files out of the folder."
-        )
+    names = dataset.list_files(root / images, source, [dvc.cache_folder(root)])
     labels_before, splits_before = _before(root, images, source)
-    digest = dvc.add(root, images)
+    digest = _versioned(root, images, names)
     hashes = dvc.tracked_files(root, images)
     known = splits.read_exceptions(root / layout.SPLITS)
 
@@ -354,6 +360,32 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), layout.SPLITS, layout.CLASS_MAP, *tables])
     dvc.push(root)
     return digest, remarks
+
+
+def _versioned(root: Path, images: str, names: Sequence[str]) -> str:
+    """Add the images to DVC; return their hash.
+
+    Args:
+        names: of the files that are to be versioned, below the folder.
+
+    Raises:
+        DataError: DVC ignores some of them.
+    """
+
+    def refuse_ignored() -> None:
+        if ignored := dvc.ignored_files(root, images, [root / images / name for name in names]):
+            raise DataError(
+                f"A .dvcignore excludes {len(ignored)} files of {root / images} from versioning, such as {ignored[0]}. They would still be used "
+                "for training. Remove that line from the .dvcignore, or move the files out of the folder."
+            )
+
+    if dvc.has_own_ignore_rules(root, images, (TEMPLATE / "dvcignore").read_text(encoding="utf-8")):
+        refuse_ignored()
+    try:
+        return dvc.add(root, images)
+    except dvc.IgnoreFileInside:
+        refuse_ignored()
+        raise
 
 
 def _joined(
@@ -455,7 +487,7 @@ def replace_images(root: Path, images: Path, labels: Path | None = None, progres
         return
     with archives.unpacked(images) as folder:
         assert folder is not None
-        given = _checked(Given(folder, labels), root, progress)
+        given = _checked(Given(folder, labels), root, layout.open_facts(root, "version", progress), progress)
         if target.is_dir() and not dvc.is_stage_output(root, name):
             if ignored := dvc.ignored_files(root, name, sorted(path for path in target.rglob("*") if path.is_file())):
                 raise DataError(
@@ -483,16 +515,23 @@ def replace_images(root: Path, images: Path, labels: Path | None = None, progres
             settings.change(root / layout.PARAMS, {"data.labels": table})
 
 
-def planned_splits(images: Path, source: "Source", store: "FactStore") -> dict[str, str]:
-    """Return the lines that splits.csv would get, for near copies and small classes, to check a folder before it is copied."""
-    from tlpipeline.data import dataset, decoding, splits
+def planned_splits(
+    images: Path, names: Sequence[str], source: "Source", store: "FactStore", progress: Callable[[int, int], None]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Read a folder of images before it is copied; return the md5s of its files, and the splits of keys that splits.csv would get.
 
-    paths = [p for p in dataset.list_files(images, source) if p.stat().st_size]
-    hashes = {p.relative_to(images).as_posix(): hashlib.md5(decoding.read_content(p), usedforsecurity=False).hexdigest() for p in paths}
+    Args:
+        names: paths of the files, below the folder.
+        store: gets the facts about the images.
+        progress: called with (files done, number of files).
+    """
+    from tlpipeline.data import facts, splits
+
+    hashes = {names[number]: md5 for number, md5, _ in facts.gather([(images / name, "") for name in names], store, progress)}
     new, _ = _joined(images, hashes, {}, dict, source, store)
     fixed = {line.md5: line.split for line in new}
     needed, _ = splits.needed_exceptions(images, hashes, fixed, frozenset, source)
-    return fixed | {line.md5: line.split for line in needed}
+    return hashes, fixed | {line.md5: line.split for line in needed}
 
 
 def count_images(root: Path) -> int:
@@ -542,7 +581,7 @@ def check(root: Path, images: Path | None = None, labels: Path | None = None) ->
         archives.check(images)
     elif images is not None:
         given, source = _prepared(Given(images, labels), root, silent)
-        dataset.list_files(given.images, source)
+        dataset.list_files(given.images, source, [])
     elif not folder.is_dir() and not dvc.is_stage_output(root, params.data.images):
         raise DataError(f"expected the images in {folder}, found no such folder; {dvc.pull_hint(root)}. Or give other images by --images.")
 

@@ -249,9 +249,7 @@ def _environment(packages: Sequence[str]) -> dict[str, str]:
 # --- report ---------------------------------------------------------------------------------------------------------------------------
 
 
-def write_report(
-    root: Path, registration: Registration, changes: Changes | None = None, pinned: PinnedData | None = None
-) -> Path:
+def write_report(root: Path, registration: Registration, changes: Changes | None = None, pinned: PinnedData | None = None) -> Path:
     """Write report.html: one self-contained page about the run.
 
     Args:
