@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from tests.helpers.images import encoded, paint
 from tests.helpers.mutations import damaged
 from tests.helpers.processes import run_python
-from tlpipeline.data import decoding
+from tlpipeline.data import decoding, facts
 from tlpipeline.data.decoding import decode
 from tlpipeline.data.loader import resize_and_crop
 from tlpipeline.data.transforms import Transforms
@@ -387,6 +387,33 @@ def test_an_image_with_more_pixels_than_pillow_opens_is_called_too_large() -> No
     assert text.startswith("too large: 400 megapixels, and the limit is 134. Make it smaller")
 
 
+def test_a_side_is_bounded_before_anything_is_decoded() -> None:
+    text = str(decoding.inspect(png_header(1, 1_048_576, 8, 0)))
+    assert text.startswith("too large: 1 x 1048576 pixels, and a side may have 131,072. Make it smaller")
+
+
+def test_the_limit_is_a_setting_and_no_more_is_told_of_an_image_above_it() -> None:
+    content = encoded(Image.new("RGB", (1_100, 1_000)))
+    reason = facts.measure(content, decoding.bytes_of(1)).reason
+    assert reason.startswith("too large: 1100 x 1000 pixels of mode RGB take 0.0 GB to decode")
+    assert "raise data.megapixels" in reason
+    assert facts.measure(content, decoding.bytes_of(2)).reason == ""
+
+
+def test_a_limit_above_pillow_s_own_lets_such_images_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    content = encoded(Image.new("L", (100, 100)))
+    assert str(decoding.inspect(content)).startswith("too large")
+    assert decoding.inspect(content, decoding.bytes_of(135)) == decoding.Inspected(100, 100, "L")
+
+
+def test_facts_of_an_image_that_is_much_longer_than_wide_are_of_its_middle() -> None:
+    pixels = np.zeros((8, 4_000, 3), np.uint8)
+    pixels[:, 2_000 - 512 : 2_000 + 512] = 200
+    measured = facts.measure(encoded(Image.fromarray(pixels)))
+    assert (measured.width, measured.height, measured.brightness, measured.flat) == (4_000, 8, 200.0, True)
+
+
 @pytest.mark.slow
 def test_threads_that_decode_large_images_wait_for_each_other(tmp_path: Path) -> None:
     """Four images of 64 million pixels each, in four threads: beside each other they would take twice the limit."""
@@ -395,7 +422,7 @@ def test_threads_that_decode_large_images_wait_for_each_other(tmp_path: Path) ->
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tlpipeline.data import decoding
+from tlpipeline.data import decoding, facts
 content = Path("image.png").read_bytes()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with ThreadPoolExecutor(4) as pool:

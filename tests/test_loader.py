@@ -63,7 +63,7 @@ def test_a_line_of_pixels_is_not_enlarged_as_a_whole(size: tuple[int, int], monk
     monkeypatch.setattr(Image.Image, "resize", resize)
     found = resize_and_crop(image, PLAIN)
     assert max(sides) == 128 * 32
-    monkeypatch.setattr(loader, "ELONGATED", 10_000)
+    monkeypatch.setattr(decoding, "ELONGATED", 10_000)
     assert (found == resize_and_crop(image, PLAIN)).all()
 
 

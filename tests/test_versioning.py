@@ -488,6 +488,25 @@ def test_a_link_that_leads_out_of_the_images_is_refused_with_its_target(
     assert (git.head(workspace), contents(workspace, "images")) == before
 
 
+@pytest.mark.slow
+def test_an_image_that_is_altered_in_place_does_not_pass_for_its_earlier_version(workspace: Path, tmp_path: Path) -> None:
+    path = workspace / "images" / "class0" / "000.png"
+    before = path.read_bytes()
+    assert run_python(workspace, "-m", "dvc", "config", "cache.type", "hardlink").returncode == 0
+    assert run_python(workspace, "-m", "dvc", "checkout", "--relink", "images.dvc").returncode == 0
+    assert path.stat().st_nlink == 2
+    assert not path.stat().st_mode & 0o222  # whoever is not root cannot alter it
+    path.chmod(0o644)
+    with path.open("r+b") as file:  # the file of the cache, too
+        file.write(tiny(77))
+        file.truncate()
+    _, remarks = create.commit_data(workspace)
+    assert any(remark.startswith("altered in place: 1 images") for remark in remarks)
+    for revision, content in (("HEAD~1", before), ("HEAD", tiny(77))):
+        versioning.download(workspace, revision, "images", tmp_path / revision)
+        assert (tmp_path / revision / "class0" / "000.png").read_bytes() == content
+
+
 def test_images_that_dvc_links_to_its_cache_are_versioned(workspace: Path) -> None:
     assert run_python(workspace, "-m", "dvc", "config", "cache.type", "symlink").returncode == 0
     shutil.rmtree(workspace / "images")

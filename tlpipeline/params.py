@@ -108,6 +108,14 @@ class Data:
             allowed="names of classes, each with its present name",
         ),
     ] = field(default_factory=dict)
+    megapixels: Annotated[
+        StrictInt,
+        Field(ge=1, le=10_000),
+        Setting(
+            "largest image that is used, in millions of pixels; larger ones are left out. Decoding takes 16 bytes a pixel, and twice as many for "
+            "transparency, palettes and floats"
+        ),
+    ] = 134
     drop: Annotated[
         tuple[StrictStr, ...], Setting("classes that are gone on purpose: nothing is said of them", allowed="a list of names of classes")
     ] = ()

@@ -15,7 +15,7 @@ from tlpipeline import records
 from tlpipeline.data.classes import ClassMap, require_distinct, vanished
 from tlpipeline.data.contents import ImageFolder, contents_of, path_of, read_recorded
 from tlpipeline.data.copies import comparable, connected, find_copies
-from tlpipeline.data.decoding import UNREADABLE, decode, describe_error
+from tlpipeline.data.decoding import MAX_BYTES, MOST_BYTES_A_PIXEL, UNREADABLE, decode, describe_error
 from tlpipeline.data.facts import Facts, FactStore, gather
 from tlpipeline.data.groups import find_series, group_key
 from tlpipeline.data.layouts import SYSTEM, TABLES, hidden
@@ -101,7 +101,7 @@ def read_image(root: ImageFolder, row: Row, min_side: int | None = None) -> Imag
     if md5 != row.md5:
         raise _changed(row, md5)
     try:
-        return decode(content, min_side)
+        return decode(content, min_side, most_bytes=max(MAX_BYTES, row.width * row.height * MOST_BYTES_A_PIXEL))
     except UNREADABLE as error:
         # It was decoded when it was listed, perhaps by another version of Pillow or with more memory.
         raise DataError(

@@ -36,9 +36,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "DDS", "JP
 
 # Decoding takes a multiple of the pixels that come out of it: what Pillow loads, its copy, the image that is returned. Counted for each mode,
 # rounded up; a few kilobytes of a file may stand for gigabytes.
-MAX_BYTES = 2**31
+RGB_BYTES = 16  # a pixel of an RGB image, while it is decoded
+MAX_BYTES = 134_000_000 * RGB_BYTES
+MOST_SIDE = 2**17  # pixels; formats of photographs end at half of it
+ELONGATED = 128  # aspect ratio above which only the middle of an image is used
 _BYTES_A_PIXEL = {"1": 8, "L": 8, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "RGB": 16, "YCbCr": 16, "CMYK": 16}
-_BYTES_A_PIXEL_OF_OTHERS = 32  # transparency is laid over white, palettes may be transparent, floats are copied
+MOST_BYTES_A_PIXEL = 32  # transparency is laid over white, palettes may be transparent, floats are copied
 # What is noted of images that are not read as they are.
 DEEP = "own range"  # whole numbers that do not use 16 bits
 DEEP_COLORS = "deep colors"  # 16 bits of each color, of which the upper 8 are read
@@ -55,23 +58,23 @@ _SAMPLES, _EXTRA_SAMPLES, _BITS, _NO_DATA = 277, 338, 258, 42113  # tags of TIFF
 _BLOCK = 2**20  # pixels of 16-bit and floating-point images that are converted at a time
 
 
-_MOST_PIXELS = MAX_BYTES // 16  # of an RGB image
-_SMALLER = "Make it smaller, or cut it into parts that share a group (data.group): networks read a few hundred pixels a side"
+_SMALLER = "Make it smaller, cut it into parts that share a group (data.group), or raise data.megapixels: networks read a few hundred pixels a side"
 
 
 class ImageTooLarge(ValueError):
-    """An image needs more memory to be decoded than `MAX_BYTES`."""
+    """An image needs more memory to be decoded than is allowed, or has a longer side."""
 
 
 class _Memory:
     """Bytes that the decoding threads of this process share: one that needs more than is free waits for others to finish."""
 
     def __init__(self, size: int) -> None:
-        self._free = size
+        self._free = self._size = size
         self._changed = threading.Condition()
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
+        size = min(size, self._size)  # an image that may take more has all of it, and is decoded alone
         with self._changed:
             self._changed.wait_for(lambda: self._free >= size)
             self._free -= size
@@ -90,7 +93,29 @@ _memory = _Memory(MAX_BYTES)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def decode(content: bytes, min_side: int | None = None, notes: set[str] | None = None) -> Image.Image:
+def bytes_of(megapixels: int) -> int:
+    """Return the memory that may be taken to decode an image, for the largest RGB image in millions of pixels (`data.megapixels`)."""
+    return megapixels * 10**6 * RGB_BYTES
+
+
+@contextmanager
+def room_for(image: Image.Image) -> Iterator[None]:
+    """Wait until the decoding threads of this process leave the memory to work on an image."""
+    with _memory.hold(image.width * image.height * RGB_BYTES):
+        yield
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """Return an image without its ends if it is longer than networks read: a line of pixels at full length would need gigabytes."""
+    short = min(image.size)
+    if max(image.size) <= ELONGATED * short:
+        return image
+    width, height = (min(side, ELONGATED * short) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def decode(content: bytes, min_side: int | None = None, notes: set[str] | None = None, most_bytes: int = MAX_BYTES) -> Image.Image:
     """Decode an image file to 8-bit RGB, upright.
 
     EXIF orientation is applied. An animation gives its first frame, a TIFF with several pages the largest one that is not blank. Transparent
@@ -104,26 +129,36 @@ def decode(content: bytes, min_side: int | None = None, notes: set[str] | None =
         min_side: short side in pixels that suffices. A JPEG is then decoded at a half, a quarter or an eighth of its size,
             where enough pixels remain. This is several times faster.
         notes: gets what is to be said of the image (`DEEP` and others).
+        most_bytes: memory that decoding may take.
 
     Raises:
         UnidentifiedImageError: the content is not an image in one of the formats.
-        ImageTooLarge: decoding needs more memory than `MAX_BYTES`; nothing was decoded.
+        ImageTooLarge: decoding needs more memory, or a side is longer than `MOST_SIDE`; nothing was decoded.
         Exception: it is damaged; see `UNREADABLE` for the types that Pillow's decoders raise.
     """
     notes = set() if notes is None else notes
+    _lift_limit(most_bytes)
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-        opened.seek(_page(opened, notes))
+        bytes_to_decode(opened, most_bytes)  # before anything of it is decoded to find the page
+        opened.seek(_page(opened, notes, most_bytes))
         if min_side is not None and opened.format == "JPEG" and min_side < min(opened.size):
             scale = min_side / min(opened.size)
             opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
-        with _memory.hold(_bytes_to_decode(opened)):
+        with _memory.hold(bytes_to_decode(opened, most_bytes)):
             opened.load()
             if _has_deep_colors(opened, content):
                 notes.add(DEEP_COLORS)
             return to_rgb(_without_other_channel(opened, notes), notes)
 
 
-def _page(image: ImageFile, notes: set[str]) -> int:
+def _lift_limit(most_bytes: int) -> None:
+    """Let Pillow open larger images than it does by itself, if more is allowed than by default: for the whole process, as Pillow has it."""
+    pixels = most_bytes // min(_BYTES_A_PIXEL.values())
+    if most_bytes > MAX_BYTES and Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
+def _page(image: ImageFile, notes: set[str], most_bytes: int) -> int:
     """Return the number of the page to read, 0 for all formats but TIFF: their other pictures are frames of an animation."""
     if image.format != "TIFF":
         return 0
@@ -139,7 +174,7 @@ def _page(image: ImageFile, notes: set[str]) -> int:
     for number in largest[: len(largest) if len(largest) > 1 else 0]:
         with suppress(*UNREADABLE):
             image.seek(number)
-            with _memory.hold(_bytes_to_decode(image)):
+            with _memory.hold(bytes_to_decode(image, most_bytes)):
                 pixels = np.asarray(image)
                 pixels = pixels.reshape(image.width * image.height, -1)
                 if (pixels == np.median(pixels, axis=0)).all(axis=1).mean() < _BLANK:
@@ -176,17 +211,19 @@ def _tag(image: Image.Image, number: int) -> Any:
     return getattr(image, "tag_v2", {}).get(number)
 
 
-def _bytes_to_decode(image: Image.Image) -> int:
+def bytes_to_decode(image: Image.Image, most_bytes: int = MAX_BYTES) -> int:
     """Return the memory that decoding an opened image takes.
 
     Raises:
-        ImageTooLarge: it is more than `MAX_BYTES`.
+        ImageTooLarge: it is more than is allowed, or a side is longer than `MOST_SIDE`.
     """
-    needed: int = image.width * image.height * _BYTES_A_PIXEL.get(image.mode, _BYTES_A_PIXEL_OF_OTHERS)
-    if needed > MAX_BYTES:
+    if max(image.size) > MOST_SIDE:
+        raise ImageTooLarge(f"{image.width} x {image.height} pixels, and a side may have {MOST_SIDE:,}")
+    needed: int = image.width * image.height * _BYTES_A_PIXEL.get(image.mode, MOST_BYTES_A_PIXEL)
+    if needed > most_bytes:
         raise ImageTooLarge(
             f"{image.width} x {image.height} pixels of mode {image.mode} take {needed / 1e9:.1f} GB to decode, "
-            f"and the limit is {MAX_BYTES / 1e9:.1f} GB"
+            f"and the limit is {most_bytes / 1e9:.1f} GB"
         )
     return needed
 
@@ -300,13 +337,13 @@ class Inspected(NamedTuple):
     notes: frozenset[str] = frozenset()
 
 
-def inspect(content: bytes) -> Inspected | str:
-    """Return what an image file holds, or a text saying why it cannot be used."""
+def inspect(content: bytes, most_bytes: int = MAX_BYTES) -> Inspected | str:
+    """Return what an image file holds, or a text saying why it cannot be used; `most_bytes` as for `decode`."""
     if not content:
         return "empty file"
     notes: set[str] = set()
     try:
-        image = decode(content, notes=notes)
+        image = decode(content, notes=notes, most_bytes=most_bytes)
         with Image.open(io.BytesIO(content), formats=FORMATS) as original:
             mode = original.mode
     except UNREADABLE as error:
@@ -326,7 +363,7 @@ def describe_error(error: Exception, content: bytes = b"") -> str:
         return f"too large: {error}. {_SMALLER}"
     if isinstance(error, Image.DecompressionBombError):
         pixels, *_ = (*map(int, re.findall(r"\d+", str(error))), 0)
-        return f"too large: {pixels / 1e6:.0f} megapixels, and the limit is {_MOST_PIXELS / 1e6:.0f}. {_SMALLER}"
+        return f"too large: {pixels / 1e6:.0f} megapixels, and the limit is {MAX_BYTES / RGB_BYTES / 1e6:.0f}. {_SMALLER}"
     return f"broken: {str(error) or type(error).__name__}"
 
 

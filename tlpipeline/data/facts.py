@@ -40,6 +40,7 @@ _SAMPLED = 10_000  # pixels that give the color of a flat picture
 _LINE = 8.0  # standard deviation of the gray values in a line of a border; JPEG leaves this much
 _EDGE, _ALONG = 24.0, 0.8  # gray values by which the line behind a border differs, on this share of its pixels
 _WIDEST = 0.25  # of the side: a wider border is part of the picture
+_BLOCK = 2**16  # pixels that are compared with the color of a flat picture at a time
 _AT_ONCE = 500  # rows of one question to sqlite, and of one transaction
 _PATIENCE_S = 60.0  # for another process that writes
 # The luminance table of the JPEG standard (ITU-T T.81, annex K), which the Independent JPEG Group's quality scales.
@@ -101,23 +102,30 @@ class Facts:
         return np.frombuffer(self.picture, np.uint8, SIDE * SIDE).reshape(SIDE, SIDE)
 
 
-def measure(content: bytes) -> Facts:
-    """Return the facts about the content of a file, decoded once; a file that cannot be used has a reason."""
+def measure(content: bytes, most_bytes: int = decoding.MAX_BYTES) -> Facts:
+    """Return the facts about the content of a file, decoded once; a file that cannot be used has a reason.
+
+    Args:
+        most_bytes: as for `decoding.decode`.
+    """
     size = len(content)
     if not content:
         return Facts("empty file")
     notes: set[str] = set()
     try:
-        image = decoding.decode(content, notes=notes)
+        image = decoding.decode(content, notes=notes, most_bytes=most_bytes)
         with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as original:
             about = {"mode": original.mode, "format": original.format or "", "pages": _pages(original)}
             about |= {"jpeg_quality": _jpeg_quality(original), "exif": "exif" in original.info, "camera": _camera(original)}
-            about["transparent"] = _transparent(original)  # the last, because it loads the pixels
+            with decoding.room_for(image):
+                about["transparent"] = _transparent(original)  # the last, because it loads the pixels
     except UNREADABLE as error:
         return Facts(decoding.describe_error(error, content), size)
     if 0 in image.size:
         return Facts("zero size", size)
-    return Facts(file_size=size, width=image.width, height=image.height, notes=tuple(sorted(notes)), **about, **_of_pixels(image))
+    with decoding.room_for(image):
+        seen = _of_pixels(decoding.middle(image))
+    return Facts(file_size=size, width=image.width, height=image.height, notes=tuple(sorted(notes)), **about, **seen)
 
 
 def _pages(image: Image.Image) -> int:
@@ -172,12 +180,17 @@ def _of_pixels(image: Image.Image) -> dict[str, Any]:
 
 
 def _is_flat(pixels: Pixels) -> bool:
-    every = max(1, pixels.shape[0] * pixels.shape[1] // _SAMPLED)
-    color = np.median(pixels.reshape(-1, 3)[::every], axis=0)
-    # A look at some pixels tells most pictures from a flat one.
-    return all(
-        bool((np.abs(part - color) <= _SAME).all(axis=1).mean() >= _FLAT)
-        for part in (pixels.reshape(-1, 3)[::every], pixels.reshape(-1, 3))
+    flat = pixels.reshape(-1, 3)
+    some = flat[:: max(1, len(flat) // _SAMPLED)]
+    color = np.median(some, axis=0)
+
+    def alike(part: Pixels) -> int:
+        return int((np.abs(part - color) <= _SAME).all(axis=1).sum())
+
+    # A look at some pixels tells most pictures from a flat one. All at once would take 48 bytes a pixel.
+    return (
+        alike(some) / len(some) >= _FLAT
+        and sum(alike(flat[start : start + _BLOCK]) for start in range(0, len(flat), _BLOCK)) / len(flat) >= _FLAT
     )
 
 
@@ -219,13 +232,19 @@ class FactStore:
     Args:
         folder: where the file of the store is; None keeps the facts in memory for the life of this object.
         say: called with a sentence if the store was damaged and is built again.
+        most_bytes: memory that decoding an image may take (`decoding.decode`). The facts depend on it, so each limit has a store of its own.
     """
 
-    def __init__(self, folder: Path | None = None, say: Callable[[str], None] = lambda text: None) -> None:
-        self._say = say
+    def __init__(
+        self,
+        folder: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        most_bytes: int = decoding.MAX_BYTES,
+    ) -> None:
+        self._say, self.most_bytes = say, most_bytes
         self._lock = threading.Lock()
         self._memory: dict[str, Facts] = {}
-        self.path = None if folder is None else folder / f"facts-{_rules()}.sqlite"
+        self.path = None if folder is None else folder / f"facts-{_rules(most_bytes)}.sqlite"
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for other in self.path.parent.glob("facts-*.sqlite*"):
@@ -350,9 +369,9 @@ def _crc(md5: str, text: Any, picture: Any) -> int:
 
 
 @cache
-def _rules() -> str:
+def _rules(most_bytes: int) -> str:
     """Return a hash of all that the facts of a content, and the likeness of two, depend on."""
-    digest = hashlib.md5(PIL.__version__.encode(), usedforsecurity=False)
+    digest = hashlib.md5(f"{PIL.__version__} {most_bytes}".encode(), usedforsecurity=False)
     for path in (decoding.__file__, file_kinds.__file__, __file__, Path(__file__).with_name("copies.py")):
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:12]
@@ -394,7 +413,9 @@ def gather(
     fresh: dict[str, Facts] = {}
     try:
         with ThreadPoolExecutor(threads or max(4, available_cpus())) as pool:
-            for number, (md5, facts) in zip(unread, pool.map(lambda number: _read(*files[number], contents), unread), strict=True):
+            for number, (md5, facts) in zip(
+                unread, pool.map(lambda number: _read(*files[number], contents, store.most_bytes), unread), strict=True
+            ):
                 fresh[md5] = facts
                 if len(fresh) >= _AT_ONCE:
                     store.add(fresh)
@@ -406,9 +427,9 @@ def gather(
         store.add(fresh)
 
 
-def _read(path: Path, md5: str, contents: Path | None) -> tuple[str, Facts]:
+def _read(path: Path, md5: str, contents: Path | None, most_bytes: int) -> tuple[str, Facts]:
     try:
         content, now = read_recorded(path, md5, contents)
     except OSError as error:
         raise decoding.unreadable(path, error) from error
-    return now, measure(content)
+    return now, measure(content, most_bytes)

@@ -24,7 +24,6 @@ from tlpipeline.data.transforms import Transforms
 
 # Part of every cache key: other code or another decoder gives other pixels.
 FORMAT = f"4, Pillow {PIL.__version__}"
-ELONGATED = 128  # aspect ratio above which the ends of an image are cut off before it is resized
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Augment = Callable[[Image.Image, Row, int, int], Image.Image]
@@ -32,12 +31,8 @@ Augment = Callable[[Image.Image, Row, int, int], Image.Image]
 
 def resize_and_crop(image: Image.Image, transforms: Transforms) -> Pixels:
     """Resize the short side and crop the center: 8-bit RGB (size, size, 3). Profile, training, evaluation and prediction all use it."""
+    image = decoding.middle(image)
     short = min(image.size)
-    if max(image.size) > ELONGATED * short:
-        # Only its middle is used: resizing a line of pixels at full length would need gigabytes.
-        width, height = (min(side, ELONGATED * short) for side in image.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
     width, height = (int(transforms.resize * side / short) if side != short else transforms.resize for side in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), _RESAMPLING[transforms.interpolation])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tlpipeline.data.decoding import inspect, read_content
+from tlpipeline.data.decoding import MAX_BYTES, inspect, read_content
 from tlpipeline.data.groups import group_key
 from tlpipeline.errors import DataError
 from tlpipeline.files import write_bytes
@@ -120,6 +120,7 @@ def needed_exceptions(
     trained_on: Callable[[], frozenset[str]],
     source: "Source",
     before: Mapping[str, str] | None = None,
+    most_bytes: int = MAX_BYTES,
 ) -> tuple[list[SplitException], list[str]]:
     """Find classes with an empty split, and assign one image, or one group, to each. A group that got another name keeps its split.
 
@@ -132,6 +133,7 @@ def needed_exceptions(
         trained_on: returns the md5s that registered versions were trained on; called only if a split is empty.
         source: where classes, given splits and groups come from.
         before: md5 of an image to its split until now, {} if there is none.
+        most_bytes: memory that decoding an image may take (`decoding.decode`).
 
     Returns:
         New lines for splits.csv, and remarks for people.
@@ -161,7 +163,7 @@ def needed_exceptions(
         usable = {key: [(path, md5) for path, md5 in files if len(labels[md5]) == 1] for key, files in keys.items()}
         if sum(map(len, usable.values())) < _LOOK_INTO_BELOW:
             usable = {
-                key: [(path, md5) for path, md5 in files if not isinstance(inspect(read_content(images / path)), str)]
+                key: [(path, md5) for path, md5 in files if not isinstance(inspect(read_content(images / path), most_bytes), str)]
                 for key, files in usable.items()
             }
         splits = {key: fixed.get(key) or split_of(key) for key, files in usable.items() if files}

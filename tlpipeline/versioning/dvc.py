@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -509,6 +509,18 @@ def _remove_damaged(repo: Any, objects: Iterable[str]) -> list[str]:
     for path in removable:
         path.unlink()
     return [str(path) for path in removable]
+
+
+def remove_damaged(root: Path, objects: Collection[str]) -> list[str]:
+    """Remove those objects of the cache whose content is not what their names say; return their paths.
+
+    Args:
+        objects: md5s of files. Those that the cache does not have are left out.
+    """
+    if not objects:
+        return []
+    with _repo(root) as repo:
+        return _remove_damaged(repo, objects)
 
 
 def content_md5(path: Path) -> str:

@@ -330,9 +330,12 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
         return dvc.data_hash(root, images), []
     source = layout.source_of(root)
     names = dataset.list_files(root / images, source, [dvc.cache_folder(root)])
-    labels_before, splits_before = _before(root, images, source)
+    recorded = dvc.tracked_files(root, images) if (root / f"{images}.dvc").is_file() else {}
+    labels_before, splits_before = _before(root, recorded, source)
     digest = _versioned(root, images, names)
     hashes = dvc.tracked_files(root, images)
+    # Where the cache shares files with the folder, who may write everywhere may alter both at once: the remote has the earlier content.
+    damaged = dvc.remove_damaged(root, [md5 for path, md5 in recorded.items() if hashes.get(path, md5) != md5])
     known = splits.read_exceptions(root / layout.SPLITS)
 
     def before() -> dict[str, str]:
@@ -340,14 +343,20 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
 
     new: list[SplitException] = []
     remarks: list[str] = []
+    store = layout.open_facts(root, "version")
     if digest not in (git.read_at(root, "HEAD", f"{images}.dvc") or ""):
-        new, remarks = _joined(root / images, hashes, known, before, source, layout.open_facts(root, "version"))
+        new, remarks = _joined(root / images, hashes, known, before, source, store)
     fixed = dict(known) | {line.md5: line.split for line in new}
     needed, others = splits.needed_exceptions(
-        root / images, hashes, fixed, lambda: _trained_on(root, params.data.name), source, splits_before
+        root / images, hashes, fixed, lambda: _trained_on(root, params.data.name), source, splits_before, store.most_bytes
     )
     splits.write_exceptions(root / layout.SPLITS, [*new, *needed])
     remarks = remarks + others
+    if damaged:
+        remarks.append(
+            f"altered in place: {len(damaged)} images, and DVC's cache with them, because cache.type has it share their files; earlier versions of "
+            "them are in the DVC remote only. Replace files by new ones (`cp --remove-destination`)"
+        )
     class_map, present = classes.read_map(root / layout.CLASS_MAP), _by_class(hashes, source)
     updated = (class_map if class_map.lines else classes.first_map(labels_before)).updated(present, labels_before, source.renames)
     classes.write_map(root / layout.CLASS_MAP, updated)
@@ -423,12 +432,16 @@ def _by_class(hashes: Mapping[str, str], source: "Source") -> dict[str, set[str]
     return dict(members)
 
 
-def _before(root: Path, images: str, source: "Source") -> tuple[dict[str, set[str]], dict[str, str]]:
-    """Return the md5s of each class, and the split of each md5, as the last run listed them; before the first run those that were versioned."""
+def _before(root: Path, recorded: Mapping[str, str], source: "Source") -> tuple[dict[str, set[str]], dict[str, str]]:
+    """Return the md5s of each class, and the split of each md5, as the last run listed them; before the first run those that were versioned.
+
+    Args:
+        recorded: path to md5 of the last version.
+    """
     from tlpipeline.data import dataset
 
     if not (root / layout.MANIFEST).is_file():
-        return _by_class(dvc.tracked_files(root, images) if dvc.data_hash(root, images) else {}, source), {}
+        return _by_class(recorded, source), {}
     try:
         rows = dataset.read_manifest(root / layout.MANIFEST).rows
     except DataError:  # another version wrote it, or it is damaged: the next run writes it anew
@@ -530,7 +543,7 @@ def planned_splits(
     hashes = {names[number]: md5 for number, md5, _ in facts.gather([(images / name, "") for name in names], store, progress)}
     new, _ = _joined(images, hashes, {}, dict, source, store)
     fixed = {line.md5: line.split for line in new}
-    needed, _ = splits.needed_exceptions(images, hashes, fixed, frozenset, source)
+    needed, _ = splits.needed_exceptions(images, hashes, fixed, frozenset, source, most_bytes=store.most_bytes)
     return hashes, fixed | {line.md5: line.split for line in needed}
 
 

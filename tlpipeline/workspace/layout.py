@@ -234,9 +234,11 @@ def record_training(root: Path, training: dict[str, float]) -> None:
 
 def open_facts(root: Path, stage: str, progress: Progress = silent) -> "FactStore":
     """Return the workspace's facts about image files; `progress` is told if they were damaged."""
+    from tlpipeline.data.decoding import bytes_of
     from tlpipeline.data.facts import FactStore
 
-    return FactStore(root / CACHE, lambda text: progress(Event(stage, 0, 0, text)))
+    most_bytes = bytes_of(params_of(root).data.megapixels)
+    return FactStore(root / CACHE, lambda text: progress(Event(stage, 0, 0, text)), most_bytes)
 
 
 @contextmanager
