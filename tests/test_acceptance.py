@@ -153,3 +153,20 @@ def test_images_that_came_since_have_not_judged(registered: Path) -> None:
     assert ledger.times_judged(entries, new) == 0
     assert ledger.times_judged(entries, old + new) == pytest.approx(52 / 3, abs=8)
     assert ledger.times_judged([], old) == 0
+
+
+@pytest.mark.slow
+def test_a_model_that_is_accepted_after_newer_data_were_committed_is_registered_with_its_own(registered: Path) -> None:
+    set_param(registered, "gate.undecided", "reject")
+    assert not judged(retrained(registered)).new
+    ended = git.head(registered)
+    (registered / "images" / "class1" / "000.png").unlink()
+    Workspace(registered).commit_data("Newer")
+    done = Workspace(registered).accept(because="checked by hand")
+    assert (done.version, done.new) == ("workspace@v0.1.1", True)
+    version = versions.resolve(registered, "workspace@v0.1.1")
+    assert git.run(registered, "rev-parse", f"{version.commit}^") == ended
+    assert dvc.stage_input(registered, "ingest", "images", version.commit) in str(git.read_at(registered, version.commit, "images.dvc"))
+    assert dvc.data_hash(registered, "images") not in str(git.read_at(registered, version.commit, "images.dvc"))
+    assert dvc.data_hash(registered, "images") in str(git.read_at(registered, "HEAD", "images.dvc"))
+    assert git.run(registered, "status", "--porcelain") == ""

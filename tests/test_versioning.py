@@ -489,6 +489,34 @@ def test_a_link_that_leads_out_of_the_images_is_refused_with_its_target(
 
 
 @pytest.mark.slow
+def test_classes_of_images_that_a_stage_writes_keep_their_numbers(workspace: Path) -> None:
+    images = workspace / "images"
+    images.rename(workspace / "originals")
+    (workspace / "images.dvc").unlink()
+    (workspace / "making").mkdir()
+    (workspace / "making" / "dvc.yaml").write_text(
+        "stages:\n  copy:\n    cmd: cp -r ../originals ../images\n    deps: [../originals]\n    outs: [../images]\n"
+    )
+    (workspace / "classes.csv").unlink()
+    git.commit(workspace, "Have a stage write the images", ["images.dvc", "classes.csv", "making/dvc.yaml"])
+    create.commit_data(workspace)
+    assert [line.split(",")[:2] for line in (workspace / "classes.csv").read_text().splitlines()[1:]] == [
+        ["0", "class0"],
+        ["1", "class1"],
+        ["2", "class2"],
+    ]
+    (workspace / "originals" / "alpha").mkdir()
+    for number in range(6):
+        paint(0, 900 + number).save(workspace / "originals" / "alpha" / f"{number}.png")
+    _, remarks = create.commit_data(workspace)
+    assert "new class: alpha with 6 files" in remarks
+    assert git.read_at(workspace, "HEAD", "classes.csv") == (workspace / "classes.csv").read_text().strip()
+    stages.bring_up_to_date(workspace, "ingest", silent)
+    manifest = dataset.read_manifest(workspace / "manifest.parquet")
+    assert dict(zip(manifest.classes, manifest.indices, strict=True)) == {"class0": 0, "class1": 1, "class2": 2, "alpha": 3}
+
+
+@pytest.mark.slow
 def test_an_image_that_is_altered_in_place_does_not_pass_for_its_earlier_version(workspace: Path, tmp_path: Path) -> None:
     path = workspace / "images" / "class0" / "000.png"
     before = path.read_bytes()

@@ -310,7 +310,9 @@ def copy_images(given: Given, target: Path) -> None:
 
 
 def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]:
-    """Version the images: `dvc add`, exceptions for small classes, a git commit, `dvc push`.
+    """Version the images: `dvc add`, exceptions for small classes, the class map, a git commit, `dvc push`.
+
+    Images that a stage writes are brought up to date, and not added; that stage records them.
 
     Returns:
         The hash of the data set, and remarks for people.
@@ -325,15 +327,22 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     params = layout.params_of(root)
     images = params.data.images
     settings.add_inputs(root / layout.PARAMS, root / "dvc.yaml")
-    if dvc.is_stage_output(root, images):
-        dvc.reproduce_upstream(root, images)  # a stage writes the images, so there is nothing to add
-        return dvc.data_hash(root, images), []
-    source = layout.source_of(root)
-    names = dataset.list_files(root / images, source, [dvc.cache_folder(root)])
-    recorded = dvc.tracked_files(root, images) if (root / f"{images}.dvc").is_file() else {}
+    written = dvc.is_stage_output(root, images)
+    recorded: dict[str, str] = {}
+    if written:  # by a stage, so there is nothing to add
+        dvc.reproduce_upstream(root, images)
+        source = layout.source_of(root)
+        dataset.list_files(root / images, source)
+        digest, hashes = dvc.data_hash(root, images), dvc.file_hashes(root, images)
+        is_new = dvc.stage_input(root, "ingest", images) != digest
+    else:
+        source = layout.source_of(root)
+        names = dataset.list_files(root / images, source, [dvc.cache_folder(root)])
+        recorded = dvc.tracked_files(root, images) if (root / f"{images}.dvc").is_file() else {}
+        digest = _versioned(root, images, names)
+        hashes = dvc.tracked_files(root, images)
+        is_new = digest not in (git.read_at(root, "HEAD", f"{images}.dvc") or "")
     labels_before, splits_before = _before(root, recorded, source)
-    digest = _versioned(root, images, names)
-    hashes = dvc.tracked_files(root, images)
     # Where the cache shares files with the folder, who may write everywhere may alter both at once: the remote has the earlier content.
     damaged = dvc.remove_damaged(root, [md5 for path, md5 in recorded.items() if hashes.get(path, md5) != md5])
     known = splits.read_exceptions(root / layout.SPLITS)
@@ -344,7 +353,7 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     new: list[SplitException] = []
     remarks: list[str] = []
     store = layout.open_facts(root, "version")
-    if digest not in (git.read_at(root, "HEAD", f"{images}.dvc") or ""):
+    if is_new:
         new, remarks = _joined(root / images, hashes, known, before, source, store)
     fixed = dict(known) | {line.md5: line.split for line in new}
     needed, others = splits.needed_exceptions(
@@ -366,8 +375,10 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
         *classes.vanished(updated, present, source.renames, params.data.drop),
     ]
     tables = [] if params.data.labels == NONE or _inside(params.data) is not None else [params.data.labels, "dvc.yaml"]
-    git.commit(root, message or f"Data {digest[:8]}", [*_recorded(images), layout.SPLITS, layout.CLASS_MAP, *tables])
-    dvc.push(root)
+    record = [] if written else _recorded(images)
+    git.commit(root, message or f"Data {digest[:8]}", [*record, layout.SPLITS, layout.CLASS_MAP, *tables])
+    if not written:
+        dvc.push(root)
     return digest, remarks
 
 

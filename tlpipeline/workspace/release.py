@@ -21,6 +21,7 @@ from tlpipeline.errors import RegistryError, WorkspaceError
 from tlpipeline.evaluation import gate
 from tlpipeline.evaluation.verdict import BALANCED, UNDECIDED, Verdict, with_wear
 from tlpipeline.files import write_json
+from tlpipeline.params import NONE
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import ledger, versions
@@ -102,9 +103,8 @@ def register(root: Path, verdict: Verdict | None, pinned: PinnedData | None = No
 def _register(root: Path, verdict: Verdict | None, pinned: PinnedData | None) -> Registration:
     params = layout.params_of(root)
     name = params.data.name
-    tracked, onto = [*TRACKED, f"{params.data.images}.dvc"], ""
-    if pinned and not pinned.is_current(root):
-        tracked, onto = [path for path in TRACKED if path not in pinned.inputs], pinned.commit
+    newer, onto = _newer_data(root, pinned)
+    tracked = [path for path in (*TRACKED, f"{params.data.images}.dvc") if path not in newer]
     model = dvc.stage_output(root, "train", layout.MODEL)
     registered = versions.find_registered(root, name, model)
     if verdict is None and registered is not None:
@@ -144,6 +144,22 @@ def _register(root: Path, verdict: Verdict | None, pinned: PinnedData | None) ->
         kinds = ", ".join(dict.fromkeys(alarm.kind for alarm in blocked))
         reason += f' Alarms keep it from being promoted: {kinds}. To promote it all the same: `tlpipeline registry promote {version} --because "..."`.'
     return Registration(str(version), True, promoted, verdict, reason)
+
+
+def _newer_data(root: Path, pinned: PinnedData | None) -> tuple[list[str], str]:
+    """Return the files that say which data a run had, and the commit that has them, if the workspace has newer data by now.
+
+    Args:
+        pinned: the data that the run kept; None is a run that ended and was committed, or stages by hand, which have the present data.
+    """
+    if pinned:
+        return ([], "") if pinned.is_current(root) else (pinned.inputs, pinned.commit)
+    ended = git.run(root, "log", "-1", "--format=%H", "--", "dvc.lock", check=False)
+    if not ended or git.read_at(root, ended, "dvc.lock") != (root / "dvc.lock").read_text(encoding="utf-8").strip():
+        return [], ""
+    data = layout.params_of(root).data
+    inputs = [f"{data.images}.dvc", layout.SPLITS, layout.CLASS_MAP, *([] if data.labels == NONE else [data.labels])]
+    return (inputs, ended) if git.run(root, "diff", "--name-only", ended, "--", *inputs) else ([], "")
 
 
 _WAY_IN = 'To register it all the same: `tlpipeline registry accept --because "..."`.'
@@ -219,20 +235,14 @@ def card_facts(root: Path, verdict: Verdict, pinned: PinnedData | None = None) -
         "alarms": alarming.of_run(root),
         "metrics": layout.read_metrics(root),
         "verdict": verdict,
-        "data": data_of_run(root, pinned),
+        "data": dvc.stage_input(root, "ingest", params.data.images),
         "model": dvc.stage_output(root, "train", layout.MODEL),
         "params_md5": hashlib.md5((root / layout.PARAMS).read_bytes(), usedforsecurity=False).hexdigest(),
         "params": dataclasses.asdict(params),
         "seed": params.train.seed,
-        "parent": pinned.commit if pinned and not pinned.is_current(root) else git.head(root),
+        "parent": _newer_data(root, pinned)[1] or git.head(root),
         "environment": _environment(["tlpipeline", "torch", "torchvision", "numpy", "scipy", "pillow", "ray", "dvc"]),
     }
-
-
-def data_of_run(root: Path, pinned: PinnedData | None) -> str:
-    """Return the hash of the data set of a run."""
-    images = layout.params_of(root).data.images
-    return pinned.recorded[images].md5 if pinned else dvc.data_hash(root, images)
 
 
 def _environment(packages: Sequence[str]) -> dict[str, str]:
@@ -290,7 +300,7 @@ def write_report(root: Path, registration: Registration, changes: Changes | None
         changes=changes,
         seconds=layout.read_run(root).seconds,
         training=layout.read_run(root).training,
-        data_hash=data_of_run(root, pinned),
+        data_hash=dvc.stage_input(root, "ingest", params.data.images),
         commit=git.head(root),
     )
     path = root / REPORT
