@@ -53,7 +53,7 @@ from tlpipeline.workspace import pinning, stages
 from tlpipeline.progress import silent
 assert stages.bring_up_to_date(Path('ws'), 'ingest', silent, {pinned}) is {ran}
 """
-_VERSION = "from tlpipeline.workspace import create, pinning; create.commit_data(Path('ws')); pinning.pin(Path('ws'))"
+_VERSION = "from tlpipeline.workspace import create, pinning; create.commit_data(Path('ws'), push_again=False); pinning.pin(Path('ws'))"
 
 
 def generate(folder: Path, count: int, start: int = 0) -> None:

@@ -76,7 +76,7 @@ def version(workspace: Path, images: Path | None, labels: Path | None = None) ->
     with recording(workspace):
         if images is not None:
             create.replace_images(workspace, images, labels, listener.get())
-        digest, remarks = create.commit_data(workspace)
+        digest, remarks = create.commit_data(workspace, push_again=False)
         pin(workspace)
     if changed := create.record_code(workspace):
         remarks.append(changed)

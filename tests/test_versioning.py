@@ -620,9 +620,11 @@ def test_what_a_failed_push_left_behind_is_pushed_by_the_next_one(workspace: Pat
     paint(0, 500).save(workspace / "images" / "class0" / "only here.png")
     with pytest.raises(Unreachable):
         create.commit_data(workspace)
+    assert not versioning.is_pushed(workspace)
     plug()
     (workspace / "images" / "class0" / "only here.png").unlink()
-    create.commit_data(workspace)
+    create.commit_data(workspace, push_again=False)
+    assert versioning.is_pushed(workspace)
     assert versioning.push(workspace) == 0
     shutil.rmtree(workspace / ".dvc" / "cache")
     versioning.download(workspace, "HEAD~1", "images", workspace / "before")

@@ -159,19 +159,19 @@ def _coarse_pairs(gray: npt.NDArray[np.uint8], new: Integers, progress: Callable
     shapes = np.concatenate([_unit((transform @ part.astype(np.float32) @ transform.T) * weight) for part in _blocks_of(gray)] or [_none()])
     # A picture without contrast is like any other: its noise is compared.
     shapes[np.concatenate([part.std(axis=(1, 2)) for part in _blocks_of(gray)] or [np.zeros(0)]) < _CONTRAST_LEAST] = 0
+    # The new ones first: what is behind an image are the others that it is yet to be compared with, so each pair is looked at once.
+    order = np.concatenate([new, np.setdiff1d(np.arange(len(gray)), new)])
+    shapes = shapes[order]
     mirrored = shapes * _mirror(COARSE)
-    is_new = np.zeros(len(gray), bool)
-    is_new[new] = True
-    step = max(1, _CELLS // max(1, len(gray)))
-    for start in range(0, len(new), step):
-        rows = new[start : start + step]
-        alike = np.maximum(shapes[rows] @ shapes.T, mirrored[rows] @ shapes.T)
-        row, column = np.nonzero(alike >= COARSE_LEAST)
-        pairs = np.stack([rows[row], column], 1)
-        # Each pair once: of two new images by the smaller one.
-        pairs = pairs[(pairs[:, 0] != pairs[:, 1]) & (~is_new[pairs[:, 1]] | (pairs[:, 0] < pairs[:, 1]))]
-        yield np.sort(pairs, axis=1)
-        progress(min(start + step, len(new)), len(new))
+    start = 0
+    while start < len(new):
+        end = min(len(new), start + max(1, _CELLS // (len(order) - start)))
+        others = shapes[start:].T
+        row, column = np.nonzero(np.maximum(shapes[start:end] @ others, mirrored[start:end] @ others) >= COARSE_LEAST)
+        later = column > row
+        yield np.sort(np.stack([order[start + row[later]], order[start + column[later]]], 1), axis=1)
+        progress(end, len(new))
+        start = end
 
 
 def _none() -> Floats:

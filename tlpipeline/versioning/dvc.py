@@ -396,9 +396,7 @@ def push(root: Path) -> int:
             raise WorkspaceError(
                 "expected a DVC remote to publish to, found none. Add one: `dvc remote add --default storage FOLDER_OR_URL`."
             )
-        # The mark is a local ref, which git does not push: each clone and each remote has its own.
-        place = hashlib.md5(str(repo.config["remote"][name].get("url")).encode(), usedforsecurity=False).hexdigest()
-        mark, present = f"refs/tlpipeline/pushed/{place}", git.head(root)
+        mark, present = _mark(repo, name), git.head(root)
         # Not `repo.push(revs=...)`: at a revision DVC takes a relative remote for one at the root of the file system.
         texts = git.contents_since(root, mark, "*.dvc") if present else []
         try:
@@ -412,6 +410,20 @@ def push(root: Path) -> int:
     if present:
         git.run(root, "update-ref", mark, present)
     return pushed
+
+
+def _mark(repo: Any, remote: str) -> str:
+    """Return the ref of the commit whose data were pushed last. It is local, and git does not push it: each clone and remote has its own."""
+    place = hashlib.md5(str(repo.config["remote"][remote].get("url")).encode(), usedforsecurity=False).hexdigest()
+    return f"refs/tlpipeline/pushed/{place}"
+
+
+def is_pushed(root: Path) -> bool:
+    """Return whether what the .dvc files of the present commit name was pushed to the default remote. The remote itself is not asked."""
+    with _repo(root) as repo:
+        name = repo.config["core"].get("remote")
+        pushed = git.run(root, "rev-parse", "--verify", "--quiet", _mark(repo, name), check=False) if name else ""
+    return bool(pushed) and not git.run(root, "diff", "--name-only", pushed, "HEAD", "--", "*.dvc")
 
 
 def _cached(repo: Any, texts: Iterable[str]) -> list[Any]:

@@ -309,10 +309,14 @@ def copy_images(given: Given, target: Path) -> None:
 # --- images ---------------------------------------------------------------------------------------------------------------------------
 
 
-def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]:
+def commit_data(root: Path, message: str | None = None, push_again: bool = True) -> tuple[str, list[str]]:
     """Version the images: `dvc add`, exceptions for small classes, the class map, a git commit, `dvc push`.
 
     Images that a stage writes are brought up to date, and not added; that stage records them.
+
+    Args:
+        message: of the commit.
+        push_again: look whether the remote has all files even if they were pushed before: it costs as much as the whole rest.
 
     Returns:
         The hash of the data set, and remarks for people.
@@ -377,7 +381,7 @@ def commit_data(root: Path, message: str | None = None) -> tuple[str, list[str]]
     tables = [] if params.data.labels == NONE or _inside(params.data) is not None else [params.data.labels, "dvc.yaml"]
     record = [] if written else _recorded(images)
     git.commit(root, message or f"Data {digest[:8]}", [*record, layout.SPLITS, layout.CLASS_MAP, *tables])
-    if not written:
+    if not written and (push_again or not dvc.is_pushed(root)):
         dvc.push(root)
     return digest, remarks
 
