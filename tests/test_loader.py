@@ -237,9 +237,9 @@ def test_files_are_decoded_no_larger_than_they_are_needed(make_images: Callable[
     asked: list[int | None] = []
     plain = decoding.decode
 
-    def noted(content: bytes, at_least: int | None = None) -> Image.Image:
+    def noted(content: bytes, at_least: int | None = None, **others: Any) -> Image.Image:
         asked.append(at_least)
-        return plain(content, at_least)
+        return plain(content, at_least, **others)
 
     monkeypatch.setattr(dataset, "decode", noted)
     next(iter(Images(folder, [row], PLAIN).batches([[0]])))

@@ -836,11 +836,11 @@ def test_a_disk_that_fills_while_an_output_is_written_leaves_all_the_old_ones(in
 
 
 def test_a_disk_that_fills_while_dvc_keeps_the_outputs_records_nothing(ingested: Path, monkeypatch: Any) -> None:
-    from dvc.repo import Repo
+    from dvc.stage import Stage
 
     paint(0, 500).save(ingested / "images" / "class0" / "new.png")
     before = lock_text(ingested)
-    monkeypatch.setattr(Repo, "commit", no_space)
+    monkeypatch.setattr(Stage, "commit", no_space)
     with pytest.raises(WorkspaceError, match="expected room on the disk of"):
         stages.bring_up_to_date(ingested, "ingest", silent)
     assert lock_text(ingested) == before
