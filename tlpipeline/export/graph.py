@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tlpipeline.backbones.classifier import Classifier
 from tlpipeline.backbones.features import with_pooling
-from tlpipeline.data.loader import ELONGATED
+from tlpipeline.data.decoding import ELONGATED
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError
 
