@@ -49,8 +49,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tlpipeline.errors import DataError, PipelineError, nearest
-from tlpipeline.progress import Progress, silent
-from tlpipeline.results import Acceptance, CacheInfo, DataCommit, Explanation, Promotion, RegisteredVersion, Rollback, Versions
+from tlpipeline.progress import Event, Progress, silent
+from tlpipeline.results import Acceptance, Backbones, CacheInfo, DataCommit, Explanation, Promotion, RegisteredVersion, Rollback, Versions
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -114,7 +114,7 @@ class Workspace:
             images: a folder of `<class>/<image>`, or a zip file of one, which is copied; None takes the embedded sample of handwritten digits.
             labels: a table with the columns path and label, and perhaps split and group; None takes the names of the folders.
             group, class_folder: `data.group` and `data.class_folder` of params.yaml.
-            backbone: "demonstration", a torchvision classifier, or "package.module:callable".
+            backbone: "demonstration", a torchvision classifier, "timm:NAME", "hf:OWNER/NAME", or "package.module:callable".
             weights: "DEFAULT", a name of torchvision weights, a weights file, or "none".
             remote: the DVC remote, a folder or a URL; None is a folder inside the workspace.
 
@@ -315,6 +315,31 @@ class Workspace:
     def rollback(self, stage: str = PROD) -> Rollback:
         """Put the version back that was in a stage before; the same as `registry.rollback`."""
         return self.registry.rollback(stage=stage)
+
+
+def list_backbones(
+    pattern: str = "*", time: bool = False, size: int | None = None, workspace: str | Path | None = None, progress: Progress = silent
+) -> Backbones:
+    """Return the networks that `backbone.name` may name: torchvision's, those of timm and Hugging Face where installed, and your own.
+
+    Args:
+        pattern: text in the name, or a name with * and ?.
+        time: build each with random weights and measure a forward pass of one image on this machine.
+        size: side of that image in pixels; None is that of the weights.
+        workspace: whose own networks are listed, too.
+
+    Raises:
+        BackboneError: no name matches.
+    """
+    from tlpipeline.backbones import listing
+
+    root = None if workspace is None else _expanded(workspace)
+    networks = listing.available(pattern, root)
+    if time:
+        for i, network in enumerate(networks):
+            progress(Event("backbones", i, len(networks), network.name))
+            networks[i] = listing.measured(network, root, size)
+    return Backbones(networks)
 
 
 def load_model(model: str | Path, workspace: str | Path = ".", trust: str | Collection[str] = (), device: str = "auto") -> Model:

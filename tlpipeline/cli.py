@@ -127,7 +127,9 @@ def init(
     images: Annotated[
         Path | None, typer.Option(help="Folder of <class>/<image> to copy, or a zip file; without it, the sample digits.")
     ] = None,
-    backbone: Annotated[str, typer.Option(help="demonstration, a torchvision classifier, or package.module:callable.")] = "demonstration",
+    backbone: Annotated[
+        str, typer.Option(help="demonstration, a torchvision classifier, timm:NAME, hf:OWNER/NAME, or package.module:callable.")
+    ] = "demonstration",
     weights: Annotated[str, typer.Option(help="DEFAULT, a torchvision weights name, a weights file, or none.")] = "DEFAULT",
     remote: Annotated[str | None, typer.Option(help="DVC remote, a folder or URL; without it, a folder inside the workspace.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Table with the columns path and label, and perhaps split and group.")] = None,
@@ -210,6 +212,24 @@ def explain(
 
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         _write(explanation.text(get_terminal_size((100, 24)).columns, color))
+
+
+@app.command()
+def backbones(
+    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Text in the name, or a name with * and ?.")] = "*",
+    time: Annotated[bool, typer.Option("--time", help="Build each with random weights, and measure a forward pass of one image.")] = False,
+    size: Annotated[int | None, typer.Option(help="Side of that image in pixels; without it, that of the weights.", min=1)] = None,
+    workspace: Annotated[Path | None, typer.Option("--workspace", "-w", help="Workspace whose own networks are listed, too.")] = None,
+) -> None:
+    """List the networks that backbone.name may name.
+
+    These are torchvision's, those of timm and Hugging Face where the packages are installed, and your own.
+    """
+    from tlpipeline.api import list_backbones
+
+    with _Bar() as bar:
+        networks = list_backbones(pattern, time or size is not None, size, workspace, bar)
+    _show(networks)
 
 
 @app.command(hidden=True)

@@ -118,7 +118,11 @@ class BackboneParams:
     """Which pretrained network, and which weights."""
 
     name: Annotated[
-        Name, Setting("demonstration, a torchvision classifier such as resnet18, or your own: my_package.nets:resnet20", shown=True)
+        Name,
+        Setting(
+            "demonstration, a torchvision classifier such as resnet18, timm:NAME, hf:OWNER/NAME, or your own: my_package.nets:resnet20",
+            shown=True,
+        ),
     ] = "demonstration"
     weights: Annotated[
         Name, Setting("DEFAULT, a torchvision weights name, a path to a .safetensors or weights-only file, or none (random)", shown=True)
@@ -137,7 +141,7 @@ class BackboneParams:
         StrictStr,
         Field(pattern="^(none|[0-9a-f]{32})$"),
         Setting(
-            "MD5 of the code of your own network; each run writes it, and trains anew if it changed",
+            "MD5 of the code of your own network, or of the configuration of one of Hugging Face; each run writes it, and trains anew if it changed",
             allowed="none or 32 hexadecimal digits",
         ),
     ] = "none"

@@ -12,6 +12,7 @@ from tlpipeline.display import Displayed, printable, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from tlpipeline.backbones.listing import Available
     from tlpipeline.choice.decision import Decision
     from tlpipeline.data.cache import ColumnInfo
     from tlpipeline.data.changes import Changes
@@ -75,6 +76,26 @@ class RegisteredVersion:
     high: float | None
     data: str
     commit: str
+
+
+class Backbones(Displayed, tuple["Available", ...]):
+    """Networks that can be had."""
+
+    __slots__ = ()
+
+    def __rich__(self) -> RenderableType:
+        rows = [
+            (
+                n.name,
+                "" if n.parameters is None else f"{n.parameters / 1e6:.2f}",
+                "" if n.size is None else str(n.size),
+                "" if n.milliseconds is None else f"{n.milliseconds:.1f}",
+                ", ".join(n.weights[:2]) + (f" and {len(n.weights) - 2} more" if len(n.weights) > 2 else ""),
+                n.license,
+            )
+            for n in self
+        ]
+        return table(("name", "million parameters", "pixels", "ms per image", "weights", "license"), rows)
 
 
 class Versions(Displayed, tuple[RegisteredVersion, ...]):

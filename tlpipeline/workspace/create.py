@@ -120,7 +120,8 @@ def init(
     # All inputs are checked before anything is written.
     if remote is not None:
         dvc.check_remote(remote)
-    catalogue.load(backbone, weights, md5=md5)
+    for remark in catalogue.load(backbone, weights, md5=md5).remarks:
+        progress(Event("init", 1, 1, remark))
     with archives.unpacked(images) as folder:
         if given is not None and folder is not None:
             given = _checked(replace(given, images=folder), None, progress)

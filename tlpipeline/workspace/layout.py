@@ -124,6 +124,14 @@ def read_former(root: Path) -> Former | None:
     return former if former is not None and (former.network, former.rule) == decided_by(params) else None
 
 
+def network_packages(root: Path) -> tuple[str, ...]:
+    """Return the optional package that the workspace's network is made by, as a tuple of one or none."""
+    from tlpipeline.backbones import packages
+
+    package = packages.package_of(params_of(root).backbone.name)
+    return (package,) if package else ()
+
+
 def decided_by(params: Params) -> tuple[str, str]:
     """Return the settings of the network and of the choice as text: a decision that was made by others is no former one."""
     network = [params.backbone.name, params.backbone.weights, params.backbone.weights_md5, params.backbone.code_md5, str(params.data.size)]

@@ -233,7 +233,9 @@ def card_facts(root: Path, verdict: Verdict) -> dict[str, object]:
         "params": dataclasses.asdict(params),
         "seed": params.train.seed,
         "parent": git.head(root),
-        "environment": _environment(["tlpipeline", "torch", "torchvision", "numpy", "scipy", "pillow", "ray", "dvc"]),
+        "environment": _environment(
+            ["tlpipeline", "torch", "torchvision", "numpy", "scipy", "pillow", "ray", "dvc", *layout.network_packages(root)]
+        ),
     }
 
 

@@ -376,7 +376,7 @@ def _backbone_and_size(root: Path, params: Params, manifest: "Manifest") -> "tup
     if not short:
         raise DataError("expected training images to profile, found none. See quarantine.csv for the files that were rejected.")
     size = cutting.input_size(backbone, params.data.size, statistics.median(short))
-    if size != backbone.transforms.size and backbone.name.startswith("vit"):
+    if size != backbone.transforms.size and backbone.positional:
         backbone = _backbone(root, params, size)
     return backbone, size
 
