@@ -67,6 +67,10 @@ def rows_for(name: str, family: str, manifest: Path, place: Path) -> list[dict[s
         images, shown = (Images(manifest.parent / "images", part, backbone.transforms) for part in (rows, rows[:1]))
         # Without statistics of their own, hardly anything of an image arrives at the last layer of a random network.
         start = copy.deepcopy(scaled(backbone.name, inputs(images), size))
+        for key, value in start.items():
+            # Residual branches that start closed would get no gradient in the first step.
+            if key.endswith("weight") and value.dim() == 1 and not value.any():
+                value.fill_(1)
     except Exception as error:  # whatever a network does wrong is a row
         empty = dict.fromkeys(COLUMNS, "") | {"network": name, "family": family, "ok": "no", "error": first_line(error)}
         return [{**empty, "case": case.name} for case in CASES]
@@ -98,8 +102,8 @@ HEAD = """# Networks of timm and Hugging Face
 <!-- Written by `python -m benchmarks.packages table` from the rows that `python -m benchmarks.packages run` measured. -->
 
 Networks of each family were built with random weights and taken through the four cases. Each was cut, trained for one step, exported and
-reloaded. Frozen tensors stayed the same bit for bit. The reloaded model predicted what the uncut network with its tensors predicts. Other
-networks of both packages work by the same code, which finds the taps of any network ([how](backbones.md#how-taps-are-found)).
+reloaded. Frozen tensors stayed the same bit for bit. The reloaded model predicted what the uncut network with its tensors predicts. The
+same code finds the taps of other networks ([how](backbones.md#how-taps-are-found)), but they were not tried.
 
 The networks named `hf:` have small configurations of their type.
 

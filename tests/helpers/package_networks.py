@@ -20,7 +20,6 @@ FAMILIES: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("timm:deit_tiny_distilled_patch16_224", "deit", {}),
     ("timm:swin_tiny_patch4_window7_224", "swin", {}),
     ("timm:eva02_tiny_patch14_224", "eva", {}),
-    ("timm:test_vit3", "dinov2 with registers", {}),
     ("timm:mobilevit_xxs", "mobilevit", {}),
     ("timm:efficientvit_b0", "efficientvit", {}),
     ("timm:coatnet_nano_rw_224", "coatnet", {}),
