@@ -13,7 +13,7 @@ from tlpipeline.evaluation.verdict import Verdict
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry.versions import Registration
 from tlpipeline.tasks.events import send
-from tlpipeline.workspace import create, history, layout, release, stages
+from tlpipeline.workspace import create, history, layout, release, stages, starting
 
 # Receives the progress of all stages: the command line sets its progress bar here.
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
@@ -102,6 +102,7 @@ def choose(workspace: Path) -> str:
 @task(task_run_name="train-{case}")
 def train(workspace: Path, case: str) -> bool:
     """Train the case; return whether it had to run."""
+    starting.record(workspace)
     return _follow(workspace, "train", "training")
 
 

@@ -273,6 +273,13 @@ class TrainParams:
         Field(ge=0),
         Setting("minutes for the train stage, and for a race; the best model so far is kept; 0: no limit", shown=True),
     ] = 0.0
+    start: Annotated[
+        Literal["cold", "warm", "both"],
+        Setting(
+            "weights that fine-tuning starts from; cold: the source's; warm: those of the model in production, if it was fine-tuned as the same "
+            "network; both: each is trained, and validation chooses"
+        ),
+    ] = "warm"
     override: Annotated[
         Mapping[StrictStr, StrictBool | StrictInt | StrictFloat | StrictStr],
         Setting(

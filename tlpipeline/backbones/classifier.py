@@ -27,6 +27,35 @@ _AGAIN = "Fetch the model again, or train it again with `tlpipeline run`."
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where training started, if it could start from the model in production.
+
+    Attributes:
+        version: of the model in production; warm: whether the model started from its backbone, rather than from the source's weights.
+        cold_accuracy, warm_accuracy: of both starts on the validation images (0 to 1), None for one that was not trained; images: how many.
+    """
+
+    version: str
+    warm: bool
+    cold_accuracy: float | None
+    warm_accuracy: float | None
+    images: int
+
+    @property
+    def text(self) -> str:
+        """A sentence about the start and what it was compared with."""
+        reached = {"this start": self.warm_accuracy, "the source's weights": self.cold_accuracy}
+        figures = [f"{accuracy:.1%} with {name}" for name, accuracy in reached.items() if accuracy is not None]
+        what = (
+            f"warm: from the weights of {self.version}"
+            if self.warm
+            else f"cold: from the source's weights, not from those of {self.version}"
+        )
+        figures = figures if self.warm else [text.replace("this start", "that start") for text in reversed(figures)]
+        return f"{what} ({', '.join(figures)}, on {self.images:,} validation images)"
+
+
+@dataclass(frozen=True)
 class Description:
     """The content of model.json: everything needed to rebuild the network around its tensors and to prepare its inputs.
 
@@ -44,6 +73,7 @@ class Description:
         library: package, version and architecture of a network that another package makes, "" for others.
         weights: md5 of its source weights, where a package makes it.
         answers: its logits for `_test_image`, by which another version of that package is recognized that computes something else.
+        start: where training started, None if there was no model in production to start from.
     """
 
     architecture: str
@@ -59,10 +89,12 @@ class Description:
     library: str = ""
     weights: str = ""
     answers: tuple[float, ...] = ()
+    start: Start | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {"format": FORMAT, **asdict(self)}
+        """Return plain values; without `start` where there is none, as earlier versions wrote them."""
+        values = asdict(self)
+        return {"format": FORMAT, **{name: value for name, value in values.items() if name != "start" or value is not None}}
 
 
 @dataclass(frozen=True)
@@ -198,6 +230,29 @@ def load(
         ) from error
     _require_same_answers(model.eval(), description, folder)
     return model, description
+
+
+def redescribe(folder: Path, description: Description) -> None:
+    """Write another description into a model folder."""
+    write_json(description.to_json(), folder / DESCRIPTION)
+
+
+def load_trunk(backbone: Backbone, folder: Path) -> None:
+    """Give a network the weights of a model's backbone. Its old head, and what the model has cut off, stay as they are.
+
+    Raises:
+        BackboneError: the tensors cannot be read, or are not those of this network.
+    """
+    tensors = records.read_tensors(folder / WEIGHTS, _AGAIN, BackboneError)
+    trunk = {name.removeprefix("trunk."): tensor for name, tensor in tensors.items() if name.startswith("trunk.")}
+    state = backbone.module.state_dict()
+    unknown = sorted(name for name, tensor in trunk.items() if name not in state or state[name].shape != tensor.shape)
+    if unknown or not trunk:
+        raise BackboneError(
+            f"expected the weights of {backbone.name} in {folder / WEIGHTS}, found {unknown[0] if unknown else 'none'}, which it does not have "
+            "like that. Set train.start to cold."
+        )
+    backbone.module.load_state_dict({**state, **trunk})
 
 
 def describe(folder: Path) -> Description:

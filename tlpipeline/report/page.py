@@ -26,6 +26,7 @@ from tlpipeline.training.config import Epoch
 if TYPE_CHECKING:
     import jinja2
 
+    from tlpipeline.backbones.classifier import Start
     from tlpipeline.data.changes import Changes
 
 TEMPLATE = Path(__file__).with_name("template")
@@ -85,6 +86,7 @@ def page(
     name: str,
     registration: Registration,
     case: Decision,
+    start: "Start | None",
     profile: Profile,
     metrics: Metrics,
     matrix: Sequence[Sequence[int]],
@@ -119,6 +121,7 @@ def page(
             explained={section.key: section for section in explain.sections(case, profile)},
             why=reasons.summary(case, profile),
             action=explain.action(case, profile),
+            start=start,
             profile=profile,
             plane=_plane(case),
             curve=_curve(profile, case),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("template")
 STARTED = layout.OWN / "init"  # there while a workspace is made
 TRACKED = (
-    "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.CLASS_MAP, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.FORMER, layout.CASE, layout.METRICS, layout.CLASSES,
+    "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.CLASS_MAP, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.FORMER, layout.START, layout.CASE, layout.METRICS, layout.CLASSES,
     versions.CARD, versions.ALARMS, LEDGER, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
 PLOTS = ("plane.json", "probe.json")  # templates with which `dvc plots show` draws the decision
@@ -265,7 +265,8 @@ def _fill(root: Path, given: Given | None, backbone: str, weights: Path | str, m
         dvc.add(root, f"weights/{weights.name}")
         tracked += [f"weights/{weights.name}.dvc", "weights/.gitignore"]
     splits.write_exceptions(root / layout.SPLITS, [])
-    write_bytes(b"null\n", root / layout.FORMER)
+    for name in (layout.FORMER, layout.START):
+        write_bytes(b"null\n", root / name)
     classes.write_map(root / layout.CLASS_MAP, classes.ClassMap())
     if settings.add_inputs(root / layout.PARAMS, root / "dvc.yaml"):
         tracked.append(str(changes.get("data.labels", layout.PARAMS)))

@@ -90,6 +90,9 @@ def evaluate_gate(root: Path, progress: Progress) -> Verdict | None:
         gone = [renames(label) for label in params.data.drop]
         verdict = gate.compare_with_champion(challenger, champion, str(best), known, params.gate, uneven, groups, rename, gone)
         verdict = gate.with_new_images(verdict, challenger, champion, frozenset(challenger.md5) - listed, rename)
+        started = layout.read_model(root).start
+        if started is not None and started.warm:
+            verdict = gate.with_forgotten(verdict, challenger, champion, known, rename)
     return with_wear(verdict, ledger.times_judged([e for e in ledger.read(root) if e.model != model], challenger.md5))
 
 
@@ -224,6 +227,7 @@ def card_facts(root: Path, verdict: Verdict) -> dict[str, object]:
         "case": case,
         "why": reasons.summary(case, profile),
         "read": [reading.tap for reading in layout.read_model(root).readings],
+        "start": layout.read_model(root).start,
         "alarms": alarming.of_run(root),
         "metrics": layout.read_metrics(root),
         "verdict": verdict,
@@ -270,6 +274,7 @@ def write_report(root: Path, registration: Registration, changes: Changes | None
         name=params.data.name,
         registration=registration,
         case=case,
+        start=layout.read_model(root).start,
         profile=profile,
         metrics=layout.read_metrics(root),
         forecast=_met(root),
@@ -371,6 +376,7 @@ class Summary(Displayed):
         verdict: "accepted", "undecided" or "rejected"; "" if the model was judged before.
         former: whether the case changed since the model in production, "" if there is none.
         forecast: whether the accuracy is what the decision expected; with a second sentence for all models so far, if there are several.
+        start: which weights training started from, "" if there was only one possibility.
         changes: of the images since the version that the model was compared with, None if there is none.
     """
 
@@ -394,6 +400,7 @@ class Summary(Displayed):
     changes: Changes | None = None
     former: str = ""
     forecast: tuple[str, ...] = ()
+    start: str = ""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -421,6 +428,7 @@ class Summary(Displayed):
             ("case", self.case),
             ("why", self.reason),
             *[("", self.former) for _ in range(bool(self.former))],
+            *[("start", self.start) for _ in range(bool(self.start))],
             ("accuracy", ", ".join([f"{self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%})", *against])),
             *[("", sentence) for sentence in self.forecast],
             ("version", self.version + ("" if self.new else " (unchanged)") if self.version else "none registered"),
@@ -450,6 +458,7 @@ def summary(root: Path, registration: Registration, report: Path, changes: Chang
     metrics = layout.read_metrics(root)
     case, profile = load_decision(root)
     verdict = registration.verdict
+    started = layout.read_model(root).start
     against = ""
     if verdict is not None:
         metric = f"balanced accuracy {verdict.challenger_score:.1%} against " if verdict.metric == BALANCED else "against "
@@ -464,6 +473,7 @@ def summary(root: Path, registration: Registration, report: Path, changes: Chang
         reason=reasons.summary(case, profile),
         former=reasons.former_sentence(case, profile),
         forecast=_met(root),
+        start=started.text if started else "",
         accuracy=metrics.accuracy,
         low=metrics.accuracy_low,
         high=metrics.accuracy_high,
