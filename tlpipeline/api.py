@@ -48,14 +48,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tlpipeline.errors import DataError, PipelineError, nearest
+from tlpipeline.errors import DataError, PipelineError, WorkspaceError, nearest
 from tlpipeline.progress import Event, Progress, silent
-from tlpipeline.results import Acceptance, Backbones, CacheInfo, DataCommit, Explanation, Promotion, RegisteredVersion, Rollback, Versions
+from tlpipeline.results import (
+    Acceptance,
+    Backbones,
+    CacheInfo,
+    DataCommit,
+    Diagnosis,
+    Explanation,
+    Promotion,
+    RegisteredVersion,
+    Rollback,
+    Versions,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from tlpipeline.data.changes import Changes
+    from tlpipeline.flows.deployments import Deployed
     from tlpipeline.params import Params
     from tlpipeline.registry.predict import Model
     from tlpipeline.workspace.release import Summary
@@ -217,6 +229,67 @@ class Workspace:
         from tlpipeline.workspace import release
 
         return Explanation(*release.load_decision(self.root))
+
+    # --- running unattended -----------------------------------------------------------------------------------------------------------
+
+    def doctor(self) -> Diagnosis:
+        """Return whether this workspace can run unattended: packages, git, remotes, disk, devices, and the Prefect server.
+
+        A small file is written to the DVC remote and deleted; nothing else is changed.
+
+        Raises:
+            WorkspaceError: this is not a workspace.
+        """
+        from tlpipeline.environment import set_prefect
+        from tlpipeline.workspace import doctor
+
+        found = list(doctor.checks(self.root))
+        set_prefect(self.root)
+        from tlpipeline.flows import deployments
+
+        return Diagnosis((*found, *deployments.checks(self.root)))
+
+    def deploy(self, take_over: bool = False) -> Deployed:
+        """Put the deployments of prefect.yaml on the Prefect server at PREFECT_API_URL, and make their work pool if it is missing.
+
+        Args:
+            take_over: also replace deployments of the same name that run in another folder.
+
+        Raises:
+            WorkspaceError: as `doctor` says what is missing; or the server refuses, or has these deployments for another folder.
+        """
+        from tlpipeline.environment import set_prefect
+        from tlpipeline.workspace import doctor
+
+        if problems := [check for check in doctor.checks(self.root) if check.status == doctor.PROBLEM]:
+            raise WorkspaceError(f"expected a workspace that can run, found: {'; '.join(f'{c.name}: {c.text}' for c in problems)}")
+        set_prefect(self.root)
+        from tlpipeline.flows import deployments
+
+        return deployments.deploy(self.root, take_over)
+
+    def serve(self, port: int = 4200, on_ready: Callable[[str], None] = lambda api: None) -> None:
+        """Run by schedule and by event until interrupted, all in one process: without PREFECT_API_URL it also starts a Prefect server.
+
+        Args:
+            port: of that server, on this machine alone.
+            on_ready: called with the address of the server, before runs are waited for.
+
+        Raises:
+            WorkspaceError: the server does not start or does not answer, or prefect.yaml cannot be read.
+        """
+        from tlpipeline.environment import set_prefect
+        from tlpipeline.workspace import create, layout
+
+        create.check(self.root)
+        set_prefect(self.root)
+        from tlpipeline.flows import prefect_server
+
+        with prefect_server.running(port, self.root / layout.CACHE.parent / "server.log") as api:
+            on_ready(api)
+            from tlpipeline.flows import deployments
+
+            deployments.serve_all(self.root)
 
     # --- data -------------------------------------------------------------------------------------------------------------------------
 

@@ -232,6 +232,65 @@ def backbones(
     _show(networks)
 
 
+@app.command()
+def doctor(
+    workspace: Folder = Path(),
+    json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check whether a workspace can run unattended.
+
+    It looks at packages, git, the remotes, the disk, devices and the Prefect server. Each line is fine or says what to do. The exit code is 1 if a
+    run would fail.
+    """
+    from tlpipeline.api import Workspace
+
+    diagnosis = Workspace(workspace).doctor()
+    if json:
+        import dataclasses
+        from json import dumps
+
+        print(dumps([dataclasses.asdict(check) for check in diagnosis], indent=2))
+    else:
+        _show(diagnosis)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def deploy(
+    workspace: Folder = Path(),
+    take_over: Annotated[bool, typer.Option("--take-over", help="Also replace deployments that run in another folder.")] = False,
+) -> None:
+    """Put the deployments of prefect.yaml on a Prefect server.
+
+    PREFECT_API_URL names the server. Runs wait for a worker: `prefect worker start --pool tlpipeline`.
+    """
+    from tlpipeline.api import Workspace
+
+    _print(Workspace(workspace).deploy(take_over))
+
+
+@app.command()
+def serve(
+    workspace: Folder = Path(),
+    port: Annotated[int, typer.Option(help="Of the Prefect server, if PREFECT_API_URL names none.")] = 4200,
+) -> None:
+    """Run by schedule and by event, all in one process.
+
+    It starts a Prefect server for this machine, unless PREFECT_API_URL names one, and runs until it is interrupted.
+    """
+    from tlpipeline.api import Workspace
+
+    def on_ready(api: str) -> None:
+        _say(
+            f"runs are started by schedule and by event; see {api.removesuffix('/api')}. Ctrl-C ends it. For `tlpipeline data commit` elsewhere:"
+        )
+        print(f"export PREFECT_API_URL={api}", flush=True)
+
+    with _ends_in_order():
+        Workspace(workspace).serve(port, on_ready)
+
+
 @app.command(hidden=True)
 def sample(folder: Annotated[Path, typer.Argument(help="Folder to write to.")]) -> None:
     """Write the embedded sample images; a stage of sample/dvc.yaml."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tlpipeline.data.cache import ColumnInfo
     from tlpipeline.data.changes import Changes
     from tlpipeline.profiling.profile import Profile
+    from tlpipeline.workspace.doctor import Check
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,20 @@ class DataCommit:
         lines = [] if self.changes is None else [f"{kind:<9} {text}" for kind, text in self.changes.lines()]
         event = "event tlpipeline.data.updated emitted" if self.announced else "no event emitted: PREFECT_API_URL is not set"
         return "\n".join([f"data {self.digest}: {self.images} files{changed}", *lines, event, *self.remarks])
+
+
+class Diagnosis(Displayed, tuple["Check", ...]):
+    """The checks of `Workspace.doctor`, in the order in which a run needs them."""
+
+    __slots__ = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no check found a problem; warnings are none."""
+        return all(check.status != "problem" for check in self)
+
+    def __rich__(self) -> RenderableType:
+        return table(("", "", ""), [(check.status, check.name, check.text) for check in self])
 
 
 @dataclass(frozen=True)
