@@ -583,5 +583,5 @@ def missing_trigger(root: Path) -> str:
         return ""
     return (
         f"no deployment in {path} waits for tlpipeline.data.{name}: data.name was changed since it was written. Put the new name there, then "
-        "run `prefect --no-prompt deploy --all` in the workspace"
+        "run `tlpipeline deploy` or `tlpipeline serve`"
     )
