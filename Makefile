@@ -34,6 +34,8 @@ fix: $(STAMP)
 bench: $(STAMP)
 	$(ACTIVATE) python -m benchmarks.architectures run --again
 	$(ACTIVATE) python -m benchmarks.architectures table
+	$(ACTIVATE) python -m benchmarks.packages run --again
+	$(ACTIVATE) python -m benchmarks.packages table
 	$(ACTIVATE) python -m benchmarks.cases
 	$(ACTIVATE) python -m research.regret report
 	$(ACTIVATE) python -m benchmarks.peers tutorial --again

@@ -2,12 +2,24 @@
 
 import signal
 import subprocess
+from datetime import UTC
 from functools import cache
 from pathlib import Path
+from uuid import UUID
 
-from prefect import flow, get_client
+from prefect import flow, get_client, runtime
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.runtime import flow_run
 from prefect.server.api.server import SubprocessASGIServer
+from prefect.states import Cancelled
+from prefect.types import DateTime
 
 from tlpipeline.errors import WorkspaceError
 from tlpipeline.files import is_out_of_memory
@@ -35,6 +47,7 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
     """
     workspace = workspace.resolve()
     with exclusive(workspace, wait_minutes, images, labels):
+        withdraw_waiting_runs()
         pipeline.version(workspace, images, labels)
         pipeline.stage(workspace, "ingest")
         pipeline.stage(workspace, "profile")
@@ -45,6 +58,25 @@ def retrain(workspace: Path = Path(), images: Path | None = None, wait_minutes: 
         verdict = pipeline.gate(workspace)
         registration = pipeline.register(workspace, verdict)
         return pipeline.report(workspace, registration)
+
+
+def withdraw_waiting_runs() -> None:
+    """Cancel the runs of this deployment that wait for this one: it takes the newest data, so they would find nothing to do.
+
+    What is reported while this run goes on starts one more. So a burst of events makes two runs at most.
+    """
+    if not (deployment := runtime.deployment.id):
+        return
+    waiting = FlowRunFilter(
+        deployment_id=FlowRunFilterDeploymentId(any_=[UUID(str(deployment))]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=DateTime.now(UTC)),
+    )
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=waiting):
+            if str(run.id) != flow_run.id:
+                reason = f"{flow_run.name} began later than this run was due, and takes the same data."
+                client.set_flow_run_state(run.id, Cancelled(message=reason), force=True)
 
 
 def reach() -> None:

@@ -132,7 +132,7 @@ class _Passed(ProgressWriter):
 def _network(name: str, classes: int, seed: int) -> tuple[nn.Module, Transforms]:
     if name == "demonstration":
         factory: Callable[..., Any] = catalogue.Demonstration
-    elif ":" in name:
+    elif catalogue.is_own(name):
         factory = catalogue.custom_factory(name)
         if "num_classes" not in inspect.signature(factory).parameters:
             raise BackboneError(

@@ -121,7 +121,7 @@ def forgotten(arm: dict[str, Any], champion: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Print a row for each data set and seed, and the means."""
+    """Train what has no line yet, and print the table."""
     work = Path(sys.argv[1])
     work.mkdir(parents=True, exist_ok=True)
     kept = work / "rows.jsonl"
@@ -136,6 +136,11 @@ def main() -> None:
                     arms[arm] = trained(name, seed, arm, work)
                     with kept.open("a") as file:
                         file.write(json.dumps(arms[arm]) + "\n")
+    print_table({unit: arms for unit, arms in by_unit.items() if len(arms) == len(ARMS)})
+
+
+def print_table(by_unit: dict[tuple[int, str], dict[str, dict[str, Any]]]) -> None:
+    """Print a row for each seed and data set, and the means."""
     for arms in by_unit.values():
         arms["both"] = max((arms["cold"], arms["warm"]), key=lambda line: (line["validation"], -line["log_loss"]))
     print(f"| data set | seed | test | {' | '.join(SHOWN)} |\n|---|---:|---:|{'---:|' * len(SHOWN)}")

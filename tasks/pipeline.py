@@ -14,7 +14,7 @@ from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.registry.versions import Registration
 from tlpipeline.tasks.events import send
 from tlpipeline.versioning.lock import recording
-from tlpipeline.workspace import create, history, layout, release, stages
+from tlpipeline.workspace import create, history, layout, release, stages, starting
 from tlpipeline.workspace.pinning import pin, pinned_data
 
 # Receives the progress of all stages: the command line sets its progress bar here.
@@ -106,6 +106,7 @@ def choose(workspace: Path) -> str:
 @task(task_run_name="train-{case}")
 def train(workspace: Path, case: str) -> bool:
     """Train the case; return whether it had to run."""
+    starting.record(workspace)
     return _follow(workspace, "train", "training")
 
 

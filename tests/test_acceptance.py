@@ -9,6 +9,8 @@ import pytest
 from tests.helpers.processes import run_python
 from tests.helpers.workspaces import set_param
 from tlpipeline.api import Workspace
+from tlpipeline.choice import explain
+from tlpipeline.choice.forecast import Forecast, calibration
 from tlpipeline.data.dataset import read_manifest
 from tlpipeline.data.splits import TEST, TRAIN
 from tlpipeline.errors import RegistryError
@@ -170,3 +172,39 @@ def test_a_model_that_is_accepted_after_newer_data_were_committed_is_registered_
     assert dvc.data_hash(registered, "images") not in str(git.read_at(registered, version.commit, "images.dvc"))
     assert dvc.data_hash(registered, "images") in str(git.read_at(registered, "HEAD", "images.dvc"))
     assert git.run(registered, "status", "--porcelain") == ""
+
+
+# --- what was expected -----------------------------------------------------------------------------------------------------------------
+
+
+def test_each_run_says_whether_the_expected_accuracy_was_measured(registered: Path) -> None:
+    metrics = layout.read_metrics(registered)
+    (first,) = [entry.forecast for entry in ledger.read(registered)]
+    assert first is not None
+    assert (first.measured, first.measured_low) == (metrics.accuracy, metrics.accuracy_low)
+    decision, profile = release.load_decision(registered)
+    assert first.expected == next(arm.accuracy for arm in decision.arms if arm.name == explain.chosen(decision, profile))
+    registration = judged(retrained(registered))
+    summary = release.summary(registered, registration, release.write_report(registered, registration))
+    assert summary.forecast[0] == str(first)
+    assert summary.forecast[1].startswith("over 2 models, measured minus expected is ")
+    assert str(summary.forecast[0]) in str(summary).replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"),
+    [
+        ((0.90, 0.85, 0.94), "91.0% (88.0 to 93.0) was expected, and 90.0% was measured"),
+        ((0.60, 0.50, 0.70), "but 60.0% was measured: less than both intervals explain"),
+        ((0.99, 0.97, 1.00), "but 99.0% was measured: more than both intervals explain"),
+    ],
+)
+def test_an_expectation_is_met_if_the_intervals_overlap(measured: tuple[float, float, float], words: str) -> None:
+    assert words in str(Forecast(0.91, 0.88, 0.93, *measured))
+
+
+def test_the_expectations_of_several_models_are_summed_up() -> None:
+    models = [Forecast(0.90, 0.88, 0.93, share, share - 0.05, share + 0.05) for share in (0.91, 0.93, 0.70)]
+    words = "over 3 models, measured minus expected is -5.3 points on average (mean absolute error 8.0); the intervals of 2 overlap"
+    assert calibration(models) == words
+    assert calibration(models[:1]) == ""

@@ -74,7 +74,7 @@ def test_a_clone_knows_what_blocks_a_version_whatever_its_own_settings_say(shift
     git.run(tmp_path, "clone", "--quiet", str(shifted), str(tmp_path / "clone"))
     set_param(tmp_path / "clone", "gate.on_alarm", "warn")
     with pytest.raises(RegistryError, match="shift: "):
-        Workspace(tmp_path / "clone").promote("latest", stage="live")
+        Workspace(tmp_path / "clone").promote("latest", stage="live", new_stage=True)
 
 
 def test_where_alarms_only_warn_the_version_is_promoted_at_once(shifted: Path) -> None:

@@ -84,10 +84,13 @@ def test_where_no_taps_are_said_the_blocks_are_found_in_the_order_in_which_they_
         assert torch.equal(values, cut(net, [tap])(images(net))[0]), "a ReLU in place must not reach back into a tap"
 
 
-def test_a_branch_on_data_between_taps_is_refused_with_a_way_out() -> None:
+def test_a_network_that_branches_on_data_between_its_taps_is_cut_all_the_same() -> None:
     net = load("tests.helpers.odd_networks:Branching", "none")
-    with pytest.raises(BackboneError, match=r"branches on data.*top-level"):
-        cut(net, ["first"])
+    batch = images(net)
+    trunk = cut(net, ["first"])
+    assert torch.equal(trunk(batch)[0], net.module.first(batch))  # type: ignore[operator]
+    assert set(trunk.state_dict()) == {"first.weight", "first.bias"}
+    assert torch.equal(cut(net, ["first"], logits=True)(batch)[1], net.module(batch))
 
 
 def test_blocks_that_give_no_tensor_are_no_taps() -> None:
@@ -476,7 +479,7 @@ def test_a_network_in_the_workspace_is_found_while_it_is_loaded_and_replaces_no_
     assert sys.path == path
     with pytest.raises(BackboneError, match="expected 'net' in the module colorsys"):
         load("colorsys:net", "none", root=tmp_path)
-    with pytest.raises(BackboneError, match="put its module into the workspace folder"):
+    with pytest.raises(BackboneError, match="put its module into the workspace or into its folder networks"):
         load("other_nets_of_the_workspace:resnet20", "none")
 
 

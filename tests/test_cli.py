@@ -34,6 +34,7 @@ from tlpipeline.workspace import layout
 
 HEAVY = ("torch", "torchvision", "ray", "prefect", "dvc", "gto", "flows", "tasks")
 VERBS = {
+    "backbones",
     "cache clear",
     "cache info",
     "data commit",

@@ -521,7 +521,7 @@ def test_the_report_holds_verdict_case_reason_matrix_classes_and_seconds(first: 
         for part in (case.case, reasons.summary(*release.load_decision(run.workspace)), run.result.outcome, "Confusion matrix", "Seconds"):
             assert " ".join(unescape(part).replace("`", "").split()) in page.text.replace(" .", "."), part
         assert all(label in page.text for label in ("class0", "class1", "class2"))
-        rows = re.search(r"Seconds</h2>(.*?)</section>", Path(run.result.report).read_text(encoding="utf-8"), re.DOTALL)
+        rows = re.search(r"Seconds</h2>(.*?)</details>", Path(run.result.report).read_text(encoding="utf-8"), re.DOTALL)
         assert rows
         assert re.findall(r"<tr><td>(\w+)</td>", rows[1])[: len(stages.STAGES)] == list(stages.STAGES)
     assert "workspace@v0.1.0" in _Page(Path(first.result.report)).text

@@ -254,7 +254,7 @@ def test_names_of_classes_mean_themselves_in_the_model_card() -> None:
     reached = replace(reached, classes=dict(zip(names, reached.classes.values(), strict=True)))
     facts: dict[str, object] = dict.fromkeys(("why", "data", "model", "params_md5", "seed", "parent"), "x") | {
         "case": {"case": "small_similar", "slice": "fc2", "size": 32}, "read": ["fc2"], "bounded": (), "metrics": reached, "environment": {},
-        "verdict": {"text": f"not compared: {', '.join(names)}"}, "alarms": (Alarm("left out", WARN, ", ".join(names)),),
+        "verdict": {"text": f"not compared: {', '.join(names)}"}, "start": None, "alarms": (Alarm("left out", WARN, ", ".join(names)),),
         "params": {"backbone": {"name": "net", "weights": "none"}, "cluster": {"workers": 0}},
     }  # fmt: skip
     text = card("x@v0.1.0", facts)

@@ -5,6 +5,7 @@ that never make a run.
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -190,3 +193,70 @@ def test_a_flow_runs_where_no_server_is_configured(registered: Path) -> None:
     assert (registered / ".tlpipeline" / "prefect" / "prefect.db").exists()
     assert not (home / ".prefect").exists()
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_deploy_makes_what_is_missing_and_leaves_the_deployments_of_another_clone(workspace: Path, server: Server, tmp_path: Path) -> None:
+    said = call("tlpipeline", "deploy", environment=server.environment, folder=workspace)
+    assert "workspace-nightly, workspace-on-data. Work pool tlpipeline (new): no worker listens; start one: prefect worker start" in said
+    assert {d["name"] for d in server.post("/deployments/filter")} == {"workspace-nightly", "workspace-on-data"}
+    assert "Work pool tlpipeline: no worker listens" in call("tlpipeline", "deploy", environment=server.environment, folder=workspace)
+    told = call("tlpipeline", "doctor", environment=server.environment, folder=workspace)
+    assert "deployed, but no worker listens" in told
+
+    clone = tmp_path / "clone"
+    shutil.copytree(workspace, clone, symlinks=True)
+    words = [sys.executable, "-m", "tlpipeline", "deploy"]
+    refused = subprocess.run(words, cwd=clone, env=server.environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert f"runs in {workspace}: another clone deployed it" in refused.stderr
+    assert "--take-over" in refused.stderr
+    call("tlpipeline", "deploy", "--take-over", environment=server.environment, folder=clone)
+    told = call("tlpipeline", "doctor", environment=server.environment, folder=workspace)
+    assert f"runs in {clone}, not here" in " ".join(told.split())
+
+
+@pytest.mark.slow
+def test_one_process_serves_all_and_a_burst_of_events_makes_two_runs_at_most(workspace: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = clean()
+    log = tmp_path / "serve.log"
+    words = [sys.executable, "-m", "tlpipeline", "serve", "--port", str(port)]
+    server = Server(f"http://127.0.0.1:{port}/api", environment | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"})
+    with process(words, log, environment, workspace):
+        until("the triggers", lambda: len(server.post("/deployments/filter") or []) == 2, log)
+        until("somebody who listens", lambda: "somebody listens" in call_loosely("doctor", server, workspace), log)
+        grow(workspace)
+        call("tlpipeline", "data", "commit", environment=server.environment, folder=workspace)
+        data = dvc.data_hash(workspace, "images")
+        event = {
+            "event": "tlpipeline.data.updated",
+            "resource": {"prefect.resource.id": "tlpipeline.data.workspace"},
+            "payload": {"hash": data},
+        }
+        for number in range(20):
+            body = [{**event, "id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "payload": {"hash": data, "number": number}}]
+            httpx.post(f"{server.api}/events", json=body, timeout=30).raise_for_status()
+
+        def over() -> list[dict[str, Any]] | None:
+            runs = server.runs("workspace-on-data")
+            return (
+                runs if len(runs) == 21 and all(r["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") for r in runs) else None
+            )
+
+        states = [run["state_type"] for run in until("the end of all runs", over, log)]
+        assert 1 <= states.count("COMPLETED") <= 2, states
+        assert states.count("CANCELLED") == 21 - states.count("COMPLETED"), states
+    (version,) = versions.versions(workspace, "workspace")
+    assert version.number == (0, 1, 0)
+    assert f"| data (DVC) | {data} |" in (workspace / "MODEL_CARD.md").read_text()
+    with socket.socket() as asking:
+        assert asking.connect_ex(("127.0.0.1", port)) != 0, "the server ends with the process that started it"
+
+
+def call_loosely(verb: str, server: Server, folder: Path) -> str:
+    """Return what a command of ours printed, whatever its exit code."""
+    words = [sys.executable, "-m", "tlpipeline", verb]
+    return subprocess.run(words, env=server.environment, cwd=folder, capture_output=True, text=True, check=False).stdout

@@ -72,7 +72,7 @@ def test_every_public_name_is_typed_and_documented() -> None:
 def test_the_exported_names_are_exactly_those_that_can_be_imported() -> None:
     import tlpipeline
 
-    assert tlpipeline.__all__ == ["CASES", "PipelineError", "Workspace", "__version__", "load_model"]
+    assert tlpipeline.__all__ == ["CASES", "PipelineError", "Workspace", "__version__", "list_backbones", "load_model"]
     for name in tlpipeline.__all__:
         assert getattr(tlpipeline, name) is not None
     with pytest.raises(AttributeError, match="nothing_like_it"):

@@ -7,7 +7,7 @@ environment variable: a module is imported when one of its names is first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tlpipeline.api import Workspace, load_model
+    from tlpipeline.api import Workspace, list_backbones, load_model
     from tlpipeline.choice.cases import CASES
     from tlpipeline.errors import PipelineError
 
@@ -17,10 +17,11 @@ _MODULES = {
     "CASES": "tlpipeline.choice.cases",
     "PipelineError": "tlpipeline.errors",
     "Workspace": "tlpipeline.api",
+    "list_backbones": "tlpipeline.api",
     "load_model": "tlpipeline.api",
 }
 
-__all__ = ["CASES", "PipelineError", "Workspace", "__version__", "load_model"]
+__all__ = ["CASES", "PipelineError", "Workspace", "__version__", "list_backbones", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

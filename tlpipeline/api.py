@@ -48,14 +48,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tlpipeline.errors import DataError, PipelineError, nearest
-from tlpipeline.progress import Progress, silent
-from tlpipeline.results import Acceptance, CacheInfo, DataCommit, Explanation, Promotion, RegisteredVersion, Rollback, Versions
+from tlpipeline.errors import DataError, PipelineError, WorkspaceError, nearest
+from tlpipeline.progress import Event, Progress, silent
+from tlpipeline.results import (
+    Acceptance,
+    Backbones,
+    CacheInfo,
+    DataCommit,
+    Diagnosis,
+    Explanation,
+    Promotion,
+    RegisteredVersion,
+    Rollback,
+    Versions,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from tlpipeline.data.changes import Changes
+    from tlpipeline.flows.deployments import Deployed
     from tlpipeline.params import Params
     from tlpipeline.registry.predict import Model
     from tlpipeline.workspace.release import Summary
@@ -114,7 +126,7 @@ class Workspace:
             images: a folder of `<class>/<image>`, or a zip file of one, which is copied; None takes the embedded sample of handwritten digits.
             labels: a table with the columns path and label, and perhaps split and group; None takes the names of the folders.
             group, class_folder: `data.group` and `data.class_folder` of params.yaml.
-            backbone: "demonstration", a torchvision classifier, or "package.module:callable".
+            backbone: "demonstration", a torchvision classifier, "timm:NAME", "hf:OWNER/NAME", or "package.module:callable".
             weights: "DEFAULT", a name of torchvision weights, a weights file, or "none".
             remote: the DVC remote, a folder or a URL; None is a folder inside the workspace.
 
@@ -218,6 +230,67 @@ class Workspace:
 
         return Explanation(*release.load_decision(self.root))
 
+    # --- running unattended -----------------------------------------------------------------------------------------------------------
+
+    def doctor(self) -> Diagnosis:
+        """Return whether this workspace can run unattended: packages, git, remotes, disk, devices, and the Prefect server.
+
+        A small file is written to the DVC remote and deleted; nothing else is changed.
+
+        Raises:
+            WorkspaceError: this is not a workspace.
+        """
+        from tlpipeline.environment import set_prefect
+        from tlpipeline.workspace import doctor
+
+        found = list(doctor.checks(self.root))
+        set_prefect(self.root)
+        from tlpipeline.flows import deployments
+
+        return Diagnosis((*found, *deployments.checks(self.root)))
+
+    def deploy(self, take_over: bool = False) -> Deployed:
+        """Put the deployments of prefect.yaml on the Prefect server at PREFECT_API_URL, and make their work pool if it is missing.
+
+        Args:
+            take_over: also replace deployments of the same name that run in another folder.
+
+        Raises:
+            WorkspaceError: as `doctor` says what is missing; or the server refuses, or has these deployments for another folder.
+        """
+        from tlpipeline.environment import set_prefect
+        from tlpipeline.workspace import doctor
+
+        if problems := [check for check in doctor.checks(self.root) if check.status == doctor.PROBLEM]:
+            raise WorkspaceError(f"expected a workspace that can run, found: {'; '.join(f'{c.name}: {c.text}' for c in problems)}")
+        set_prefect(self.root)
+        from tlpipeline.flows import deployments
+
+        return deployments.deploy(self.root, take_over)
+
+    def serve(self, port: int = 4200, on_ready: Callable[[str], None] = lambda api: None) -> None:
+        """Run by schedule and by event until interrupted, all in one process: without PREFECT_API_URL it also starts a Prefect server.
+
+        Args:
+            port: of that server, on this machine alone.
+            on_ready: called with the address of the server, before runs are waited for.
+
+        Raises:
+            WorkspaceError: the server does not start or does not answer, or prefect.yaml cannot be read.
+        """
+        from tlpipeline.environment import set_prefect
+        from tlpipeline.workspace import create, layout
+
+        create.check(self.root)
+        set_prefect(self.root)
+        from tlpipeline.flows import prefect_server
+
+        with prefect_server.running(port, self.root / layout.CACHE.parent / "server.log") as api:
+            on_ready(api)
+            from tlpipeline.flows import deployments
+
+            deployments.serve_all(self.root)
+
     # --- data -------------------------------------------------------------------------------------------------------------------------
 
     def commit_data(self, message: str | None = None) -> DataCommit:
@@ -317,6 +390,31 @@ class Workspace:
     def rollback(self, stage: str = PROD) -> Rollback:
         """Put the version back that was in a stage before; the same as `registry.rollback`."""
         return self.registry.rollback(stage=stage)
+
+
+def list_backbones(
+    pattern: str = "*", time: bool = False, size: int | None = None, workspace: str | Path | None = None, progress: Progress = silent
+) -> Backbones:
+    """Return the networks that `backbone.name` may name: torchvision's, those of timm and Hugging Face where installed, and your own.
+
+    Args:
+        pattern: text in the name, or a name with * and ?.
+        time: build each with random weights and measure a forward pass of one image on this machine.
+        size: side of that image in pixels; None is that of the weights.
+        workspace: whose own networks are listed, too.
+
+    Raises:
+        BackboneError: no name matches.
+    """
+    from tlpipeline.backbones import listing
+
+    root = None if workspace is None else _expanded(workspace)
+    networks = listing.available(pattern, root)
+    if time:
+        for i, network in enumerate(networks):
+            progress(Event("backbones", i, len(networks), network.name))
+            networks[i] = listing.measured(network, root, size)
+    return Backbones(networks)
 
 
 def load_model(model: str | Path, workspace: str | Path = ".", trust: str | Collection[str] = (), device: str = "auto") -> Model:

@@ -127,7 +127,9 @@ def init(
     images: Annotated[
         Path | None, typer.Option(help="Folder of <class>/<image> to copy, or a zip file; without it, the sample digits.")
     ] = None,
-    backbone: Annotated[str, typer.Option(help="demonstration, a torchvision classifier, or package.module:callable.")] = "demonstration",
+    backbone: Annotated[
+        str, typer.Option(help="demonstration, a torchvision classifier, timm:NAME, hf:OWNER/NAME, or package.module:callable.")
+    ] = "demonstration",
     weights: Annotated[str, typer.Option(help="DEFAULT, a torchvision weights name, a weights file, or none.")] = "DEFAULT",
     remote: Annotated[str | None, typer.Option(help="DVC remote, a folder or URL; without it, a folder inside the workspace.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Table with the columns path and label, and perhaps split and group.")] = None,
@@ -210,6 +212,83 @@ def explain(
 
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         _write(explanation.text(get_terminal_size((100, 24)).columns, color))
+
+
+@app.command()
+def backbones(
+    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Text in the name, or a name with * and ?.")] = "*",
+    time: Annotated[bool, typer.Option("--time", help="Build each with random weights, and measure a forward pass of one image.")] = False,
+    size: Annotated[int | None, typer.Option(help="Side of that image in pixels; without it, that of the weights.", min=1)] = None,
+    workspace: Annotated[Path | None, typer.Option("--workspace", "-w", help="Workspace whose own networks are listed, too.")] = None,
+) -> None:
+    """List the networks that backbone.name may name.
+
+    These are torchvision's, those of timm and Hugging Face where the packages are installed, and your own.
+    """
+    from tlpipeline.api import list_backbones
+
+    with _Bar() as bar:
+        networks = list_backbones(pattern, time or size is not None, size, workspace, bar)
+    _show(networks)
+
+
+@app.command()
+def doctor(
+    workspace: Folder = Path(),
+    json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check whether a workspace can run unattended.
+
+    It looks at packages, git, the remotes, the disk, devices and the Prefect server. Each line is fine or says what to do. The exit code is 1 if a
+    run would fail.
+    """
+    from tlpipeline.api import Workspace
+
+    diagnosis = Workspace(workspace).doctor()
+    if json:
+        import dataclasses
+        from json import dumps
+
+        print(dumps([dataclasses.asdict(check) for check in diagnosis], indent=2))
+    else:
+        _show(diagnosis)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def deploy(
+    workspace: Folder = Path(),
+    take_over: Annotated[bool, typer.Option("--take-over", help="Also replace deployments that run in another folder.")] = False,
+) -> None:
+    """Put the deployments of prefect.yaml on a Prefect server.
+
+    PREFECT_API_URL names the server. Runs wait for a worker: `prefect worker start --pool tlpipeline`.
+    """
+    from tlpipeline.api import Workspace
+
+    _print(Workspace(workspace).deploy(take_over))
+
+
+@app.command()
+def serve(
+    workspace: Folder = Path(),
+    port: Annotated[int, typer.Option(help="Of the Prefect server, if PREFECT_API_URL names none.")] = 4200,
+) -> None:
+    """Run by schedule and by event, all in one process.
+
+    It starts a Prefect server for this machine, unless PREFECT_API_URL names one, and runs until it is interrupted.
+    """
+    from tlpipeline.api import Workspace
+
+    def on_ready(api: str) -> None:
+        _say(
+            f"runs are started by schedule and by event; see {api.removesuffix('/api')}. Ctrl-C ends it. For `tlpipeline data commit` elsewhere:"
+        )
+        print(f"export PREFECT_API_URL={api}", flush=True)
+
+    with _ends_in_order():
+        Workspace(workspace).serve(port, on_ready)
 
 
 @app.command(hidden=True)

@@ -126,7 +126,11 @@ class BackboneParams:
     """Which pretrained network, and which weights."""
 
     name: Annotated[
-        Name, Setting("demonstration, a torchvision classifier such as resnet18, or your own: my_package.nets:resnet20", shown=True)
+        Name,
+        Setting(
+            "demonstration, a torchvision classifier such as resnet18, timm:NAME, hf:OWNER/NAME, or your own: my_package.nets:resnet20",
+            shown=True,
+        ),
     ] = "demonstration"
     weights: Annotated[
         Name, Setting("DEFAULT, a torchvision weights name, a path to a .safetensors or weights-only file, or none (random)", shown=True)
@@ -145,7 +149,7 @@ class BackboneParams:
         StrictStr,
         Field(pattern="^(none|[0-9a-f]{32})$"),
         Setting(
-            "MD5 of the code of your own network; each run writes it, and trains anew if it changed",
+            "MD5 of the code of your own network, or of the configuration of one of Hugging Face; each run writes it, and trains anew if it changed",
             allowed="none or 32 hexadecimal digits",
         ),
     ] = "none"
@@ -277,6 +281,13 @@ class TrainParams:
         Field(ge=0),
         Setting("minutes for the train stage, and for a race; the best model so far is kept; 0: no limit", shown=True),
     ] = 0.0
+    start: Annotated[
+        Literal["cold", "warm", "both"],
+        Setting(
+            "weights that fine-tuning starts from; cold: the source's; warm: those of the model in production, if it was fine-tuned as the same "
+            "network; both: each is trained, and validation chooses"
+        ),
+    ] = "warm"
     override: Annotated[
         Mapping[StrictStr, StrictBool | StrictInt | StrictFloat | StrictStr],
         Setting(

@@ -12,10 +12,12 @@ from tlpipeline.display import Displayed, printable, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from tlpipeline.backbones.listing import Available
     from tlpipeline.choice.decision import Decision
     from tlpipeline.data.cache import ColumnInfo
     from tlpipeline.data.changes import Changes
     from tlpipeline.profiling.profile import Profile
+    from tlpipeline.workspace.doctor import Check
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,26 @@ class RegisteredVersion:
     high: float | None
     data: str
     commit: str
+
+
+class Backbones(Displayed, tuple["Available", ...]):
+    """Networks that can be had."""
+
+    __slots__ = ()
+
+    def __rich__(self) -> RenderableType:
+        rows = [
+            (
+                n.name,
+                "" if n.parameters is None else f"{n.parameters / 1e6:.2f}",
+                "" if n.size is None else str(n.size),
+                "" if n.milliseconds is None else f"{n.milliseconds:.1f}",
+                ", ".join(n.weights[:2]) + (f" and {len(n.weights) - 2} more" if len(n.weights) > 2 else ""),
+                n.license,
+            )
+            for n in self
+        ]
+        return table(("name", "million parameters", "pixels", "ms per image", "weights", "license"), rows)
 
 
 class Versions(Displayed, tuple[RegisteredVersion, ...]):
@@ -168,6 +190,20 @@ class DataCommit:
         lines = [] if self.changes is None else [f"{kind:<9} {text}" for kind, text in self.changes.lines()]
         event = "event tlpipeline.data.updated emitted" if self.announced else "no event emitted: PREFECT_API_URL is not set"
         return "\n".join([f"data {self.digest}: {self.images} files{changed}", *lines, event, *self.remarks])
+
+
+class Diagnosis(Displayed, tuple["Check", ...]):
+    """The checks of `Workspace.doctor`, in the order in which a run needs them."""
+
+    __slots__ = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no check found a problem; warnings are none."""
+        return all(check.status != "problem" for check in self)
+
+    def __rich__(self) -> RenderableType:
+        return table(("", "", ""), [(check.status, check.name, check.text) for check in self])
 
 
 @dataclass(frozen=True)

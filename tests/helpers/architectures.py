@@ -197,7 +197,9 @@ def by_the_whole_network(backbone: Backbone, decision: Decision, stored: Mapping
         value.copy_(stored.get(f"trunk.{key}", value))
     modules = dict(backbone.module.named_modules())
     hooks = [
-        modules[r.tap].register_forward_hook(lambda _module, _inputs, out, tap=r.tap: seen.update({tap: out.clone()}))
+        modules[r.tap].register_forward_hook(
+            lambda _module, _inputs, out, tap=r.tap: seen.update({tap: (out if isinstance(out, Tensor) else out[0]).clone()})
+        )
         for r in decision.readings
     ]
     with torch.inference_mode():
@@ -210,6 +212,9 @@ def by_the_whole_network(backbone: Backbone, decision: Decision, stored: Mapping
 
 def channels_first(value: Tensor, layout: str) -> Tensor:
     """Return a tap's output as (batch, channel, height, width) or (batch, channel)."""
-    if layout == "tokens":
-        return torch.cat([value[:, 0], value[:, 1:].mean(1)], 1)
+    if layout == "tokens0":
+        side = round(value.shape[1] ** 0.5)
+        return value.reshape(len(value), side, side, -1).permute(0, 3, 1, 2)
+    if layout.startswith("tokens"):
+        return torch.cat([value[:, 0], value[:, int(layout.removeprefix("tokens") or 1) :].mean(1)], 1)
     return value.permute(0, 3, 1, 2) if layout == "nhwc" else value

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -102,3 +103,103 @@ class Tapless(Headless):
     """Says that it has no taps."""
 
     taps = ()
+
+
+class HeadFirst(nn.Module):
+    """Registers its head before its blocks."""
+
+    taps: tuple[str, ...] = ("first",)
+    transforms: Mapping[str, Any] = {"size": 16}
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, num_classes)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.first(images).mean((2, 3)))
+
+
+class NormalizedHead(nn.Module):
+    """Normalizes its logits."""
+
+    taps: tuple[str, ...] = ("first",)
+    transforms: Mapping[str, Any] = {"size": 16}
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Sequential(nn.Linear(8, num_classes), nn.BatchNorm1d(num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.first(images).mean((2, 3)))
+
+
+class Lazy(HeadFirst):
+    """Leaves the size of its head open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.LazyLinear(10)
+
+
+class Raising(HeadFirst):
+    """Cannot be built."""
+
+    def __init__(self) -> None:
+        raise ValueError("no such thing")
+
+
+class Gray(HeadFirst):
+    """Takes one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+
+
+class Tied(Headless):
+    """Uses one tensor under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.second.weight = self.first.weight
+
+
+class Holding(Headless):
+    """Its blocks know each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.other, self.second.other = self.second, self.first  # type: ignore[assignment]
+
+
+class Asserting(Headless):
+    """Checks a type that every tensor has, but what torch.fx traces with has not."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert isinstance(images, Tensor)
+        return super().forward(images)
+
+
+class Patches(nn.Module):
+    """A small vision transformer of one size, which declares no taps."""
+
+    transforms: Mapping[str, Any] = {"size": 64}
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 16, stride=16)
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.positions = nn.Parameter(torch.zeros(1, 17, 8))
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(tokens), 1, 8), tokens], 1) + self.positions
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens[:, 0])

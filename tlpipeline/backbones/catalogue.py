@@ -1,7 +1,7 @@
 """The catalogue of pretrained networks: `load` builds a network with its taps, at which `taps.cut` cuts it.
 
-There are three kinds of names: `demonstration` (the textbook network, with weights in the package), the name of a torchvision classifier, and
-`my_package.nets:resnet20` for your own network. Two attributes describe your own network:
+There are five kinds of names: `demonstration` (the textbook network, with weights in the package), the name of a torchvision classifier,
+`timm:NAME`, `hf:NAME`, and `my_package.nets:resnet20` for your own network. Two attributes describe your own network:
 
     class ResNet20(nn.Module):
         taps = ("layer1", "layer2", "layer3")                                  # names of submodules, first to last
@@ -10,12 +10,13 @@ There are three kinds of names: `demonstration` (the textbook network, with weig
 Without `taps`, the top-level blocks are used in the order in which they run. Without `transforms`, ImageNet's at 224 pixels are used.
 """
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import re
 import socket
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +29,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tlpipeline import records
-from tlpipeline.backbones import code
+from tlpipeline.backbones import checkpoints, code, contract, finding, packages
+from tlpipeline.backbones.checkpoints import Checkpoint
 from tlpipeline.backbones.taps import Backbone, cut
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.environment import patience
@@ -39,7 +40,7 @@ from tlpipeline.files import file_md5
 NONE, DEFAULT = "none", "DEFAULT"
 MAX_TAPS = 16
 _PACKAGED = Path(__file__).with_name("weights")
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_OWN_FOLDER = "networks"  # of a workspace
 
 
 # --- the textbook network -------------------------------------------------------------------------------------------------------------
@@ -133,6 +134,11 @@ def _thinned(taps: Sequence[str]) -> tuple[str, ...]:
 # --- loading --------------------------------------------------------------------------------------------------------------------------
 
 
+def is_own(name: str) -> bool:
+    """Return whether a name is that of your own network, whose code is not a package's."""
+    return ":" in name and not packages.prefix_of(name)
+
+
 def load(
     name: str,
     weights: str,
@@ -147,13 +153,12 @@ def load(
     """Build a network and load its weights.
 
     Args:
-        name: demonstration, a torchvision classifier, or package.module:callable.
+        name: demonstration, a torchvision classifier, timm:NAME, hf:NAME, or package.module:callable.
         weights: DEFAULT, a torchvision weights name, none, or a path (relative to root) to a safetensors or weights-only checkpoint.
         md5: expected md5 of the weights file; "none" if weights is not a path.
-        code_md5: expected md5 of the code of your own network; "none" takes any.
-        root: the workspace: base of a relative path, and importable while your own network is loaded; None is the working folder, which
-            is not importable.
-        kept: folder with the code of your own network, which is imported from there instead.
+        code_md5: expected md5 of the code of your own network, or of the configuration of a Hugging Face network; "none" takes any.
+        root: the workspace: base of a relative path, and importable while your own network is loaded; None is the working folder.
+        kept: folder with the code of your own network, or with a configuration, which is used instead.
         size: input side in pixels for networks built for one size (vision transformers); None is the size of the weights.
         seed: of the random weights for `none`.
 
@@ -163,16 +168,22 @@ def load(
     """
     if name == "demonstration":
         return _demonstration(weights, md5, root or Path(), seed)
+    if packages.prefix_of(name):
+        return _of_package(name, weights, md5, code_md5, root or Path(), kept, size, seed)
     if ":" in name:
         with _importable(root):
             source = own_code(name) if kept is None else code.of_folder(kept)
-            if code_md5 not in (NONE, source.md5):
-                raise BackboneError(
-                    f"expected the code of {name} to have the md5 in backbone.code_md5 ({code_md5}), found {source.md5}. `tlpipeline run` takes the "
-                    "new code and trains anew. For `dvc repro`, set backbone.code_md5 to that value."
-                )
+            _require_md5(name, "code", code_md5, source.md5)
             return replace(_custom(name, weights, md5, root or Path(), seed, kept), code=source)
     return _torchvision(name, weights, md5, root or Path(), size, seed)
+
+
+def _require_md5(name: str, what: str, expected: str, actual: str) -> None:
+    if expected not in (NONE, actual):
+        raise BackboneError(
+            f"expected the {what} of {name} to have the md5 in backbone.code_md5 ({expected}), found {actual}. `tlpipeline run` takes the "
+            f"new {what} and trains anew. For `dvc repro`, set backbone.code_md5 to that value."
+        )
 
 
 def check_name(name: str) -> None:
@@ -181,49 +192,74 @@ def check_name(name: str) -> None:
     Raises:
         BackboneError: the name is unknown; the nearest names are suggested.
     """
-    if name == "demonstration" or ":" in name:
+    if name == "demonstration" or is_own(name):
+        return
+    if packages.prefix_of(name):
+        packages.check_name(name)
         return
     import torchvision.models as models
 
     known = models.list_models(module=models)
     if name not in known:
         raise BackboneError(
-            f"expected demonstration, a torchvision classifier or package.module:callable as backbone, found {name!r}; "
-            f"{nearest(name, [*known, 'demonstration'])}"
+            f"expected demonstration, a torchvision classifier, timm:NAME, hf:OWNER/NAME or package.module:callable as backbone, found {name!r}; "
+            f"{_meant(name) or nearest(name, [*known, 'demonstration'])}"
         )
 
 
+def _meant(name: str) -> str:
+    """Return what a name without its prefix, or with another sign for the colon, may mean; "" if nothing is known."""
+    head, sign, rest = name.partition("/")
+    if sign and head in ("timm", "hf", "torchvision"):
+        return f"did you mean {rest if head == 'torchvision' else f'{head}:{rest}'}?"
+    if sign:
+        return f"did you mean hf:{name}?"
+    module, dot, attribute = name.rpartition(".")
+    if dot and attribute.isidentifier():
+        with _importable(None):
+            try:
+                if importlib.util.find_spec(module) is not None:
+                    return f"did you mean {module}:{attribute}?"
+            except (ModuleNotFoundError, ValueError):
+                return ""
+    return ""
+
+
 def _demonstration(weights: str, md5: str, root: Path, seed: int) -> Backbone:
-    state: Mapping[str, Tensor] | None
     if weights == DEFAULT:
-        state = _read_weights(_PACKAGED / "demonstration.safetensors")
-        fingerprint = file_md5(_PACKAGED / "demonstration.safetensors")
+        path = _PACKAGED / "demonstration.safetensors"
+        checkpoint = checkpoints.find(path.name, file_md5(path), path.parent, "demonstration", ())
     else:
-        state, fingerprint = _weights(weights, md5, root, "demonstration", (DEFAULT, NONE))
-    classes = _rows(state or {}, "fc3.bias") or 10
-    return _assemble("demonstration", weights, fingerprint, _seeded(partial(Demonstration, classes), seed), state, fixed=True)
+        checkpoint = checkpoints.find(weights, md5, root, "demonstration", (DEFAULT, NONE))
+    return _assemble("demonstration", weights, _Builder(lambda n: Demonstration(n or 10), seed), checkpoint, fixed=True)
 
 
 @contextmanager
 def _importable(root: Path | None) -> Iterator[None]:
-    """Let Python find the modules of a workspace, after all others: a file in it replaces no module of Python or of a package."""
-    folder = "" if root is None else str(root.resolve())
-    if not folder or folder in sys.path:
-        yield
-        return
-    sys.path.append(folder)
+    """Let Python find the modules of a workspace, of its folder networks, and of the working folder.
+
+    They come after all others: a file there replaces no module of Python or of a package.
+    """
+    places = [] if root is None else [root.resolve(), root.resolve() / _OWN_FOLDER]
+    added = [folder for folder in dict.fromkeys([*map(str, places), str(Path.cwd())]) if folder not in sys.path]
+    sys.path += added
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        for folder in added:
+            sys.path.remove(folder)
 
 
 def code_md5(name: str, root: Path | None) -> str:
-    """Return the md5 of a network's code as it can be imported now; "none" for networks of the catalogue and of installed packages.
+    """Return the md5 of a network's code as it can be imported now, or of the configuration of a Hugging Face network.
+
+    It is "none" for other networks of the catalogue, and for those of installed packages.
 
     Raises:
-        BackboneError: your own network cannot be imported.
+        BackboneError: your own network cannot be imported, or the configuration cannot be read.
     """
+    if packages.prefix_of(name):
+        return packages.config_md5(name, root)
     if ":" not in name:
         return NONE
     with _importable(root):
@@ -242,7 +278,7 @@ def own_code(name: str) -> code.Code:
 def _not_importable(name: str, error: ModuleNotFoundError) -> BackboneError:
     return BackboneError(
         f"expected the network {name} to be importable, found no module {error.name!r}. "
-        "Install its package, put its module into the workspace folder, or put its folder on PYTHONPATH."
+        "Install its package, put its module into the workspace or into its folder networks, or put its folder on PYTHONPATH."
     )
 
 
@@ -275,7 +311,8 @@ def custom_factory(name: str, kept: Path | None = None) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         raise _not_importable(name, error) from error
     except AttributeError as error:
-        raise BackboneError(f"expected {attribute!r} in the module {package}; {nearest(attribute, dir(module))}") from error
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise BackboneError(f"expected {attribute!r} in the module {package}; {nearest(attribute, public)}") from error
     try:
         inspect.signature(factory).bind()
     except (TypeError, ValueError) as error:
@@ -289,26 +326,47 @@ def _custom(name: str, weights: str, md5: str, root: Path, seed: int, kept: Path
         raise BackboneError(
             f"expected a weights file for your own network {name}, found DEFAULT. Set backbone.weights to its path, or to none."
         )
-    state, fingerprint = _weights(weights, md5, root, name, (NONE,))
-    module = _seeded(factory, seed)
-    classes = _source_classes(module, state or {})
-    if state and classes and "num_classes" in inspect.signature(factory).parameters:
-        resized = _seeded(partial(factory, num_classes=classes), seed)
-        if all(state[k].shape == v.shape for k, v in resized.state_dict().items() if k in state):
-            module = resized  # the source had another number of classes
-    return _assemble(name, weights, fingerprint, module, state)
+    checkpoint = checkpoints.find(weights, md5, root, name, (NONE,))
+    has_classes = "num_classes" in inspect.signature(factory).parameters
+
+    def make(classes: int | None) -> Any:
+        try:
+            return factory() if classes is None or not has_classes else factory(num_classes=classes)
+        except Exception as error:  # whatever the factory raises
+            raise BackboneError(f"Cannot build {name}: it raised {type(error).__name__}: {error}. Mend its code.") from error
+
+    build = _Builder(make, seed)
+    return _assemble(name, weights, build, checkpoint)
 
 
-def _rows(state: Mapping[str, Tensor], name: str) -> int:
-    """Return the length of a tensor, 0 where it is missing or a scalar."""
-    return len(state[name]) if name in state and state[name].dim() else 0
+def _of_package(name: str, weights: str, md5: str, code_md5: str, root: Path, kept: Path | None, size: int | None, seed: int) -> Backbone:
+    source = packages.source(name, size, root, kept)
+    _require_md5(name, "configuration", code_md5, source.code.md5 if source.code else NONE)
+    classes: int | None = None
+    if weights == DEFAULT:
+        with torch.random.fork_rng(devices=[]):
+            module, has_head = source.pretrained()
+        fingerprint = hashlib.md5(usedforsecurity=False)
+        for key, value in sorted(module.state_dict().items()):
+            fingerprint.update(key.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        checkpoint = Checkpoint(None, fingerprint.hexdigest())
+        build = _Builder(lambda _: module, seed)
+        classes = _outputs(module) if has_head else 0
+    else:
+        checkpoint = checkpoints.find(weights, md5, root, name, (DEFAULT, NONE))
+        build = _Builder(source.build, seed)
+    backbone = _assemble(name, weights, build, checkpoint, source.transforms, source=source, size=size, classes=classes)
+    learned = [n for n, _ in (*backbone.module.named_parameters(), *backbone.module.named_buffers())]
+    positional = source.fixed or any(re.search(r"pos_emb|position_emb|relative_position|rel_pos", n) for n in learned)
+    return replace(
+        backbone, positional=positional, multiple=source.multiple, code=source.code, library=source.library, tried=not source.fixed
+    )
 
 
-def _source_classes(module: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """Return the rows of the module's last tensor in these weights, 0 if they equal the module's own or are missing."""
-    name, tensor = next(reversed(module.state_dict().items()), ("", torch.zeros(())))
-    loaded = state.get(name, tensor)
-    return len(loaded) if tensor.dim() and loaded.dim() and len(loaded) != len(tensor) else 0
+def _outputs(module: nn.Module) -> int:
+    """Return the number of classes that a network of a package knows."""
+    config = getattr(module, "config", None)
+    return int(getattr(module, "num_classes", 0) if config is None else getattr(config, "num_labels", 0))
 
 
 def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None, seed: int) -> Backbone:
@@ -318,11 +376,11 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
     entries = models.get_model_weights(name)
     members = {member.name: member for member in entries}
     entry = entries.DEFAULT if weights == DEFAULT else members.get(weights)
-    state: Mapping[str, Tensor] | None
     if entry is not None:
-        state, fingerprint = _download(name, entry), f"{entry} {Path(entry.url).name}"
+        checkpoint = Checkpoint(_download(name, entry), f"{entry} {Path(entry.url).name}")
     else:
-        state, fingerprint = _weights(weights, md5, root, name, (DEFAULT, *members, NONE))
+        checkpoint = checkpoints.find(weights, md5, root, name, (DEFAULT, *members, NONE))
+    state = checkpoint.state
     weights_entry = entry or next(iter(entries))
     preset = weights_entry.transforms()
     transforms = Transforms(
@@ -344,18 +402,12 @@ def _torchvision(name: str, weights: str, md5: str, root: Path, size: int | None
         # Auxiliary heads helped training from scratch. No cut uses them, and a file may contain them or not.
         options |= {"init_weights": False, "transform_input": True, "aux_logits": False}
         state = state and {key: value for key, value in state.items() if not key.lower().startswith("aux")}
-    module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
-    head = list(module.state_dict())[-1]
-    if (rows := _rows(state or {}, head)) not in (0, len(module.state_dict()[head])):
-        options["num_classes"] = rows  # trained on other classes than ImageNet's
-        module = _seeded(lambda: models.get_model(name, weights=None, **options), seed)
+    build = _Builder(lambda n: models.get_model(name, weights=None, **options, **({} if n is None else {"num_classes": n})), seed)
     positional = name.startswith(("vit", "swin"))
     # torchvision gives only the size of the weights. The true minimum is two patches a side, or one position in the last stage.
     minimum = (2 * patch if patch else 32) if positional else max(weights_entry.meta.get("min_size", (32, 32)))
     fixed = name.startswith("maxvit")  # its windows are built for one size
-    # The number of classes follows from the last layer: a forward pass takes seconds in a large network.
-    classes = len(module.state_dict()[head]) if state is not None else 0
-    backbone = _assemble(name, weights, fingerprint, module, state, transforms, minimum=minimum, fixed=fixed, classes=classes)
+    backbone = _assemble(name, weights, build, replace(checkpoint, state=state), transforms, minimum=minimum, fixed=fixed)
     return replace(backbone, positional=positional, multiple=patch or 1)
 
 
@@ -381,161 +433,98 @@ def _seeded(factory: Callable[[], Any], seed: int) -> nn.Module:
     return module
 
 
-def _weights(weights: str, md5: str, root: Path, name: str, names: Sequence[str]) -> tuple[Mapping[str, Tensor] | None, str]:
-    if weights == NONE:
-        return None, "random"
-    path = root / weights
-    if not path.is_file():
-        raise BackboneError(f"expected {', '.join(names)} or a file as weights of {name}, found {weights!r}; {nearest(weights, names)}")
-    try:
-        actual = file_md5(path)
-    except PermissionError as error:
-        raise BackboneError(
-            f"expected a weights file that may be read at {path}, found {error.strerror}. Change its mode or owner."
-        ) from error
-    if md5 != actual:
-        raise BackboneError(
-            f"expected the weights file {weights} to have the md5 in backbone.weights_md5 ({md5}), found {actual}. "
-            "If this is the right file, set backbone.weights_md5 to that value, so that results can be traced to it."
-        )
-    return _read_weights(path), actual
+@dataclass(frozen=True)
+class _Builder:
+    """Makes a network with random weights by a seed, for a number of classes; None is its own number."""
 
+    factory: Callable[[int | None], Any]
+    seed: int
 
-def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return records.read_tensors(path, "Save the state dict with safetensors.torch.save_file.", BackboneError)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        # PyTorch's message continues with advice on how to execute the code.
-        reason = (
-            (str(error) or "empty").split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(" Please use")[0].rstrip(".")[:200]
-        )
-        raise BackboneError(
-            f"expected tensors in {path}, but it cannot be read without executing code or is damaged: {reason}. "
-            "Save the state dict with safetensors.torch.save_file."
-        ) from error
-    for key in ("state_dict", "model", "net"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise BackboneError(
-            f"expected a state dict (names to tensors) in {path}, found {type(content).__name__}. Save `model.state_dict()`."
-        )
-    for key, value in content.items():
-        # A meta tensor has a shape and no numbers.
-        usable = isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-        if not usable:
-            what = f"a tensor on {value.device} of layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-            raise BackboneError(
-                f"expected a state dict (names to dense tensors on the CPU) in {path}, found {what} under {key!r}. Save `model.state_dict()`."
-            )
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    def __call__(self, classes: int | None = None) -> nn.Module:
+        return _seeded(partial(self.factory, classes), self.seed)
 
 
 def _assemble(
     name: str,
     weights: str,
-    fingerprint: str,
-    module: nn.Module,
-    state: Mapping[str, Tensor] | None,
+    build: _Builder,
+    checkpoint: Checkpoint,
     transforms: Transforms | None = None,
     minimum: int = 0,
     fixed: bool = False,
+    source: packages.Source | None = None,
+    size: int | None = None,
     classes: int | None = None,
 ) -> Backbone:
+    module, own = build(), is_own(name)
+    if own:
+        contract.check_module(name, module)
+    state = checkpoint.state
     if state is not None:
-        _load_weights(name, module, state)
-    transforms = transforms or _custom_transforms(name, module)
-    family = _family_taps(name, module) if ":" not in name else None
-    taps, layouts = family or (_custom_taps(name, module, transforms.size), {})
+        module, state = _with_classes(module, state, build, source)
+    transforms = transforms or contract.transforms_of(name, module)
     module.eval()
-    if classes is None:
-        output = _test_forward(name, module, transforms.size) if state is not None else None
-        classes = output.shape[1] if output is not None and output.dim() == 2 else 0
-    if fixed:
-        minimum = transforms.size
-    backbone = Backbone(name, weights, fingerprint, module, taps, layouts, transforms, minimum or 1, fixed, classes)
-    if ":" in name and classes and not _has_head(backbone):
-        return replace(backbone, source_classes=0)
-    return backbone
+    if own:
+        contract.check_forward(name, module, transforms.size)
+    taps, layouts = _taps(name, module, transforms.size if size is None or source is None or not source.fixed else size, source)
+    contract.check_tensors(name, module)
+    backbone = Backbone(
+        name, weights, checkpoint.fingerprint, module, taps, layouts, transforms, transforms.size if fixed else minimum or 1, fixed,
+        classes or 0, traced=source is None, tried=own, remarks=checkpoint.remarks,
+    )  # fmt: skip
+    if state is None:
+        return backbone
+    has_head, remarks = checkpoints.load(name, module, state, lambda: cut(backbone, taps[-1:]).state_dict().keys())
+    backbone = replace(backbone, remarks=(*backbone.remarks, *remarks))
+    if not has_head:
+        return backbone
+    if source is not None:
+        return replace(backbone, source_classes=_outputs(module))
+    if not own:  # a forward pass takes seconds in a large network
+        head = list(module.state_dict().values())[-1]
+        return replace(backbone, source_classes=len(head))
+    output = contract.check_forward(name, module, transforms.size)
+    classes = output.shape[1] if output.dim() == 2 and _has_head(backbone) else 0
+    return replace(backbone, source_classes=classes)
+
+
+def _with_classes(
+    module: nn.Module, state: Mapping[str, Tensor], build: _Builder, source: packages.Source | None
+) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """Return the network with as many classes as its weights were trained on, and the weights under its names."""
+
+    def named(module: nn.Module) -> Mapping[str, Tensor]:
+        renamed = checkpoints.aligned(state, module.state_dict().keys())
+        return renamed if source is None else source.convert(renamed, module)
+
+    fitting = named(module)
+    for classes in checkpoints.other_classes(fitting, module.state_dict()):
+        resized = build(classes)
+        again = named(resized)
+        if all(again[k].shape == v.shape for k, v in resized.state_dict().items() if k in again):
+            return resized, again  # the source had another number of classes
+    return module, fitting
+
+
+def _taps(name: str, module: nn.Module, size: int, source: packages.Source | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the taps of a network, and the layouts of those whose output is neither maps nor vectors."""
+    if source is None:
+        family = None if is_own(name) else _family_taps(name, module)
+        if family is not None:
+            return family
+        taps = _custom_taps(name, module, size)
+        return taps, contract.layouts_of(name, module, taps, size) if is_own(name) else {}
+    observed = finding.observe(module, size)
+    places = finding.thinned(finding.find(module, observed, source.prefix_tokens(module), source.head(module)), MAX_TAPS)
+    if not places:
+        raise BackboneError(f"expected blocks in {name} after which it can be cut, found none. Choose another network.")
+    return tuple(place.name for place in places), {place.name: place.layout for place in places if place.layout}
 
 
 def _has_head(backbone: Backbone) -> bool:
     """Return whether there are weights after the last tap: a network that ends with pooled features gives no classes."""
     trunk_parameters = sum(int(p.numel()) for p in cut(backbone, [backbone.tap_names[-1]]).parameters())
     return trunk_parameters < sum(int(p.numel()) for p in backbone.module.parameters())
-
-
-def unfit_types(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Return in words which tensors have a type that PyTorch would convert without a word although it means other numbers."""
-    return [
-        f"{k} is {str(state[k].dtype).removeprefix('torch.')}, expected {str(v.dtype).removeprefix('torch.')}"
-        for k, v in expected.items()
-        if k in state and ((v.is_floating_point() and not state[k].is_floating_point()) or state[k].is_complex() != v.is_complex())
-    ]
-
-
-def _load_weights(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    expected = module.state_dict()
-    if types := unfit_types(state, expected):
-        raise BackboneError(
-            f"expected weights of {name} as floating-point numbers, found {len(types)} tensors of another type: {'; '.join(types[:3])}. "
-            "Quantized weights cannot be trained: save the model's state dict before it is quantized."
-        )
-    shapes = [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
-        for k in expected
-        if k in state and state[k].shape != expected[k].shape
-    ]
-    fitting = OrderedDict((k, v) for k, v in state.items() if k not in expected or v.shape == expected[k].shape)
-    # Modules convert the names of their older versions; a file without versions is taken as the present version.
-    versions = {"": expected._metadata[""]} if hasattr(expected, "_metadata") else {}
-    fitting._metadata = getattr(state, "_metadata", versions)  # type: ignore[attr-defined]
-    loaded = module.load_state_dict(fitting, strict=False)
-    # Checkpoints from before PyTorch 0.4.1 lack BatchNorm's counters; nothing reads them at a fixed momentum.
-    missing = [k for k in loaded.missing_keys if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k in set(loaded.unexpected_keys)]
-    if missing or extra or shapes:
-        parts = [
-            f"{len(missing)} missing, first {', '.join(missing[:3])}" if missing else "",
-            f"{len(extra)} unknown, first {', '.join(extra[:3])}" if extra else "",
-            f"{len(shapes)} of another shape: {'; '.join(shapes[:3])}" if shapes else "",
-        ]
-        raise BackboneError(
-            f"expected weights of {name}, found another architecture's: {'; '.join(p for p in parts if p)}. "
-            "Set backbone.name to the architecture that these weights belong to."
-        )
-
-
-def _test_forward(name: str, module: nn.Module, size: int) -> Tensor:
-    """Return the output for two black images."""
-    try:
-        with torch.inference_mode():
-            output = module.eval()(torch.zeros(2, 3, size, size))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        raise BackboneError(
-            f"expected {name} to take images (batch, 3, {size}, {size}), but it failed: {error}. "
-            "Set the size of its images in the class: transforms = {'size': ...}."
-        ) from error
-    if not isinstance(output, Tensor):
-        raise BackboneError(
-            f"expected {name} to return logits (batch, classes), found {type(output).__name__}. Return only logits from its forward()."
-        )
-    return output
-
-
-def _custom_transforms(name: str, module: nn.Module) -> Transforms:
-    given = dict(getattr(module, "transforms", {}))
-    unknown = set(given) - {"size", "resize", "mean", "std", "interpolation"}
-    if unknown:
-        raise BackboneError(f"{name}.transforms: unknown key {sorted(unknown)[0]!r}; expected size, resize, mean, std, interpolation.")
-    size = int(given.get("size", 224))
-    resize = int(given.get("resize", size))
-    mean, std = tuple(given.get("mean", _IMAGENET_MEAN)), tuple(given.get("std", _IMAGENET_STD))
-    return Transforms(size, resize, mean, std, str(given.get("interpolation", "bilinear")))
 
 
 def _custom_taps(name: str, module: nn.Module, size: int) -> tuple[str, ...]:
@@ -568,7 +557,7 @@ def _blocks_in_order(name: str, module: nn.Module, size: int) -> list[str]:
         for n, m in candidates.items()
     ]
     try:
-        output = _test_forward(name, module, size)
+        output = contract.check_forward(name, module, size)
     finally:
         for hook in hooks:
             hook.remove()
@@ -578,7 +567,7 @@ def _blocks_in_order(name: str, module: nn.Module, size: int) -> list[str]:
         for n, out in calls
         if names.count(n) == 1
         and isinstance(out, Tensor)
-        and out.dim() in (2, 4)
+        and out.dim() in (2, 3, 4)
         and out is not output
         and next(candidates[n].parameters(), None) is not None
     ]

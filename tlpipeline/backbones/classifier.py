@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tlpipeline import records
-from tlpipeline.backbones import catalogue, taps
+from tlpipeline.backbones import catalogue, checkpoints, taps
 from tlpipeline.backbones.code import FOLDER, NONE, Code, of_folder
 from tlpipeline.backbones.features import FeatureExtractor, forward_passes, pass_size, with_pooling
 from tlpipeline.backbones.pooling import TapPooling
@@ -24,6 +24,35 @@ from tlpipeline.files import write_json, write_tensors
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 FORMAT = 1
 _AGAIN = "Fetch the model again, or train it again with `tlpipeline run`."
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training started, if it could start from the model in production.
+
+    Attributes:
+        version: of the model in production; warm: whether the model started from its backbone, rather than from the source's weights.
+        cold_accuracy, warm_accuracy: of both starts on the validation images (0 to 1), None for one that was not trained; images: how many.
+    """
+
+    version: str
+    warm: bool
+    cold_accuracy: float | None
+    warm_accuracy: float | None
+    images: int
+
+    @property
+    def text(self) -> str:
+        """A sentence about the start and what it was compared with."""
+        reached = {"this start": self.warm_accuracy, "the source's weights": self.cold_accuracy}
+        figures = [f"{accuracy:.1%} with {name}" for name, accuracy in reached.items() if accuracy is not None]
+        what = (
+            f"warm: from the weights of {self.version}"
+            if self.warm
+            else f"cold: from the source's weights, not from those of {self.version}"
+        )
+        figures = figures if self.warm else [text.replace("this start", "that start") for text in reversed(figures)]
+        return f"{what} ({', '.join(figures)}, on {self.images:,} validation images)"
 
 
 @dataclass(frozen=True)
@@ -41,6 +70,10 @@ class Description:
         indices: numbers of the classes in the workspace's class map, which never change; () where there is none.
         code_md5: of the files of your own network in network/, "none" if there are none.
         remarks: what limited its training (time, memory), so that a second run may give another model.
+        library: package, version and architecture of a network that another package makes, "" for others.
+        weights: md5 of its source weights, where a package makes it.
+        answers: its logits for `_test_image`, by which another version of that package is recognized that computes something else.
+        start: where training started, None if there was no model in production to start from.
     """
 
     architecture: str
@@ -53,10 +86,15 @@ class Description:
     in_bfloat16: bool = False
     indices: tuple[int, ...] = ()
     code_md5: str = NONE
+    library: str = ""
+    weights: str = ""
+    answers: tuple[float, ...] = ()
+    start: Start | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {"format": FORMAT, **asdict(self)}
+        """Return plain values; without `start` where there is none, as earlier versions wrote them."""
+        values = asdict(self)
+        return {"format": FORMAT, **{name: value for name, value in values.items() if name != "start" or value is not None}}
 
 
 @dataclass(frozen=True)
@@ -116,7 +154,39 @@ def save(model: nn.Module, description: Description, folder: Path, code: Code | 
     if code is not None:
         code.keep(folder / FOLDER)
         description = replace(description, code_md5=code.md5)
+    if isinstance(model, Classifier) and (library := model.backbone[0].library):
+        weights = description.weights or model.backbone[0].fingerprint
+        description = replace(description, library=library, weights=weights, answers=_answers(model, description.transforms.size))
     write_json(description.to_json(), folder / DESCRIPTION)
+
+
+def _answers(model: Classifier, size: int) -> tuple[float, ...]:
+    """Return the logits for one image that is always the same, with four digits."""
+    was_training, parameter = model.training, next(model.parameters())
+    ramp = torch.linspace(-1, 1, 3 * size * size, device=parameter.device).reshape(1, 3, size, size)
+    with torch.inference_mode():
+        logits = model.eval()(ramp)[0].float().cpu().tolist()
+    model.train(was_training)
+    return tuple(float(f"{logit:.4g}") for logit in logits)
+
+
+def _require_same_answers(model: Classifier, description: Description, folder: Path) -> None:
+    """Check that a network of another version of its package computes what it computed.
+
+    Raises:
+        BackboneError: it computes something else.
+    """
+    library = model.backbone[0].library
+    if library == description.library or not description.answers:
+        return
+    now, largest = _answers(model.eval(), description.transforms.size), max(map(abs, description.answers))
+    furthest = max(abs(a - b) for a, b in zip(now, description.answers, strict=True))
+    if furthest > 0.01 * max(largest, 1.0):
+        package, number = description.library.split(" ")[:2]
+        raise BackboneError(
+            f"expected the network in {folder} to answer as it did with {package} {number}, found that {library} answers otherwise, by up to "
+            f"{furthest:.2g}. Install the version that it was made with: pip install {package}=={number}"
+        )
 
 
 def load(
@@ -132,7 +202,8 @@ def load(
 
     Raises:
         RegistryError: there is no model, or its description cannot be read.
-        BackboneError: its network is not trusted, its code is not what it was, or its tensors do not fit its description.
+        BackboneError: its network is not trusted, its code is not what it was, its tensors do not fit its description, or the installed
+            version of its package computes something else.
     """
     description = describe(folder)
     name, kept = description.architecture, None
@@ -140,7 +211,7 @@ def load(
         kept = folder / FOLDER
         if (md5 := of_folder(kept).md5) != description.code_md5:
             raise BackboneError(f"expected the code of {name} in {kept} to have the md5 {description.code_md5}, found {md5}. {_AGAIN}")
-    if ":" in name and not trusts(name, description.code_md5):
+    if catalogue.is_own(name) and not trusts(name, description.code_md5):
         raise BackboneError(
             f"expected a network of the catalogue or of this workspace in {folder / DESCRIPTION}, found {name!r}. Loading it would call that "
             f"code. Name the workspace that trained it with --workspace; or if you trust the folder: --trust {shlex.quote(name)}, in Python "
@@ -150,14 +221,38 @@ def load(
     tensors = records.read_tensors(folder / WEIGHTS, _AGAIN, BackboneError)
     model = Classifier(backbone, description.readings, len(description.classes), description.frozen, description.in_bfloat16)
     try:
-        if types := catalogue.unfit_types(tensors, model.state_dict()):
+        if types := checkpoints.unfit_types(tensors, model.state_dict()):
             raise ValueError("; ".join(types))
         model.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:
         raise BackboneError(
             f"The tensors in {folder / WEIGHTS} do not fit {name}: {' '.join(str(error).split())[:300]}. {_AGAIN}"
         ) from error
-    return model.eval(), description
+    _require_same_answers(model.eval(), description, folder)
+    return model, description
+
+
+def redescribe(folder: Path, description: Description) -> None:
+    """Write another description into a model folder."""
+    write_json(description.to_json(), folder / DESCRIPTION)
+
+
+def load_trunk(backbone: Backbone, folder: Path) -> None:
+    """Give a network the weights of a model's backbone. Its old head, and what the model has cut off, stay as they are.
+
+    Raises:
+        BackboneError: the tensors cannot be read, or are not those of this network.
+    """
+    tensors = records.read_tensors(folder / WEIGHTS, _AGAIN, BackboneError)
+    trunk = {name.removeprefix("trunk."): tensor for name, tensor in tensors.items() if name.startswith("trunk.")}
+    state = backbone.module.state_dict()
+    unknown = sorted(name for name, tensor in trunk.items() if name not in state or state[name].shape != tensor.shape)
+    if unknown or not trunk:
+        raise BackboneError(
+            f"expected the weights of {backbone.name} in {folder / WEIGHTS}, found {unknown[0] if unknown else 'none'}, which it does not have "
+            "like that. Set train.start to cold."
+        )
+    backbone.module.load_state_dict({**state, **trunk})
 
 
 def describe(folder: Path) -> Description:

@@ -53,7 +53,7 @@ def of_module(module: str) -> Code:
         BackboneError: a file of it is no Python.
     """
     base = base_of(module)
-    return _code(_imported(module, base)) if base else Code({}, NONE)
+    return of_files(_imported(module, base)) if base else Code({}, NONE)
 
 
 def base_of(module: str) -> Path | None:
@@ -75,11 +75,13 @@ def base_of(module: str) -> Path | None:
 
 
 def of_folder(folder: Path) -> Code:
-    """Return the code that is kept in a folder."""
-    return _code({path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")} if folder.is_dir() else {})
+    """Return the code, or the configuration, that is kept in a folder."""
+    paths = [path for kind in ("*.py", "*.json") for path in folder.rglob(kind)] if folder.is_dir() else []
+    return of_files({path.relative_to(folder).as_posix(): path for path in paths})
 
 
-def _code(files: Mapping[str, Path]) -> Code:
+def of_files(files: Mapping[str, Path]) -> Code:
+    """Return files as code; their names are those under which they are kept."""
     if not files:
         return Code({}, NONE)
     digest = hashlib.md5(usedforsecurity=False)

@@ -18,6 +18,8 @@ NO_RACE = {
     "few_judges": "{validation} validation images are left to compare on, and it takes {judges_needed}.",
     "other_weights": "train.override.init starts from weights that the prediction does not know.",
 }
+RANDOM = "random"  # fingerprint of weights that were not loaded
+UNKNOWING = "The network has random weights: it knows no images that these could be similar to, so the name of the case says only how it is trained."
 WEAK = {
     "many_classes": "The profile is weak: {classes} classes in a sample of {sampled} images.",
     "few_per_class": "The profile is weak: {per_class:.1f} training images for each class, fewer than 5. Label more images.",
@@ -38,9 +40,10 @@ def summary(decision: Decision, profile: Profile) -> str:
     """Return why this case: what fine-tuning and what cutting are expected to gain, and what follows from it."""
     tuning, so_tuned = tuning_sentence(decision, profile)
     cutting, so_cut = cutting_sentence(decision, profile)
+    unknowing = f" {UNKNOWING}" if profile.weights == RANDOM else ""
     if decision.forced:
-        return f"{decision.case} is set by {' and '.join(decision.forced)}. {tuning}. {cutting}."
-    return f"{tuning}, so {so_tuned}. {cutting}, so {so_cut}."
+        return f"{decision.case} is set by {' and '.join(decision.forced)}. {tuning}. {cutting}.{unknowing}"
+    return f"{tuning}, so {so_tuned}. {cutting}, so {so_cut}.{unknowing}"
 
 
 def former_sentence(decision: Decision, profile: Profile) -> str:
@@ -86,13 +89,15 @@ def cutting_sentence(decision: Decision, profile: Profile) -> tuple[str, str]:
     """Return what cutting is expected to gain, and what follows, both without a full stop."""
     cutting, last = decision.cutting, profile.taps[-1].name
     if cutting.exceeds:
+        unlike = "early layers do better" if profile.weights == RANDOM else "the data are unlike the source"
         follows = (
-            "the data are unlike the source and the recipe is the stronger one"
-            if decision.tuning.exceeds
-            else f"the layers after {cutting.tap} are cut off"
+            f"{unlike} and the recipe is the stronger one" if decision.tuning.exceeds else f"the layers after {cutting.tap} are cut off"
         )
+    elif decision.tuning.exceeds:
+        alike = "no cut is needed" if profile.weights == RANDOM else "the data are like the source"
+        follows = f"{alike} and the recipe is the gentle one"
     else:
-        follows = "the data are like the source and the recipe is the gentle one" if decision.tuning.exceeds else "all layers stay"
+        follows = "all layers stay"
     if cutting.why == "one_tap":
         return "The network has one tap, where nothing can be cut off", follows
     if cutting.why == "weak_labels":

@@ -20,11 +20,11 @@ from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, MappedRows, S
 from tlpipeline.data.contents import ImageFolder
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.decoding import Pixels
-from tlpipeline.data.transforms import Transforms
+from tlpipeline.data.transforms import INTERPOLATIONS, Transforms
 
 # Part of every cache key: other code or another decoder gives other pixels.
 FORMAT = f"4, Pillow {PIL.__version__}"
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
 Augment = Callable[[Image.Image, Row, int, int], Image.Image]
 

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 _PIXELS = 10_000  # a larger side in a file is a mistake
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")  # Pillow's
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Transforms:
         size: side of the center crop, pixels.
         resize: short side before the crop, pixels.
         mean, std: per RGB channel, of values in [0, 1].
-        interpolation: bilinear or bicubic.
+        interpolation: one of INTERPOLATIONS.
     """
 
     size: Annotated[int, Field(ge=1, le=_PIXELS)]

@@ -17,10 +17,11 @@ import numpy.typing as npt
 from tlpipeline.evaluation import power, significance
 from tlpipeline.evaluation.metrics import Predictions
 from tlpipeline.evaluation.significance import Sample
-from tlpipeline.evaluation.verdict import ACCEPTED, ACCURACY, BALANCED, MAJORITY, REJECTED, UNDECIDED, Verdict
+from tlpipeline.evaluation.verdict import ACCEPTED, ACCURACY, BALANCED, MAJORITY, REJECTED, UNDECIDED, Forgotten, Verdict
 from tlpipeline.params import AUTO, NONE, GateParams
 from tlpipeline.stats import group_numbers
 
+_LISTED = 5  # classes that a note names
 Bools = npt.NDArray[np.bool_]
 
 
@@ -145,6 +146,30 @@ def with_new_images(
     if not fresh.all():
         note += f" On the others, it is right about {float(right[~fresh].mean()):.1%}."
     return replace(verdict, notes=(*verdict.notes, note))
+
+
+def with_forgotten(
+    verdict: Verdict, challenger: Predictions, champion: Predictions, trained_on: frozenset[str], rename: Mapping[str, str] | None = None
+) -> Verdict:
+    """Return the verdict with the classes that a challenger recognizes less often than the champion does, and a note about them.
+
+    Args:
+        challenger, champion: on the same images in the same order.
+        trained_on, rename: as in `compare_with_champion`.
+    """
+    labels = np.array(challenger.classes)[challenger.labels]
+    before, compared = _is_right(champion, labels, rename), np.array([md5 not in trained_on for md5 in challenger.md5], dtype=bool)
+    recalls = []
+    for label in np.unique(labels[compared]):
+        mine = compared & (labels == label)
+        recalls.append(Forgotten(str(label), int(mine.sum()), float(before[mine].mean()), float(challenger.correct[mine].mean())))
+    fallen = sorted((each for each in recalls if each.now < each.before), key=lambda each: (each.now - each.before, each.label))
+    listed = [f"{each.label} by {100 * (each.before - each.now):.1f} points ({each.images} images)" for each in fallen[:_LISTED]]
+    if len(fallen) > _LISTED:
+        listed.append(f"{len(fallen) - _LISTED} more")
+    what = f"the recall of {len(fallen)} of {len(recalls)} classes fell: {', '.join(listed)}" if fallen else "the recall of no class fell"
+    note = f"Training started from the model in production. Against {verdict.champion}, {what}."
+    return replace(verdict, forgotten=tuple(fallen), notes=(*verdict.notes, note))
 
 
 def _is_right(champion: Predictions, labels: npt.NDArray[Any], rename: Mapping[str, str] | None) -> Bools:

@@ -193,6 +193,64 @@ def worst_mistakes(predictions: Predictions, most: int) -> list[int]:
     return [int(i) for i in wrong[order][:most]]
 
 
+def least_certain(predictions: Predictions, most: int) -> list[int]:
+    """Return the indices of the images with the smallest margin between the two most probable classes, the smallest first."""
+    if len(predictions.classes) < 2:
+        return []
+    second, first = np.sort(predictions.probabilities, axis=1)[:, -2:].T
+    return [int(i) for i in np.argsort(first - second, kind="stable")[:most]]
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """How often images of one class were taken for another: indices into the predictions, the most confident first."""
+
+    actual: str
+    predicted: str
+    images: tuple[int, ...]
+
+
+def confused_pairs(predictions: Predictions, most: int) -> list[ConfusedPair]:
+    """Return the pairs of classes that are confused most often, the most frequent first."""
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for i in worst_mistakes(predictions, len(predictions.labels)):
+        pairs.setdefault((int(predictions.labels[i]), int(predictions.predicted[i])), []).append(i)
+    frequent = sorted(pairs.items(), key=lambda pair: (-len(pair[1]), pair[0]))[:most]
+    return [ConfusedPair(predictions.classes[a], predictions.classes[p], tuple(images)) for (a, p), images in frequent if a >= 0]
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """A point of the reliability diagram: the mean stated probability of some images, and the share of them that is correct with its interval."""
+
+    stated: float
+    correct: float
+    low: float
+    high: float
+    images: int
+
+
+def reliability(predictions: Predictions, confidence: float, bins: int = 10) -> list[ReliabilityBin]:
+    """Return the reliability diagram (Niculescu-Mizil and Caruana 2005): images in bins of equal count by the probability of their predicted class.
+
+    Args:
+        confidence: level of the intervals.
+        bins: at most; each has at least ten images where there are ten.
+    """
+    stated = predictions.probabilities.max(1) if len(predictions.labels) else np.zeros(0)
+    parts = np.array_split(np.argsort(stated, kind="stable"), max(min(bins, len(stated) // 10), 1))
+    return [
+        ReliabilityBin(
+            float(stated[part].mean()),
+            float(predictions.correct[part].mean()),
+            *wilson(int(predictions.correct[part].sum()), len(part), confidence),
+            len(part),
+        )
+        for part in parts
+        if len(part)
+    ]
+
+
 def class_counts(rows: Sequence[Row]) -> dict[str, int]:
     """Return the number of images per class."""
     return dict(sorted(Counter(r.label for r in rows).items()))

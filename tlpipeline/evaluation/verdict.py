@@ -10,6 +10,16 @@ WORN = 20  # verdicts after which test images are worn: one of them is wrong by 
 
 
 @dataclass(frozen=True)
+class Forgotten:
+    """A class whose recall is below the champion's: images of it, and the recall before and now (0 to 1)."""
+
+    label: str
+    images: int
+    before: float
+    now: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The result of the gate.
 
@@ -30,6 +40,7 @@ class Verdict:
         notes: further sentences: what these images can show, new and lost classes, what was left out.
         judged: how often these test images have judged before, on average.
         because: why a person accepted the model against the verdict, "" if nobody did.
+        forgotten: classes whose recall fell, the largest fall first, for a model that started from the weights of the one in production.
     """
 
     outcome: str
@@ -53,6 +64,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     judged: int = 0
     because: str = ""
+    forgotten: tuple[Forgotten, ...] = ()
 
     @property
     def accepted(self) -> bool:

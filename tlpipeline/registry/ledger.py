@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tlpipeline import records
+from tlpipeline.choice.forecast import Forecast
 from tlpipeline.errors import RegistryError
 from tlpipeline.evaluation.verdict import Verdict
 from tlpipeline.files import write_bytes
@@ -26,12 +27,14 @@ class Entry:
         version: as which it is registered, "" if it is not.
         test: from `sketch`, of the test images that judged it.
         verdict: of the gate; with `because` if a person accepted the model.
+        forecast: what the decision expected of the model, and what was measured; None where nothing was expected, or an older version wrote it.
     """
 
     model: str
     version: str
     test: tuple[str, ...]
     verdict: Verdict
+    forecast: Forecast | None = None
 
 
 def read(root: Path) -> list[Entry]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ from tlpipeline.choice.cases import CASES, LARGE, SIMILAR
 from tlpipeline.choice.decision import Decision
 from tlpipeline.data.dataset import Manifest
 from tlpipeline.data.splits import SPLIT_NAMES, TRAIN
-from tlpipeline.evaluation.metrics import Metrics
+from tlpipeline.evaluation.metrics import Metrics, ReliabilityBin
 from tlpipeline.profiling.profile import Profile
 from tlpipeline.registry.versions import Registration
+from tlpipeline.stats import wilson
 from tlpipeline.training.config import Epoch
 
 if TYPE_CHECKING:
     import jinja2
 
+    from tlpipeline.backbones.classifier import Start
     from tlpipeline.data.changes import Changes
 
 TEMPLATE = Path(__file__).with_name("template")
@@ -31,14 +34,33 @@ THUMBNAIL = 96
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A wrongly classified test image: where it is, what it is, what it was taken for and how surely, and a picture of it."""
+class Example:
+    """A test image: where it is, its class, what the model says and how probable that is (0 to 1), and a picture as a data URL."""
 
     path: str
     actual: str
     predicted: str
     probability: float
     picture: str
+
+
+@dataclass(frozen=True)
+class Confused:
+    """How often images of one class were taken for another, with examples."""
+
+    actual: str
+    predicted: str
+    count: int
+    examples: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Test images that a person should look at: the most confident errors, the least certain predictions, and the most confused classes."""
+
+    mistakes: Sequence[Example]
+    uncertain: Sequence[Example]
+    confused: Sequence[Confused]
 
 
 @dataclass(frozen=True)
@@ -64,13 +86,15 @@ def page(
     name: str,
     registration: Registration,
     case: Decision,
-    read: Sequence[str],
+    start: "Start | None",
     profile: Profile,
     metrics: Metrics,
     matrix: Sequence[Sequence[int]],
     manifest: Manifest,
     history: Sequence[Epoch],
-    mistakes: Sequence[Mistake],
+    examples: Examples,
+    reliability: Sequence[ReliabilityBin],
+    forecast: Sequence[str],
     findings: Sequence[FindingsOfKind],
     alarms: Sequence[Alarm],
     changes: "Changes | None",
@@ -79,7 +103,11 @@ def page(
     data_hash: str,
     commit: str,
 ) -> str:
-    """Return the report as HTML: verdict, the decision explained, probe curve with the cut, metrics, confusion matrix, classes, errors, seconds."""
+    """Return the report as HTML.
+
+    It is read from the top: alarms, verdict, why this case, what changed, classes, errors, then what else was measured. The later sections are
+    folded. It has no scripts, and nothing outside the file.
+    """
     used = [r for r in manifest.rows if not r.duplicate_of]
     sides = {side: sum(r.split == side for r in used) for side in SPLIT_NAMES}
     text: str = (
@@ -93,9 +121,10 @@ def page(
             explained={section.key: section for section in explain.sections(case, profile)},
             why=reasons.summary(case, profile),
             action=explain.action(case, profile),
+            start=start,
             profile=profile,
             plane=_plane(case),
-            curve=_curve(profile, case.slice, read),
+            curve=_curve(profile, case),
             metrics=metrics,
             classes=list(metrics.classes),
             matrix=matrix,
@@ -109,7 +138,12 @@ def page(
             changes=changes,
             blocked=bool(blocking(alarms)),
             epochs=[epoch for epoch in history if epoch.arm != "head"],
-            mistakes=mistakes,
+            examples=examples,
+            forecast=forecast,
+            recalls={label: wilson(round(c.recall * c.images), c.images, metrics.confidence) for label, c in metrics.classes.items()},
+            reliability=_reliability(reliability),
+            learning=_learning(profile),
+            knows_nothing=math.log(max(len(metrics.classes), 2)),
             findings=findings,
             seconds=seconds,
             pace=pace(training),
@@ -155,30 +189,84 @@ def _plane(decision: Decision) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _curve(profile: Profile, cut: str, read: Sequence[str]) -> dict[str, object]:
-    """Return the probe curve in the coordinates of an 720 x 260 picture."""
+def _curve(profile: Profile, decision: Decision) -> dict[str, object]:
+    """Return the probe of each tap, with its places between the ends of a track in percent."""
     low = max(0.0, min(t.low for t in profile.taps) - 0.02)
     high = min(1.0, max(t.high for t in profile.taps) + 0.02)
-    left, right, top, bottom = 52, 660, 14, 196
 
-    def x(i: int) -> float:
-        return round(left + (right - left) * (i + 0.5) / len(profile.taps), 1)
+    def place(share: float) -> float:
+        return round(100 * (share - low) / max(high - low, 1e-9), 2)
 
-    def y(value: float) -> float:
-        return round(bottom - (bottom - top) * (value - low) / max(high - low, 1e-9), 1)
-
-    step = next((s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if (high - low) / s <= 6), 0.25)
-    ticks = [k * step for k in range(int(low / step) + 1, int(high / step) + 1)]
-    at = [t.name for t in profile.taps].index(cut)
+    rows = explain.probe_rows(profile, decision)
     return {
         "points": [
-            {"x": x(i), "y": y(t.accuracy), "low": y(t.low), "high": y(t.high), "name": t.name, "accuracy": t.accuracy, "read": t.name in read}
-            for i, t in enumerate(profile.taps)
+            {"name": row["tap"], "accuracy": row["accuracy"], "use": row["use"], "at": place(row["accuracy"]), "low": place(row["low"]),
+             "high": place(row["high"])}
+            for row in rows
         ],
-        "ticks": [{"y": y(value), "text": f"{value * 100:.0f} %"} for value in ticks],
-        "cut": round((x(at) + x(at + 1)) / 2, 1) if at < len(profile.taps) - 1 else None,
-        "left": left, "right": right, "top": top, "bottom": bottom,
+        "from": low, "to": high, "cut": explain.is_cut(decision, profile),
     }  # fmt: skip
+
+
+class _Chart:
+    """Two axes of a small chart of 360 x 250: data coordinates in, coordinates of the picture out."""
+
+    left, right, top, bottom = 46, 338, 10, 206
+
+    def __init__(self, x: tuple[float, float], y: tuple[float, float]) -> None:
+        self._x, self._y = x, y
+
+    def x(self, value: float) -> float:
+        low, high = self._x
+        return round(self.left + (self.right - self.left) * (value - low) / max(high - low, 1e-9), 1)
+
+    def y(self, value: float) -> float:
+        low, high = self._y
+        return round(self.bottom - (self.bottom - self.top) * (value - low) / max(high - low, 1e-9), 1)
+
+    def ticks(self) -> list[float]:
+        """Return round values of the vertical axis, which is a share."""
+        low, high = self._y
+        step = next((s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if (high - low) / s <= 6), 0.25)
+        return [k * step for k in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
+
+
+def _reliability(bins: Sequence[ReliabilityBin]) -> dict[str, object] | None:
+    """Return the reliability diagram as a picture; None without images."""
+    if not bins:
+        return None
+    least = min(0.9, math.floor(10 * min(min(b.stated, b.low) for b in bins)) / 10)
+    chart = _Chart((least, 1.0), (least, 1.0))
+    return {
+        "points": [
+            {"x": chart.x(b.stated), "y": chart.y(b.correct), "low": chart.y(b.low), "high": chart.y(b.high),
+             "title": f"{b.images} images: stated {b.stated:.1%}, correct {b.correct:.1%}"}
+            for b in bins
+        ],
+        "ticks": [{"x": chart.x(v), "y": chart.y(v), "text": f"{v * 100:.0f} %"} for v in chart.ticks()],
+        "chart": chart,
+    }  # fmt: skip
+
+
+def _learning(profile: Profile) -> dict[str, object] | None:
+    """Return the learning curve as a picture, on a logarithmic axis of images; None for fewer than two points."""
+    curve = profile.learning_curve
+    if len(curve) < 2:
+        return None
+    values = [accuracy for _, accuracy in curve]
+    chart = _Chart(
+        (math.log(curve[0][0]) - 0.2, math.log(curve[-1][0]) + 0.2), (max(min(values) - 0.02, 0.0), min(max(values) + 0.02, 1.0))
+    )
+    points = [
+        {"x": chart.x(math.log(n)), "y": chart.y(accuracy), "text": f"{n:,}", "title": f"{n:,} images: {accuracy:.1%}"}
+        for n, accuracy in curve
+    ]
+    return {
+        "points": points,
+        "ticks": [{"y": chart.y(v), "text": f"{v * 100:.0f} %"} for v in chart.ticks()],
+        "chart": chart,
+        "gain": 100 * profile.slope,
+    }
 
 
 def _environment() -> "jinja2.Environment":

@@ -54,6 +54,7 @@ class State:
         speed, waited: of the first worker lately: images/s, and the share of time that it waited for data.
         seconds: that the run took so far, 0 without a time budget.
         remarks: what bounded the run. A run with remarks may differ from another one.
+        champion: hash of the model whose backbone the run started from, "" for the source's weights.
     """
 
     phase: str
@@ -73,6 +74,7 @@ class State:
     seconds: float = 0.0
     remarks: list[str] = field(default_factory=list)
     finished: bool = False
+    champion: str = ""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "State":
@@ -167,13 +169,20 @@ class Checkpoints:
     Args:
         folder: an empty folder of this worker for what it writes.
         share: of the time that checkpoints between epochs may take; on a GPU a small epoch takes less time than its checkpoint.
+        champion: hash of the model whose backbone the run started from; a checkpoint of another start is not used.
         clock: returns seconds.
     """
 
     def __init__(
-        self, context: DistributedContext, folder: Path, model: nn.Module, share: float = 0.1, clock: Callable[[], float] = time.monotonic
+        self,
+        context: DistributedContext,
+        folder: Path,
+        model: nn.Module,
+        share: float = 0.1,
+        clock: Callable[[], float] = time.monotonic,
+        champion: str = "",
     ) -> None:
-        self.context, self.folder, self.model, self.share, self.clock = context, folder, model, share, clock
+        self.context, self.folder, self.model, self.share, self.clock, self.champion = context, folder, model, share, clock, champion
         self.current: dict[str, Tensor] = {}
         self.best: dict[str, Tensor] = {}
         self.interim: dict[str, Tensor] = {}
@@ -253,11 +262,15 @@ class Checkpoints:
             return None
 
     def _state_of(self, folder: Path) -> dict[str, Any] | None:
-        """Return the state in a checkpoint, None if the checkpoint is damaged."""
+        """Return the state in a checkpoint, None if the checkpoint is damaged or its run started from other weights."""
         if problem := damage(folder):
             self.damaged.append(f"the checkpoint in {folder} is damaged ({problem}) and not used")
             return None
-        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        content = dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        if content.get("champion", "") != self.champion:
+            self.damaged.append(f"the checkpoint in {folder} is of a run that started from other weights, and not used")
+            return None
+        return content
 
     def _load(self, folder: Path, state: State) -> State:
         from safetensors.torch import load_file

@@ -71,6 +71,7 @@ class TrainingConfig:
         contents: as for `PinnedFolder`, "" to read the images as they are.
         history: file to which the first worker appends its progress, one JSON line for each message.
         cache: folder of features and decoded images, "" to keep them in memory; cache_bytes: how much of it decoded images may take.
+        champion: folder of the model whose backbone training starts from, "" for the source's weights; champion_md5: its hash as DVC records it.
         start: folder of another run's checkpoint to continue from if this run has none of its own, "" for none.
         gradient_accumulation_steps: least number of parts that a batch is taken in, because a GPU's memory ran out.
         callbacks: called after each epoch.
@@ -96,6 +97,8 @@ class TrainingConfig:
     budget_minutes: float = 0.0
     cache: str = ""
     cache_bytes: float = 0.0
+    champion: str = ""
+    champion_md5: str = ""
     start: str = ""
     gradient_accumulation_steps: int = 1
     callbacks: tuple[Callback, ...] = ()

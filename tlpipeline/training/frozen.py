@@ -3,7 +3,8 @@
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,9 +34,24 @@ SolvedHead = tuple[Tensor, Tensor, float]  # weight (K, d), bias (K,), penalty
 
 def train_head(model: Classifier, run: Run) -> None:
     """Compute the frozen features that are not cached yet, each by one worker; solve the head on the first worker; validate it."""
-    config, context, datasets, state, budget = run.config, run.context, run.datasets, run.state, run.budget
+    config, context, datasets = run.config, run.context, run.datasets
     half = extracts_in_bfloat16(context.device, config.precision)
-    extractor = feature_extractor(model, run.store, datasets.transforms, context.device, half)
+    with _feature_store(run, kept=not config.champion) as store:
+        _train_head(model, run, feature_extractor(model, store, datasets.transforms, context.device, half))
+
+
+@contextmanager
+def _feature_store(run: Run, kept: bool) -> Iterator[Store]:
+    """Yield where features are kept: in the cache if other models share the backbone, else in a temporary folder."""
+    if kept:
+        yield run.store
+        return
+    with tempfile.TemporaryDirectory(prefix="features-", dir=run.scratch) as place:
+        yield Store(Path(place))
+
+
+def _train_head(model: Classifier, run: Run, extractor: FeatureExtractor) -> None:
+    config, context, datasets, state, budget = run.config, run.context, run.datasets, run.state, run.budget
     passes = FeaturePasses(run)
     read_val = passes.compute(extractor, datasets.val, "validation")
     read_train = passes.compute(extractor, datasets.train, "training")
@@ -76,12 +92,11 @@ def refit_head(model: Classifier, run: Run) -> Classifier:
     taps, images = run.config.plan.final_head_taps, [*datasets.train, *datasets.val]
     head: SolvedHead | None = None
     val_probabilities = torch.zeros(len(datasets.val), model.head.out_features)
-    # If fine-tuning was undone, the backbone is the one whose features the cache holds.
-    undone = state.best.phase == HEAD
+    # If fine-tuning from the source's weights was undone, the backbone is the one whose features the cache holds.
+    undone = state.best.phase == HEAD and not run.config.champion
     half = undone and extracts_in_bfloat16(context.device, run.config.precision)
     wide = Classifier(model.backbone[0], taps, model.head.out_features, undone, half).to(context.device)
-    with tempfile.TemporaryDirectory(prefix="features-", dir=run.scratch) as place:
-        store = run.store if undone else Store(Path(place))
+    with _feature_store(run, kept=undone) as store:
         extractor = feature_extractor(wide, store, datasets.transforms, context.device, half, smaller_passes=not undone)
         if budget.expired() or len(frozen_features(extractor, Images(datasets.root, images, datasets.transforms), run)) < len(images):
             state.remark(NO_TIME)

@@ -324,6 +324,20 @@ def _check_reachable(address: str) -> None:
             caller.recv(1)  # a Ray with TLS refuses this, which is an answer, too
 
 
+def require_reachable(address: str) -> None:
+    """Check that a cluster answers.
+
+    Raises:
+        ClusterError: it does not.
+    """
+    try:
+        _check_reachable(address)
+    except OSError as error:
+        raise ClusterError(
+            f"expected a Ray cluster at RAY_ADDRESS={address}, but: {error}. Start it, or set RAY_ADDRESS to where it is, or unset it."
+        ) from error
+
+
 def shutdown() -> None:
     """Stop or leave the Ray runtime, if this process has one."""
     import sys

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tlpipeline.backbones import catalogue, taps
-from tlpipeline.backbones.classifier import Classifier, Description, save
+from tlpipeline.backbones.classifier import Classifier, Description, load_trunk, save
 from tlpipeline.backbones.precision import extracts_in_bfloat16
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import read_manifest
@@ -46,13 +46,15 @@ def run(config: TrainingConfig, context: DistributedContext, scratch: Path, cloc
     backbone = catalogue.load(
         config.backbone, config.weights, md5=config.weights_md5, code_md5=config.code_md5, root=Path(config.workspace), size=plan.size, seed=config.seed,
     )  # fmt: skip
+    if config.champion:
+        load_trunk(backbone, Path(config.champion))
     datasets = Datasets.of(config.image_folder, manifest, backbone.transforms.at(plan.size))
     _check(config, context, len(datasets.train))
     half = extracts_in_bfloat16(context.device, config.precision)
     model = Classifier(backbone, plan.head_taps, len(manifest.classes), plan.freeze, half).to(context.device)
-    checkpoints = Checkpoints(context, scratch, model, config.cadence.checkpoint_share, clock)
+    checkpoints = Checkpoints(context, scratch, model, config.cadence.checkpoint_share, clock, config.champion_md5)
     restored = checkpoints.restore(Path(config.start) if config.start else None)
-    state = restored or State(phase=HEAD)
+    state = restored or State(phase=HEAD, champion=config.champion_md5)
     budget = TimeBudget(config.budget_minutes, context, state.seconds, clock)
     store = Store(Path(config.cache) if config.cache else None, config.cache_bytes)
     job = Run(config, context, datasets, state, checkpoints, store, budget, ProgressWriter(Path(config.history), context.rank), scratch)
@@ -77,7 +79,7 @@ def run(config: TrainingConfig, context: DistributedContext, scratch: Path, cloc
         if recipe.refit_head:
             model = refit_head(model, job)
     # If fine-tuning was undone, the backbone is as it came, and its features are those that the head was solved on.
-    pretrained = plan.freeze or state.best.phase == HEAD
+    pretrained = not config.champion and (plan.freeze or state.best.phase == HEAD)
     if context.rank:
         context.report({"accuracy": state.best.accuracy}, None)
         return None

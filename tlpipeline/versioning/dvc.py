@@ -377,6 +377,31 @@ def _require_answer(repo: Any, objects: Iterable[str] | None = None) -> None:
         raise git.silent_remote("DVC", remote.name, str(repo.config["remote"][remote.name]["url"]), "dvc remote list")
 
 
+def require_writable_remote(root: Path) -> str:
+    """Check that the default remote answers and can be written: a small file is written there and deleted. Return its address.
+
+    Raises:
+        WorkspaceError: there is no remote, it is silent (`Unreachable`), or it refuses.
+    """
+    with _repo(root) as repo:
+        name = repo.config["core"].get("remote")
+        if not name:
+            raise WorkspaceError("expected a default DVC remote, found none. Add one: `dvc remote add --default storage URL`.")
+        _require_answer(repo)
+        remote = repo.cloud.get_remote()
+        address = masked(str(repo.config["remote"][name]["url"]))
+        probe = remote.fs.join(remote.path, f"tlpipeline-check-{os.getpid()}")
+        try:
+            remote.fs.makedirs(remote.path, exist_ok=True)
+            remote.fs.pipe_file(probe, b"")
+            remote.fs.rm_file(probe)
+        except Exception as error:  # each kind of remote raises errors of its own
+            raise Unreachable(
+                f"expected to write to the DVC remote {name} ({address}), but: {error}. Check its address and your rights (`dvc remote list`)."
+            ) from error
+    return remote.path if "://" not in address else address
+
+
 def push(root: Path) -> int:
     """Copy into the default remote all files that the workspace refers to, and those that were added in each commit since the last push.
 

@@ -194,6 +194,17 @@ def push(root: Path) -> bool:
     return True
 
 
+def require_push(root: Path) -> None:
+    """Check that `origin` would take a push of the present branch, without pushing.
+
+    Raises:
+        WorkspaceError: it is silent, or refuses.
+    """
+    _require_answer(root)
+    if head(root):
+        run(root, "push", "--quiet", "--dry-run", "origin", "HEAD")
+
+
 def fetch_tags(root: Path) -> None:
     """Fetch the tags of the remote `origin`, if there is one.
 

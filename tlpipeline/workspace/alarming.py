@@ -97,7 +97,9 @@ def random_weights(root: Path) -> tuple[Alarm, ...]:
     backbone = layout.params_of(root).backbone
     if backbone.weights != NONE or not layout.read_case(root).plan.freeze:
         return ()
-    is_own = ":" in backbone.name
+    from tlpipeline.backbones import catalogue
+
+    is_own = catalogue.is_own(backbone.name)
     text = (
         f"{backbone.name} has random weights (backbone.weights: none){', unless its code loads some' * is_own}, and its layers are frozen, so "
         "they never learn. Give backbone.weights a file, or force a case that trains all layers (choose.case: large_different)"

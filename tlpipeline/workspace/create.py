@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("template")
 STARTED = layout.OWN / "init"  # there while a workspace is made
 TRACKED = (
-    "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.CLASS_MAP, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.FORMER, layout.CASE, layout.METRICS, layout.CLASSES,
+    "dvc.lock", "dvc.yaml", layout.PARAMS, layout.SPLITS, layout.CLASS_MAP, layout.QUARANTINE, layout.PROFILE, layout.QUALITY, layout.ALARMS, layout.FORMER, layout.START, layout.CASE, layout.METRICS, layout.CLASSES,
     versions.CARD, versions.ALARMS, LEDGER, ".gitignore", ".dvcignore", "plots/.gitignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
 )  # fmt: skip
 PLOTS = ("plane.json", "probe.json")  # templates with which `dvc plots show` draws the decision
@@ -122,7 +122,8 @@ def init(
     # All inputs are checked before anything is written.
     if remote is not None:
         dvc.check_remote(remote)
-    catalogue.load(backbone, weights, md5=md5)
+    for remark in catalogue.load(backbone, weights, md5=md5).remarks:
+        progress(Event("init", 1, 1, remark))
     with archives.unpacked(images) as folder, TemporaryDirectory() as temporary:
         store = FactStore(Path(temporary))
         if given is not None and folder is not None:
@@ -275,7 +276,8 @@ def _fill(root: Path, given: Given | None, backbone: str, weights: Path | str, m
         dvc.add(root, f"weights/{weights.name}")
         tracked += [f"weights/{weights.name}.dvc", "weights/.gitignore"]
     splits.write_exceptions(root / layout.SPLITS, [])
-    write_bytes(b"null\n", root / layout.FORMER)
+    for name in (layout.FORMER, layout.START):
+        write_bytes(b"null\n", root / name)
     classes.write_map(root / layout.CLASS_MAP, classes.ClassMap())
     if settings.add_inputs(root / layout.PARAMS, root / "dvc.yaml"):
         tracked.append(str(changes.get("data.labels", layout.PARAMS)))
@@ -650,5 +652,5 @@ def missing_trigger(root: Path) -> str:
         return ""
     return (
         f"no deployment in {path} waits for tlpipeline.data.{name}: data.name was changed since it was written. Put the new name there, then "
-        "run `prefect --no-prompt deploy --all` in the workspace"
+        "run `tlpipeline deploy` or `tlpipeline serve`"
     )

@@ -14,7 +14,7 @@ from tlpipeline.data.changes import Changes, File, compare
 from tlpipeline.data.drift import Drift
 from tlpipeline.errors import BackboneError, ParamsError, WorkspaceError
 from tlpipeline.files import write_bytes
-from tlpipeline.params import NONE, load
+from tlpipeline.params import NONE
 from tlpipeline.registry import versions
 from tlpipeline.versioning import dvc, git
 from tlpipeline.workspace import layout, stages
@@ -144,14 +144,11 @@ def _former(root: Path) -> Former | None:
     version = versions.champion(root, layout.params_of(root).data.name)
     if version is None:
         return None
-    case, profile, settings = (git.read_at(root, version.commit, name) or "" for name in (layout.CASE, layout.PROFILE, layout.PARAMS))
+    case, profile = (git.read_at(root, version.commit, name) or "" for name in (layout.CASE, layout.PROFILE))
     try:
         decision = records.parse(Decision, case, f"{layout.CASE} of {version}", "", WorkspaceError)
         images = records.parse(_Images, profile, f"{layout.PROFILE} of {version}", "", WorkspaceError).images
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / layout.PARAMS
-            path.write_text(settings, encoding="utf-8")
-            network, rule = layout.decided_by(load(path))
+        network, rule = layout.decided_by(layout.params_at(root, version.commit))
     except (WorkspaceError, ParamsError):
         return None
     return Former(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 from tlpipeline import records
@@ -14,6 +15,7 @@ from tlpipeline.files import unlink, write_json
 from tlpipeline.params import NONE, Data, Params, load
 from tlpipeline.progress import Event, Progress, silent
 from tlpipeline.training.config import Epoch
+from tlpipeline.versioning import git
 
 if TYPE_CHECKING:
     from tlpipeline.backbones.classifier import Description
@@ -33,7 +35,7 @@ MANIFEST, QUARANTINE = "manifest.parquet", "quarantine.csv"
 PROFILE = "profile.json"
 QUALITY, ALARMS = "quality.csv", "alarms.json"
 CASE, RACE = "case.json", "race"
-FORMER = "former.json"
+FORMER, START = "former.json", "start.json"
 PLANE, PROBE = "plots/plane.csv", "plots/probe.csv"
 FORMER_PLOT = "plots/cases.csv"  # expected by the dvc.yaml of an older workspace
 MODEL, HISTORY = "model", "plots/history.csv"
@@ -49,6 +51,18 @@ CACHE = OWN / "cache"
 def params_of(root: Path) -> Params:
     """Read the workspace's params.yaml."""
     return load(root / PARAMS)
+
+
+def params_at(root: Path, commit: str) -> Params:
+    """Read params.yaml as a commit has it.
+
+    Raises:
+        ParamsError: it has none, or one of another version of tlpipeline.
+    """
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / PARAMS
+        path.write_text(git.read_at(root, commit, PARAMS) or "", encoding="utf-8")
+        return load(path)
 
 
 def source_of(
@@ -132,6 +146,14 @@ def read_former(root: Path) -> Former | None:
     former = records.read(Former | None, root / FORMER, "Write `null` into it; the next run fills it again.")  # type: ignore[arg-type]
     params = params_of(root)
     return former if former is not None and (former.network, former.rule) == decided_by(params) else None
+
+
+def network_packages(root: Path) -> tuple[str, ...]:
+    """Return the optional package that the workspace's network is made by, as a tuple of one or none."""
+    from tlpipeline.backbones import packages
+
+    package = packages.package_of(params_of(root).backbone.name)
+    return (package,) if package else ()
 
 
 def decided_by(params: Params) -> tuple[str, str]:

@@ -9,12 +9,15 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlpipeline.alarms import Alarm, blocking
 from tlpipeline.choice.decision import Decision
+from tlpipeline.choice.forecast import Forecast, calibration, forecast
 from tlpipeline.data.changes import Changes
 from tlpipeline.display import Displayed, table
 from tlpipeline.errors import RegistryError, WorkspaceError
@@ -36,10 +39,12 @@ if TYPE_CHECKING:
 
     from tlpipeline.checking.quality import Finding
     from tlpipeline.data.dataset import Manifest
-    from tlpipeline.report.page import FindingsOfKind
+    from tlpipeline.evaluation.metrics import Predictions
+    from tlpipeline.report.page import Examples, FindingsOfKind
 
-REPORT = "report.html"
+REPORT, REPORTS = "report.html", "reports"
 WORST = 6  # pictures of each kind of findings in the report
+MISTAKES, UNCERTAIN, CONFUSED = 24, 12, 6  # pictures of errors and of doubtful images, and pairs of confused classes
 
 
 # --- gate and registry ----------------------------------------------------------------------------------------------------------------
@@ -87,6 +92,9 @@ def evaluate_gate(root: Path, progress: Progress, pinned: PinnedData | None = No
         gone = [renames(label) for label in params.data.drop]
         verdict = gate.compare_with_champion(challenger, champion, str(best), known, params.gate, uneven, groups, rename, gone)
         verdict = gate.with_new_images(verdict, challenger, champion, frozenset(challenger.md5) - listed, rename)
+        started = layout.read_model(root).start
+        if started is not None and started.warm:
+            verdict = gate.with_forgotten(verdict, challenger, champion, known, rename)
     return with_wear(verdict, ledger.times_judged([e for e in ledger.read(root) if e.model != model], challenger.md5))
 
 
@@ -176,7 +184,20 @@ def _record(root: Path, model: str, version: str, verdict: Verdict) -> None:
     from tlpipeline.evaluation import metrics as evaluate
 
     test = ledger.sketch(evaluate.read_predictions(root / layout.PREDICTIONS).md5)
-    ledger.record(root, ledger.Entry(model, version, test, verdict))
+    ledger.record(root, ledger.Entry(model, version, test, verdict, forecast_of(root)))
+
+
+def forecast_of(root: Path) -> Forecast | None:
+    """Return what the decision of the last run expected, and what was measured; None where it expected nothing of its model."""
+    metrics = layout.read_metrics(root)
+    return forecast(*load_decision(root), metrics.accuracy, metrics.accuracy_low, metrics.accuracy_high)
+
+
+def _met(root: Path) -> tuple[str, ...]:
+    """Return in words how the expectation of the last run was met, and those of all models that were judged here."""
+    present = forecast_of(root)
+    known = calibration([entry.forecast for entry in ledger.read(root) if entry.forecast])
+    return tuple(filter(None, [str(present) if present else "", known]))
 
 
 def accept(root: Path, version: versions.Version | None, because: str) -> Registration:
@@ -232,6 +253,7 @@ def card_facts(root: Path, verdict: Verdict, pinned: PinnedData | None = None) -
         "case": case,
         "why": reasons.summary(case, profile),
         "read": [reading.tap for reading in layout.read_model(root).readings],
+        "start": layout.read_model(root).start,
         "alarms": alarming.of_run(root),
         "metrics": layout.read_metrics(root),
         "verdict": verdict,
@@ -241,7 +263,9 @@ def card_facts(root: Path, verdict: Verdict, pinned: PinnedData | None = None) -
         "params": dataclasses.asdict(params),
         "seed": params.train.seed,
         "parent": _newer_data(root, pinned)[1] or git.head(root),
-        "environment": _environment(["tlpipeline", "torch", "torchvision", "numpy", "scipy", "pillow", "ray", "dvc"]),
+        "environment": _environment(
+            ["tlpipeline", "torch", "torchvision", "numpy", "scipy", "pillow", "ray", "dvc", *layout.network_packages(root)]
+        ),
     }
 
 
@@ -260,41 +284,32 @@ def _environment(packages: Sequence[str]) -> dict[str, str]:
 
 
 def write_report(root: Path, registration: Registration, changes: Changes | None = None, pinned: PinnedData | None = None) -> Path:
-    """Write report.html: one self-contained page about the run.
+    """Write report.html: one self-contained page about the run. The reports of judged models are also kept in reports/.
 
     Args:
         changes: of the images since the version that the model was compared with (see `history.diff_of_run`).
         pinned: the data that the run keeps; None takes the images as they are now.
     """
-    from tlpipeline.data import dataset, splits
+    from tlpipeline.data import dataset
     from tlpipeline.evaluation import metrics as evaluate
     from tlpipeline.report import page as report
 
     params, (case, profile) = layout.params_of(root), load_decision(root)
     manifest = dataset.read_manifest(root / layout.MANIFEST, root / layout.QUARANTINE)
     predictions = evaluate.read_predictions(root / layout.PREDICTIONS)
-    rows = {row.md5: row for row in manifest.used(splits.TEST)}
-    errors = [
-        report.Mistake(
-            rows[predictions.md5[i]].path,
-            predictions.classes[predictions.labels[i]],
-            predictions.classes[predictions.predicted[i]],
-            float(predictions.probabilities[i].max()),
-            report.thumbnail(dataset.read_image(pinning.folder_of(root, pinned), rows[predictions.md5[i]])),
-        )
-        for i in evaluate.worst_mistakes(predictions, 24)
-    ]
     page = report.page(
         name=params.data.name,
         registration=registration,
         case=case,
-        read=[reading.tap for reading in layout.read_model(root).readings],
+        start=layout.read_model(root).start,
         profile=profile,
         metrics=layout.read_metrics(root),
+        forecast=_met(root),
         matrix=evaluate.confusion(predictions).tolist(),
         manifest=manifest,
         history=layout.read_history(root),
-        mistakes=errors,
+        examples=_examples(root, manifest, predictions, pinned),
+        reliability=evaluate.reliability(predictions, params.evaluate.confidence),
         findings=_worst_findings(root, manifest, pinned),
         alarms=alarming.of_run(root),
         changes=changes,
@@ -305,7 +320,45 @@ def write_report(root: Path, registration: Registration, changes: Changes | None
     )
     path = root / REPORT
     path.write_text(page, encoding="utf-8")
+    if registration.verdict is not None:  # a run that changed nothing needs no copy
+        _keep(page, root / REPORTS, registration)
     return path
+
+
+def _keep(page: str, folder: Path, registration: Registration) -> None:
+    """Keep a report under the date and what became of the model; git ignores the folder."""
+    assert registration.verdict is not None
+    name = registration.version or registration.verdict.outcome
+    folder.mkdir(exist_ok=True)
+    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+    (folder / f"{date.today()}_{name}.html").write_text(page, encoding="utf-8")
+
+
+def _examples(root: Path, manifest: "Manifest", predictions: "Predictions", pinned: PinnedData | None) -> "Examples":
+    """Return the test images that a person should look at, each read once."""
+    from tlpipeline.data import dataset, splits
+    from tlpipeline.evaluation import metrics as evaluate
+    from tlpipeline.report import page as report
+
+    images, rows = pinning.folder_of(root, pinned), {row.md5: row for row in manifest.used(splits.TEST)}
+
+    @cache
+    def example(i: int) -> report.Example:
+        row = rows[predictions.md5[i]]
+        return report.Example(
+            row.path,
+            predictions.classes[predictions.labels[i]],
+            predictions.classes[predictions.predicted[i]],
+            float(predictions.probabilities[i].max()),
+            report.thumbnail(dataset.read_image(images, row)),
+        )
+
+    pairs = evaluate.confused_pairs(predictions, CONFUSED)
+    return report.Examples(
+        list(map(example, evaluate.worst_mistakes(predictions, MISTAKES))),
+        list(map(example, evaluate.least_certain(predictions, UNCERTAIN))),
+        [report.Confused(p.actual, p.predicted, len(p.images), list(map(example, p.images[:3]))) for p in pairs],
+    )
 
 
 def _worst_findings(root: Path, manifest: "Manifest", pinned: PinnedData | None) -> "list[FindingsOfKind]":
@@ -349,6 +402,8 @@ class Summary(Displayed):
         seconds: of each step; None where it was up to date.
         verdict: "accepted", "undecided" or "rejected"; "" if the model was judged before.
         former: whether the case changed since the model in production, "" if there is none.
+        forecast: whether the accuracy is what the decision expected; with a second sentence for all models so far, if there are several.
+        start: which weights training started from, "" if there was only one possibility.
         changes: of the images since the version that the model was compared with, None if there is none.
     """
 
@@ -371,6 +426,8 @@ class Summary(Displayed):
     verdict: str = ""
     changes: Changes | None = None
     former: str = ""
+    forecast: tuple[str, ...] = ()
+    start: str = ""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -398,7 +455,9 @@ class Summary(Displayed):
             ("case", self.case),
             ("why", self.reason),
             *[("", self.former) for _ in range(bool(self.former))],
+            *[("start", self.start) for _ in range(bool(self.start))],
             ("accuracy", ", ".join([f"{self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%})", *against])),
+            *[("", sentence) for sentence in self.forecast],
             ("version", self.version + ("" if self.new else " (unchanged)") if self.version else "none registered"),
             *[("verdict", self.verdict) for _ in range(bool(self.verdict))],
             ("", self.outcome),
@@ -426,6 +485,7 @@ def summary(root: Path, registration: Registration, report: Path, changes: Chang
     metrics = layout.read_metrics(root)
     case, profile = load_decision(root)
     verdict = registration.verdict
+    started = layout.read_model(root).start
     against = ""
     if verdict is not None:
         metric = f"balanced accuracy {verdict.challenger_score:.1%} against " if verdict.metric == BALANCED else "against "
@@ -439,6 +499,8 @@ def summary(root: Path, registration: Registration, report: Path, changes: Chang
         case=case.case,
         reason=reasons.summary(case, profile),
         former=reasons.former_sentence(case, profile),
+        forecast=_met(root),
+        start=started.text if started else "",
         accuracy=metrics.accuracy,
         low=metrics.accuracy_low,
         high=metrics.accuracy_high,
@@ -459,7 +521,8 @@ def verdict_markdown(root: Path, verdict: Verdict | None) -> str:
 
     alarms = [f"- **{alarm.word}** {cell(str(alarm))}" for alarm in alarming.of_run(root)]
     judged = verdict.markdown() if verdict else "This model is registered already."
-    return "\n".join([*alarms, *[""] * bool(alarms), judged])
+    met = [f"\n{cell(sentence[:1].upper() + sentence[1:])}." for sentence in _met(root)]
+    return "\n".join([*alarms, *[""] * bool(alarms), judged, *met])
 
 
 def load_decision(root: Path) -> tuple[Decision, Profile]:

@@ -25,7 +25,7 @@ from tlpipeline.progress import Event, Progress
 from tlpipeline.registry import versions
 from tlpipeline.training.config import TrainingConfig
 from tlpipeline.versioning import dvc, lock
-from tlpipeline.workspace import alarming, pinning, settings
+from tlpipeline.workspace import alarming, pinning, settings, starting
 from tlpipeline.workspace.layout import (
     ALARMS,
     CACHE,
@@ -67,6 +67,7 @@ from tlpipeline.workspace.pinning import PinnedData, pins_of
 if TYPE_CHECKING:
     import torch
 
+    from tlpipeline.backbones.classifier import Start
     from tlpipeline.backbones.pooling import TapPooling
     from tlpipeline.backbones.taps import Backbone
     from tlpipeline.data.cache import Column, Store
@@ -195,22 +196,44 @@ def choose(root: Path, progress: Progress, pinned: PinnedData | None = None) -> 
 
 def train(root: Path, progress: Progress, pinned: PinnedData | None = None) -> None:
     """Train the decided case: model/, and the history of its epochs. A checkpoint of the race is reused."""
+    from tlpipeline.backbones import classifier
+    from tlpipeline.data import dataset, splits
     from tlpipeline.training import ray_train
 
     params = params_of(root)
     decision = read_case(root).overridden(params.train.override)
-    for remark in _without_effect(root, params, decision):
+    manifest = dataset.read_manifest(root / MANIFEST)
+    champion, why_cold = starting.usable(root, params, decision, manifest)
+    for remark in [*_without_effect(root, params, decision), *filter(None, [why_cold])]:
         progress(Event("train", 0, 0, remark))
     runs = (root / RUNS).resolve()
     name = f"{decision.case}-{_code_key(dvc.stage_key(root, 'train', pins_of(pinned)), params)}"
-    start = str((root / RACE).resolve()) if decision.race is not None else ""
-    job = dataclasses.replace(_training_config(root, params, decision, runs / f"{name}.jsonl", pinned), start=start)
+    race = str((root / RACE).resolve()) if decision.race is not None else ""
+    job = dataclasses.replace(_training_config(root, params, decision, runs / f"{name}.jsonl", pinned), start=race)
+    finished: dict[str, Path] = {}
     with open_cache(root):
-        finished = ray_train.run(job, params.cluster, name, runs, progress)
-    lines = json.loads((finished / "history.json").read_text(encoding="utf-8"))
+        if champion is None or params.train.start == starting.BOTH:
+            finished[starting.COLD] = ray_train.run(job, params.cluster, name, runs, progress)
+        if champion is not None:
+            warm = starting.warm(job, root, champion, runs / f"{name}-{starting.WARM}.jsonl", finished.get(starting.COLD))
+            if warm is None:
+                progress(Event("train", 0, 0, f"train.budget_minutes leaves no time to start from the weights of {champion.version}"))
+            else:
+                progress(Event("train", 0, 0, f"starting from the weights of {champion.version}"))
+                finished[starting.WARM] = ray_train.run(warm, params.cluster, f"{name}-{starting.WARM}", runs, progress)
+    kept: str = starting.COLD
+    start: Start | None = None
+    if champion is not None and starting.WARM in finished:
+        kept, start = starting.choose(finished, champion, len(manifest.used(splits.VAL)))
+        progress(Event("train", 1, 1, start.text))
+    lines = json.loads((finished[kept] / "history.json").read_text(encoding="utf-8"))
     with atomic_outputs(root, MODEL, HISTORY) as (model, curve):
         record_training(root, lines["speed"])
-        shutil.copytree(finished / "model", model)
+        shutil.copytree(finished[kept] / MODEL, model)
+        if start is not None:
+            limits = [remark for folder in finished.values() for remark in classifier.describe(folder / MODEL).remarks]
+            description = dataclasses.replace(classifier.describe(model), start=start, remarks=tuple(dict.fromkeys(limits)))
+            classifier.redescribe(model, description)
         _write_csv(
             curve,
             ["epoch", "arm", "loss", "accuracy", "log_loss"],
@@ -397,7 +420,7 @@ def _backbone_and_size(root: Path, params: Params, manifest: "Manifest") -> "tup
     if not short:
         raise DataError("expected training images to profile, found none. See quarantine.csv for the files that were rejected.")
     size = cutting.input_size(backbone, params.data.size, statistics.median(short))
-    if size != backbone.transforms.size and backbone.name.startswith("vit"):
+    if size != backbone.transforms.size and backbone.positional:
         backbone = _backbone(root, params, size)
     return backbone, size
 
