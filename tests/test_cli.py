@@ -40,6 +40,8 @@ VERBS = {
     "data commit",
     "data diff",
     "data suggest",
+    "deploy",
+    "doctor",
     "explain",
     "export",
     "init",
@@ -51,6 +53,7 @@ VERBS = {
     "registry show",
     "run",
     "sample",
+    "serve",
     "stage",
 }
 

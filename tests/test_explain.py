@@ -561,7 +561,7 @@ def test_the_report_tells_the_same(made: Decision) -> None:
     seen = profile()
     explained = {s.key: s for s in explain.sections(made, seen)}
     words = report.page(
-        name="toys", registration=Registration("", False, "", None, "nothing new"), case=made, profile=seen,
+        name="toys", registration=Registration("", False, "", None, "nothing new"), case=made, start=None, profile=seen,
         metrics=Metrics(0.9, 0.8, 0.95, 0.95, 0.9, 0.9, 0.1, 0.1, "a", 0.5, 5, ()), matrix=(),
         manifest=Manifest((), (), ()), history=(), examples=report.Examples((), (), ()), reliability=(), forecast=(), findings=(), alarms=(),
         changes=None, seconds={}, training={}, data_hash="", commit="",
