@@ -158,7 +158,7 @@ def test_four_first_predictions_at_once_all_succeed(registered: Path) -> None:
     words = (registered, "-m", "tlpipeline", "predict", "workspace@latest", picture)
     with ThreadPoolExecutor(4) as pool:
         several = list(pool.map(lambda _: run_python(*words), range(4)))
-    assert [(done.returncode, done.stderr) for done in several] == [(0, "")] * 4
+    assert [(done.returncode, done.stderr) for done in several] == [(0, "predict   1 of 1 images\n")] * 4
     assert len({done.stdout for done in several}) == 1
 
 
