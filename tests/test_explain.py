@@ -15,14 +15,17 @@ import yaml
 
 from tests.helpers.workspaces import REPOSITORY
 from tlpipeline import records
+from tlpipeline.backbones.classifier import Start
 from tlpipeline.choice import explain, reasons
 from tlpipeline.choice.cases import CASES, find
 from tlpipeline.choice.decision import Arm, CutGain, Decision, InterimResult, OutOfRange, Race, TuningGain, Turning
 from tlpipeline.data.dataset import Manifest
 from tlpipeline.evaluation.metrics import ClassMetrics, Metrics
+from tlpipeline.evaluation.verdict import Forgotten, Verdict
 from tlpipeline.profiling.profile import Head, Probe, Profile
 from tlpipeline.registry.versions import Registration
 from tlpipeline.report import page as report
+from tlpipeline.training.config import Epoch
 from tlpipeline.workspace import create, release
 
 NAMES = ("conv1", "conv2", "conv3", "fc1", "fc2")
@@ -556,16 +559,21 @@ def test_the_evaluation_in_markdown_is_a_table_whatever_the_classes_are_called(t
     assert (first, second) == (r"| a\|b | 5 | 1.000 | 0.900 |", "| none | 0 | not evaluated |  |")
 
 
+def rendered(made: Decision, seen: Profile, start: Start | None = None, verdict: Verdict | None = None) -> str:
+    """The report of a decision, with an epoch of fine-tuning if it says where training started."""
+    return report.page(
+        name="toys", registration=Registration("", False, "", verdict, "nothing new"), case=made, start=start, profile=seen,
+        metrics=Metrics(0.9, 0.8, 0.95, 0.95, 0.9, 0.9, 0.1, 0.1, "a", 0.5, 5, ()), matrix=(), manifest=Manifest((), (), ()),
+        history=(Epoch(1, "fine-tune", 0.5, 0.9, 0.3),) if start else (), examples=report.Examples((), (), ()), reliability=(), forecast=(),
+        findings=(), alarms=(), changes=None, seconds={}, training={}, data_hash="", commit="",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("made", [decision(), decision("small_similar"), raced()], ids=["cut", "frozen", "raced"])
 def test_the_report_tells_the_same(made: Decision) -> None:
     seen = profile()
     explained = {s.key: s for s in explain.sections(made, seen)}
-    words = report.page(
-        name="toys", registration=Registration("", False, "", None, "nothing new"), case=made, start=None, profile=seen,
-        metrics=Metrics(0.9, 0.8, 0.95, 0.95, 0.9, 0.9, 0.1, 0.1, "a", 0.5, 5, ()), matrix=(),
-        manifest=Manifest((), (), ()), history=(), examples=report.Examples((), (), ()), reliability=(), forecast=(), findings=(), alarms=(),
-        changes=None, seconds={}, training={}, data_hash="", commit="",
-    )  # fmt: skip
+    words = rendered(made, seen)
     shown = flat(re.sub(r"<[^>]*>", " ", words)).replace("&#39;", "'").replace("&gt;", ">")
     for key, section in explained.items():
         for part in section.parts if key not in ("axes", "probes") else ():
@@ -604,3 +612,18 @@ def test_a_name_means_itself_in_markdown(name: str) -> None:
 
 def test_a_name_inside_which_an_underscore_stands_is_left_as_it_is() -> None:
     assert explain.cell("features.denoise_layer2 (10 %)") == "features.denoise_layer2 (10 %)"
+
+
+def test_the_report_has_a_table_of_what_a_warm_model_forgot() -> None:
+    start = Start("shop@v0.1.0", True, None, 0.9, 40)
+    verdict = Verdict(
+        "accepted", "shop@v0.1.0", 30, 30, 0, "accuracy", 0.9, 0.8, 4, 1, 0.01, 0.0, 0.1, (), (), 0.5, 100, "It is better.",
+        forgotten=(Forgotten("tulip", 10, 0.9, 0.7),),
+    )  # fmt: skip
+    shown = flat(re.sub(r"<[^>]*>", " ", rendered(raced(), profile(), start, verdict)))
+    assert "Warm: from the weights of shop@v0.1.0 (90.0% with this start, on 40 validation images)." in shown.replace("90.0 %", "90.0%")
+    assert "recognized less often than by shop@v0.1.0" in shown
+    assert re.search(r"tulip\s+10\s+90\.0 ?%\s+70\.0 ?%", shown)
+    assert "No class is recognized less often" not in shown
+    assert "No class is recognized less often" in flat(rendered(raced(), profile(), start, replace(verdict, forgotten=())))
+    assert "recognized less often" not in rendered(raced(), profile(), None, None)
