@@ -4,7 +4,6 @@ Dark, bright and blurred are judged twice: by a fixed bound, and against the oth
 is not one long list.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from tlpipeline.data.decoding import CHANNEL, CONCEALED, DEEP, DEEP_COLORS, ON_B
 from tlpipeline.data.facts import Facts
 
 DARK, BRIGHT = 0.06, 0.94  # mean gray level, 0 to 1
-BLURRED = -2.5  # log10 of the variance of the Laplacian over that of the gray values (Pech-Pacheco et al. 2000, here free of contrast)
+BLURRED = 0.45  # `facts.blur`
 TINY, TINY_AGAINST = 32, 0.25  # pixels of the short side, and their share of the median
 OUTLYING = 4.0  # robust standard deviations from the median
 
@@ -29,18 +28,18 @@ def find(rows: Sequence[Row], facts: Sequence[Facts]) -> tuple[list[Finding], li
     findings: list[Finding] = []
     alarms: list[Alarm] = []
     flat = np.array([f.flat for f in facts], dtype=bool)
-    brightness, sharp = np.array([f.brightness / 255 for f in facts]), np.array([_sharpness(f) for f in facts])
+    brightness, blur = np.array([f.brightness / 255 for f in facts]), np.array([f.blur for f in facts])
     short = np.array([min(f.width, f.height) for f in facts])
     # Brightness differs by factors in dark sets, and near white in bright ones: distances are measured in log odds.
     odds = np.log((brightness + 0.005) / (1.005 - brightness))
     dark, bright = _outlying(odds, brightness, DARK, flat), _outlying(-odds, -brightness, -BRIGHT, flat)
-    blurred = _outlying(sharp, sharp, BLURRED, flat)
+    blurred = _outlying(-blur, -blur, -BLURRED, flat)
     tiny = (short < TINY) & (short < TINY_AGAINST * np.median(short)) if len(short) else flat
     kinds: list[tuple[str, npt.NDArray[np.bool_], Values, str, Callable[[Facts], str]]] = [
         ("flat", flat, brightness, "{} one flat color", lambda f: "one color"),
         ("dark", dark, brightness, "{} nearly black, unlike the others", lambda f: f"mean brightness {f.brightness / 255:.1%}"),
         ("bright", bright, -brightness, "{} nearly white, unlike the others", lambda f: f"mean brightness {f.brightness / 255:.1%}"),
-        ("blurred", blurred, sharp, "{} blurred, unlike the others", lambda f: f"sharpness {_sharpness(f):.1f}, half of the images above {_median(sharp):.1f}"),
+        ("blurred", blurred, -blur, "{} blurred, unlike the others", lambda f: f"blur {f.blur:.2f} of 1, median of all images {np.median(blur):.2f}"),
         ("tiny", tiny, short, "{} much smaller than the others", lambda f: f"{f.width} x {f.height} pixels"),
         *_losses(facts),
     ]  # fmt: skip
@@ -94,11 +93,3 @@ def _outlying(scale: Values, value: Values, bound: float, flat: npt.NDArray[np.b
     middle = np.median(kept)
     spread = 1.4826 * np.median(np.abs(kept - middle))
     return np.asarray((value < bound) & (scale < middle - OUTLYING * max(spread, 0.05)) & ~flat)
-
-
-def _sharpness(facts: Facts) -> float:
-    return math.log10((facts.sharpness + 1e-3) / (facts.contrast**2 + 1.0))
-
-
-def _median(values: Values) -> float:
-    return float(np.median(values))
