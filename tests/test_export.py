@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tlpipeline as tl
+from tests.helpers.package_networks import folder_of
 from tests.helpers.processes import run_python
 from tlpipeline.backbones import catalogue, classifier
 from tlpipeline.backbones.classifier import Classifier, Description
@@ -89,12 +90,16 @@ def saved(name: str, place: Path, tap: int, frozen: bool, size: int | None = Non
         ("resnet18", 3, True, 64),
         ("vit_b_32", 2, False, None),
         ("nets:resnet20", -1, False, None),
+        ("timm:test_efficientnet", -1, True, None),
+        ("timm:test_vit", 2, True, None),
+        ("hf:vit", -1, False, None),
+        ("hf:swin", 2, True, None),
     ],
 )
 def test_files_say_what_the_model_says_of_images_of_any_size_in_batches_of_any_length(
     name: str, tap: int, frozen: bool, size: int | None, tmp_path: Path
 ) -> None:
-    pictures = tmp_path / "pictures"
+    name, pictures = folder_of(name, tmp_path / "configurations"), tmp_path / "pictures"
     pictures.mkdir()
     for index, sides in enumerate([(40, 40), (64, 31), (90, 200), (300, 260)]):
         Image.fromarray(noise(*sides, seed=index)).save(pictures / f"{index}.png")

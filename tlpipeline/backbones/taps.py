@@ -376,7 +376,7 @@ def _class_and_mean_token(tokens: Tensor, leading: int = 1) -> Tensor:
 def _token_maps(tokens: Tensor) -> Tensor:
     """Lay out the tokens of patches as maps (batch, channel, side, side)."""
     side = math.isqrt(tokens.shape[1])
-    return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], side, side)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], side, side)  # len() would fix the batch of an exported graph
 
 
 def _canonical(layout: str, value: Any) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from tlpipeline.backbones.classifier import Classifier
 from tlpipeline.backbones.features import with_pooling
+from tlpipeline.backbones.finding import first_tensor
+from tlpipeline.backbones.taps import Stopped
 from tlpipeline.data.decoding import ELONGATED
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import BackboneError
@@ -91,6 +93,22 @@ def _rounded(sums: Tensor) -> Tensor:
     return ((sums + float(2 ** (_BITS - 1))) * 2.0**-_BITS).floor().clamp(0, 255)
 
 
+class _Tensors(nn.Module):
+    """The tensors of a network, under their names, without its code.
+
+    torch.export keeps a list of the registered modules that it is inside of. A network that stops at its deepest tap leaves several at once,
+    so none of them may be registered.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        # The same dictionaries: a tensor that is exchanged here is exchanged in the network.
+        self._parameters, self._buffers = network._parameters, network._buffers
+        self._non_persistent_buffers_set = network._non_persistent_buffers_set
+        for name, child in network.named_children():
+            self.add_module(name, _Tensors(child))
+
+
 class Graph(nn.Module):
     """A classifier with its preparation: 8-bit RGB (batch, height, width, 3) to probabilities (batch, classes), in float32.
 
@@ -100,11 +118,13 @@ class Graph(nn.Module):
     def __init__(self, classifier: Classifier, transforms: Transforms) -> None:
         super().__init__()
         self.prepare = Preparation(transforms)
-        self.trunk, self.head, self.grids = classifier.trunk, classifier.head, classifier.grids
+        trunk = classifier.trunk.eval()
+        self.trunk = _Tensors(trunk) if isinstance(trunk, Stopped) else trunk
+        self.run, self.head, self.grids = (trunk,), classifier.head, classifier.grids  # in a tuple, trunk is registered once at most
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the probability of each class."""
-        features = torch.cat(with_pooling(self.trunk, self.grids)(self.prepare(images)), dim=1)
+        features = torch.cat(with_pooling(self.run[0], self.grids)(self.prepare(images)), dim=1)
         probabilities: Tensor = self.head(features).softmax(1)
         return probabilities
 
@@ -118,5 +138,6 @@ class WholeGraph(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the source classes."""
-        logits: Tensor = self.network(self.prepare(images))
+        logits = first_tensor(self.network(self.prepare(images)))  # Hugging Face's networks return a record
+        assert logits is not None
         return logits
