@@ -165,49 +165,42 @@ def test_an_image_is_known_where_all_that_is_asked_of_it_is(listed: tuple[Path, 
         assert steps(store, net, folder, rows, FIRST, LAST) == 1
 
 
-def test_shards_are_no_larger_than_their_bound_however_wide_a_row_is(
-    listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_are_no_larger_than_their_bound_however_wide_a_row_is(listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
     """What is not written yet lies in memory."""
     folder, rows = listed
-    monkeypatch.setattr("tlpipeline.backbones.features.SHARD_BYTES", 32 * 4 * 128)
-    assert steps(Store(tmp_path), net, folder, rows, LAST) == 10
+    assert steps(Store(tmp_path, shard_bytes=32 * 4 * 128), net, folder, rows, LAST) == 10
     assert [kept.files for kept in cache.info(tmp_path)] == [5]  # of two steps each
 
 
-def test_what_is_kept_is_known_by_the_decoder_that_made_the_pixels(net: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys: list[str] = []
-    plain = Store.column
+class Listing(Store):
+    """Remembers the key of each column that it is asked for, by label."""
 
-    def asked(self: Store, key: str, label: str) -> Column:
-        keys.append(key)
-        return plain(self, key, label)
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: dict[str, str] = {}
 
-    monkeypatch.setattr(Store, "column", asked)
-    reader(Store(), net, LAST)
-    for decoded in (square_cache(Store(), Path(), 32), resized_cache(Store(), Path(), net.transforms)):
+    def column(self, key: str, label: str) -> Column:
+        self.keys[label] = key
+        return super().column(key, label)
+
+
+def test_what_is_kept_is_known_by_the_decoder_that_made_the_pixels(net: Backbone) -> None:
+    store = Listing()
+    reader(store, net, LAST)
+    for decoded in (square_cache(store, Path(), 32), resized_cache(store, Path(), net.transforms)):
         assert len(decoded.column.has([])) == 0
-    assert len(keys) == 3
-    assert all(f"Pillow {PIL.__version__}" in key for key in keys)
+    assert len(store.keys) == 3
+    assert all(f"Pillow {PIL.__version__}" in key for key in store.keys.values())
 
 
-def test_every_column_that_the_profile_keeps_is_known_by_the_decoder(
-    make_images: Callable[..., Path], net: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    labels: dict[str, str] = {}
-    plain = Store.column
-
-    def asked(self: Store, key: str, label: str) -> Column:
-        labels[label] = key
-        return plain(self, key, label)
-
-    monkeypatch.setattr(Store, "column", asked)
+def test_every_column_that_the_profile_keeps_is_known_by_the_decoder(make_images: Callable[..., Path], net: Backbone) -> None:
+    store = Listing()
     folder = make_images(classes=2, each=16, name="profiled")
     manifest = dataset.ingest(folder, {}, lambda done, total: None)
     look = ProfileParams(images=16, images_max=16, tangent=True, seed=0)
-    measure.measure(net, folder, manifest, 32, look, lambda seen: False, silent, CPU)
-    assert any("gradients" in label for label in labels)
-    assert all(f"Pillow {PIL.__version__}" in key for key in labels.values())
+    measure.measure(net, folder, manifest, 32, look, lambda seen: False, silent, CPU, store)
+    assert any("gradients" in label for label in store.keys)
+    assert all(f"Pillow {PIL.__version__}" in key for key in store.keys.values())
 
 
 def test_a_weight_behind_the_tap_plays_no_part_and_one_before_it_does(net: Backbone) -> None:
@@ -375,12 +368,9 @@ def reader_after(tmp_path: Path, net: Backbone, folder: Path, rows: list[Row]) -
     return asked
 
 
-def test_what_was_done_before_a_crash_is_kept(
-    listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tlpipeline.backbones.features.SHARD_ROWS", 32)
+def test_what_was_done_before_a_crash_is_kept(listed: tuple[Path, list[Row]], net: Backbone, tmp_path: Path) -> None:
     folder, rows = listed
-    asked = reader(Store(tmp_path / "cache"), net, LAST)
+    asked = reader(Store(tmp_path / "cache", shard_rows=32), net, LAST)
 
     class Stop(Exception):
         pass
@@ -497,10 +487,9 @@ def test_shards_that_another_thread_writes_are_the_same_and_its_errors_are_raise
     """As on a GPU, on a CPU."""
     folder, rows = listed
     images = Images(folder, rows, net.transforms)
-    monkeypatch.setattr("tlpipeline.backbones.features.SHARD_ROWS", 32)
     features = []
     for separate in (False, True):
-        asked = reader(Store(tmp_path / str(separate)), net, FIRST, LAST)
+        asked = reader(Store(tmp_path / str(separate), shard_rows=32), net, FIRST, LAST)
         assert not asked.separate_writer
         asked.separate_writer = separate
         features.append([r.all() for r in asked.extract(images, lambda done: None)])
@@ -522,16 +511,21 @@ def test_a_reader_sees_what_another_wrote_meanwhile(tmp_path: Path) -> None:
     assert mine.has([md5(2), md5(1), md5(3)]).tolist() == [True, True, False]
 
 
-def test_a_shard_is_opened_once_however_often_others_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_is_opened_once_however_often_others_are_looked_for(tmp_path: Path) -> None:
+    """One that is found damaged when it is opened is deleted."""
     mine = Column(tmp_path)
     mine.add([md5(0)], numbers(1))
     Column(tmp_path).add([md5(1)], numbers(1))
-    opened: list[Path] = []
-    plain = cache._opened
-    monkeypatch.setattr(cache, "_opened", lambda path: opened.append(path) or plain(path))  # type: ignore[func-returns-value]
-    for _ in range(3):
-        mine.refresh()
-    assert len(opened) == 1  # the other's
+    mine.refresh()
+    assert mine.has([md5(1)])[0]
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    for shard in shards:
+        (tmp_path / "damaged").write_bytes(b"damaged")
+        (tmp_path / "damaged").replace(shard)
+    mine.refresh()
+    assert sorted(tmp_path.glob("*.safetensors")) == shards
+    assert not Column(tmp_path).has([md5(0), md5(1)]).any()
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_rows_that_another_run_pruned_stay_readable_to_who_has_them_open(tmp_path: Path) -> None:
@@ -551,19 +545,18 @@ def test_what_another_run_pruned_since_it_was_listed_is_passed_over(tmp_path: Pa
     assert cache.prune(tmp_path, 1e9) == cache.info(tmp_path)[0].bytes
 
 
-def test_two_runs_that_prune_at_once_do_not_stumble_over_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(3):
-        Column(tmp_path / "column").add([md5(number)], numbers(1))
-    plain = cache._shards
+def test_two_runs_that_prune_at_once_do_not_stumble_over_each_other(tmp_path: Path) -> None:
+    (tmp_path / "column").mkdir()
+    for number in range(500):
+        (tmp_path / "column" / f"{number}.safetensors").write_bytes(b"rows")
+    begun = threading.Barrier(4, timeout=60)
 
-    def listed(place: Path) -> list[tuple[float, Path, int]]:
-        found = list(plain(place))
-        for _, path, _ in found:
-            path.unlink()  # by the other
-        return found
+    def pruned() -> int:
+        begun.wait()
+        return cache.prune(tmp_path, 0)
 
-    monkeypatch.setattr(cache, "_shards", listed)
-    assert cache.prune(tmp_path, 0) == 0
+    with ThreadPoolExecutor(4) as pool:
+        assert [run.result() for run in [pool.submit(pruned) for _ in range(4)]] == [0] * 4
 
 
 def test_rows_in_hand_are_used_where_the_disk_gives_back_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -623,14 +616,13 @@ def test_a_column_is_shown_by_its_label_and_by_when_any_of_it_was_used_last(tmp_
     assert cache.info(tmp_path / "absent") == []
 
 
-def test_a_run_that_needs_room_takes_it_from_what_was_not_used_for_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "MEASURED_EACH", 0)
+def test_a_run_that_needs_room_takes_it_from_what_was_not_used_for_an_hour(tmp_path: Path) -> None:
     for number, age in ((0, 2 * 3600), (1, 3 * 3600), (2, 60)):
         Store(tmp_path).column(f"column {number}", f"label {number}").add([md5(number)], numbers(1, 1000, number))
         (path,) = tmp_path.glob(f"{hashlib.md5(f'column {number}'.encode()).hexdigest()}/*.safetensors")
         os.utime(path, (time.time() - age, time.time() - age))
     size = cache.info(tmp_path)[0].bytes
-    store = Store(tmp_path, 3.5 * size)
+    store = Store(tmp_path, 3.5 * size, shard_bytes=0)  # its size is measured at each shard
     mine = store.column("column 3", "label 3")
     mine.add([md5(3)], numbers(1, 1000, 3))
     assert {k.label for k in cache.info(tmp_path)} == {"label 0", "label 2", "label 3"}  # the oldest made room, and only that
@@ -641,15 +633,17 @@ def test_a_run_that_needs_room_takes_it_from_what_was_not_used_for_an_hour(tmp_p
 
 
 @pytest.mark.parametrize("limit", [1e9, 1.0])
-def test_how_large_the_cache_is_is_not_measured_at_each_shard(limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not where it is full of what is in use either."""
-    measured: list[float] = []
-    prune = cache.prune
-    monkeypatch.setattr(cache, "prune", lambda *given: measured.append(0) or prune(*given))  # type: ignore[func-returns-value]
+def test_how_large_the_cache_is_is_not_measured_at_each_shard(limit: float, tmp_path: Path) -> None:
+    """Not where it is full of what is in use either. Where it is measured, what killed runs left is deleted."""
     column = Store(tmp_path, limit).column("key", "label")
+    assert column.folder is not None
+    draft, left = column.folder / ".dead.draft", []
     for number in range(5):
+        draft.write_bytes(b"half")
+        os.utime(draft, (0, 0))
         column.add([md5(number)], numbers(1, 1000, number))
-    assert len(measured) == 1
+        left.append(draft.exists())
+    assert left == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("fails", [False, True])

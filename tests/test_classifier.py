@@ -340,8 +340,7 @@ def test_a_reader_that_is_alone_takes_fewer_images_at_a_time_where_memory_runs_o
         )
 
 
-def test_what_was_kept_before_memory_ran_out_is_not_passed_again(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlpipeline.backbones.features.SHARD_ROWS", 1)  # a step is a shard
+def test_what_was_kept_before_memory_ran_out_is_not_passed_again(make_images: Callable[..., Path]) -> None:
     pictures = make_images(classes=2, each=20)
     rows = dataset.ingest(pictures, {}, lambda done, total: None).used(*splits.SPLIT_NAMES)
     model, description = build("nets:resnet20", frozen=False)
@@ -353,7 +352,8 @@ def test_what_was_kept_before_memory_ran_out_is_not_passed_again(make_images: Ca
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     model.trunk.register_forward_pre_hook(full)
-    reader = feature_extractor(model, Store(), description.transforms, torch.device("cpu"), smaller_passes=True)
+    store = Store(shard_rows=1)  # a step is a shard
+    reader = feature_extractor(model, store, description.transforms, torch.device("cpu"), smaller_passes=True)
     (found,) = reader.extract(Images(pictures, rows, description.transforms), lambda done: None)
     assert len(found) == 40
     assert asked == [16, 16, 16, 8, *[4] * 6]  # 24 were missing

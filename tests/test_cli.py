@@ -20,6 +20,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import typer
+from PIL import Image
 from rich.console import Console
 
 from tests.helpers.workspaces import set_param
@@ -208,25 +209,21 @@ def test_a_mistake_is_one_message_on_stderr_and_exit_code_2() -> None:
     assert "tlpipeline init DIR" in done.stderr
 
 
-def test_a_bug_of_ours_is_no_message_but_a_traceback(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlpipeline.data import digits
-
-    def broken(_: Path) -> int:
+def test_a_bug_of_ours_is_no_message_but_a_traceback(call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
         raise AssertionError("a broken promise")
 
-    monkeypatch.setattr(digits, "write", broken)
+    monkeypatch.setattr(Image.Image, "save", broken)
     with pytest.raises(AssertionError, match="a broken promise"):
-        call("sample", "somewhere")
+        call("sample", tmp_path / "somewhere")
 
 
-def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlpipeline.data import digits
-
-    def forbidden(_: Path) -> int:
+def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> None:
         raise shutil.Error([("a", "b", "[Errno 13] Permission denied: 'a'")])
 
-    monkeypatch.setattr(digits, "write", forbidden)
-    assert "Permission denied: 'a'" in refused(call("sample", "somewhere"))
+    monkeypatch.setattr(Image.Image, "save", forbidden)
+    assert "Permission denied: 'a'" in refused(call("sample", tmp_path / "somewhere"))
 
 
 @pytest.mark.parametrize(
@@ -240,14 +237,14 @@ def test_a_right_that_is_missing_is_one_message(call: Callable[..., Said], monke
         BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
     ],
 )
-def test_memory_that_is_missing_is_one_message(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    from tlpipeline.data import digits
-
-    def starving(_: Path) -> int:
+def test_memory_that_is_missing_is_one_message(
+    call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def starving(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(digits, "write", starving)
-    assert f"found too little: {error}. Set data.size lower" in refused(call("sample", "somewhere"))
+    monkeypatch.setattr(Image.Image, "save", starving)
+    assert f"found too little: {error}. Set data.size lower" in refused(call("sample", tmp_path / "somewhere"))
 
 
 @pytest.mark.parametrize(
@@ -956,7 +953,7 @@ def test_the_cache_is_shown_bounded_and_emptied(call: Callable[..., Said], regis
 
 def test_the_cache_is_not_emptied_under_a_run(call: Callable[..., Said], registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with lock.hold(registered), monkeypatch.context() as other:
-        other.setattr(lock, "_HOLDER", "NOBODY")  # as another process sees it, which the run did not start
+        other.setenv("TLPIPELINE_LOCK_HOLDER", "another")  # as another process sees it, which the run did not start
         assert "Another run is using the workspace" in refused(call("cache", "clear", "-w", registered))
     assert (registered / ".tlpipeline" / "cache").exists()
 

@@ -1,5 +1,6 @@
 """Images on disk: quarantine with a reason, copies once, given layouts, and errors that show the way out."""
 
+import io
 import os
 import random
 import re
@@ -21,7 +22,6 @@ from tests.helpers.datasets import hashes, laid_out, listed, md5, on, put, sides
 from tests.helpers.images import encoded, paint
 from tlpipeline.data import dataset, decoding
 from tlpipeline.data.dataset import Manifest, Row, ingest, read_image, read_manifest, write_manifest
-from tlpipeline.data.decoding import decode
 from tlpipeline.data.facts import FactStore
 from tlpipeline.data.sources import Source
 from tlpipeline.data.splits import TEST, TRAIN, VAL, split_of
@@ -103,23 +103,25 @@ def test_whatever_a_decoder_raises_costs_one_file_only(make_images: Callable[...
     images = make_images(classes=2, each=12)
     unlucky = (images / "class0/000.png").read_bytes()
 
-    def raising(content: bytes, **_: Any) -> Image.Image:
-        if content == unlucky:
-            raise error
-        return decode(content)
+    plain = Image.open
 
-    monkeypatch.setattr(decoding, "decode", raising)
+    def opened(file: Any, *rest: Any, **more: Any) -> Image.Image:
+        if isinstance(file, io.BytesIO) and file.getvalue() == unlucky:
+            raise error
+        return plain(file, *rest, **more)
+
+    monkeypatch.setattr(Image, "open", opened)
     manifest = listed(images)
     assert reasons(manifest) == {"class0/000.png": f"broken: {error}"}
     assert len(manifest.rows) == 23
 
 
 def test_a_machine_out_of_memory_costs_no_image(make_images: Callable[..., Path], monkeypatch: Any) -> None:
-    def full(content: bytes, **_: Any) -> Image.Image:
+    def full(*_: Any, **__: Any) -> Image.Image:
         raise MemoryError
 
     images = make_images(classes=2, each=3)
-    monkeypatch.setattr(decoding, "decode", full)
+    monkeypatch.setattr(Image, "open", full)
     with pytest.raises(MemoryError):
         listed(images)
 

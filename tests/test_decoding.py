@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tests.helpers.images import encoded, paint
 from tests.helpers.mutations import damaged
@@ -162,7 +162,7 @@ def test_decoding_leaves_the_filters_for_warnings_as_other_threads_see_them(monk
         seen.append(list(warnings.filters))
         return image
 
-    monkeypatch.setattr(decoding.ImageOps, "exif_transpose", look)
+    monkeypatch.setattr(ImageOps, "exif_transpose", look)
     decode(encoded(paint(0, 0)))
     assert seen == [before]
 

@@ -9,6 +9,7 @@ import socket
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -363,7 +364,7 @@ def test_a_worker_that_is_started_again_after_an_error_of_the_user_does_not_try_
 def test_what_a_killed_worker_left_on_its_machine_is_removed_by_the_next_of_its_rank(
     job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_train.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     made = job(decided(CASES[0]), "killed")
 
     def killed(rank: int) -> Path:
@@ -427,7 +428,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", made.start)
-    monkeypatch.setattr(ray_train, "available_cpus", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     return made
 
 
@@ -494,7 +495,7 @@ def test_workers_of_one_machine_share_its_cpus_for_computing(
 def test_workers_on_a_cluster_with_more_cpus_than_this_machine_compute_with_a_thread_each(
     joined: Asked, job: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_train, "available_cpus", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     with pytest.raises(ClusterError, match="they kept no checkpoint"):
         ray_train.run(job(decided(CASES[0])), replace(TWO, workers=8), "name", tmp_path / "runs", silent)
     assert joined.named["run_config"].worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == "1"

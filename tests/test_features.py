@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,17 +84,22 @@ def extracted(listed: tuple[Path, list[Row]]) -> list[torch.Tensor]:
     return extract(trunk, [(1, 2), (1,)], Images(*listed, net.transforms), CPU, lambda _: None)
 
 
-def test_memory_that_runs_out_in_a_pass_is_a_clear_error(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_in_a_pass_is_a_clear_error(make_images: Callable[..., Path]) -> None:
     """On the way to the GPU, too."""
     folder = make_images(classes=2, each=3)
     images = Images(folder, list(dataset.ingest(folder, {}, lambda done, total: None).rows), PLAIN)
 
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(ClusterError, match=r"A forward pass of 16 images of 32 pixels does not fit into the GPU's memory"):
         list(features.forward_passes(full, images, range(3), CPU))
-    monkeypatch.setattr(features, "normalize", full)
+
+    class OnTheWay(Images):
+        def batches(self, batches: Any, **_: Any) -> Any:
+            return ((batch, SimpleNamespace(to=full)) for batch in batches)
+
+    images = OnTheWay(folder, images.rows, PLAIN)
     with pytest.raises(ClusterError, match=r"Set data\.size lower"):
         list(features.forward_passes(lambda inputs: [inputs], images, range(3), CPU))
 

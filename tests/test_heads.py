@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,48 +36,44 @@ def drawn(n: int, classes: int, separation: float = 1.0, seed: int = 0, width: i
     return torch.from_numpy(x).float(), labels
 
 
-def mapped(x: torch.Tensor, folder: Path) -> FeatureTable:
+def mapped(x: torch.Tensor, folder: Path, blocks: list[int] = BLOCKS) -> FeatureTable:
     names = [hashlib.md5(str(i).encode()).hexdigest() for i in range(len(x))]
-    columns = [Column(folder / "a"), Column(folder / "b")]
-    for column, part in zip(columns, x.split(BLOCKS, 1), strict=True):
+    columns = [Column(folder / str(number)) for number in range(len(blocks))]
+    for column, part in zip(columns, x.split(blocks, 1), strict=True):
         for start in range(0, len(x), 100):
             column.add(names[start : start + 100], part[start : start + 100])
     return FeatureTable([column.rows(names) for column in columns])
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_mapped_features_give_the_head_that_features_in_memory_give(classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapped_features_give_the_head_that_features_in_memory_give(classes: int, tmp_path: Path) -> None:
     x, labels = drawn(300, classes)
     wanted = solve_head(x, labels, BLOCKS, classes, 10, 0)
-    monkeypatch.setattr(heads, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(heads, "CHUNK", 128)
-    table = mapped(x, tmp_path)
-    assert not isinstance(Features(table).source, torch.Tensor)
+    table = Features(mapped(x, tmp_path), in_memory_bytes=0, chunk=128)
+    assert not isinstance(table.source, torch.Tensor)
     weight, bias, penalty = solve_head(table, labels, BLOCKS, classes, 10, 0)
     assert penalty == wanted[2]
     assert torch.allclose((x @ weight.T + bias).softmax(1), (x @ wanted[0].T + wanted[1]).softmax(1), atol=0.02)
 
 
-def test_features_in_memory_are_walked_in_parts_where_their_logits_would_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_in_memory_are_walked_in_parts_where_their_logits_would_have_no_room() -> None:
     x, labels = drawn(300, 5)
-    problem = Problem(Features(x), labels, 5, image_weights(labels, 10), None)
+    whole = Problem(Features(x), labels, 5, image_weights(labels, 10), None)
+    problem = Problem(Features(x, walked=5 * 128, chunk=64), labels, 5, image_weights(labels, 10), None)
     at = np.random.default_rng(0).normal(size=5 * 13)
-    whole = problem(at, 1e-3)
-    assert [len(part) for _, part in problem.features.parts(5)] == [300]
-    monkeypatch.setattr(heads, "CHUNK", 64)
-    monkeypatch.setattr(heads, "WALKED", 5 * 128)
+    assert [len(part) for _, part in whole.features.parts(5)] == [300]
     assert [len(part) for _, part in problem.features.parts(5)] == [128, 128, 44]
     assert [len(part) for _, part in problem.features.parts(50)] == [64, 64, 64, 64, 44]
     loss, gradient = problem(at, 1e-3)
-    assert loss == pytest.approx(whole[0], rel=1e-6)
-    assert gradient == pytest.approx(whole[1], rel=1e-6, abs=1e-6)
+    wanted = whole(at, 1e-3)
+    assert loss == pytest.approx(wanted[0], rel=1e-6)
+    assert gradient == pytest.approx(wanted[1], rel=1e-6, abs=1e-6)
 
 
-def test_the_scaling_of_mapped_features_is_that_of_the_same_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "IN_MEMORY_BYTES", 0)
+def test_the_scaling_of_mapped_features_is_that_of_the_same_in_memory(tmp_path: Path) -> None:
     x, _ = drawn(300, 3)
     x[:, 3] = 2.0  # a dead channel
-    found, wanted = Features(mapped(x, tmp_path)).scaling(BLOCKS), scaling(x, BLOCKS)
+    found, wanted = Features(mapped(x, tmp_path), in_memory_bytes=0).scaling(BLOCKS), scaling(x, BLOCKS)
     assert torch.allclose(found.mean, wanted.mean)
     assert torch.allclose(found.scale, wanted.scale)
 
@@ -114,21 +111,22 @@ def test_noise_wants_a_strong_penalty_and_clean_classes_a_weak_one() -> None:
     assert solve_head(clean, labels, BLOCKS, 3, 10, 0)[2] <= 1e-4
 
 
-def test_a_known_start_ends_at_the_same_head_in_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+class Counted(Features):
+    """Counts how often the solver walks over them."""
+
+    walks = 0
+
+    def parts(self, classes: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        self.walks += 1
+        return super().parts(classes)
+
+
+def test_a_known_start_ends_at_the_same_head_in_fewer_steps() -> None:
     x, labels = drawn(600, 4)
-    calls = 0
-    plain = Problem.__call__
-
-    def counted(self: Problem, flat: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
-        nonlocal calls
-        calls += 1
-        return plain(self, flat, penalty)
-
-    monkeypatch.setattr(Problem, "__call__", counted)
-    cold = solve_head(x, labels, BLOCKS, 4, 10, 0, 1e-3)
-    first, calls = calls, 0
-    warm = solve_head(x, labels, BLOCKS, 4, 10, 0, 1e-3, cold[:2])
-    assert calls < first / 2
+    first, again = Counted(x), Counted(x)
+    cold = solve_head(first, labels, BLOCKS, 4, 10, 0, 1e-3)
+    warm = solve_head(again, labels, BLOCKS, 4, 10, 0, 1e-3, cold[:2])
+    assert 0 < again.walks < first.walks / 2
     assert torch.allclose((x @ cold[0].T + cold[1]).softmax(1), (x @ warm[0].T + warm[1]).softmax(1), atol=5e-3)
 
 
@@ -160,13 +158,13 @@ def wide(n: int = 150) -> tuple[torch.Tensor, np.ndarray]:
 
 
 @pytest.mark.parametrize("penalty", [1e-2, 1e-5])
-def test_in_the_span_of_the_images_the_head_is_the_one_among_all_features(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_the_span_of_the_images_the_head_is_the_one_among_all_features(penalty: float, tmp_path: Path) -> None:
     x, labels = wide()
     new, _ = drawn(100, 3, separation=0.3, width=400)
     inside = solve_head(x, labels, [400], 3, 10, 0, penalty, tolerance=1e-7)
     again = solve_head(x, labels, [400], 3, 10, 0, penalty, start=inside[:2], tolerance=1e-7)
-    monkeypatch.setattr(heads, "SPAN_BELOW", 0)
-    among_all = solve_head(x, labels, [400], 3, 10, 0, penalty, tolerance=1e-7)
+    features = Features(mapped(x, tmp_path, [400]), in_memory_bytes=0)  # only those in memory are solved in the span
+    among_all = solve_head(features, labels, [400], 3, 10, 0, penalty, tolerance=1e-7)
     for weight, bias, _ in (inside, again):
         assert torch.allclose((new @ weight.T + bias).softmax(1), (new @ among_all[0].T + among_all[1]).softmax(1), atol=2e-3)
 
@@ -216,20 +214,21 @@ def test_a_thin_problem_is_walked_by_one_thread_and_the_others_are_given_back() 
 
 
 @pytest.mark.parametrize("images", [100, 900], ids=["in the span", "in the features"])
-def test_a_solver_whose_time_is_up_takes_a_few_steps_and_tries_no_other_penalty(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solver_whose_time_is_up_takes_a_few_steps_and_tries_no_other_penalty(images: int) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = np.arange(images) % 3
     x = torch.randn(images, 200, generator=generator) + 0.3 * torch.from_numpy(labels)[:, None]
-    walks: list[float] = []
-    plain = Problem.__call__
-    monkeypatch.setattr(Problem, "__call__", lambda self, flat, penalty: walks.append(penalty) or plain(self, flat, penalty))  # type: ignore[func-returns-value]
-    whole = solve_head(x, labels, (200,), 3, 10, 0, tolerance=1e-8)
-    free, ended = list(walks), len(walks)
-    late = solve_head(x, labels, (200,), 3, 10, 0, tolerance=1e-8, expired=lambda: True)
-    assert len(set(free)) > 1
-    assert set(walks[ended:]) == {heads.PENALTIES[heads.START]}
-    assert len(walks) - ended < (heads.FOLDS + 1) * 2 * heads.LEAST_STEPS
-    assert len(walks) - ended < ended / 2
+    asked: list[bool] = []  # at each step from the 20th on, and before another penalty is tried
+
+    def solved(late: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+        asked.clear()
+        return solve_head(x, labels, (200,), 3, 10, 0, tolerance=1e-8, expired=lambda: asked.append(late) or late)  # type: ignore[func-returns-value]
+
+    whole, steps = solved(False), len(asked)
+    late = solved(True)
+    assert whole[2] != heads.PENALTIES[heads.START]
+    assert 2 < len(asked) <= 2 + heads.FOLDS + 1  # no penalty below or above is tried, and each solver ends when it first asks
+    assert len(asked) < steps / 2
 
     def accuracy(head: tuple[torch.Tensor, torch.Tensor, float]) -> float:
         return float(((x @ head[0].T + head[1]).argmax(1).numpy() == labels).mean())
@@ -297,11 +296,10 @@ def test_the_penalty_is_found_with_each_image_s_own_weight(monkeypatch: pytest.M
     assert np.allclose(weighed, 0.5, atol=0.03)
 
 
-def test_the_moments_of_parts_that_drift_apart_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "CHUNK", 70)
+def test_the_moments_of_parts_that_drift_apart_are_those_of_the_whole() -> None:
     x, _ = drawn(300, 3)
     x += torch.linspace(-20, 40, 300)[:, None]
-    found, wanted = Features(x).scaling(BLOCKS), scaling(x, BLOCKS)
+    found, wanted = Features(x, chunk=70).scaling(BLOCKS), scaling(x, BLOCKS)
     assert torch.allclose(found.mean, wanted.mean, rtol=1e-5)
     assert torch.allclose(found.scale, wanted.scale, rtol=1e-5)
 
@@ -311,20 +309,17 @@ def test_inner_products_that_are_no_numbers_are_an_error_and_no_endless_search()
         Span(np.full((4, 4), np.nan), heads.ROUNDED)
 
 
-def test_a_start_that_lacks_a_class_is_as_good_as_one_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_lacks_a_class_is_as_good_as_one_that_has_it() -> None:
     """A head of some images knows nothing of classes that have none among them: the next one must not have to climb out of that."""
     x, labels = drawn(400, 8, separation=2.0)
     x, known = x[np.argsort(labels, kind="stable")], np.sort(labels)
     there = known < 6
     *part, _ = solve_head(x[torch.from_numpy(there)], known[there], BLOCKS, 8, 10, 0, 1e-3)
     assert float(part[1][6:].max()) < -1000
-    walks: list[float] = []
-    plain = Problem.__call__
-    monkeypatch.setattr(Problem, "__call__", lambda self, flat, penalty: walks.append(penalty) or plain(self, flat, penalty))  # type: ignore[func-returns-value]
-    cold = solve_head(x, known, BLOCKS, 8, 10, 0, 1e-3)
-    alone, walks[:] = len(walks), []
-    warm = solve_head(x, known, BLOCKS, 8, 10, 0, 1e-3, (part[0], part[1]))
-    assert len(walks) <= alone
+    alone, after = Counted(x), Counted(x)
+    cold = solve_head(alone, known, BLOCKS, 8, 10, 0, 1e-3)
+    warm = solve_head(after, known, BLOCKS, 8, 10, 0, 1e-3, (part[0], part[1]))
+    assert 0 < after.walks <= alone.walks
     assert torch.allclose((x @ warm[0].T + warm[1]).softmax(1), (x @ cold[0].T + cold[1]).softmax(1), atol=0.02)
 
 

@@ -4,10 +4,8 @@ import itertools
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from tests.helpers.images import PLAIN
 from tlpipeline.data import dataset, decoding, loader, splits
 from tlpipeline.data.cache import Store
 from tlpipeline.data.dataset import Row
-from tlpipeline.data.loader import Images, batch_ranges, normalize, rank_slice, resize_and_crop, resized_cache, square_cache
+from tlpipeline.data.loader import DecodedCache, Images, batch_ranges, normalize, rank_slice, resize_and_crop, resized_cache, square_cache
 from tlpipeline.data.transforms import Transforms
 from tlpipeline.errors import DataChanged
 
@@ -63,8 +61,9 @@ def test_a_line_of_pixels_is_not_enlarged_as_a_whole(size: tuple[int, int], monk
     monkeypatch.setattr(Image.Image, "resize", resize)
     found = resize_and_crop(image, PLAIN)
     assert max(sides) == 128 * 32
-    monkeypatch.setattr(decoding, "ELONGATED", 10_000)
-    assert (found == resize_and_crop(image, PLAIN)).all()
+    whole = plain(image, tuple(side // 4 * 32 for side in size), Image.Resampling.BILINEAR)
+    left, top = ((side - 32) // 2 for side in whole.size)
+    assert (found == np.asarray(whole.crop((left, top, left + 32, top + 32)))).all()
 
 
 def test_an_image_of_the_right_size_is_not_touched() -> None:
@@ -124,7 +123,7 @@ def test_who_stops_early_does_not_wait_for_what_was_to_be_decoded_ahead(
     listed: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, rows = listed
-    monkeypatch.setattr(loader, "decoding_threads", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # so that two threads decode
     seen: list[str] = []
     stopped = threading.Event()
 
@@ -160,14 +159,11 @@ def test_a_squeezed_image_is_averaged_and_not_sampled(listed: tuple[Path, list[R
     assert (square_cache(Store(), folder, 10).pixels(rows[0]) == np.asarray(wanted)).all()
 
 
-def test_what_another_run_decoded_meanwhile_is_not_decoded_again(
-    listed: tuple[Path, list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_run_decoded_meanwhile_is_not_decoded_again(listed: tuple[Path, list[Row]], tmp_path: Path) -> None:
     folder, rows = listed
-    mine, other = (square_cache(Store(tmp_path / "cache"), folder, 32) for _ in range(2))
+    mine, other = (square_cache(Store(tmp_path / "cache", shard_rows=8), folder, 32) for _ in range(2))
     assert not mine.column.has([row.md5 for row in rows]).any()
     other.fill(rows[:9], lambda done: None)
-    monkeypatch.setattr(loader, "SHARD_ROWS", 8)
     told: list[int] = []
     mine.fill(rows, told.append)
     assert told == [8, 12]  # of the twelve that are left
@@ -189,20 +185,25 @@ def test_an_image_that_is_not_kept_is_made_to_the_same_pixels(make_images: Calla
 def test_as_many_threads_decode_as_this_process_may_use_cpus_and_two_at_least(
     may_use: set[int], threads: int, listed: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[int] = []
+    folder, rows = listed
+    all_at_work, decoding_in = threading.Barrier(threads, timeout=60), []
 
-    class Pool(ThreadPoolExecutor):
-        def __init__(self, workers: int) -> None:
-            started.append(workers)
-            super().__init__(workers)
+    def augmented(image: Image.Image, *_: Any) -> Image.Image:
+        decoding_in.append(threading.get_ident())
+        all_at_work.wait()
+        return image
+
+    def made(row: Row) -> np.ndarray:
+        return np.asarray(augmented(dataset.read_image(folder, row)))
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: may_use, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(loader, "ThreadPoolExecutor", Pool)
-    folder, rows = listed
-    list(Images(folder, rows, PLAIN).batches([[0, 1]]))
-    square_cache(Store(), folder, 32).fill(rows[:2], lambda done: None)
-    assert started == [1, threads, threads]  # one puts batches together
+    count = 4 * threads
+    list(Images(folder, rows[:count], PLAIN, augmented).batches([range(count)]))
+    assert len(set(decoding_in)) == threads
+    decoding_in.clear()
+    DecodedCache(Store(), 32, made, "key", "label").fill(rows[:count], lambda done: None)
+    assert len(set(decoding_in)) == threads
 
 
 def test_an_image_that_changed_since_it_was_listed_stops_the_batches(listed: tuple[Path, list[Row]]) -> None:
@@ -249,18 +250,18 @@ def test_files_are_decoded_no_larger_than_they_are_needed(make_images: Callable[
     assert asked == [64, 128, 64, 192]
 
 
-def test_the_seconds_that_a_batch_is_waited_for_are_counted(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seconds_that_a_batch_is_waited_for_are_counted(make_images: Callable[..., Path]) -> None:
     """By a clock that goes on by a second at each look: two looks a batch."""
     now = itertools.count()
-    monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     folder = make_images(classes=2, each=6)
-    images = Images(folder, list(dataset.ingest(folder, {}, lambda done, total: None).rows), PLAIN)
+    rows = list(dataset.ingest(folder, {}, lambda done, total: None).rows)
+    images = Images(folder, rows, PLAIN, clock=lambda: float(next(now)))
     assert len(list(images.batches(batch_ranges(12, 3)))) == 4
     assert images.waited == 4.0
 
 
 def test_workers_of_one_machine_share_its_cpus_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "available_cpus", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert loader.decoding_threads() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert loader.decoding_threads() == 4

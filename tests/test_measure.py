@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tlpipeline.backbones import catalogue
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.choice.decide import choose
 from tlpipeline.choice.reasons import warnings
-from tlpipeline.data import dataset, splits
+from tlpipeline.data import splits
 from tlpipeline.data.dataset import Row, ingest
 from tlpipeline.data.loader import normalize, resize_and_crop
 from tlpipeline.errors import DataError
@@ -61,28 +61,27 @@ def test_with_very_many_classes_as_many_are_probed_as_have_eight_images() -> Non
 # --- on images ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_profile_reads_only_training_and_validation_images(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profile_reads_only_training_and_validation_images(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=3, each=30)
-    seen: list[Row] = []
-    real = dataset.read_image
-    monkeypatch.setattr(dataset, "read_image", lambda root, row, *rest: (seen.append(row), real(root, row, *rest))[1])
-    measured(folder, images=64)
-    assert seen
-    assert {row.split for row in seen} <= {"train", "val"}
+    manifest = ingest(folder, {}, lambda done, total: None)
+    for row in manifest.used("test"):
+        (folder / row.path).unlink()
+    assert measured(folder, manifest, images=64).sampled == min(64, len(manifest.used("train")))
+    (folder / manifest.used("train")[0].path).unlink()
+    with pytest.raises(DataError):
+        measured(folder, manifest, images=64)
 
 
-def test_the_half_of_validation_that_judges_is_never_looked_at(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_half_of_validation_that_judges_is_never_looked_at(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=3, each=60)
     manifest = ingest(folder, {}, lambda done, total: None)
-    judging = {row.md5 for row in manifest.used("val") if not splits.in_selection_half(row.md5)}
-    seen: list[Row] = []
-    real = dataset.read_image
-    monkeypatch.setattr(dataset, "read_image", lambda root, row, *rest: (seen.append(row), real(root, row, *rest))[1])
-    found = measured(folder, manifest)
+    judging = [row for row in manifest.used("val") if not splits.in_selection_half(row.md5)]
     assert judging
-    assert not judging & {row.md5 for row in seen}
+    for row in judging:
+        (folder / row.path).unlink()
+    found = measured(folder, manifest)
     assert found.validation == len(judging)
-    assert found.held_out == sum(row.split == "val" for row in seen)
+    assert found.held_out == len(manifest.used("val")) - len(judging)
 
 
 def renamed(folder: Path) -> None:
@@ -139,47 +138,35 @@ def test_the_same_seed_gives_the_same_profile_and_another_seed_another_sample(ma
     assert measure.sample(rows, 24, 0) != measure.sample(rows, 24, 1)
 
 
-def test_the_sample_is_doubled_only_while_the_choice_is_open(make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "SOLVERS", 10.0)
+def test_the_sample_is_doubled_only_while_the_choice_is_open(make_images: Callable[..., Path]) -> None:
     folder = make_images(classes=3, each=60)
     manifest = ingest(folder, {}, lambda done, total: None)
     assert measured(folder, manifest, images=24).sampled == 24
-    assert measured(folder, manifest, images=24, undecided=lambda _: True).sampled == 96
+    assert measured(folder, manifest, images=24, undecided=lambda _: True, solvers=10.0).sampled == 96
 
 
-def test_many_classes_of_a_few_images_fill_the_sample_and_it_never_shrinks(
-    make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_classes_of_a_few_images_fill_the_sample_and_it_never_shrinks(make_images: Callable[..., Path]) -> None:
     rows = rows_of({f"c{i:03d}": 3 for i in range(400)})
     drawn = measure.sample(rows, 800, seed=0)
     assert 800 - 8 < len(drawn) <= 800
     assert set(Counter(r.label for r in drawn).values()) == {3}
     sizes = [len(measure.sample(rows, wanted, seed=0)) for wanted in (100, 200, 400, 800, 1600)]
     assert sizes == sorted(set(sizes))
-    # Where no larger sample is to be had the profile ends with the one that it has.
-    monkeypatch.setattr(measure, "SOLVERS", 1e9)
-    folder = make_images(classes=3, each=40)
+    # Classes of one image: so small a sample ends before another class would fit, and does not grow when it is doubled.
+    folder = make_images(classes=30, each=10)
     manifest = ingest(folder, {}, lambda done, total: None)
-    plain, asked = measure.sample, []
-
-    def stuck(rows: Sequence[Row], wanted: int, seed: int) -> list[Row]:
-        asked.append(wanted)
-        return plain(rows, min(wanted, 30), seed)
-
-    monkeypatch.setattr(measure, "sample", stuck)
-    assert measured(folder, manifest, images=24, undecided=lambda _: True).sampled == 30
-    assert asked[1:] == [24, 48, 60]  # the first is of the images that are held out
+    manifest = replace(manifest, rows=list({row.label: row for row in manifest.used("train")}.values()))
+    assert measured(folder, manifest, images=14, images_max=14, undecided=lambda _: True, solvers=1e9).sampled == 7
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
 def test_the_sample_does_not_grow_where_the_solvers_would_cost_more_than_their_share_of_the_passes(
-    make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, share: float
+    make_images: Callable[..., Path], share: float
 ) -> None:
     """Counted, not timed: the demonstration network is so small that its solvers are soon a part of what its passes are."""
-    monkeypatch.setattr(measure, "SOLVERS", share)
     folder = make_images(classes=3, each=60)
     manifest = ingest(folder, {}, lambda done, total: None)
-    found = measured(folder, manifest, images=24, undecided=lambda _: True)
+    found = measured(folder, manifest, images=24, undecided=lambda _: True, solvers=share)
     readings = [tap.reading for tap in found.taps]
     fit = [n for n in (48, 96) if measure.solving(readings, n, found.classes) <= share * found.forward_ops * n]
     assert found.sampled == (fit[-1] if fit else 24)
@@ -192,14 +179,11 @@ def test_solvers_grow_faster_than_passes(known: dict[str, Profile]) -> None:
     assert shares == sorted(shares)
 
 
-def test_a_larger_sample_is_probed_at_the_penalties_that_the_smaller_one_found(
-    make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_larger_sample_is_probed_at_the_penalties_that_the_smaller_one_found(make_images: Callable[..., Path]) -> None:
     """Two factorisations a probe instead of a decomposition: the same answers as if all penalties were tried, or nearly."""
-    monkeypatch.setattr(measure, "SOLVERS", 10.0)
     folder = make_images(classes=3, each=60)
     manifest = ingest(folder, {}, lambda done, total: None)
-    grown = measured(folder, manifest, images=48, undecided=lambda _: True)
+    grown = measured(folder, manifest, images=48, undecided=lambda _: True, solvers=10.0)
     at_once = measured(folder, manifest, images=grown.sampled)
     assert grown.sampled > 48
     for tap, other in zip(grown.taps, at_once.taps, strict=True):

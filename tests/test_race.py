@@ -182,26 +182,24 @@ def test_the_frozen_winner_is_not_trained_again(setting: Setting, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_an_interrupted_race_goes_on_where_it_stood(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_race_goes_on_where_it_stood(setting: Setting) -> None:
     class Stop(Exception):
         pass
 
-    whole, _ = setting.run(OPEN, "whole")
-    real = checkpoint.Checkpoints.write
-    written = []
+    told: list[Event] = []
+    whole, _ = setting.run(OPEN, "whole", told.append)
+    assert any("epoch 1/" in event.text for event in told)
 
-    def interrupted(self: checkpoint.Checkpoints, state: checkpoint.State, *rest: Any) -> None:
-        real(self, state, *rest)
-        written.append(state.epoch)
-        if len(written) == 4:  # the frozen head, the start of fine-tuning, epoch 1, epoch 2
+    def interrupted(event: Event) -> None:
+        if f"epoch 3/{EPOCHS}" in event.text:
             raise Stop
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpoints, "write", interrupted)
-        with pytest.raises(Stop):
-            setting.run(OPEN, "cut")
+    with pytest.raises(Stop):
+        setting.run(OPEN, "cut", interrupted)
     (setting.place / "kept-cut").rmdir()
-    again, _ = setting.run(OPEN, "cut")
+    told.clear()
+    again, _ = setting.run(OPEN, "cut", told.append)
+    assert not any("epoch 1/" in event.text for event in told)
     assert again == whole
 
 
@@ -294,25 +292,15 @@ def test_many_images_of_the_source_s_own_classes_are_large_and_similar(tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_two_ray_workers_come_to_the_same_decision(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_two_ray_workers_come_to_the_same_decision(setting: Setting, tmp_path: Path) -> None:
     weighed = policy.weigh(setting.profile, RULE)
     found: list[Decision] = []
-    plain, fits = ray_train.run, []
-
-    def run(job: TrainingConfig, cluster: ClusterParams, name: str, *rest: Any) -> Path:
-        # The looks are what may differ; the frozen arm has none, and a fit on Ray costs more than what is trained in it.
-        cluster = cluster if job.callbacks else HERE
-        fits.append(cluster.workers)
-        return plain(job, cluster, name, *rest)
-
-    monkeypatch.setattr(ray_train, "run", run)
     for workers in (0, 2):
         kept = tmp_path / f"kept{workers}"
         kept.mkdir()
         cluster = dataclasses.replace(HERE, workers=workers)
         found.append(race.run(setting.profile, weighed, setting.job, cluster, f"w{workers}", tmp_path / f"runs{workers}", kept, silent))
     ray_train.shutdown()
-    assert fits == [0, 0, 0, 2]
     one, two = found
     assert (one.case, one.race.winner, len(one.race.looks)) == (two.case, two.race.winner, len(two.race.looks))  # type: ignore[union-attr]
 

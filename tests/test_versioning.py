@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import yaml
 from ruamel.yaml import YAML
@@ -827,11 +828,11 @@ def test_a_disk_that_fills_while_outputs_are_moved_into_place_leaves_all_the_old
 
 
 def test_a_disk_that_fills_while_an_output_is_written_leaves_all_the_old_ones(ingested: Path, monkeypatch: Any) -> None:
-    def half(manifest: Any, path: Path, quarantine: Path) -> None:
+    def half(table: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"PAR1")
         no_space()
 
-    monkeypatch.setattr(dataset, "write_manifest", half)
+    monkeypatch.setattr(pyarrow.parquet, "write_table", half)
     check_that_a_full_disk_costs_nothing(ingested)
 
 

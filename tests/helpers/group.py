@@ -17,7 +17,6 @@ import torch
 
 from tests.helpers.synchronized import synchronized
 from tests.helpers.training import Crashing, Interrupted, config_of
-from tlpipeline.backbones import features
 from tlpipeline.backbones.features import FeatureExtractor
 from tlpipeline.data.loader import Images
 from tlpipeline.training.train import run
@@ -29,6 +28,8 @@ def breaking_off(images: int) -> Iterator[None]:
     plain = FeatureExtractor.compute
 
     def compute(self: FeatureExtractor, shown: Images, indices: Sequence[int], progress: Callable[[int], None]) -> None:
+        self.store.shard_rows = 1 if images else self.store.shard_rows
+
         def told(done: int) -> None:
             progress(done)
             if 0 < images <= done:
@@ -36,7 +37,7 @@ def breaking_off(images: int) -> Iterator[None]:
 
         plain(self, shown, indices, told)
 
-    with patch.object(FeatureExtractor, "compute", compute), patch.object(features, "SHARD_ROWS", 1 if images else features.SHARD_ROWS):
+    with patch.object(FeatureExtractor, "compute", compute):
         yield
 
 

@@ -16,7 +16,7 @@ from tlpipeline.backbones import taps
 from tlpipeline.backbones.pooling import TapPooling
 from tlpipeline.backbones.precision import autocast
 from tlpipeline.backbones.taps import Backbone, Tap
-from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, MappedRows, Store
+from tlpipeline.data.cache import Column, MappedRows, Store
 from tlpipeline.data.contents import ImageFolder
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.loader import FORMAT, Images, batch_ranges, normalize
@@ -184,7 +184,7 @@ class FeatureExtractor:
         half: bool = False,
         smaller_passes: bool = False,
     ) -> None:
-        self.trunk, self.device, self.smaller_passes = trunk, device, smaller_passes
+        self.store, self.trunk, self.device, self.smaller_passes = store, trunk, device, smaller_passes
         self.step = pass_size(device, transforms.size)  # images in a pass
         self.separate_writer = device.type != "cpu"  # on a CPU, writing in a second thread gains nothing
         self.network = with_pooling(trunk, [r.grids for r in readings], half)
@@ -227,7 +227,7 @@ class FeatureExtractor:
                 names += [images.rows[i].md5 for i in batch]
                 done += len(batch)
                 widest = max(out.shape[1] for out in shard[-1]) * 4
-                if len(names) + self.step > min(SHARD_ROWS, max(SHARD_BYTES // widest, self.step)):
+                if len(names) + self.step > self.store.rows_in_shard(widest):
                     write(names, shard)
                     names, shard = [], []
                 progress(done)

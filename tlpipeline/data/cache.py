@@ -30,7 +30,6 @@ from tlpipeline.files import write_json, write_tensors
 LABEL = "column.json"
 SUFFIX = ".safetensors"
 SHARD_ROWS, SHARD_BYTES = 1024, 32 << 20
-MEASURED_EACH = 4 * SHARD_BYTES  # once the cache is full: bytes written between two measurements of its size
 _STALE_DRAFT_S = _IN_USE_S = 3600.0
 
 
@@ -235,10 +234,13 @@ class Store:
         folder: of the columns; None keeps everything in memory.
         limit: bytes. Above it, shards that no run used for an hour are deleted, the least recently used first. The rows of the
             present run stay, whatever their size.
+        shard_rows, shard_bytes: bounds of one shard: what is not written yet lies in memory.
     """
 
-    def __init__(self, folder: Path | None = None, limit: float = math.inf) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(
+        self, folder: Path | None = None, limit: float = math.inf, shard_rows: int = SHARD_ROWS, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self.folder, self.limit, self.shard_rows, self.shard_bytes = folder, limit, shard_rows, shard_bytes
         self._columns: dict[str, Column] = {}
         self._room, self._before = 0.0, time.time() - _IN_USE_S
 
@@ -249,6 +251,10 @@ class Store:
 
     def _folder_of(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()
+
+    def rows_in_shard(self, row_bytes: int) -> int:
+        """Return how many rows of so many bytes a shard has room for, at least one."""
+        return min(self.shard_rows, max(1, self.shard_bytes // row_bytes))
 
     def column(self, key: str, label: str) -> Column:
         """Return the column of this key; `label` describes its content to people."""
@@ -264,7 +270,7 @@ class Store:
         self._room -= size
         if self.folder is not None and self.limit < math.inf and self._room < 0:
             remaining = prune(self.folder, self.limit, self._before)
-            self._room = max(self.limit - remaining, MEASURED_EACH)
+            self._room = max(self.limit - remaining, 4 * self.shard_bytes)  # once it is full, it is measured every four shards
 
 
 # --- size and pruning -----------------------------------------------------------------------------------------------------------------

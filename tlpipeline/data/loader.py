@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tlpipeline.data import dataset, decoding
-from tlpipeline.data.cache import SHARD_BYTES, SHARD_ROWS, Column, MappedRows, Store
+from tlpipeline.data.cache import Column, MappedRows, Store
 from tlpipeline.data.contents import ImageFolder
 from tlpipeline.data.dataset import Row
 from tlpipeline.data.decoding import Pixels
@@ -71,6 +71,7 @@ class Images:
         augment: makes a random square view from the image (possibly squeezed), its row, the side in pixels, and the turn. The n-th
             repetition of an image in an epoch has the index plus n times the number of images.
         decoded: source of decoded images: squeezed squares for `augment`, else resized and cropped; None decodes the files each time.
+        clock: seconds, for `waited`.
     """
 
     def __init__(
@@ -80,9 +81,10 @@ class Images:
         transforms: Transforms,
         augment: Augment | None = None,
         decoded: PixelSource | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.root, self.rows, self.transforms, self.augment, self.decoded = root, rows, transforms, augment, decoded
-        self.waited = 0.0
+        self.waited, self._clock = 0.0, clock
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,9 +126,9 @@ class Images:
             try:
                 while waiting:
                     batch, packed = waiting.popleft()
-                    started = time.monotonic()
+                    started = self._clock()
                     pixels = packed.result()
-                    self.waited += time.monotonic() - started
+                    self.waited += self._clock() - started
                     waiting.extend(submitted(following) for following in itertools.islice(remaining, 1))
                     yield batch, pixels
             finally:
@@ -161,7 +163,7 @@ class DecodedCache:
         wanted = [row for row, cached in zip(rows, self.column.has([r.md5 for r in rows]), strict=True) if not cached]
         done = 0
         with ThreadPoolExecutor(decoding_threads()) as pool:
-            for part in batch_ranges(len(wanted), min(SHARD_ROWS, max(1, SHARD_BYTES // (3 * self.side**2)))):
+            for part in batch_ranges(len(wanted), self._store.rows_in_shard(3 * self.side**2)):
                 made = list(pool.map(self.make, [wanted[i] for i in part]))
                 self.column.add([wanted[i].md5 for i in part], torch.from_numpy(np.stack(made)))
                 done += len(part)

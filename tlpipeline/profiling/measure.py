@@ -39,7 +39,7 @@ HELD_OUT = 512
 GRADIENT_BATCH = 64
 EACH_CLASS = 8  # images of a class that a probe needs
 TANGENT_IMAGES = 512
-SOLVERS = 0.3  # largest cost of the solvers when the sample grows, as a share of the cost of the passes
+SOLVERS = 0.3  # see `measure`
 SLOWER = 2.1  # time of an operation of a solver against one of a convolution: 1.9 to 2.6 by the clock (benchmarks/speed.py solvers)
 
 
@@ -54,6 +54,7 @@ def measure(
     device: torch.device,
     store: Store | None = None,
     half: bool = False,
+    solvers: float = SOLVERS,
 ) -> Profile:
     """Profile the training images of a data set; the sample is doubled while the choice is open.
 
@@ -64,6 +65,7 @@ def measure(
         undecided: returns whether a larger sample could still change the choice.
         store: keeps what is computed of each image, for later stages and runs.
         half: the network computes features in bfloat16, as the frozen cases will; gradients are in float32.
+        solvers: largest cost of the solvers when the sample grows, as a share of the cost of the passes.
 
     Raises:
         DataError: there are no training images.
@@ -78,7 +80,7 @@ def measure(
         sample([r for r in val if splits.in_selection_half(r.key)], HELD_OUT, params.seed),
         sum(not splits.in_selection_half(r.key) for r in val),
     )
-    drawn, kernels, profile = _large_enough(passes, rows, labels, judges, params, undecided)
+    drawn, kernels, profile = _large_enough(passes, rows, labels, judges, params, undecided, solvers)
     there = {r.label for r in drawn}
     held = [r for r in selecting if r.label in there]
     if held and profile.cut is not None:
@@ -96,11 +98,12 @@ def _large_enough(
     judges: int,
     params: ProfileParams,
     undecided: Callable[[Profile], bool],
+    solvers: float,
 ) -> tuple[list[Row], GramMatrices, Profile]:
     """Probe a sample, and double it while the choice is open and the solvers stay cheap beside the passes.
 
     Args:
-        rows, judges: as in `_of_sample`; labels: class name to index.
+        rows, judges: as in `_of_sample`; labels: class name to index; solvers: as in `measure`.
 
     Returns:
         The images of the last sample, the Gram matrices of their features at each tap, and the profile.
@@ -116,7 +119,7 @@ def _large_enough(
         profile = _of_sample(passes, rows, judges, read, kernels, params.seed)
         wanted, penalties = 2 * len(drawn), kernels.penalties
         more = wanted <= params.images_max and len(drawn) < len(rows)
-        if not more or solving(passes.readings, wanted, profile.classes) > SOLVERS * passes.cost_of(wanted, params.tangent):
+        if not more or solving(passes.readings, wanted, profile.classes) > solvers * passes.cost_of(wanted, params.tangent):
             break
         larger = sample(rows, wanted, params.seed)
         if len(larger) <= len(drawn) or not undecided(profile):

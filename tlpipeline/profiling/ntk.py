@@ -24,14 +24,16 @@ class GradientSketcher:
     Args:
         trunk: gives the last tap's maps as its only output; it is put into eval mode, and stays as it is otherwise.
         seed: of the projection and of the sketch.
+        buckets: numbers of a sketch.
     """
 
-    def __init__(self, trunk: nn.Module, device: torch.device, seed: int) -> None:
+    def __init__(self, trunk: nn.Module, device: torch.device, seed: int, buckets: int = BUCKETS) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.trunk, self.device, self.generator = trunk.eval(), device, generator
         self.parameters = list(trunk.parameters())
         count = sum(p.numel() for p in self.parameters)
-        self.buckets = torch.randint(0, BUCKETS, (count,), generator=generator).to(device)
+        self.size = buckets
+        self.buckets = torch.randint(0, buckets, (count,), generator=generator).to(device)
         self.signs = (torch.randint(0, 2, (count,), generator=generator) * 2 - 1).float().to(device)
         self.projection: Tensor | None = None
 
@@ -49,7 +51,7 @@ class GradientSketcher:
                     self.projection = torch.randn(len(read), generator=self.generator).to(self.device)
                 gradients = torch.autograd.grad(read @ self.projection, self.parameters, materialize_grads=True)
                 flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-                sketch = torch.zeros(BUCKETS, device=self.device).index_add_(0, self.buckets, flat * self.signs)
+                sketch = torch.zeros(self.size, device=self.device).index_add_(0, self.buckets, flat * self.signs)
                 sketches.append((sketch / sketch.norm().clamp(min=1e-12)).cpu())
         finally:
             for p, was in zip(self.parameters, required, strict=True):

@@ -50,11 +50,18 @@ def never() -> bool:
 
 
 class Features:
-    """Features (n, d) for the solver: in memory if they are few, else mapped from disk and read in parts."""
+    """Features (n, d) for the solver: in memory if they are few, else mapped from disk and read in parts.
 
-    def __init__(self, source: Tensor | FeatureTable) -> None:
-        self.source = source
-        if isinstance(source, FeatureTable) and len(source) * source.width * 4 <= IN_MEMORY_BYTES:
+    Args:
+        in_memory_bytes: most that mapped features take if they are read into memory.
+        walked: most logits of one part of a pass over features in memory; chunk: images of a part otherwise.
+    """
+
+    def __init__(
+        self, source: Tensor | FeatureTable, in_memory_bytes: int = IN_MEMORY_BYTES, walked: int = WALKED, chunk: int = CHUNK
+    ) -> None:
+        self.source, self.walked, self.chunk = source, walked, chunk
+        if isinstance(source, FeatureTable) and len(source) * source.width * 4 <= in_memory_bytes:
             self.source = source.all()
 
     def __len__(self) -> int:
@@ -67,7 +74,7 @@ class Features:
 
     def at_once(self, classes: int) -> int:
         """Return how many images a pass takes at once: as many as have room with their logits."""
-        return max(WALKED // classes, CHUNK) if isinstance(self.source, Tensor) else CHUNK
+        return max(self.walked // classes, self.chunk) if isinstance(self.source, Tensor) else self.chunk
 
     def parts(self, classes: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice, features) for consecutive images, with room for so many logits of each."""
@@ -87,8 +94,8 @@ class Features:
         """Measure mean and scale, as `features.scaling` does, a part at a time: in float64 all of them would be twice as large as they are."""
         n, mean = 0, torch.zeros(self.width, dtype=torch.float64)
         square = torch.zeros_like(mean)
-        for start in range(0, len(self), CHUNK):
-            x = self._part(slice(start, start + CHUNK)).float()
+        for start in range(0, len(self), self.chunk):
+            x = self._part(slice(start, start + self.chunk)).float()
             own = x.mean(0)
             squares = (x - own).square_().sum(0)
             # Chan, Golub and LeVeque 1979: two parts' moments together, without the cancellation of sums of squares.
@@ -174,7 +181,7 @@ class Problem:
 
 
 def solve_head(
-    features: Tensor | FeatureTable,
+    features: Tensor | FeatureTable | Features,
     labels: Labels,
     blocks: Sequence[int],
     classes: int,
@@ -206,7 +213,7 @@ def solve_head(
     """
     if tolerance is None:
         tolerance = 1e-5 if len(labels) < ONE_FOLD_FROM else 1e-4
-    whole = Features(features)
+    whole = features if isinstance(features, Features) else Features(features)
     scale = whole.scaling(blocks)
     if start is not None:
         w, b = (t.double() for t in start)
