@@ -565,7 +565,7 @@ def rendered(made: Decision, seen: Profile, start: Start | None = None, verdict:
         name="toys", registration=Registration("", False, "", verdict, "nothing new"), case=made, start=start, profile=seen,
         metrics=Metrics(0.9, 0.8, 0.95, 0.95, 0.9, 0.9, 0.1, 0.1, "a", 0.5, 5, ()), matrix=(), manifest=Manifest((), (), ()),
         history=(Epoch(1, "fine-tune", 0.5, 0.9, 0.3),) if start else (), examples=report.Examples((), (), ()), reliability=(), forecast=(),
-        findings=(), alarms=(), changes=None, seconds={}, training={}, data_hash="", commit="",
+        findings=(), changes=None, seconds={}, training={}, data_hash="", commit="",
     )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ class Registration:
         promoted: tag of its promotion, "" if there is none.
         verdict: of the gate, None if the model was registered earlier.
         reason: sentences for people.
+        alarms: what is wrong with the data, the decision, the training or the test of the run, the gravest first.
     """
 
     version: str
@@ -65,6 +66,7 @@ class Registration:
     promoted: str
     verdict: Verdict | None
     reason: str
+    alarms: tuple[Alarm, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from tlpipeline.alarms import Alarm, blocking
+from tlpipeline.alarms import blocking
 from tlpipeline.choice import explain, reasons
 from tlpipeline.choice.cases import CASES, LARGE, SIMILAR
 from tlpipeline.choice.decision import Decision
@@ -96,7 +96,6 @@ def page(
     reliability: Sequence[ReliabilityBin],
     forecast: Sequence[str],
     findings: Sequence[FindingsOfKind],
-    alarms: Sequence[Alarm],
     changes: "Changes | None",
     seconds: Mapping[str, float | None],
     training: Mapping[str, float],
@@ -134,9 +133,9 @@ def page(
             sides=sides,
             trained={label: sum(r.label == label and r.split == TRAIN for r in used) for label in manifest.classes},
             rejected=manifest.rejected,
-            alarms=alarms,
+            alarms=registration.alarms,
             changes=changes,
-            blocked=bool(blocking(alarms)),
+            blocked=bool(blocking(registration.alarms)),
             epochs=[epoch for epoch in history if epoch.arm != "head"],
             examples=examples,
             forecast=forecast,

@@ -115,32 +115,31 @@ def _register(root: Path, verdict: Verdict | None, pinned: PinnedData | None) ->
     tracked = [path for path in (*TRACKED, f"{params.data.images}.dvc") if path not in newer]
     model = dvc.stage_output(root, "train", layout.MODEL)
     registered = versions.find_registered(root, name, model)
+    alarms = alarming.of_run(root)
     if verdict is None and registered is not None:
         git.commit(root, "Record the run", tracked, onto)
         if registered.number not in [version.number for version in versions.versions(root, name)]:
-            return Registration(
-                "", False, "", None, f"this model was registered as {registered}, which was withdrawn; it is not registered again."
-            )
+            reason = f"this model was registered as {registered}, which was withdrawn; it is not registered again."
+            return Registration("", False, "", None, reason, alarms)
         reason = f"this model is already registered as {registered}: nothing to do."
         if not versions.is_accepted(root, registered):
             reason = f"this model is already registered as {registered}. The gate left it undecided. {_way_on(registered)}"
-        return Registration(str(registered), False, "", None, reason)
+        return Registration(str(registered), False, "", None, reason, alarms)
     assert verdict is not None, "a new model needs the gate's verdict"
     summary = f"{layout.read_case(root).case}, accuracy {layout.read_metrics(root).accuracy:.4f}"
     kept = verdict.accepted or (verdict.outcome == UNDECIDED and params.gate.undecided == "register")
-    alarms = alarming.of_run(root)
     write_json(list(map(dataclasses.asdict, alarms)), root / versions.ALARMS)
     if not kept:
         _record(root, model, "", verdict)
         git.commit(root, f"{verdict.outcome.capitalize()}: {summary}", tracked, onto)
         dvc.push(root)
-        return Registration("", False, "", verdict, f"{verdict.text} {_WAY_IN}")
+        return Registration("", False, "", verdict, f"{verdict.text} {_WAY_IN}", alarms)
     case = layout.read_case(root)
     number = versions.next_number(root, name, list(layout.read_metrics(root).classes), case.case)
     version = versions.Version(number, name, "")
     from tlpipeline.registry.card import card
 
-    (root / versions.CARD).write_text(card(str(version), card_facts(root, verdict, pinned)), encoding="utf-8")
+    (root / versions.CARD).write_text(card(str(version), card_facts(root, verdict, alarms, pinned)), encoding="utf-8")
     _record(root, model, str(version), verdict)
     standing = f" (accepted by hand: {verdict.because})" if verdict.because else "" if verdict.accepted else " (undecided)"
     blocked = () if verdict.because else blocking(alarms)  # who overrules the gate has seen them
@@ -151,7 +150,7 @@ def _register(root: Path, verdict: Verdict | None, pinned: PinnedData | None) ->
     if blocked:
         kinds = ", ".join(dict.fromkeys(alarm.kind for alarm in blocked))
         reason += f' Alarms keep it from being promoted: {kinds}. To promote it all the same: `tlpipeline registry promote {version} --because "..."`.'
-    return Registration(str(version), True, promoted, verdict, reason)
+    return Registration(str(version), True, promoted, verdict, reason, alarms)
 
 
 def _newer_data(root: Path, pinned: PinnedData | None) -> tuple[list[str], str]:
@@ -243,7 +242,7 @@ def accept(root: Path, version: versions.Version | None, because: str) -> Regist
     return Registration(str(version), False, promoted, verdict, f"{version} is accepted: {because}.{way_on}")
 
 
-def card_facts(root: Path, verdict: Verdict, pinned: PinnedData | None = None) -> dict[str, object]:
+def card_facts(root: Path, verdict: Verdict, alarms: Sequence[Alarm], pinned: PinnedData | None = None) -> dict[str, object]:
     """Return the content of the model card: everything needed to rebuild the model, and its metrics."""
     from tlpipeline.choice import reasons
 
@@ -254,7 +253,7 @@ def card_facts(root: Path, verdict: Verdict, pinned: PinnedData | None = None) -
         "why": reasons.summary(case, profile),
         "read": [reading.tap for reading in layout.read_model(root).readings],
         "start": layout.read_model(root).start,
-        "alarms": alarming.of_run(root),
+        "alarms": alarms,
         "metrics": layout.read_metrics(root),
         "verdict": verdict,
         "data": dvc.stage_input(root, "ingest", params.data.images),
@@ -311,7 +310,6 @@ def write_report(root: Path, registration: Registration, changes: Changes | None
         examples=_examples(root, manifest, predictions, pinned),
         reliability=evaluate.reliability(predictions, params.evaluate.confidence),
         findings=_worst_findings(root, manifest, pinned),
-        alarms=alarming.of_run(root),
         changes=changes,
         seconds=layout.read_run(root).seconds,
         training=layout.read_run(root).training,
@@ -495,7 +493,7 @@ def summary(root: Path, registration: Registration, report: Path, changes: Chang
         classes=len(manifest.classes),
         copies=len([r for r in manifest.rows if r.duplicate_of]),
         rejected=len(manifest.rejected),
-        alarms=alarming.of_run(root),
+        alarms=registration.alarms,
         case=case.case,
         reason=reasons.summary(case, profile),
         former=reasons.former_sentence(case, profile),
