@@ -33,12 +33,11 @@ def measured(
     images: int = 512,
     undecided: Callable[[Profile], bool] = lambda _: False,
     tangent: bool = False,
-    images_max: int | None = None,
     solvers: float = measure.SOLVERS,
 ) -> Profile:
     """Profile a folder for the demonstration network, which knows the ten classes of CIFAR-10."""
     net = catalogue.load("demonstration", "DEFAULT")
-    params = replace(PARAMS, images=images, images_max=images_max or 4 * images, tangent=tangent)
+    params = replace(PARAMS, images=images, images_max=4 * images, tangent=tangent)
     manifest = manifest or ingest(folder, {}, lambda done, total: None)
     return measure.measure(net, folder, manifest, 32, params, undecided, silent, torch.device("cpu"), solvers=solvers)
 

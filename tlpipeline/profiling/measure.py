@@ -121,10 +121,9 @@ def _large_enough(
         more = wanted <= params.images_max and len(drawn) < len(rows)
         if not more or solving(passes.readings, wanted, profile.classes) > solvers * passes.cost_of(wanted, params.tangent):
             break
-        larger = sample(rows, wanted, params.seed)
-        if len(larger) <= len(drawn) or not undecided(profile):
+        if not undecided(profile):
             break
-        drawn = larger
+        drawn = sample(rows, wanted, params.seed)
     return drawn, kernels, profile
 
 
